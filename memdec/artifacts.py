@@ -1,0 +1,185 @@
+"""Artefact folders: whatever a stage makes is a folder whose `manifest.json` is written last, atomically.
+
+A folder without a manifest is work in progress and is never read; a manifest that does not parse, is of another kind,
+or names files that are missing or of another size is an error that says so. The manifest holds the settings, the
+hashes of the inputs, the versions and the facts (counts, shapes, hashes) of what was made.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from memdec import provenance
+from memdec.config import describe
+from memdec.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+MARK = ".memdec"  # recipe of the build that owns the folder; without it a folder is somebody else's
+WORK = "work"  # checkpoints and other things needed only to resume; not part of the artefact
+
+
+class Manifest(BaseModel):
+    """What an artefact is and how it was made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    recipe: str  # hash of kind, settings and the inputs' recipes: equal recipes, equal artefacts
+    settings: dict[str, Any]
+    inputs: dict[str, str]  # name -> recipe of the artefact, or content hash of a file
+    facts: dict[str, Any]
+    files: dict[str, int]  # relative name -> bytes
+    versions: dict[str, str]
+
+
+@dataclass
+class Build:
+    """An artefact under construction; the stage fills `facts`."""
+
+    path: Path
+    recipe: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """Folder for what is needed to resume; removed when the artefact is whole."""
+        folder = self.path / WORK
+        folder.mkdir(exist_ok=True)
+        return folder
+
+
+def digest(value: object) -> str:
+    """Hash (128 bits, hex) of anything that JSON can hold, independent of key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (128 bits, hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def building(
+    path: Path, kind: str, settings: BaseModel | Mapping[str, Any], inputs: Mapping[str, str]
+) -> Iterator[Build | None]:
+    """Build an artefact in a `with` block; yields None where the very same one is there already.
+
+    The old manifest goes first, the new one comes last, so a killed build leaves a folder that nobody reads; what the
+    stage keeps in `work/` lets it resume if settings and inputs are the same.
+    """
+    plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
+    recipe = digest({"kind": kind, "settings": plain, "inputs": dict(inputs)})
+    if (path / MANIFEST).is_file():
+        try:
+            current = read(path, kind).recipe == recipe
+        except ArtifactError:
+            current = False
+        if current:
+            yield None
+            return
+    path.mkdir(parents=True, exist_ok=True)
+    _claim(path, recipe)
+    build = Build(path, recipe)
+    yield build
+    _remove(path / WORK)
+    files = {
+        str(file.relative_to(path)): file.stat().st_size
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name not in (MANIFEST, MARK)
+    }
+    manifest = Manifest(
+        kind=kind,
+        recipe=recipe,
+        settings=plain,
+        inputs=dict(inputs),
+        facts=build.facts,
+        files=files,
+        versions=provenance.versions(),
+    )
+    write_json(path / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def read(path: Path, kind: str) -> Manifest:
+    """Manifest of a whole artefact of the given kind.
+
+    Raises:
+        ArtifactError: Nothing there, unfinished, unreadable, another kind, or files missing or cut short.
+    """
+    file = path / MANIFEST
+    again = f"delete the folder and run `memdec {kind}` (or snakemake) again"
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: expected a folder with a {kind} artefact, found nothing; run `memdec {kind}` first")
+    if not file.is_file():
+        raise ArtifactError(f"{path}: expected {MANIFEST}, found an unfinished {kind} artefact; run `memdec {kind}` again")
+    try:
+        manifest = Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        reason = describe(error) if isinstance(error, ValidationError) else str(error)
+        raise ArtifactError(f"{file}: expected a whole manifest, found one that is cut or edited ({reason[:120]}); {again}") from None
+    if manifest.kind != kind:
+        raise ArtifactError(f"{path}: expected a {kind} artefact, found one of kind {manifest.kind}; check the path")
+    for name, size in manifest.files.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            what = "no such file" if found is None else f"{found} bytes"
+            raise ArtifactError(f"{path / name}: expected {size} bytes, found {what}; {again}")
+    return manifest
+
+
+def kind_of(path: Path) -> str | None:
+    """Kind of the artefact in a folder, or None where there is no readable manifest."""
+    try:
+        return str(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _claim(path: Path, recipe: str) -> None:
+    """Take the folder for this recipe: keep what the same recipe left, drop what another one left.
+
+    Raises:
+        ArtifactError: The folder holds files that no build of ours put there; they are not touched.
+    """
+    mark = path / MARK
+    owner = mark.read_text() if mark.is_file() else None
+    if owner is None and any(path.iterdir()):
+        raise ArtifactError(f"{path}: expected an empty or new folder for the output, found other files; choose another --out")
+    (path / MANIFEST).unlink(missing_ok=True)
+    if owner not in (None, recipe):
+        for child in path.iterdir():
+            _remove(child)
+    write_text(mark, recipe)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        for child in path.iterdir():
+            _remove(child)
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)

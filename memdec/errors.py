@@ -1,0 +1,37 @@
+"""What can go wrong because of the input, as one small tree under `MemDecError`.
+
+Every message names what was expected, what was found, where, and the next step. The command line prints it as one
+line and exits with `exit_code`; nothing here is ever raised for a bug of ours.
+"""
+
+
+class MemDecError(Exception):
+    """Base of all errors that the user can act on."""
+
+    exit_code = 2
+
+
+class ConfigError(MemDecError):
+    """A configuration or option that does not fit the typed settings."""
+
+
+class ArtifactError(MemDecError):
+    """An artefact folder that is missing, half-written, or does not fit the one it is used with."""
+
+
+class CorpusError(MemDecError):
+    """A corpus that is empty, unreadable, too small, or lacks the field asked for."""
+
+
+class ModelError(MemDecError):
+    """A model or tokenizer that is missing, unsupported, or does not fit its partner."""
+
+
+class NumericsError(MemDecError):
+    """NaN or infinite values where finite ones are needed."""
+
+
+class IncomparableError(MemDecError):
+    """Two results that must not be compared (other text, other versions)."""
+
+    exit_code = 3

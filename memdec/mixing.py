@@ -1,0 +1,72 @@
+"""p(y|x) = alpha * p_mem(y|x) + (1 - alpha) * p_base(y|x) (paper, section 3.3), in float32 log space, in one place."""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memdec.errors import ConfigError, NumericsError
+
+
+def check_weight(memory_weight: float) -> float:
+    """alpha as a float in [0, 1].
+
+    Raises:
+        ConfigError: It is not a number in that range.
+    """
+    try:
+        value = float(memory_weight)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"alpha: expected a number from 0 (base only) to 1 (memory only), found {memory_weight!r}")
+    return value
+
+
+def log_weights(memory_weight: float) -> tuple[float, float]:
+    """(log alpha, log(1 - alpha)), with -inf for a weight of zero."""
+    alpha = check_weight(memory_weight)
+    return (math.log(alpha) if alpha else -math.inf, math.log1p(-alpha) if alpha < 1 else -math.inf)
+
+
+def mix(
+    log_p_base: Float[Tensor, "*shape"], log_p_mem: Float[Tensor, "*shape"], memory_weight: float
+) -> Float[Tensor, "*shape"]:
+    """log(alpha p_mem + (1 - alpha) p_base), float32, of log-probabilities of any equal shape."""
+    if memory_weight == 0.0:
+        return log_p_base.float()
+    if memory_weight == 1.0:
+        return log_p_mem.float()
+    log_a, log_b = log_weights(memory_weight)
+    return torch.logaddexp(log_p_mem.float() + log_a, log_p_base.float() + log_b)
+
+
+def mix_scores(log_p_base: NDArray[np.floating], log_p_mem: NDArray[np.floating], memory_weight: float) -> NDArray[np.float64]:
+    """The same for stored per-token scores, in float64, shape (N,): any alpha without another model pass."""
+    base, memory = np.asarray(log_p_base, np.float64), np.asarray(log_p_mem, np.float64)
+    if memory_weight == 0.0:
+        return base
+    if memory_weight == 1.0:
+        return memory
+    log_a, log_b = log_weights(memory_weight)
+    return np.logaddexp(memory + log_a, base + log_b)
+
+
+def log_softmax(logits: Float[Tensor, "*batch V"], n_vocab: int | None = None) -> Float[Tensor, "*batch V"]:
+    """log-softmax in float32 over the first `n_vocab` entries.
+
+    Padded head rows (Qwen2.5: 151,936 up to 3B, 152,064 from 7B on) are cut before the softmax; the shorter head
+    decides.
+
+    Raises:
+        NumericsError: The logits hold NaN (the released code turns that into probability one).
+    """
+    if n_vocab is not None:
+        logits = logits[..., :n_vocab]
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    if torch.isnan(log_p[..., 0]).any():
+        raise NumericsError("logits hold NaN or only infinities; try dtype=float32, or check the model's weights")
+    return log_p

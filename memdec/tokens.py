@@ -1,0 +1,157 @@
+"""Tokenizers and token streams.
+
+`tokenizer`: a byte-level BPE trained on corpora, or one taken from a model folder or Hub id; a folder that
+`AutoTokenizer` loads. `tokens`: one stream per split of a corpus, `<split>.npy` in the narrowest unsigned integer that
+holds the vocabulary. With separator `eos` every document ends with EOS, so that the stream is exactly what the
+tokenizer makes of the joined text (which is what lm-eval sees).
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from memdec import artifacts, corpora
+from memdec.config import SPLITS, Split, TokenizerSpec
+from memdec.errors import ArtifactError, ConfigError, CorpusError, ModelError
+
+EOS = "<|endoftext|>"
+_BATCH = 1000  # documents per call of the tokenizer
+
+
+def run_tokenizer(spec: TokenizerSpec, out: Path, corpus_folders: Sequence[Path] = ()) -> None:
+    """Stage `tokenizer`: make a tokenizer folder.
+
+    Args:
+        spec: Train on corpora, or take an existing one.
+        out: Folder to make.
+        corpus_folders: One per name in `spec.train_on`.
+    """
+    inputs = {path.name: artifacts.read(path, "corpus").recipe for path in corpus_folders}
+    if spec.train_on is not None and len(corpus_folders) != len(spec.train_on):
+        raise ConfigError(f"{out}: expected {len(spec.train_on)} corpus folders (train_on), found {len(corpus_folders)}")
+    with artifacts.building(out, "tokenizer", spec, inputs) as build:
+        if build is None:
+            return
+        if spec.pretrained is not None:
+            tokenizer = load_tokenizer(spec.pretrained, spec.revision)
+        else:
+            texts = (text for path in corpus_folders for text in corpora.load(path, "train"))
+            tokenizer = _train(texts, int(spec.vocab_size or 0))
+        tokenizer.save_pretrained(out)
+        build.facts.update(vocab_size=len(tokenizer), sha256=fingerprint(tokenizer))
+
+
+def run_tokens(tokenizer_folder: Path, corpus_folder: Path, out: Path) -> None:
+    """Stage `tokens`: make the token streams of a corpus."""
+    corpus = artifacts.read(corpus_folder, "corpus")
+    inputs = {"corpus": corpus.recipe, "tokenizer": artifacts.read(tokenizer_folder, "tokenizer").recipe}
+    with artifacts.building(out, "tokens", {}, inputs) as build:
+        if build is None:
+            return
+        tokenizer = load_tokenizer(str(tokenizer_folder))
+        end = tokenizer.eos_token_id if corpus.facts["separator"] == "eos" else None
+        width = np.min_scalar_type(len(tokenizer) - 1)
+        counts, hashes = {}, {}
+        for split in SPLITS:
+            stream = _encode(tokenizer, corpora.load(corpus_folder, split), end, split).astype(width)
+            if len(stream) < 2:
+                raise CorpusError(f"{corpus_folder}: expected tokens in the {split} split, found {len(stream)}")
+            np.save(out / f"{split}.npy", stream, allow_pickle=False)
+            counts[split] = len(stream)
+            hashes[split] = artifacts.file_digest(out / f"{split}.npy")
+        build.facts.update(
+            tokens=counts,
+            sha256=hashes,
+            corpus=corpus_folder.name,
+            corpus_sha256=corpus.facts["sha256"],
+            tokenizer_sha256=fingerprint(tokenizer),
+            dtype=str(width),
+        )
+
+
+def load_stream(folder: Path, split: Split) -> NDArray[np.integer]:
+    """Memory-mapped token stream of one split, shape (N,)."""
+    artifacts.read(folder, "tokens")
+    stream: NDArray[np.integer] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
+    return stream
+
+
+def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """A fast tokenizer from a folder or Hub id.
+
+    Raises:
+        ModelError: There is none, or it has neither EOS nor BOS.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the Hub client raises a dozen unrelated types
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{name}: expected a tokenizer folder or Hub id, found: {reason}; check the path or the network") from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{name}: expected a tokenizer with an EOS token, found none; set eos_token in tokenizer_config.json")
+    return tokenizer
+
+
+def prefix_id(tokenizer: Any) -> int:
+    """Token that stands before position 0: BOS, or EOS where there is none (as lm-eval does)."""
+    return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Hash of what decides the ids of a string: vocabulary, merges, normaliser, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return artifacts.digest(sorted(tokenizer.get_vocab().items()))
+    import json
+
+    state = json.loads(backend.to_str())
+    return artifacts.digest({key: state.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
+
+
+def _train(texts: Iterator[str], vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    if bpe.get_vocab_size() != vocab_size:
+        raise CorpusError(f"tokenizer: expected text for {vocab_size} tokens, found enough for {bpe.get_vocab_size()}; lower vocab_size")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=EOS)
+
+
+def _encode(tokenizer: Any, texts: list[str], end: int | None, split: str) -> NDArray[np.int64]:
+    tail = [] if end is None else [end]
+    parts = []
+    for begin in tqdm(range(0, len(texts), _BATCH), desc=f"tokenize {split}", unit="k docs", mininterval=2):
+        batch = tokenizer(texts[begin : begin + _BATCH], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        parts += [np.asarray(ids + tail, dtype=np.int64) for ids in batch["input_ids"]]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def check_same(ours: str, other: str, where: str) -> None:
+    """Two tokenizer fingerprints must agree.
+
+    Raises:
+        ArtifactError: They differ.
+    """
+    if ours != other:
+        raise ArtifactError(
+            f"{where}: expected one tokenizer, found two (fingerprints {ours[:8]} and {other[:8]}); use models of one "
+            "family, or adapt the memory to the other vocabulary"
+        )

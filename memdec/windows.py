@@ -1,0 +1,76 @@
+"""Sliding windows over a token stream: every position is scored exactly once, with the most left context.
+
+Position `p` is the prediction of `tokens[p]` from everything before it; position 0 is predicted from the prefix token
+(BOS, or EOS where there is none). With context 4 and stride 2 over ten tokens (`^` is the prefix):
+
+    tokens          0  1  2  3  4  5  6  7  8  9
+    window 0     ^  0  1  2                         scores 0 1 2 3
+    window 1           1  2  3  4                   scores 4 5
+    window 2                 3  4  5  6             scores 6 7
+    window 3                       5  6  7  8       scores 8 9
+
+The paper uses context 1024 and stride 512. `stride == context` gives the disjoint windows of lm-eval's own
+`loglikelihood_rolling`. The released code cuts windows inside each `map` batch, so its perplexity depends on the number
+of workers; here the windows depend on (length, context, stride) alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memdec.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One model call: inputs are positions `begin - 1 .. end - 2` of the stream, predictions `begin .. end - 1`.
+
+    Attributes:
+        begin: First predicted position (its input is the token before it, or the prefix).
+        first: First *scored* position; `begin .. first - 1` were scored by earlier windows.
+        end: One past the last scored position.
+    """
+
+    begin: int
+    first: int
+    end: int
+
+    @property
+    def n_inputs(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def n_scored(self) -> int:
+        return self.end - self.first
+
+    def inputs(self, tokens: NDArray[np.integer], prefix: int) -> NDArray[np.int64]:
+        """Input ids of this window, shape (n_inputs,)."""
+        if self.begin > 0:
+            return np.asarray(tokens[self.begin - 1 : self.end - 1], dtype=np.int64)
+        ids = np.empty(self.end, dtype=np.int64)
+        ids[0] = prefix
+        ids[1:] = tokens[: self.end - 1]
+        return ids
+
+
+def windows(n_tokens: int, context: int, stride: int) -> list[Window]:
+    """Windows that score positions `0 .. n_tokens - 1` once each.
+
+    The last window is extended to the left instead of being short, so it too has full context.
+
+    Raises:
+        ConfigError: `context < 1`, or `stride` outside `1 .. context`.
+    """
+    if context < 1 or not 1 <= stride <= context:
+        raise ConfigError(f"windows: need 1 <= stride <= context, found stride {stride}, context {context}")
+    return list(_generate(n_tokens, context, stride))
+
+
+def _generate(n_tokens: int, context: int, stride: int) -> Iterator[Window]:
+    scored = 0
+    while scored < n_tokens:
+        end = min(n_tokens, context if scored == 0 else scored + stride)
+        yield Window(begin=max(0, end - context), first=scored, end=end)
+        scored = end
