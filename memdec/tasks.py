@@ -16,9 +16,7 @@ from memdec.harness import one_line_errors
 
 log = logging.getLogger(__name__)
 
-_HERE = Path(__file__).resolve().parent
-# Inside the package in a wheel, beside it in a checkout.
-FOLDER = next((p for p in (_HERE / "harness_tasks", _HERE.parent / "harness_tasks") if p.is_dir()), _HERE)
+FOLDER = Path(__file__).resolve().parent.parent / "harness_tasks"  # beside the package, installed or checked out
 
 
 # --- perplexity of a corpus ---------------------------------------------------------------------------------------
