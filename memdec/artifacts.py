@@ -133,14 +133,20 @@ def read(path: Path, kind: str) -> Manifest:
     file = path / MANIFEST
     again = f"delete the folder and run `memdec {kind}` (or snakemake) again"
     if not path.is_dir():
-        raise ArtifactError(f"{path}: expected a folder with a {kind} artefact, found nothing; run `memdec {kind}` first")
+        raise ArtifactError(
+            f"{path}: expected a folder with a {kind} artefact, found nothing; run `memdec {kind}` first"
+        )
     if not file.is_file():
-        raise ArtifactError(f"{path}: expected {MANIFEST}, found an unfinished {kind} artefact; run `memdec {kind}` again")
+        raise ArtifactError(
+            f"{path}: expected {MANIFEST}, found an unfinished {kind} artefact; run `memdec {kind}` again"
+        )
     try:
         manifest = Manifest.model_validate_json(file.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         reason = describe(error) if isinstance(error, ValidationError) else str(error)
-        raise ArtifactError(f"{file}: expected a whole manifest, found one that is cut or edited ({reason[:120]}); {again}") from None
+        raise ArtifactError(
+            f"{file}: expected a whole manifest, found one that is cut or edited ({reason[:120]}); {again}"
+        ) from None
     if manifest.kind != kind:
         raise ArtifactError(f"{path}: expected a {kind} artefact, found one of kind {manifest.kind}; check the path")
     for name, size in manifest.files.items():
@@ -168,7 +174,9 @@ def _claim(path: Path, recipe: str) -> None:
     mark = path / MARK
     owner = mark.read_text() if mark.is_file() else None
     if owner is None and any(path.iterdir()):
-        raise ArtifactError(f"{path}: expected an empty or new folder for the output, found other files; choose another --out")
+        raise ArtifactError(
+            f"{path}: expected an empty or new folder for the output, found other files; choose another --out"
+        )
     (path / MANIFEST).unlink(missing_ok=True)
     if owner not in (None, recipe):
         for child in path.iterdir():

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from memdec.errors import ConfigError
 
@@ -71,7 +80,7 @@ class HubCorpus(_Corpus):
     config: str | None = Field(None, description="configuration name, e.g. wikitext-103-raw-v1")
     revision: str | None = Field(None, description="commit; pinned in the paper scale")
     splits: dict[Split, str] = Field(
-        default_factory=lambda: {"train": "train", "valid": "validation", "test": "test"},
+        default={"train": "train", "valid": "validation", "test": "test"},
         description="our split -> the data set's",
     )
     field: str = Field("text", description="text column")
@@ -103,7 +112,9 @@ class TokenizerSpec(Settings):
 class TrainSettings(Settings):
     """Optimisation of any model; defaults are the released script's where it has one."""
 
-    epochs: PositiveFloat = Field(1, description="passes over the training windows (released: 70 for 124M, ~15 for 0.5B)")
+    epochs: PositiveFloat = Field(
+        1, description="passes over the training windows (released: 70 for 124M, ~15 for 0.5B)"
+    )
     learning_rate: PositiveFloat = Field(1e-3, description="peak, linear decay to 0 (released: 1e-3)")
     batch_size: PositiveInt = Field(8, description="windows per step and device (released: 16)")
     accumulation: PositiveInt = Field(1, description="steps per update (released: 4)")
@@ -187,7 +198,9 @@ class EvaluateSettings(Settings):
         default=[0.4, 0.6, 0.8, 0.9], min_length=1, description="candidates for alpha (paper, section 4.1)"
     )
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
-    resamples: PositiveInt = Field(2000, description="bootstrap resamples for the 95 % interval over test windows (ours)")
+    resamples: PositiveInt = Field(
+        2000, description="bootstrap resamples for the 95 % interval over test windows (ours)"
+    )
 
 
 class Config(Settings):
@@ -240,7 +253,9 @@ class Config(Settings):
 
 
 def _unknown(where: str, names: list[str], known: dict[str, Any]) -> list[str]:
-    return [f"{where}: expected one of {', '.join(known) or 'none defined'}, found {n}" for n in names if n not in known]
+    return [
+        f"{where}: expected one of {', '.join(known) or 'none defined'}, found {n}" for n in names if n not in known
+    ]
 
 
 def parse(kind: Any, data: object, where: str) -> Any:
@@ -276,7 +291,8 @@ def load(path: Path) -> Config:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return parse(Config, data, str(path))
+    config: Config = parse(Config, data, str(path))
+    return config
 
 
 def json_schema() -> dict[str, Any]:

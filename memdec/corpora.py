@@ -148,7 +148,9 @@ def _package_files(name: str) -> list[tuple[Path, Path]]:
     else:
         found = importlib.util.find_spec(name) if name.isidentifier() else None
         if found is None or not found.submodule_search_locations:
-            raise CorpusError(f"corpus packages: expected an installed package, found no {name!r}; install the pinned requirements")
+            raise CorpusError(
+                f"corpus packages: expected an installed package, found no {name!r}; install the pinned requirements"
+            )
         top = Path(next(iter(found.submodule_search_locations)))
         root = top.parent
     files = [file for file in top.rglob("*.py") if not SKIPPED_FOLDERS & set(file.relative_to(top).parts[:-1])]
@@ -189,7 +191,9 @@ def _file_documents(pattern: str, spec: FileCorpus) -> Iterator[Document]:
         try:
             yield from _one_file(file, spec)
         except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError, pa.ArrowInvalid, ValueError) as error:
-            raise CorpusError(f"{file}: expected readable UTF-8 text, jsonl or parquet, found: {str(error)[:160]}") from None
+            raise CorpusError(
+                f"{file}: expected readable UTF-8 text, jsonl or parquet, found: {str(error)[:160]}"
+            ) from None
 
 
 def _one_file(file: Path, spec: FileCorpus) -> Iterator[Document]:
@@ -198,9 +202,12 @@ def _one_file(file: Path, spec: FileCorpus) -> Iterator[Document]:
     if kind == ".parquet":
         rows = pq.read_table(file).to_pylist()
     else:
-        opener = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
-        with opener(file, "rt", encoding="utf-8") as stream:
-            content = stream.read()
+        raw = file.read_bytes()
+        if file.suffix == ".gz":
+            raw = gzip.decompress(raw)
+        elif file.suffix == ".xz":
+            raw = lzma.decompress(raw)
+        content = raw.decode("utf-8")
         if kind not in (".jsonl", ".json"):
             parts = {
                 "blank_line": lambda: content.split("\n\n"),
@@ -224,7 +231,9 @@ def _hub_documents(spec: HubCorpus, split: Split) -> Iterator[Document]:
         rows = datasets.load_dataset(spec.path, spec.config, split=name, revision=spec.revision)
     except Exception as error:  # the Hub client raises a dozen unrelated types
         reason = " ".join(str(error).split())[:200]
-        raise CorpusError(f"{spec.path} ({split} = {name}): expected a data set, found: {reason}; check id, config, revision and network") from None
+        raise CorpusError(
+            f"{spec.path} ({split} = {name}): expected a data set, found: {reason}; check id, config, revision and network"
+        ) from None
     for number, row in enumerate(tqdm(rows, desc=f"read {split}", unit="row", mininterval=2)):
         document = _row_document(row, spec.field, f"{name}:{number}", spec.path)
         if document.text:
@@ -235,7 +244,9 @@ def _row_document(row: Any, field: str, source: str, where: str) -> Document:
     text = row.get(field) if isinstance(row, dict) else None
     if not isinstance(text, str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise CorpusError(f"{where}, {source}: expected a text field {field!r}, found {found}; set 'field' in the config")
+        raise CorpusError(
+            f"{where}, {source}: expected a text field {field!r}, found {found}; set 'field' in the config"
+        )
     return Document(text, source, source)
 
 

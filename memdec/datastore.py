@@ -27,7 +27,9 @@ def run(model_folder: Path, stream: Path, out: Path, settings: DatastoreSettings
         source.facts["tokenizer_sha256"], model_manifest.facts["tokenizer_sha256"], f"{model_folder} with {stream}"
     )
     plain = {**settings.model_dump(mode="json"), "context": context, "stride": stride}
-    with artifacts.building(out, "datastore", plain, {"model": model_manifest.recipe, "tokens": source.recipe}) as build:
+    with artifacts.building(
+        out, "datastore", plain, {"model": model_manifest.recipe, "tokens": source.recipe}
+    ) as build:
         if build is None:
             return
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +42,11 @@ def run(model_folder: Path, stream: Path, out: Path, settings: DatastoreSettings
         )
         parts = windows(len(data), context, stride)
         for part, block in tqdm(
-            key_blocks(model, data, parts, prefix, settings.batch_size), total=len(parts), desc="keys", unit="window", mininterval=2
+            key_blocks(model, data, parts, prefix, settings.batch_size),
+            total=len(parts),
+            desc="keys",
+            unit="window",
+            mininterval=2,
         ):
             keys[part.first : part.end] = _narrow(block, part, settings.dtype)
         keys.flush()
@@ -53,9 +59,7 @@ def run(model_folder: Path, stream: Path, out: Path, settings: DatastoreSettings
 
 
 @torch.inference_mode()
-def key_blocks(
-    model: Any, data: NDArray[np.integer], parts: list[Window], prefix: int, batch_size: int
-) -> Any:
+def key_blocks(model: Any, data: NDArray[np.integer], parts: list[Window], prefix: int, batch_size: int) -> Any:
     """Yield (window, float32 keys of its scored positions, shape (n_scored, D)), window by window."""
     mlp = models.last_mlp(model)
     decoder = models.decoder(model)
@@ -76,7 +80,11 @@ def _narrow(block: NDArray[np.float32], part: Window, dtype: str) -> NDArray[Any
         narrow: NDArray[Any] = block.astype(dtype)
     if not np.isfinite(narrow).all():
         position = part.first + int(np.argwhere(~np.isfinite(narrow))[0, 0])
-        why = "the model gives NaN or inf" if not np.isfinite(block).all() else f"beyond the range of {dtype}; use dtype float32"
+        why = (
+            "the model gives NaN or inf"
+            if not np.isfinite(block).all()
+            else f"beyond the range of {dtype}; use dtype float32"
+        )
         raise NumericsError(f"datastore: expected finite keys, found one that is not at position {position} ({why})")
     return narrow
 

@@ -39,8 +39,15 @@ def run(
             manifest = artifacts.read(folder, kind)
             inputs[name] = manifest.recipe
             if manifest.facts["corpus_sha256"] != text.facts["sha256"]:
-                raise ArtifactError(f"{folder}: expected a {kind} trained on {corpus}, found one trained on other text; check the paths")
-    plain = {**settings.model_dump(mode="json", exclude={"batch_size"}), "context": context, "stride": stride, "seed": seed}
+                raise ArtifactError(
+                    f"{folder}: expected a {kind} trained on {corpus}, found one trained on other text; check the paths"
+                )
+    plain = {
+        **settings.model_dump(mode="json", exclude={"batch_size"}),
+        "context": context,
+        "stride": stride,
+        "seed": seed,
+    }
     with artifacts.building(out, "evaluation", plain, inputs) as build:
         if build is None:
             return
@@ -57,7 +64,9 @@ def run(
 class _Session:
     """lm-eval runs of one base model on one corpus."""
 
-    def __init__(self, base: Path, corpus: Path, out: Path, settings: EvaluateSettings, context: int, stride: int) -> None:
+    def __init__(
+        self, base: Path, corpus: Path, out: Path, settings: EvaluateSettings, context: int, stride: int
+    ) -> None:
         self.base, self.corpus, self.out, self.settings = base, corpus, out, settings
         self.context, self.stride = context, stride
 
@@ -67,7 +76,10 @@ class _Session:
         self._lm_eval(model, "MemDec", "valid")
         scores = self._scores(model, "valid")
         assert scores.memory is not None
-        sweep = {alpha: metrics.perplexity(mixing.mix_scores(scores.base, scores.memory, alpha)) for alpha in self.settings.alphas}
+        sweep = {
+            alpha: metrics.perplexity(mixing.mix_scores(scores.base, scores.memory, alpha))
+            for alpha in self.settings.alphas
+        }
         best = min(sweep, key=sweep.__getitem__)
         records = []
         for method, alpha in (("base", 0.0), ("MemDec", best)):
@@ -122,7 +134,9 @@ class _Session:
         stored: TokenScores = model.token_scores(text, disable_tqdm=True)
         return stored
 
-    def _record(self, method: str, alpha: float | None, results: dict[str, Any], log_p: Any, seed: int) -> dict[str, Any]:
+    def _record(
+        self, method: str, alpha: float | None, results: dict[str, Any], log_p: Any, seed: int
+    ) -> dict[str, Any]:
         low, high = metrics.bootstrap_perplexity(log_p, self.stride, self.settings.resamples, seed)
         return {
             "method": method,

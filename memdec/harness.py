@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from memdec import mixing, tokens
 from memdec.errors import ConfigError, MemDecError, ModelError
-from memdec.models import check_folder, load
 from memdec.modeling import MemDecForCausalLM
+from memdec.models import check_folder, load
 from memdec.scores import ScoreStore, TokenScores, model_identity
 from memdec.windows import Window, windows
 
@@ -66,12 +66,21 @@ class MemDecInterp(HFLM):
     ) -> None:
         if pretrained is None:
             if memory is not None:
-                raise ConfigError("memdec-interp: expected pretrained=<base model> beside memory=, found none; add it to --model_args")
+                raise ConfigError(
+                    "memdec-interp: expected pretrained=<base model> beside memory=, found none; add it to --model_args"
+                )
             pretrained, memory = PAPER_BASE, PAPER_MEMORY
-            log.warning("memdec-interp: no model_args, taking the paper's pair %s + %s, alpha %s", pretrained, memory, DEFAULT_ALPHA)
+            log.warning(
+                "memdec-interp: no model_args, taking the paper's pair %s + %s, alpha %s",
+                pretrained,
+                memory,
+                DEFAULT_ALPHA,
+            )
         self.alpha = mixing.check_weight(alpha if alpha is not None else DEFAULT_ALPHA if memory else 0.0)
         if memory is None and self.alpha:
-            raise ConfigError(f"memdec-interp: expected memory=<memory decoder> for alpha {self.alpha}, found none; add it to --model_args")
+            raise ConfigError(
+                f"memdec-interp: expected memory=<memory decoder> for alpha {self.alpha}, found none; add it to --model_args"
+            )
         self.memory_name, self.memory_revision, self.memory_dtype = memory, memory_revision, memory_dtype
         self.base_name = pretrained
         for name in (pretrained, memory):
@@ -82,7 +91,9 @@ class MemDecInterp(HFLM):
             super().__init__(pretrained=pretrained, **kwargs)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ModelError(f"{pretrained}: expected a causal LM, found: {reason}; check the path or the network") from error
+            raise ModelError(
+                f"{pretrained}: expected a causal LM, found: {reason}; check the path or the network"
+            ) from error
         self.context, self.stride = self._windows(context, stride)
         self.store = self._store(scores, kwargs)
 
@@ -90,12 +101,14 @@ class MemDecInterp(HFLM):
         base = tokens.load_tokenizer(pretrained, revision, trust_remote_code=trust)
         if self.memory_name is not None:
             memory = tokens.load_tokenizer(self.memory_name, self.memory_revision, trust_remote_code=trust)
-            tokens.check_same(tokens.fingerprint(base), tokens.fingerprint(memory), f"{pretrained} with {self.memory_name}")
+            tokens.check_same(
+                tokens.fingerprint(base), tokens.fingerprint(memory), f"{pretrained} with {self.memory_name}"
+            )
 
     def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         """Load the base as `hf` does, then put the memory beside it."""
         super()._create_model(pretrained, *args, **kwargs)
-        base = self._model
+        base: Any = self._model  # type: ignore[has-type]
         memory = None
         if self.memory_name is not None:
             dtype = self.memory_dtype or str(base.dtype).removeprefix("torch.")
@@ -117,7 +130,11 @@ class MemDecInterp(HFLM):
             return None
         from memdec.artifacts import digest
 
-        names = [(self.base_name, kwargs.get("revision")), (self.memory_name, self.memory_revision), (kwargs.get("peft"), None)]
+        names = [
+            (self.base_name, kwargs.get("revision")),
+            (self.memory_name, self.memory_revision),
+            (kwargs.get("peft"), None),
+        ]
         models = [model_identity(name, revision) if name else None for name, revision in names]
         setting = [models, self.context, self.stride, str(self.model.base.dtype), self.prefix_token_id]
         return ScoreStore(Path(folder), digest(setting))
@@ -145,12 +162,16 @@ class MemDecInterp(HFLM):
         base = np.full(len(stream), np.nan, dtype=np.float32)
         memory = np.full(len(stream), np.nan, dtype=np.float32) if self.model.memory is not None else None
         batch_size = self.batch_size_per_gpu if isinstance(self.batch_size_per_gpu, int) else 8
-        bar = tqdm(total=len(parts), desc="score windows", unit="window", disable=disable_tqdm or self.rank != 0, mininterval=2)
+        bar = tqdm(
+            total=len(parts), desc="score windows", unit="window", disable=disable_tqdm or self.rank != 0, mininterval=2
+        )
         for batch in _batches(parts, batch_size):
             ids = np.stack([part.inputs(stream, self.prefix_token_id) for part in batch])
             keep = max(part.n_scored for part in batch)
             log_p = self.model.log_probs(torch.from_numpy(ids), which=which, logits_to_keep=keep)
-            labels = torch.from_numpy(np.stack([stream[part.end - keep : part.end] for part in batch])).to(self.model.device)
+            labels = torch.from_numpy(np.stack([stream[part.end - keep : part.end] for part in batch])).to(
+                self.model.device
+            )
             for out, rows in zip((base, memory), log_p, strict=True):
                 if out is None or rows is None:
                     continue
@@ -194,12 +215,14 @@ class MemDecInterp(HFLM):
     @classmethod
     def create_from_arg_string(cls, *args: Any, **kwargs: Any) -> "MemDecInterp":
         with one_line_errors():
-            return super().create_from_arg_string(*args, **kwargs)
+            model: MemDecInterp = super().create_from_arg_string(*args, **kwargs)
+            return model
 
     @classmethod
     def create_from_arg_obj(cls, *args: Any, **kwargs: Any) -> "MemDecInterp":
         with one_line_errors():
-            return super().create_from_arg_obj(*args, **kwargs)
+            model: MemDecInterp = super().create_from_arg_obj(*args, **kwargs)
+            return model
 
 
 @contextmanager

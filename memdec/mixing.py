@@ -44,7 +44,9 @@ def mix(
     return torch.logaddexp(log_p_mem.float() + log_a, log_p_base.float() + log_b)
 
 
-def mix_scores(log_p_base: NDArray[np.floating], log_p_mem: NDArray[np.floating], memory_weight: float) -> NDArray[np.float64]:
+def mix_scores(
+    log_p_base: NDArray[np.floating], log_p_mem: NDArray[np.floating], memory_weight: float
+) -> NDArray[np.float64]:
     """The same for stored per-token scores, in float64, shape (N,): any alpha without another model pass."""
     base, memory = np.asarray(log_p_base, np.float64), np.asarray(log_p_mem, np.float64)
     if memory_weight == 0.0:

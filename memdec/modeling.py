@@ -47,13 +47,16 @@ class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
         heads = [m.get_output_embeddings().weight.shape[0] for m in (base, memory) if m is not None]
         self.n_vocab = min(heads)
         if n_vocab is not None and n_vocab > self.n_vocab:
-            raise ModelError(f"expected output heads of at least {n_vocab} tokens, found {self.n_vocab}; use models of one tokenizer")
+            raise ModelError(
+                f"expected output heads of at least {n_vocab} tokens, found {self.n_vocab}; use models of one tokenizer"
+            )
         self.generation_config = base.generation_config
         self.requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
-        return next(self.base.parameters()).device
+        device: torch.device = next(self.base.parameters()).device
+        return device
 
     def get_output_embeddings(self) -> Any:
         return self.base.get_output_embeddings()
@@ -99,13 +102,14 @@ class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
         kwargs = {k: v for k, v in kwargs.items() if k in ("cache_position",) and v is not None}
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.base.config)
-        run_base = self.memory is None or self.memory_weight < 1
-        run_memory = self.memory is not None and self.memory_weight > 0
+        running: dict[str, Any] = {}
+        if self.memory is None or self.memory_weight < 1:
+            running["base"] = self.base
+        if self.memory is not None and self.memory_weight > 0:
+            running["memory"] = self.memory
         log_p: dict[str, Tensor] = {}
-        for name, model, wanted in (("base", self.base, run_base), ("memory", self.memory, run_memory)):
-            if not wanted:
-                continue
-            cache = self._cache_of(past_key_values, name, alone=not run_base)
+        for name, model in running.items():
+            cache = self._cache_of(past_key_values, model, alone=len(running) == 1)
             out = model(
                 input_ids=input_ids.to(model.device) if input_ids is not None else None,
                 attention_mask=attention_mask,
@@ -120,17 +124,19 @@ class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
         mixed = mixing.mix(log_p["base"], log_p["memory"], self.memory_weight) if len(log_p) == 2 else first
         return CausalLMOutputWithPast(logits=mixed, past_key_values=past_key_values)
 
-    def _cache_of(self, cache: Any | None, name: str, alone: bool) -> Any | None:
+    def _cache_of(self, cache: Any | None, model: Any, alone: bool) -> Any | None:
         """The base model uses the given cache, the memory one that travels on it (alone, it uses the given one)."""
-        if cache is None or name == "base" or alone:
+        if cache is None or model is self.base or alone:
             return cache
         if not hasattr(cache, "memory"):
-            cache.memory = DynamicCache(config=self.memory.config)
+            cache.memory = DynamicCache(config=model.config)
         return cache.memory
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; beams would have to reorder the memory's cache too and are refused."""
         if kwargs.get("num_beams", 1) not in (1, None):
-            raise ConfigError(f"num_beams: expected 1, found {kwargs['num_beams']}; greedy search and sampling are supported")
+            raise ConfigError(
+                f"num_beams: expected 1, found {kwargs['num_beams']}; greedy search and sampling are supported"
+            )
         return super().generate(*args, **kwargs)

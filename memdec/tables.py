@@ -4,11 +4,10 @@ Table 3 of the paper: rows (family, model, method), one column per domain and th
 domain, the number of test tokens, the tuned alpha and the 95 % bootstrap interval over test windows.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import json
 
 import pandas as pd
 
@@ -52,7 +51,9 @@ def load_records(config: Config, folders: dict[tuple[str, str, int], Path]) -> p
         artifacts.read(folder, "evaluation")
         for record in json.loads((folder / "records.json").read_text(encoding="utf-8")):
             if record["seed"] != seed:
-                raise ArtifactError(f"{folder}: expected records of seed {seed}, found seed {record['seed']}; run it again")
+                raise ArtifactError(
+                    f"{folder}: expected records of seed {seed}, found seed {record['seed']}; run it again"
+                )
             rows.append({"domain": domain, "family": config.models[model].family, "model": model, **record})
     return pd.DataFrame(rows)
 
@@ -131,5 +132,14 @@ def latex(config: Config, records: pd.DataFrame) -> str:
     body = [line(row) for row in rows]
     columns = "lll" + "r" * (len(header) - 3)
     return "\n".join(
-        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(header), r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
+        [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            line(header),
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
     )

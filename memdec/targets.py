@@ -36,12 +36,18 @@ def run(datastore: Path, index_folder: Path, stream: Path, out: Path, settings: 
     store, found = artifacts.read(datastore, "datastore"), artifacts.read(index_folder, "index")
     source = artifacts.read(stream, "tokens")
     if found.inputs["datastore"] != store.recipe:
-        raise ArtifactError(f"{index_folder}: expected an index of {datastore}, found one of other keys; run `memdec index` again")
+        raise ArtifactError(
+            f"{index_folder}: expected an index of {datastore}, found one of other keys; run `memdec index` again"
+        )
     if source.facts["sha256"]["train"] != store.facts["tokens_sha256"]:
-        raise ArtifactError(f"{datastore}: expected keys of {stream}, found keys of other tokens; run `memdec datastore` again")
+        raise ArtifactError(
+            f"{datastore}: expected keys of {stream}, found keys of other tokens; run `memdec datastore` again"
+        )
     n = store.facts["keys"]
     if settings.neighbours > n - 1:
-        raise ConfigError(f"targets: expected at most {n - 1} neighbours for {n} keys, found {settings.neighbours}; lower 'neighbours'")
+        raise ConfigError(
+            f"targets: expected at most {n - 1} neighbours for {n} keys, found {settings.neighbours}; lower 'neighbours'"
+        )
     # The batch size changes nothing in the result, so it is not part of the recipe.
     plain = {**settings.model_dump(mode="json", exclude={"batch_size"}), "shard": shard}
     inputs = {"datastore": store.recipe, "index": found.recipe, "tokens": source.recipe}
@@ -94,7 +100,8 @@ class TargetReader:
 
     def __init__(self, folders: Sequence[Path], expected_tokens: str) -> None:
         manifests = sorted(
-            ((artifacts.read(folder, "targets"), folder) for folder in folders), key=lambda item: int(item[0].facts["begin"])
+            ((artifacts.read(folder, "targets"), folder) for folder in folders),
+            key=lambda item: int(item[0].facts["begin"]),
         )
         if not manifests:
             raise ArtifactError("targets: expected at least one shard, found none; run `memdec targets` first")
@@ -102,17 +109,30 @@ class TargetReader:
         position = 0
         for manifest, folder in manifests:
             if manifest.facts["tokens_sha256"] != expected_tokens:
-                raise ArtifactError(f"{folder}: expected targets for this token stream, found some for another; make them again")
+                raise ArtifactError(
+                    f"{folder}: expected targets for this token stream, found some for another; make them again"
+                )
             if manifest.facts["begin"] != position:
-                raise ArtifactError(f"{folder}: expected the shard that begins at position {position}, found {manifest.facts['begin']}; give every shard once")
+                raise ArtifactError(
+                    f"{folder}: expected the shard that begins at position {position}, found {manifest.facts['begin']}; give every shard once"
+                )
             if manifest.inputs != manifests[0][0].inputs or _shared(manifest) != _shared(manifests[0][0]):
-                raise ArtifactError(f"{folder}: expected shards of one run, found different settings or inputs; make them again")
+                raise ArtifactError(
+                    f"{folder}: expected shards of one run, found different settings or inputs; make them again"
+                )
             position = manifest.facts["end"]
         if position != manifests[0][0].facts["positions"]:
-            raise ArtifactError(f"targets: expected shards up to position {manifests[0][0].facts['positions']}, found them up to {position}")
+            raise ArtifactError(
+                f"targets: expected shards up to position {manifests[0][0].facts['positions']}, found them up to {position}"
+            )
         self.begins = np.array([manifest.facts["begin"] for manifest, _ in manifests])
         self._shards = [
-            SparseRows(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("indptr", "tokens", "probs")))
+            SparseRows(
+                *(
+                    np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                    for name in ("indptr", "tokens", "probs")
+                )
+            )
             for _, folder in manifests
         ]
 
@@ -126,7 +146,9 @@ class TargetReader:
             np.concatenate([prob for _, _, prob in pieces]),
         )
 
-    def _pieces(self, first: int, end: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.floating]]]:
+    def _pieces(
+        self, first: int, end: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.floating]]]:
         while first < end:
             number = int(np.searchsorted(self.begins, first, side="right")) - 1
             shard, offset = self._shards[number], int(self.begins[number])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memdec import artifacts, corpora, tokens
+from memdec.config import SPLITS
 from memdec.errors import ConfigError, CorpusError
 from memdec.harness import one_line_errors
 
@@ -30,9 +31,11 @@ def load_corpus(**metadata: Any) -> dict[str, Any]:
     """
     with one_line_errors():
         folder, why = _corpus_folder(metadata)
-        split = str(metadata.get("split", "test"))
-        if split not in ("train", "valid", "test"):
-            raise ConfigError(f"memdec_ppl: expected split train, valid or test, found {split!r}; set it with --metadata")
+        split = metadata.get("split", "test")
+        if split not in SPLITS:
+            raise ConfigError(
+                f"memdec_ppl: expected split train, valid or test, found {split!r}; set it with --metadata"
+            )
         manifest = artifacts.read(folder, "corpus")
         tokenizer = _tokenizer(metadata)
         log.warning("memdec_ppl: %s split of %s (%s)", split, folder, why)
@@ -61,7 +64,13 @@ def _one_row(text: str, tokenizer: Any, source: str) -> dict[str, Any]:
     from datasets import Dataset
 
     n_tokens = len(tokenizer.encode(text, add_special_tokens=False, verbose=False))
-    row = {"text": text, "n_tokens": n_tokens, "n_words": len(text.split()), "n_bytes": len(text.encode()), "source": source}
+    row = {
+        "text": text,
+        "n_tokens": n_tokens,
+        "n_words": len(text.split()),
+        "n_bytes": len(text.encode()),
+        "source": source,
+    }
     return {"test": Dataset.from_list([row])}
 
 
@@ -78,7 +87,7 @@ def _corpus_folder(metadata: dict[str, Any]) -> tuple[Path, str]:
             if corpus:
                 return Path(os.path.relpath((folder / corpus).resolve())), f"what the {role} model was trained on"
     raise CorpusError(
-        "memdec_ppl: expected a corpus folder, found none; give --metadata '{\"corpus\": \"results/mini/corpora/NAME\"}' "
+        'memdec_ppl: expected a corpus folder, found none; give --metadata \'{"corpus": "results/mini/corpora/NAME"}\' '
         "or set MEMDEC_CORPUS (make one with `memdec corpus`)"
     )
 
@@ -106,8 +115,7 @@ def rolling_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
 
 def perplexity_of_sums(items: list[tuple[float, int]]) -> float:
     """exp(-sum of log-likelihoods / sum of units)."""
-    total, count = (sum(column) for column in zip(*items, strict=True))
-    return math.exp(-total / count)
+    return math.exp(-sum(total for total, _ in items) / sum(count for _, count in items))
 
 
 def total(items: list[float]) -> float:
@@ -117,8 +125,7 @@ def total(items: list[float]) -> float:
 
 def bits_of_sums(items: list[tuple[float, int]]) -> float:
     """Mean negative log2-likelihood per unit."""
-    total, count = (sum(column) for column in zip(*items, strict=True))
-    return -total / count / math.log(2)
+    return -sum(total for total, _ in items) / sum(count for _, count in items) / math.log(2)
 
 
 # --- rows of the other tasks --------------------------------------------------------------------------------------
@@ -146,9 +153,13 @@ def load_adaptllm(**metadata: Any) -> dict[str, Any]:
 def _check_choice(row: Any, where: str) -> None:
     for field, kind in (("input", str), ("options", list), ("gold_index", int)):
         if not isinstance(row.get(field), kind):
-            raise CorpusError(f"{where}: expected {field!r} of type {kind.__name__}, found {row.get(field)!r}; check the file or revision")
+            raise CorpusError(
+                f"{where}: expected {field!r} of type {kind.__name__}, found {row.get(field)!r}; check the file or revision"
+            )
     if len(row["options"]) < 2 or not 0 <= row["gold_index"] < len(row["options"]):
-        raise CorpusError(f"{where}: expected at least two options and a gold_index among them, found {row['options']} and {row['gold_index']}")
+        raise CorpusError(
+            f"{where}: expected at least two options and a gold_index among them, found {row['options']} and {row['gold_index']}"
+        )
 
 
 def hub_rows(path: str, config: str, split: str, revision: str | None) -> Any:
@@ -163,7 +174,9 @@ def hub_rows(path: str, config: str, split: str, revision: str | None) -> Any:
         return datasets.load_dataset(path, config, split=split, revision=revision)
     except Exception as error:  # the Hub client raises a dozen unrelated types
         reason = " ".join(str(error).split())[:160]
-        raise CorpusError(f"{path} {config}: expected rows from the Hub, found: {reason}; put files under MEMDEC_DATA, or check the network") from None
+        raise CorpusError(
+            f"{path} {config}: expected rows from the Hub, found: {reason}; put files under MEMDEC_DATA, or check the network"
+        ) from None
 
 
 def token_mean_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
@@ -182,4 +195,8 @@ def _argmax(values: list[float]) -> int:
 
 def _option_tokens(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
     n_input = len(tokenizer.encode(row["input"], verbose=False))
-    return {"option_tokens": [len(tokenizer.encode(f"{row['input']} {option}", verbose=False)) - n_input for option in row["options"]]}
+    return {
+        "option_tokens": [
+            len(tokenizer.encode(f"{row['input']} {option}", verbose=False)) - n_input for option in row["options"]
+        ]
+    }

@@ -32,7 +32,9 @@ def run_tokenizer(spec: TokenizerSpec, out: Path, corpus_folders: Sequence[Path]
     """
     inputs = {path.name: artifacts.read(path, "corpus").recipe for path in corpus_folders}
     if spec.train_on is not None and len(corpus_folders) != len(spec.train_on):
-        raise ConfigError(f"{out}: expected {len(spec.train_on)} corpus folders (train_on), found {len(corpus_folders)}")
+        raise ConfigError(
+            f"{out}: expected {len(spec.train_on)} corpus folders (train_on), found {len(corpus_folders)}"
+        )
     with artifacts.building(out, "tokenizer", spec, inputs) as build:
         if build is None:
             return
@@ -94,9 +96,13 @@ def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Hub client raises a dozen unrelated types
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{name}: expected a tokenizer folder or Hub id, found: {reason}; check the path or the network") from None
+        raise ModelError(
+            f"{name}: expected a tokenizer folder or Hub id, found: {reason}; check the path or the network"
+        ) from None
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{name}: expected a tokenizer with an EOS token, found none; set eos_token in tokenizer_config.json")
+        raise ModelError(
+            f"{name}: expected a tokenizer with an EOS token, found none; set eos_token in tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -113,16 +119,20 @@ def fingerprint(tokenizer: Any) -> str:
     import json
 
     state = json.loads(backend.to_str())
+    # "" and null mean the same to the library, and a reloaded tokenizer may say either.
+    state["model"] = {key: value for key, value in state["model"].items() if value}
     return artifacts.digest({key: state.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
 
 
 def _train(texts: Iterator[str], vocab_size: int) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
+    # transformers 5 rebuilds normaliser and pre-tokenizer from the class of the model beside it, so a Qwen2 folder
+    # splits text Qwen2's way whatever tokenizer.json says; with that very split all families agree.
+    template = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
+    bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = template.normalizer, template.pre_tokenizer, template.decoder
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOS],
@@ -131,7 +141,9 @@ def _train(texts: Iterator[str], vocab_size: int) -> Any:
     )
     bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() != vocab_size:
-        raise CorpusError(f"tokenizer: expected text for {vocab_size} tokens, found enough for {bpe.get_vocab_size()}; lower vocab_size")
+        raise CorpusError(
+            f"tokenizer: expected text for {vocab_size} tokens, found enough for {bpe.get_vocab_size()}; lower vocab_size"
+        )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=EOS)
 
 
@@ -139,7 +151,9 @@ def _encode(tokenizer: Any, texts: list[str], end: int | None, split: str) -> ND
     tail = [] if end is None else [end]
     parts = []
     for begin in tqdm(range(0, len(texts), _BATCH), desc=f"tokenize {split}", unit="k docs", mininterval=2):
-        batch = tokenizer(texts[begin : begin + _BATCH], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        batch = tokenizer(
+            texts[begin : begin + _BATCH], add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
         parts += [np.asarray(ids + tail, dtype=np.int64) for ids in batch["input_ids"]]
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 

@@ -39,7 +39,9 @@ IGNORED = -100
 def run_pretrain(spec: ModelSpec, tokenizer: Path, stream: Path, out: Path, *, context: int, seed: int) -> None:
     """Stage `pretrain`: a base model from scratch (mini scale), next-token loss on a general corpus."""
     if spec.train is None:
-        raise ConfigError(f"{out}: expected a model with 'architecture' and 'train', found a pretrained one; use `memdec model`")
+        raise ConfigError(
+            f"{out}: expected a model with 'architecture' and 'train', found a pretrained one; use `memdec model`"
+        )
     manifest = artifacts.read(stream, "tokens")
     settings = {**spec.model_dump(mode="json"), "context": context, "seed": seed}
     inputs = {"tokenizer": artifacts.read(tokenizer, "tokenizer").recipe, "tokens": manifest.recipe}
@@ -53,7 +55,9 @@ def run_pretrain(spec: ModelSpec, tokenizer: Path, stream: Path, out: Path, *, c
         _save(model, words, out, build, facts, stream, manifest)
 
 
-def run_finetune(model_folder: Path, stream: Path, out: Path, settings: TrainSettings, *, context: int, seed: int) -> None:
+def run_finetune(
+    model_folder: Path, stream: Path, out: Path, settings: TrainSettings, *, context: int, seed: int
+) -> None:
     """Stage `finetune`: all weights on the domain (the paper's DAPT; also the model that gives the keys)."""
     manifest, words = _checked(model_folder, stream)
     with artifacts.building(out, "model", _plain(settings, context, seed), _inputs(model_folder, stream)) as build:
@@ -146,7 +150,13 @@ def _lineage(out: Path, stream: Path, manifest: artifacts.Manifest) -> dict[str,
 
 
 def _save(
-    model: Any, words: Any, out: Path, build: artifacts.Build, facts: dict[str, Any], stream: Path, manifest: artifacts.Manifest
+    model: Any,
+    words: Any,
+    out: Path,
+    build: artifacts.Build,
+    facts: dict[str, Any],
+    stream: Path,
+    manifest: artifacts.Manifest,
 ) -> None:
     model.save_pretrained(out)
     words.save_pretrained(out)
@@ -158,12 +168,28 @@ def _projections(model: Any) -> list[str]:
     known = {"c_attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
     mlp = {name for name, _ in models.last_mlp(model).named_children()}
     found = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    mlp &= {"c_fc", "c_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h"}
+    mlp &= {
+        "c_fc",
+        "c_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "gate_up_proj",
+        "fc1",
+        "fc2",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    }
     return sorted(
         name
         for name, module in model.named_modules()
         if name.rsplit(".", 1)[-1] in (known & found)
-        or (name.rsplit(".", 1)[-1] in mlp and ".attn." not in name and ".self_attn." not in name and hasattr(module, "weight"))
+        or (
+            name.rsplit(".", 1)[-1] in mlp
+            and ".attn." not in name
+            and ".self_attn." not in name
+            and hasattr(module, "weight")
+        )
     )
 
 
@@ -237,7 +263,9 @@ class LossModel(nn.Module):
             loss, _, _ = hybrid_loss(hidden, head, y, target_indptr, target_tokens, target_probs, self.kl_weight)
         if not torch.isfinite(loss):
             places = ", ".join(f"{a}-{b}" for a, b in spans.tolist())
-            raise NumericsError(f"the loss is {loss.item()} on token positions {places}; lower learning_rate, or use float32")
+            raise NumericsError(
+                f"the loss is {loss.item()} on token positions {places}; lower learning_rate, or use float32"
+            )
         return {"loss": loss / (num_items_in_batch if num_items_in_batch is not None else len(y))}
 
 
@@ -265,7 +293,7 @@ class LossTrainer(Trainer):
         value = float(total[0] / total[1])
         metrics = {f"{metric_key_prefix}_loss": value, f"{metric_key_prefix}_perplexity": math.exp(min(value, 80))}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -278,7 +306,9 @@ class LossTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.unexpected_keys:
-            raise ArtifactError(f"checkpoint: unexpected weights {load_result.unexpected_keys[:3]}; delete the work folder")
+            raise ArtifactError(
+                f"checkpoint: unexpected weights {load_result.unexpected_keys[:3]}; delete the work folder"
+            )
 
 
 def _fit(
@@ -298,7 +328,11 @@ def _fit(
     data = WindowData(train, windows(len(train), context, context), prefix)
     valid_data = WindowData(valid, windows(len(valid), context, context), prefix)
     steps = settings.epochs * math.ceil(len(data) / (settings.batch_size * settings.accumulation))
-    every = {"save_strategy": "epoch"} if settings.keep_best else {"save_strategy": "steps", "save_steps": max(1, int(steps / 5))}
+    every = (
+        {"save_strategy": "epoch"}
+        if settings.keep_best
+        else {"save_strategy": "steps", "save_steps": max(1, int(steps / 5))}
+    )
     arguments = TrainingArguments(
         output_dir=str(work),
         num_train_epochs=settings.epochs,
@@ -351,4 +385,14 @@ def _prefix(model: Any) -> int:
     return int(config.bos_token_id if config.bos_token_id is not None else config.eos_token_id)
 
 
-__all__ = ["Collate", "LossModel", "LossTrainer", "SparseRows", "WindowData", "run_finetune", "run_lora", "run_pretrain", "run_train"]
+__all__ = [
+    "Collate",
+    "LossModel",
+    "LossTrainer",
+    "SparseRows",
+    "WindowData",
+    "run_finetune",
+    "run_lora",
+    "run_pretrain",
+    "run_train",
+]

@@ -1,0 +1,43 @@
+# Thin names for the commands of the README. Each makes .venv when it is missing or older than its inputs.
+PYTHON ?= python3
+BIN := .venv/bin
+CORES ?= 8
+STAMP := .venv/.installed
+
+.PHONY: install table3 test check bench report regression
+
+install: $(STAMP)
+
+# torch goes first and pinned: without it pip may take a build with gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt memdec_hook.py memdec_hook.pth
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[cpu,dev]'
+	touch $@
+
+table3: $(STAMP)
+	. $(BIN)/activate && snakemake --cores $(CORES) results/table3.csv
+	@cat results/table3.md
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 tests
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check Snakefile workflow
+	. $(BIN)/activate && snakemake --lint
+	$(BIN)/python -m benchmarks.report --check
+	$(BIN)/python -m docs.build --check
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run --out results/benchmarks.csv
+
+report: $(STAMP)
+	. $(BIN)/activate && snakemake --cores $(CORES) results/table3.csv && snakemake --report results/report.html
+
+# Small run against the committed baseline: exit 1 when a perplexity moved, 3 when text or versions differ.
+regression: $(STAMP)
+	. $(BIN)/activate && tests/regression/run.sh build/regression

@@ -1,0 +1,303 @@
+"""`memdec <stage>`: every stage by hand, with the options that its typed settings have.
+
+Exit codes: 0 done, 1 a check found a difference, 2 bad input (one line on standard error), 3 results that cannot be
+compared.
+"""
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from memdec import config as cfg
+from memdec.errors import ConfigError, MemDecError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Out = Annotated[Path, typer.Option(help="folder to make")]
+Corpus = Annotated[Path, typer.Option(help="corpus folder")]
+Model = Annotated[Path, typer.Option(help="model folder")]
+Tokenizer = Annotated[Path, typer.Option(help="tokenizer folder")]
+Tokens = Annotated[Path, typer.Option(help="token folder")]
+Spec = Annotated[str, typer.Option(help="JSON of one entry of the config, e.g. of 'corpora'")]
+Seed = Annotated[int, typer.Option(help="seed of this run")]
+Context = Annotated[int, typer.Option(help="tokens a model sees at most (paper: 1024)")]
+Stride = Annotated[int, typer.Option(help="tokens scored per window (paper: 512)")]
+
+
+def stage(settings: type[BaseModel] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command; the fields of `settings` become its options and arrive as one object `settings`."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(function).parameters.values() if p.name != "settings"]
+        fields = settings.model_fields if settings is not None else {}
+        options = [_option(name, field) for name, field in fields.items()]
+
+        def command(**values: Any) -> None:
+            _limit_threads()
+            arguments = {p.name: values.pop(p.name) for p in own}
+            if settings is not None:
+                arguments["settings"] = cfg.parse(settings, values, f"memdec {function.__name__.strip('_')}")
+            function(**arguments)
+
+        command.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
+        command.__doc__ = function.__doc__
+        app.command(function.__name__.strip("_"))(command)
+        return function
+
+    return register
+
+
+def _option(name: str, field: Any) -> inspect.Parameter:
+    """A typer option for a pydantic field: its type, default and description."""
+    kind = field.annotation
+    origin = get_origin(kind)
+    if origin is Literal:
+        kind = str
+    elif origin is list:
+        inner = get_args(kind)[0]
+        kind = list[get_args(inner)[0] if get_origin(inner) is Annotated else inner]  # type: ignore[misc]
+    default = inspect.Parameter.empty if field.default is PydanticUndefined else field.default
+    help_text = (field.description or "") + (
+        f" [{' | '.join(get_args(field.annotation))}]" if origin is Literal else ""
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=help_text)]
+    )
+
+
+def _limit_threads() -> None:
+    """Use the threads that the caller (Snakemake) granted, not all of the machine."""
+    import torch
+
+    granted = os.environ.get("OMP_NUM_THREADS")
+    if granted and granted.isdigit():
+        torch.set_num_threads(int(granted))
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: expected JSON, found {text[:60]!r} ({error}); quote it for the shell") from None
+
+
+@stage()
+def corpus(
+    spec: Spec, out: Out, against: Annotated[list[Path], typer.Option(help="corpora that must not overlap")] = []
+) -> None:
+    """Documents of a corpus, split and deduplicated."""
+    from memdec import corpora
+
+    corpora.run(cfg.parse(cfg.CorpusSpec, _json(spec, "--spec"), "--spec"), out, against)
+
+
+@stage()
+def tokenizer(
+    spec: Spec, out: Out, corpus: Annotated[list[Path], typer.Option(help="corpora to train on")] = []
+) -> None:
+    """A tokenizer, trained here or taken from a model."""
+    from memdec import tokens
+
+    tokens.run_tokenizer(cfg.parse(cfg.TokenizerSpec, _json(spec, "--spec"), "--spec"), out, corpus)
+
+
+@stage()
+def tokens(tokenizer: Tokenizer, corpus: Corpus, out: Out) -> None:
+    """Token streams of a corpus."""
+    from memdec import tokens as stage_tokens
+
+    stage_tokens.run_tokens(tokenizer, corpus, out)
+
+
+@stage()
+def model(
+    spec: Spec,
+    tokenizer: Tokenizer,
+    out: Out,
+    tokens: Annotated[Path | None, typer.Option(help="token folder, for a model from scratch")] = None,
+    context: Context = 1024,
+    seed: Seed = 0,
+) -> None:
+    """A base model: links to a pretrained one, or one trained from scratch."""
+    entry: cfg.ModelSpec = cfg.parse(cfg.ModelSpec, _json(spec, "--spec"), "--spec")
+    if entry.pretrained is not None:
+        from memdec import models
+
+        models.run_link(entry, tokenizer, out)
+        return
+    if tokens is None:
+        raise ConfigError(
+            "memdec model: expected --tokens for a model from scratch, found none; run `memdec tokens` first"
+        )
+    from memdec import train
+
+    train.run_pretrain(entry, tokenizer, tokens, out, context=context, seed=seed)
+
+
+@stage(cfg.TrainSettings)
+def finetune(model: Model, tokens: Tokens, out: Out, context: Context, seed: Seed, settings: cfg.TrainSettings) -> None:
+    """All weights of a model on a domain (DAPT; the model that gives the keys)."""
+    from memdec import train
+
+    train.run_finetune(model, tokens, out, settings, context=context, seed=seed)
+
+
+@stage(cfg.LoraSettings)
+def lora(model: Model, tokens: Tokens, out: Out, context: Context, seed: Seed, settings: cfg.LoraSettings) -> None:
+    """A LoRA adapter of a model on a domain."""
+    from memdec import train
+
+    train.run_lora(model, tokens, out, settings, context=context, seed=seed)
+
+
+@stage(cfg.DatastoreSettings)
+def datastore(
+    model: Model, tokens: Tokens, out: Out, context: Context, stride: Stride, settings: cfg.DatastoreSettings
+) -> None:
+    """Keys of every training position."""
+    from memdec import datastore as stage_datastore
+
+    stage_datastore.run(model, tokens, out, settings, context=context, stride=stride)
+
+
+@stage(cfg.IndexSettings)
+def index(
+    datastore: Annotated[Path, typer.Option(help="datastore folder")], out: Out, settings: cfg.IndexSettings
+) -> None:
+    """Search structure over the keys."""
+    from memdec import index as stage_index
+
+    stage_index.run(datastore, out, settings)
+
+
+@stage(cfg.TargetSettings)
+def targets(
+    datastore: Annotated[Path, typer.Option(help="datastore folder")],
+    index: Annotated[Path, typer.Option(help="index folder")],
+    tokens: Tokens,
+    out: Out,
+    settings: cfg.TargetSettings,
+    shard: Annotated[int, typer.Option(help="which of --shards, from 0")] = 0,
+) -> None:
+    """kNN next-token distributions of one shard of the training positions."""
+    from memdec import targets as stage_targets
+
+    stage_targets.run(datastore, index, tokens, out, settings, shard=shard)
+
+
+@stage(cfg.MemorySettings)
+def train(
+    model: Model,
+    tokens: Tokens,
+    targets: Annotated[list[Path], typer.Option(help="target folder; repeat for every shard")],
+    out: Out,
+    context: Context,
+    seed: Seed,
+    settings: cfg.MemorySettings,
+) -> None:
+    """The memory decoder."""
+    from memdec import train as stage_train
+
+    stage_train.run_train(model, tokens, targets, out, settings, context=context, seed=seed)
+
+
+@stage(cfg.EvaluateSettings)
+def evaluate(
+    base: Annotated[Path, typer.Option(help="base model folder")],
+    corpus: Corpus,
+    out: Out,
+    context: Context,
+    stride: Stride,
+    settings: cfg.EvaluateSettings,
+    memory: Annotated[Path | None, typer.Option(help="memory folder")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA folder")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Perplexity with and without memory through lm-eval; alpha tuned on valid."""
+    from memdec import evaluate as stage_evaluate
+
+    stage_evaluate.run(base, corpus, out, settings, memory=memory, lora=lora, context=context, stride=stride, seed=seed)
+
+
+@app.command()
+def table(
+    config: Annotated[Path, typer.Option(help="config of the run, YAML or JSON")],
+    cell: Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:EVALUATION_FOLDER; repeat")],
+    out: Annotated[Path, typer.Option(help="CSV file; .md, .tex and .provenance.json are put beside it")],
+) -> None:
+    """Table 3 from evaluations."""
+    from memdec import tables
+
+    folders = {}
+    for text in cell:
+        parts = text.split(":", 3)
+        if len(parts) != 4 or not parts[2].lstrip("-").isdigit():
+            raise ConfigError(f"--cell: expected DOMAIN:MODEL:SEED:FOLDER, found {text!r}")
+        folders[parts[0], parts[1], int(parts[2])] = Path(parts[3])
+    tables.run_table3(cfg.load(config), folders, out)
+
+
+@app.command()
+def check(
+    results: Annotated[Path, typer.Argument(help="a table3.csv with its .provenance.json beside it")],
+    baseline: Annotated[Path, typer.Option(help="tests/regression/<scale>.json")],
+    write: Annotated[bool, typer.Option("--write", help="make the baseline from these results instead")] = False,
+    noise: Annotated[
+        list[Path], typer.Option(help="with --write: tables of other seeds, to measure the tolerance")
+    ] = [],
+) -> None:
+    """Compare perplexities with a baseline: exit 1 beyond the tolerance, 3 where they cannot be compared."""
+    from memdec import regression
+
+    if write:
+        regression.write(results, noise, baseline)
+        return
+    lines, moved = regression.compare(results, baseline)
+    print("\n".join(lines))
+    if moved:
+        raise SystemExit(1)
+
+
+@app.command()
+def schema(
+    out: Annotated[Path, typer.Argument(help="file to write, e.g. workflow/schemas/config.schema.json")],
+) -> None:
+    """JSON schema of the configuration."""
+    from memdec import artifacts
+
+    artifacts.write_json(out, cfg.json_schema())
+
+
+@app.command()
+def validate(config: Annotated[Path, typer.Argument(help="config file")]) -> None:
+    """Check a config file: all problems at once."""
+    cfg.load(config)
+    print(f"{config}: valid")
+
+
+def main() -> None:
+    """Entry point: errors the user can act on are one line."""
+    try:
+        app(standalone_mode=False)
+    except MemDecError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except (typer.Exit, typer.Abort) as stop:
+        raise SystemExit(getattr(stop, "exit_code", 1)) from None
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            print(f"error: {getattr(error, 'format_message', lambda: error)()}", file=sys.stderr)
+            raise SystemExit(2) from None
+        raise
+
+
+if __name__ == "__main__":
+    main()

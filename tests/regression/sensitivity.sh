@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Shows that the check sees what it should: three wrong versions of the reduced run, each of which must be reported.
+# Needs a finished reduced run in FOLDER (tests/regression/run.sh FOLDER); upstream artefacts are reused.
+set -euo pipefail
+folder=$(cd "$1" && pwd)
+root=$(cd "$(dirname "$0")/../.." && pwd)
+failed=0
+
+expect_moved() { # NAME TABLE
+  set +e
+  memdec check --baseline "$root/tests/regression/reduced.json" "$2" > "$2.check"
+  code=$?
+  set -e
+  echo "$1: exit $code, $(grep -c MOVED "$2.check" || true) cells moved (expected exit 1)"
+  grep MemDec "$2.check" || true
+  [ "$code" = 1 ] || failed=1
+}
+
+build() { # FOLDER [SNAKEMAKE OPTIONS]
+  snakemake --quiet --cores 8 --snakefile "$root/Snakefile" --directory "$1" --workflow-profile "$root/profiles/default" \
+    --configfile "$root/tests/regression/reduced.yaml" "${@:2}" results/table3.csv
+}
+
+copy() { rm -rf "$1" && mkdir -p "$1" && cp -a "$folder/results" "$folder/.snakemake" "$1/"; }
+
+copy "$folder/wrong-beta"
+build "$folder/wrong-beta" --config 'memory={"kl_weight": 0}' --forcerun train
+expect_moved "kl_weight 0 instead of 0.5" "$folder/wrong-beta/results/table3.csv"
+
+copy "$folder/wrong-stride"
+build "$folder/wrong-stride" --config stride=128 --forcerun evaluate
+expect_moved "stride 128 instead of 64" "$folder/wrong-stride/results/table3.csv"
+
+copy "$folder/wrong-self"
+cd "$folder/wrong-self"
+home=results/reduced/sklearn/seed0
+for shard in 0 1; do
+  rm -rf $home/targets/$shard
+  python - "$shard" "$home" << 'PY'
+import sys
+from pathlib import Path
+from memdec import targets
+from memdec.config import TargetSettings
+
+shard, home = int(sys.argv[1]), Path(sys.argv[2])
+targets.drop_self = lambda sq_dist, ids, own, neighbours: (sq_dist[:, :neighbours], ids[:, :neighbours])  # the fault
+settings = TargetSettings(neighbours=256, temperature=16, top=64, shards=2)
+stream = Path("results/reduced/tokens/bpe1k/sklearn")
+targets.run(home / "datastore", home / "index", stream, home / "targets" / str(shard), settings, shard=shard)
+PY
+done
+cd - > /dev/null
+rm -rf "$folder/wrong-self/results/reduced/sklearn/seed0/memory"
+build "$folder/wrong-self"
+expect_moved "self left among the neighbours" "$folder/wrong-self/results/table3.csv"
+exit $failed

@@ -1,0 +1,83 @@
+rule corpus:
+    input:
+        lambda w: [
+            manifest(f"{RUN}/corpora/{name}")
+            for name in config["corpora"][w.corpus].get("disjoint_from", [])
+        ],
+    output:
+        expand(
+            RUN + "/corpora/{{corpus}}/{split}.parquet",
+            split=["train", "valid", "test"],
+        ),
+        manifest=RUN + "/corpora/{corpus}/manifest.json",
+    log:
+        LOG + "/corpus/{corpus}.log",
+    benchmark:
+        BENCHMARK + "/corpus/{corpus}.tsv"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=30,
+    params:
+        spec=lambda w: spec("corpora", w.corpus),
+        against=lambda w, input: " ".join(
+            f"--against {os.path.dirname(f)}" for f in input
+        ),
+        stage=STAGE["corpus"],
+    shell:
+        "OMP_NUM_THREADS={threads} memdec corpus --spec {params.spec} {params.against} "
+        "--out $(dirname {output.manifest}) > {log} 2>&1"
+
+
+rule tokenizer:
+    input:
+        lambda w: [
+            manifest(f"{RUN}/corpora/{name}")
+            for name in config["tokenizers"][w.tokenizer].get("train_on") or []
+        ],
+    output:
+        RUN + "/tokenizers/{tokenizer}/tokenizer.json",
+        manifest=RUN + "/tokenizers/{tokenizer}/manifest.json",
+    log:
+        LOG + "/tokenizer/{tokenizer}.log",
+    benchmark:
+        BENCHMARK + "/tokenizer/{tokenizer}.tsv"
+    threads: 2
+    resources:
+        mem_mb=1500,
+        runtime=60,
+    params:
+        spec=lambda w: spec("tokenizers", w.tokenizer),
+        corpora=lambda w, input: " ".join(
+            f"--corpus {os.path.dirname(f)}" for f in input
+        ),
+        stage=STAGE["tokenizer"],
+    shell:
+        "RAYON_NUM_THREADS={threads} OMP_NUM_THREADS={threads} memdec tokenizer --spec {params.spec} "
+        "{params.corpora} --out $(dirname {output.manifest}) > {log} 2>&1"
+
+
+rule tokens:
+    input:
+        corpus=RUN + "/corpora/{corpus}/manifest.json",
+        tokenizer=RUN + "/tokenizers/{tokenizer}/manifest.json",
+    output:
+        expand(
+            RUN + "/tokens/{{tokenizer}}/{{corpus}}/{split}.npy",
+            split=["train", "valid", "test"],
+        ),
+        manifest=RUN + "/tokens/{tokenizer}/{corpus}/manifest.json",
+    log:
+        LOG + "/tokens/{tokenizer}/{corpus}.log",
+    benchmark:
+        BENCHMARK + "/tokens/{tokenizer}/{corpus}.tsv"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=120,
+    params:
+        stage=STAGE["tokens"],
+    shell:
+        "RAYON_NUM_THREADS={threads} OMP_NUM_THREADS={threads} memdec tokens "
+        "--tokenizer $(dirname {input.tokenizer}) --corpus $(dirname {input.corpus}) "
+        "--out $(dirname {output.manifest}) > {log} 2>&1"

@@ -1,0 +1,50 @@
+CELLS = [
+    (domain, model, seed)
+    for domain in config["domains"]
+    for model in MODELS
+    for seed in config.get("seeds", [0])
+]
+
+
+rule resolved_config:
+    output:
+        RUN + "/config.json",
+    log:
+        LOG + "/config.log",
+    localrule: True
+    params:
+        config=shlex.quote(json.dumps(config, sort_keys=True)),
+    shell:
+        "printf '%s' {params.config} > {output} 2> {log}"
+
+
+rule table3:
+    input:
+        config=RUN + "/config.json",
+        cells=[
+            f"{RUN}/{domain}/seed{seed}/evaluation/{model}/manifest.json"
+            for domain, model, seed in CELLS
+        ],
+    output:
+        csv=report(
+            "results/table3.csv", caption="../report/table3.rst", category="Tables"
+        ),
+        markdown="results/table3.md",
+        latex="results/table3.tex",
+        provenance="results/table3.provenance.json",
+    log:
+        LOG + "/table3.log",
+    benchmark:
+        BENCHMARK + "/table3.tsv"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        cells=" ".join(
+            f"--cell {domain}:{model}:{seed}:{RUN}/{domain}/seed{seed}/evaluation/{model}"
+            for domain, model, seed in CELLS
+        ),
+        stage=STAGE["table"],
+    shell:
+        "memdec table --config {input.config} {params.cells} --out {output.csv} > {log} 2>&1"
