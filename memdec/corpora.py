@@ -209,7 +209,7 @@ def _one_file(file: Path, spec: FileCorpus) -> Iterator[Document]:
             raw = lzma.decompress(raw)
         content = raw.decode("utf-8")
         if kind not in (".jsonl", ".json"):
-            parts = {
+            parts = {  # type: ignore[no-untyped-call]
                 "blank_line": lambda: content.split("\n\n"),
                 "line": content.splitlines,
                 "file": lambda: [content],

@@ -6,6 +6,7 @@ holds the vocabulary. With separator `eos` every document ends with EOS, so that
 tokenizer makes of the joined text (which is what lm-eval sees).
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def run_tokens(tokenizer_folder: Path, corpus_folder: Path, out: Path) -> None:
         build.facts.update(
             tokens=counts,
             sha256=hashes,
-            corpus=corpus_folder.name,
+            corpus=os.path.relpath(corpus_folder.resolve(), out.resolve()),
             corpus_sha256=corpus.facts["sha256"],
             tokenizer_sha256=fingerprint(tokenizer),
             dtype=str(width),

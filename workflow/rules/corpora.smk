@@ -6,14 +6,17 @@ rule corpus:
         ],
     output:
         expand(
-            RUN + "/corpora/{{corpus}}/{split}.parquet",
+            f"{RUN}/corpora/{{corpus}}/{{split}}.parquet",
             split=["train", "valid", "test"],
+            allow_missing=True,
         ),
-        manifest=RUN + "/corpora/{corpus}/manifest.json",
+        manifest=f"{RUN}/corpora/{{corpus}}/manifest.json",
     log:
-        LOG + "/corpus/{corpus}.log",
+        f"{LOG}/corpus/{{corpus}}.log",
     benchmark:
-        BENCHMARK + "/corpus/{corpus}.tsv"
+        f"{BENCHMARK}/corpus/{{corpus}}.tsv"
+    conda:
+        CONDA
     threads: 1
     resources:
         mem_mb=1500,
@@ -36,12 +39,14 @@ rule tokenizer:
             for name in config["tokenizers"][w.tokenizer].get("train_on") or []
         ],
     output:
-        RUN + "/tokenizers/{tokenizer}/tokenizer.json",
-        manifest=RUN + "/tokenizers/{tokenizer}/manifest.json",
+        f"{RUN}/tokenizers/{{tokenizer}}/tokenizer.json",
+        manifest=f"{RUN}/tokenizers/{{tokenizer}}/manifest.json",
     log:
-        LOG + "/tokenizer/{tokenizer}.log",
+        f"{LOG}/tokenizer/{{tokenizer}}.log",
     benchmark:
-        BENCHMARK + "/tokenizer/{tokenizer}.tsv"
+        f"{BENCHMARK}/tokenizer/{{tokenizer}}.tsv"
+    conda:
+        CONDA
     threads: 2
     resources:
         mem_mb=1500,
@@ -59,18 +64,21 @@ rule tokenizer:
 
 rule tokens:
     input:
-        corpus=RUN + "/corpora/{corpus}/manifest.json",
-        tokenizer=RUN + "/tokenizers/{tokenizer}/manifest.json",
+        corpus=f"{RUN}/corpora/{{corpus}}/manifest.json",
+        tokenizer=f"{RUN}/tokenizers/{{tokenizer}}/manifest.json",
     output:
         expand(
-            RUN + "/tokens/{{tokenizer}}/{{corpus}}/{split}.npy",
+            f"{RUN}/tokens/{{tokenizer}}/{{corpus}}/{{split}}.npy",
             split=["train", "valid", "test"],
+            allow_missing=True,
         ),
-        manifest=RUN + "/tokens/{tokenizer}/{corpus}/manifest.json",
+        manifest=f"{RUN}/tokens/{{tokenizer}}/{{corpus}}/manifest.json",
     log:
-        LOG + "/tokens/{tokenizer}/{corpus}.log",
+        f"{LOG}/tokens/{{tokenizer}}/{{corpus}}.log",
     benchmark:
-        BENCHMARK + "/tokens/{tokenizer}/{corpus}.tsv"
+        f"{BENCHMARK}/tokens/{{tokenizer}}/{{corpus}}.tsv"
+    conda:
+        CONDA
     threads: 1
     resources:
         mem_mb=1500,

@@ -1,16 +1,18 @@
 rule evaluate:
     input:
-        base=RUN + "/models/{model}/manifest.json",
-        corpus=RUN + "/corpora/{domain}/manifest.json",
-        memory=RUN + "/{domain}/seed{seed}/memory/manifest.json",
-        lora=RUN + "/{domain}/seed{seed}/lora/{model}/manifest.json",
+        base=f"{RUN}/models/{{model}}/manifest.json",
+        corpus=f"{RUN}/corpora/{{domain}}/manifest.json",
+        memory=f"{RUN}/{{domain}}/seed{{seed}}/memory/manifest.json",
+        lora=f"{RUN}/{{domain}}/seed{{seed}}/lora/{{model}}/manifest.json",
     output:
-        RUN + "/{domain}/seed{seed}/evaluation/{model}/records.json",
-        manifest=RUN + "/{domain}/seed{seed}/evaluation/{model}/manifest.json",
+        f"{RUN}/{{domain}}/seed{{seed}}/evaluation/{{model}}/records.json",
+        manifest=f"{RUN}/{{domain}}/seed{{seed}}/evaluation/{{model}}/manifest.json",
     log:
-        LOG + "/evaluate/{domain}-{seed}-{model}.log",
+        f"{LOG}/evaluate/{{domain}}-{{seed}}-{{model}}.log",
     benchmark:
-        BENCHMARK + "/evaluate/{domain}-{seed}-{model}.tsv"
+        f"{BENCHMARK}/evaluate/{{domain}}-{{seed}}-{{model}}.tsv"
+    conda:
+        CONDA
     threads: 1
     resources:
         mem_mb=2000,

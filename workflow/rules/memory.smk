@@ -1,18 +1,20 @@
-HOME = RUN + "/{domain}/seed{seed}"
+HOME = f"{RUN}/{{domain}}/seed{{seed}}"
 
 
 rule datastore:
     input:
-        model=HOME + f"/finetuned/{config['key_model']}/manifest.json",
-        tokens=RUN + f"/tokens/{TOKENIZER}" + "/{domain}/manifest.json",
+        model=f"{HOME}/finetuned/{config['key_model']}/manifest.json",
+        tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
     output:
-        HOME + "/datastore/keys.npy",
-        manifest=HOME + "/datastore/manifest.json",
+        f"{HOME}/datastore/keys.npy",
+        manifest=f"{HOME}/datastore/manifest.json",
     log:
-        LOG + "/datastore/{domain}-{seed}.log",
+        f"{LOG}/datastore/{{domain}}-{{seed}}.log",
     benchmark:
-        BENCHMARK + "/datastore/{domain}-{seed}.tsv"
+        f"{BENCHMARK}/datastore/{{domain}}-{{seed}}.tsv"
     priority: 5
+    conda:
+        CONDA
     threads: 1
     resources:
         mem_mb=2000,
@@ -29,15 +31,17 @@ rule datastore:
 
 rule index:
     input:
-        HOME + "/datastore/manifest.json",
+        f"{HOME}/datastore/manifest.json",
     output:
-        HOME + "/index/index.faiss",
-        manifest=HOME + "/index/manifest.json",
+        f"{HOME}/index/index.faiss",
+        manifest=f"{HOME}/index/manifest.json",
     log:
-        LOG + "/index/{domain}-{seed}.log",
+        f"{LOG}/index/{{domain}}-{{seed}}.log",
     benchmark:
-        BENCHMARK + "/index/{domain}-{seed}.tsv"
+        f"{BENCHMARK}/index/{{domain}}-{{seed}}.tsv"
     priority: 5
+    conda:
+        CONDA
     threads: 1
     resources:
         mem_mb=1500,
@@ -52,21 +56,23 @@ rule index:
 
 rule targets:
     input:
-        datastore=HOME + "/datastore/manifest.json",
-        index=HOME + "/index/manifest.json",
-        tokens=RUN + f"/tokens/{TOKENIZER}" + "/{domain}/manifest.json",
+        datastore=f"{HOME}/datastore/manifest.json",
+        index=f"{HOME}/index/manifest.json",
+        tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
     output:
         expand(
-            HOME.replace("{", "{{").replace("}", "}}")
-            + "/targets/{{shard}}/{part}.npy",
+            f"{HOME}/targets/{{shard}}/{{part}}.npy",
             part=["indptr", "tokens", "probs"],
+            allow_missing=True,
         ),
-        manifest=HOME + "/targets/{shard}/manifest.json",
+        manifest=f"{HOME}/targets/{{shard}}/manifest.json",
     log:
-        LOG + "/targets/{domain}-{seed}-{shard}.log",
+        f"{LOG}/targets/{{domain}}-{{seed}}-{{shard}}.log",
     benchmark:
-        BENCHMARK + "/targets/{domain}-{seed}-{shard}.tsv"
+        f"{BENCHMARK}/targets/{{domain}}-{{seed}}-{{shard}}.tsv"
     priority: 5
+    conda:
+        CONDA
     threads: 1
     resources:
         mem_mb=1500,
@@ -82,21 +88,23 @@ rule targets:
 
 rule train:
     input:
-        model=RUN + f"/models/{config['memory_model']}/manifest.json",
-        tokens=RUN + f"/tokens/{TOKENIZER}" + "/{domain}/manifest.json",
+        model=f"{RUN}/models/{config['memory_model']}/manifest.json",
+        tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
         targets=expand(
-            HOME.replace("{", "{{").replace("}", "}}")
-            + "/targets/{shard}/manifest.json",
+            f"{HOME}/targets/{{shard}}/manifest.json",
             shard=range(SHARDS),
+            allow_missing=True,
         ),
     output:
-        HOME + "/memory/model.safetensors",
-        manifest=HOME + "/memory/manifest.json",
+        f"{HOME}/memory/model.safetensors",
+        manifest=f"{HOME}/memory/manifest.json",
     log:
-        LOG + "/train/{domain}-{seed}.log",
+        f"{LOG}/train/{{domain}}-{{seed}}.log",
     benchmark:
-        BENCHMARK + "/train/{domain}-{seed}.tsv"
+        f"{BENCHMARK}/train/{{domain}}-{{seed}}.tsv"
     priority: 5
+    conda:
+        CONDA
     threads: 1
     resources:
         mem_mb=2000,

@@ -11,13 +11,15 @@ rule model:
             else []
         ),
     output:
-        RUN + "/models/{model}/config.json",
-        manifest=RUN + "/models/{model}/manifest.json",
+        f"{RUN}/models/{{model}}/config.json",
+        manifest=f"{RUN}/models/{{model}}/manifest.json",
     log:
-        LOG + "/model/{model}.log",
+        f"{LOG}/model/{{model}}.log",
     benchmark:
-        BENCHMARK + "/model/{model}.tsv"
+        f"{BENCHMARK}/model/{{model}}.tsv"
     priority: 10
+    conda:
+        CONDA
     threads: 1
     resources:
         mem_mb=2000,
@@ -36,16 +38,18 @@ rule model:
 
 rule finetune:
     input:
-        model=RUN + "/models/{model}/manifest.json",
-        tokens=RUN + f"/tokens/{TOKENIZER}" + "/{domain}/manifest.json",
+        model=f"{RUN}/models/{{model}}/manifest.json",
+        tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
     output:
-        RUN + "/{domain}/seed{seed}/finetuned/{model}/model.safetensors",
-        manifest=RUN + "/{domain}/seed{seed}/finetuned/{model}/manifest.json",
+        f"{RUN}/{{domain}}/seed{{seed}}/finetuned/{{model}}/model.safetensors",
+        manifest=f"{RUN}/{{domain}}/seed{{seed}}/finetuned/{{model}}/manifest.json",
     log:
-        LOG + "/finetune/{domain}-{seed}-{model}.log",
+        f"{LOG}/finetune/{{domain}}-{{seed}}-{{model}}.log",
     benchmark:
-        BENCHMARK + "/finetune/{domain}-{seed}-{model}.tsv"
+        f"{BENCHMARK}/finetune/{{domain}}-{{seed}}-{{model}}.tsv"
     priority: 5
+    conda:
+        CONDA
     threads: 1
     resources:
         mem_mb=2000,
@@ -62,15 +66,17 @@ rule finetune:
 
 rule lora:
     input:
-        model=RUN + "/models/{model}/manifest.json",
-        tokens=RUN + f"/tokens/{TOKENIZER}" + "/{domain}/manifest.json",
+        model=f"{RUN}/models/{{model}}/manifest.json",
+        tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
     output:
-        RUN + "/{domain}/seed{seed}/lora/{model}/adapter_model.safetensors",
-        manifest=RUN + "/{domain}/seed{seed}/lora/{model}/manifest.json",
+        f"{RUN}/{{domain}}/seed{{seed}}/lora/{{model}}/adapter_model.safetensors",
+        manifest=f"{RUN}/{{domain}}/seed{{seed}}/lora/{{model}}/manifest.json",
     log:
-        LOG + "/lora/{domain}-{seed}-{model}.log",
+        f"{LOG}/lora/{{domain}}-{{seed}}-{{model}}.log",
     benchmark:
-        BENCHMARK + "/lora/{domain}-{seed}-{model}.tsv"
+        f"{BENCHMARK}/lora/{{domain}}-{{seed}}-{{model}}.tsv"
+    conda:
+        CONDA
     threads: 1
     resources:
         mem_mb=2000,

@@ -8,19 +8,21 @@ CELLS = [
 
 rule resolved_config:
     output:
-        RUN + "/config.json",
+        f"{RUN}/config.json",
     log:
-        LOG + "/config.log",
+        f"{LOG}/config.log",
     localrule: True
+    conda:
+        CONDA
     params:
-        config=shlex.quote(json.dumps(config, sort_keys=True)),
+        config=shlex.quote(json.dumps(config)),
     shell:
         "printf '%s' {params.config} > {output} 2> {log}"
 
 
 rule table3:
     input:
-        config=RUN + "/config.json",
+        config=f"{RUN}/config.json",
         cells=[
             f"{RUN}/{domain}/seed{seed}/evaluation/{model}/manifest.json"
             for domain, model, seed in CELLS
@@ -33,9 +35,11 @@ rule table3:
         latex="results/table3.tex",
         provenance="results/table3.provenance.json",
     log:
-        LOG + "/table3.log",
+        f"{LOG}/table3.log",
     benchmark:
-        BENCHMARK + "/table3.tsv"
+        f"{BENCHMARK}/table3.tsv"
+    conda:
+        CONDA
     threads: 1
     resources:
         mem_mb=500,
