@@ -50,7 +50,6 @@ def run_pretrain(spec: ModelSpec, tokenizer: Path, stream: Path, out: Path, *, c
             return
         words = tokens.load_tokenizer(str(tokenizer))
         model = models.from_scratch(spec, len(words), context, words.eos_token_id, seed)
-        models.set_dropout(model.config, spec.train.dropout)
         facts = _fit(model, spec.train, stream, build.work, context=context, seed=seed)
         _save(model, words, out, build, facts, stream, manifest)
 

@@ -6,8 +6,9 @@ folder=$(cd "$1" && pwd)
 root=$(cd "$(dirname "$0")/../.." && pwd)
 noise=()
 for seed in 1 2 0; do
+  echo "seeds: [$seed]" > "$folder/seed.yaml"
   snakemake --quiet --cores 8 --snakefile "$root/Snakefile" --directory "$folder" --workflow-profile "$root/profiles/default" \
-    --configfile "$root/tests/regression/reduced.yaml" --config "seeds=[$seed]" -- results/table3.csv
+    --configfile "$root/tests/regression/reduced.yaml" "$folder/seed.yaml" -- results/table3.csv
   if [ "$seed" != 0 ]; then
     mkdir -p "$folder/seed$seed" && cp "$folder"/results/table3.* "$folder/seed$seed/"
     noise+=(--noise "$folder/seed$seed/table3.csv")

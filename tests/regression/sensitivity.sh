@@ -16,19 +16,20 @@ expect_moved() { # NAME TABLE
   [ "$code" = 1 ] || failed=1
 }
 
-build() { # FOLDER [SNAKEMAKE OPTIONS]
+build() { # FOLDER CONFIG [SNAKEMAKE OPTIONS]
+  echo "$2" > "$1/change.yaml"
   snakemake --quiet --cores 8 --snakefile "$root/Snakefile" --directory "$1" --workflow-profile "$root/profiles/default" \
-    --configfile "$root/tests/regression/reduced.yaml" "${@:2}" results/table3.csv
+    --configfile "$root/tests/regression/reduced.yaml" "$1/change.yaml" "${@:3}" -- results/table3.csv
 }
 
 copy() { rm -rf "$1" && mkdir -p "$1" && cp -a "$folder/results" "$folder/.snakemake" "$1/"; }
 
 copy "$folder/wrong-beta"
-build "$folder/wrong-beta" --config 'memory={"kl_weight": 0}' --forcerun train
+build "$folder/wrong-beta" 'memory: {kl_weight: 0}'
 expect_moved "kl_weight 0 instead of 0.5" "$folder/wrong-beta/results/table3.csv"
 
 copy "$folder/wrong-stride"
-build "$folder/wrong-stride" --config stride=128 --forcerun evaluate
+build "$folder/wrong-stride" 'stride: 128'
 expect_moved "stride 128 instead of 64" "$folder/wrong-stride/results/table3.csv"
 
 copy "$folder/wrong-self"
@@ -51,6 +52,6 @@ PY
 done
 cd - > /dev/null
 rm -rf "$folder/wrong-self/results/reduced/sklearn/seed0/memory"
-build "$folder/wrong-self"
+build "$folder/wrong-self" "scale: reduced"
 expect_moved "self left among the neighbours" "$folder/wrong-self/results/table3.csv"
 exit $failed
