@@ -1,6 +1,7 @@
-"""Fill the generated blocks of README.md from files that rules wrote: `python -m docs.build [--check]`.
+"""Generated text: `python -m docs.build [--check]`.
 
-A block stands between `<!-- generated: FILE -->` and `<!-- end -->`.
+README.md: a block between `<!-- generated: FILE -->` and `<!-- end -->` is the file that a rule wrote.
+environment.yml: the pins of constraints.txt for conda users, with faiss-gpu in the place of faiss-cpu.
 """
 
 import argparse
@@ -17,20 +18,32 @@ def filled(text: str) -> str:
     return BLOCK.sub(lambda m: m[1] + (ROOT / m[2]).read_text(encoding="utf-8").strip() + "\n" + m[3], text)
 
 
+def environment() -> str:
+    """environment.yml from constraints.txt."""
+    pins = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line]
+    pip = "\n".join(f"      - {pin}" for pin in pins if not pin.startswith("faiss-cpu"))
+    return (
+        "# Generated from constraints.txt by `python -m docs.build`: the same pins for conda users with a GPU.\n"
+        "# conda env create -f environment.yml && conda run -n memdec pip install --no-deps -e .\n"
+        "name: memdec\nchannels:\n  - pytorch\n  - nvidia\n  - conda-forge\ndependencies:\n"
+        "  - python=3.12\n  - pytorch::faiss-gpu=1.12\n  - pip\n  - pip:\n" + pip + "\n"
+    )
+
+
 def main() -> int:
-    """Write README.md, or with --check exit 1 when it is stale."""
+    """Write the files, or with --check exit 1 when one is stale."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = filled(old)
-    if check:
-        if old != new:
-            print("README.md: generated blocks are stale; run `python -m docs.build`", file=sys.stderr)
-        return int(old != new)
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    wanted = {readme: filled(readme.read_text(encoding="utf-8")), ROOT / "environment.yml": environment()}
+    stale = [path for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if check:
+            print(f"{path.name}: stale; run `python -m docs.build`", file=sys.stderr)
+        else:
+            path.write_text(wanted[path], encoding="utf-8")
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ BENCHMARK = f"{RUN}/benchmarks"
 MODELS = config["models"]
 TOKENIZER = MODELS[config["key_model"]]["tokenizer"]
 SHARDS = config.get("targets", {}).get("shards", 1)
-CONDA = "memdec"  # the environment of environment.yml; used with --software-deployment-method conda only
 # A stage whose results change for the same settings gets a new number; its rules then run again.
 STAGE = dict(corpus=1, tokenizer=1, tokens=1, model=1, finetune=1, lora=1, datastore=1)
 STAGE |= dict(index=1, targets=1, train=1, evaluate=1, table=1)

@@ -16,7 +16,7 @@ rule corpus:
     benchmark:
         f"{BENCHMARK}/corpus/{{corpus}}.tsv"
     conda:
-        CONDA
+        "../../environment.yml"
     threads: 1
     resources:
         mem_mb=1500,
@@ -46,7 +46,7 @@ rule tokenizer:
     benchmark:
         f"{BENCHMARK}/tokenizer/{{tokenizer}}.tsv"
     conda:
-        CONDA
+        "../../environment.yml"
     threads: 2
     resources:
         mem_mb=1500,
@@ -78,7 +78,7 @@ rule tokens:
     benchmark:
         f"{BENCHMARK}/tokens/{{tokenizer}}/{{corpus}}.tsv"
     conda:
-        CONDA
+        "../../environment.yml"
     threads: 1
     resources:
         mem_mb=1500,

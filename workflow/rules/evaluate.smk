@@ -12,7 +12,7 @@ rule evaluate:
     benchmark:
         f"{BENCHMARK}/evaluate/{{domain}}-{{seed}}-{{model}}.tsv"
     conda:
-        CONDA
+        "../../environment.yml"
     threads: 1
     resources:
         mem_mb=2000,

@@ -14,7 +14,7 @@ rule datastore:
         f"{BENCHMARK}/datastore/{{domain}}-{{seed}}.tsv"
     priority: 5
     conda:
-        CONDA
+        "../../environment.yml"
     threads: 1
     resources:
         mem_mb=2000,
@@ -41,7 +41,7 @@ rule index:
         f"{BENCHMARK}/index/{{domain}}-{{seed}}.tsv"
     priority: 5
     conda:
-        CONDA
+        "../../environment.yml"
     threads: 1
     resources:
         mem_mb=1500,
@@ -72,7 +72,7 @@ rule targets:
         f"{BENCHMARK}/targets/{{domain}}-{{seed}}-{{shard}}.tsv"
     priority: 5
     conda:
-        CONDA
+        "../../environment.yml"
     threads: 1
     resources:
         mem_mb=1500,
@@ -104,7 +104,7 @@ rule train:
         f"{BENCHMARK}/train/{{domain}}-{{seed}}.tsv"
     priority: 5
     conda:
-        CONDA
+        "../../environment.yml"
     threads: 1
     resources:
         mem_mb=2000,

@@ -19,7 +19,7 @@ rule model:
         f"{BENCHMARK}/model/{{model}}.tsv"
     priority: 10
     conda:
-        CONDA
+        "../../environment.yml"
     threads: 1
     resources:
         mem_mb=2000,
@@ -49,7 +49,7 @@ rule finetune:
         f"{BENCHMARK}/finetune/{{domain}}-{{seed}}-{{model}}.tsv"
     priority: 5
     conda:
-        CONDA
+        "../../environment.yml"
     threads: 1
     resources:
         mem_mb=2000,
@@ -76,7 +76,7 @@ rule lora:
     benchmark:
         f"{BENCHMARK}/lora/{{domain}}-{{seed}}-{{model}}.tsv"
     conda:
-        CONDA
+        "../../environment.yml"
     threads: 1
     resources:
         mem_mb=2000,

@@ -13,7 +13,7 @@ rule resolved_config:
         f"{LOG}/config.log",
     localrule: True
     conda:
-        CONDA
+        "../../environment.yml"
     params:
         config=shlex.quote(json.dumps(config)),
     shell:
@@ -39,7 +39,7 @@ rule table3:
     benchmark:
         f"{BENCHMARK}/table3.tsv"
     conda:
-        CONDA
+        "../../environment.yml"
     threads: 1
     resources:
         mem_mb=500,

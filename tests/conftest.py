@@ -1,0 +1,64 @@
+"""Shared fixtures: real artefacts of the real stages, small enough to make in seconds; no mocks."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from making import CONTEXT, made_text, spec
+
+from memdec import corpora, tokens, train
+from memdec.config import FileCorpus, TokenizerSpec
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real corpora, models and task rows."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MEMDEC_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}; set MEMDEC_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text(made_text(250, 0))
+    corpora.run(FileCorpus(source="files", path=str(folder / "text.txt"), min_bytes=200), folder / "made")
+    return folder / "made"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    tokens.run_tokenizer(TokenizerSpec(train_on=["made"], vocab_size=300), out, [corpus_folder])
+    return out
+
+
+@pytest.fixture(scope="session")
+def token_folder(corpus_folder: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokens") / "made"
+    tokens.run_tokens(tokenizer_folder, corpus_folder, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def base_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "base"
+    train.run_pretrain(spec(24), tokenizer_folder, token_folder, out, context=CONTEXT, seed=0)
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model with the same tokenizer; serves as a memory and as the start of one."""
+    out = tmp_path_factory.mktemp("models") / "small"
+    train.run_pretrain(spec(16), tokenizer_folder, token_folder, out, context=CONTEXT, seed=1)
+    return out

@@ -1,0 +1,113 @@
+"""kNN distributions against loops over dictionaries."""
+
+import math
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memdec.errors import NumericsError
+from memdec.knn import aggregate, drop_self
+
+
+def plain_row(sq_dist: list[float], values: list[int], temperature: float) -> dict[int, float]:
+    mass: dict[int, float] = defaultdict(float)
+    for d, v in zip(sq_dist, values, strict=True):
+        if not math.isinf(d):
+            mass[v] += math.exp(-d / temperature)
+    total = sum(mass.values())
+    return {v: m / total for v, m in mass.items()}
+
+
+def rows_of(counts: torch.Tensor, tokens: torch.Tensor, probs: torch.Tensor) -> list[dict[int, float]]:
+    ends = counts.cumsum(0).tolist()
+    return [
+        dict(zip(tokens[e - c : e].tolist(), probs[e - c : e].tolist(), strict=True))
+        for e, c in zip(ends, counts.tolist(), strict=True)
+    ]
+
+
+# Few distinct distances and tokens: ties and duplicates everywhere; inf is a missing neighbour.
+distance = st.sampled_from([0.0, 0.5, 1.0, 1.0, 3.0, 40.0, math.inf])
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> tuple[list[list[float]], list[list[int]]]:
+    n, k = draw(st.integers(1, 6)), draw(st.integers(1, 12))
+    rows = draw(st.lists(st.lists(distance, min_size=k, max_size=k), min_size=n, max_size=n))
+    for row in rows:
+        row[draw(st.integers(0, k - 1))] = 2.0  # at least one neighbour
+    values = draw(st.lists(st.lists(st.integers(0, 4), min_size=k, max_size=k), min_size=n, max_size=n))
+    return rows, values
+
+
+@given(blocks(), st.sampled_from([0.5, 1.0, 16.0]))
+def test_equals_the_plain_sum(block: tuple[list[list[float]], list[list[int]]], temperature: float) -> None:
+    sq_dist, values = block
+    found = rows_of(*aggregate(torch.tensor(sq_dist), torch.tensor(values), temperature))
+    for row, d, v in zip(found, sq_dist, values, strict=True):
+        expected = plain_row(d, v, temperature)
+        assert set(row) <= set(expected)
+        assert sum(row.values()) == pytest.approx(1, abs=1e-12)
+        for token, p in expected.items():
+            assert row.get(token, 0.0) == pytest.approx(p, abs=1e-9)
+        assert list(row.values()) == sorted(row.values(), reverse=True)
+
+
+@given(blocks(), st.integers(1, 3), st.sampled_from([0.0, 0.2, 0.9]))
+def test_top_and_threshold_renormalise(
+    block: tuple[list[list[float]], list[list[int]]], top: int, threshold: float
+) -> None:
+    sq_dist, values = block
+    found = rows_of(*aggregate(torch.tensor(sq_dist), torch.tensor(values), 1.0, top=top, threshold=threshold))
+    for row, d, v in zip(found, sq_dist, values, strict=True):
+        expected = plain_row(d, v, 1.0)
+        kept = sorted((p for p in expected.values()), reverse=True)[:top]
+        kept = [p for i, p in enumerate(kept) if i == 0 or p > threshold]
+        np.testing.assert_allclose(list(row.values()), np.array(kept) / sum(kept), atol=1e-9)
+
+
+def test_fault_5_no_zero_is_stored() -> None:
+    _, tokens, probs = aggregate(torch.tensor([[0.0, 1e6]]), torch.tensor([[1, 2]]), 1.0)
+    assert tokens.tolist() == [1]
+    assert (probs > 0).all()
+
+
+def test_neighbour_order_does_not_matter() -> None:
+    gen = torch.Generator().manual_seed(0)
+    d, v = torch.rand(5, 40, generator=gen), torch.randint(0, 9, (5, 40), generator=gen)
+    perm = torch.randperm(40, generator=gen)
+    for a, b in zip(aggregate(d, v, 0.3), aggregate(d[:, perm], v[:, perm], 0.3), strict=True):
+        assert torch.allclose(a.double(), b.double(), atol=1e-12)
+
+
+def test_fault_4_a_row_without_neighbours_is_an_error() -> None:
+    with pytest.raises(NumericsError, match="row 1 .* no neighbour"):
+        aggregate(torch.tensor([[1.0], [math.inf]]), torch.tensor([[1], [1]]), 1.0)
+
+
+def test_nan_distance_is_an_error() -> None:
+    with pytest.raises(NumericsError, match="NaN"):
+        aggregate(torch.tensor([[math.nan]]), torch.tensor([[1]]), 1.0)
+
+
+def test_fault_1_self_is_removed_by_identity() -> None:
+    # Three positions share one key: the query (5) comes back second; 3 and 8 are true neighbours and stay.
+    sq_dist = np.array([[0.0, 0.0, 0.0, 2.0]], np.float32)
+    ids = np.array([[3, 5, 8, 1]])
+    _, kept = drop_self(sq_dist, ids, np.array([5]), 3)
+    assert kept.tolist() == [[3, 8, 1]]
+
+
+def test_self_beyond_the_searched_ranks_drops_the_farthest() -> None:
+    d, kept = drop_self(np.array([[0.0, 1.0, 2.0]], np.float32), np.array([[3, 4, 6]]), np.array([5]), 2)
+    assert kept.tolist() == [[3, 4]]
+    assert d.tolist() == [[0.0, 1.0]]
+
+
+def test_queries_from_outside_keep_everything_and_missing_ids_are_not_self() -> None:
+    _, kept = drop_self(np.zeros((1, 3), np.float32), np.array([[0, 1, -1]]), np.array([-1]), 2)
+    assert kept.tolist() == [[0, 1]]

@@ -1,0 +1,82 @@
+"""Artefact folders: whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memdec import artifacts
+from memdec.errors import ArtifactError
+
+
+def make(path: Path, value: int = 1, crash: bool = False) -> bool:
+    with artifacts.building(path, "thing", {"value": value}, {}) as build:
+        if build is None:
+            return False
+        (build.work / "checkpoint").write_text("half")
+        (path / "data.txt").write_text(str(value))
+        if crash:
+            raise RuntimeError("killed")
+        build.facts["n"] = value
+    return True
+
+
+def test_manifest_is_written_last_and_the_same_again_is_skipped(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    assert make(out)
+    manifest = artifacts.read(out, "thing")
+    assert manifest.facts == {"n": 1}
+    assert manifest.files == {"data.txt": 1}
+    assert not (out / artifacts.WORK).exists()
+    assert not make(out)
+
+
+def test_a_killed_build_is_not_read_and_keeps_its_work_for_the_same_recipe_only(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    make(out)
+    with pytest.raises(RuntimeError):
+        make(out, 2, crash=True)
+    with pytest.raises(ArtifactError, match="unfinished"):
+        artifacts.read(out, "thing")
+    assert (out / "work" / "checkpoint").exists()
+    with artifacts.building(out, "thing", {"value": 2}, {}) as build:
+        assert build is not None
+        assert (out / "work" / "checkpoint").exists()
+    with pytest.raises(RuntimeError):
+        make(out, 3, crash=True)
+    with artifacts.building(out, "thing", {"value": 4}, {}) as build:
+        assert build is not None
+        assert not (out / "work").exists()
+        assert not (out / "data.txt").exists()
+
+
+def test_somebody_elses_folder_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ArtifactError, match="other files"):
+        make(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("damage", ["cut", "not json", "no file", "short file", "other kind", "no folder"])
+def test_damage_is_one_clear_error_and_rebuilt(tmp_path: Path, damage: str) -> None:
+    out = tmp_path / "a"
+    make(out)
+    manifest = out / artifacts.MANIFEST
+    if damage == "cut":
+        manifest.write_text(manifest.read_text()[:50])
+    elif damage == "not json":
+        manifest.write_bytes(b"\xff\xfe")
+    elif damage == "no file":
+        (out / "data.txt").unlink()
+    elif damage == "short file":
+        (out / "data.txt").write_text("")
+    elif damage == "other kind":
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "kind": "else"}))
+    else:
+        out = tmp_path / "nothing"
+    with pytest.raises(ArtifactError, match=r"expected .* found") as caught:
+        artifacts.read(out, "thing")
+    assert str(out) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert make(out)
+    artifacts.read(out, "thing")

@@ -1,0 +1,57 @@
+"""Configuration: typed, frozen, all problems at once."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from memdec import config as cfg
+from memdec.errors import ConfigError
+
+MINI = Path(__file__).resolve().parents[2] / "config" / "mini.yaml"
+
+
+def changed(tmp_path: Path, **changes: object) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(MINI.read_text()) | changes))
+    return path
+
+
+def test_mini_is_valid_and_frozen() -> None:
+    config = cfg.load(MINI)
+    assert config.scale == "mini"
+    with pytest.raises(ValidationError):
+        config.stride = 3  # type: ignore[misc]
+
+
+def test_all_problems_in_one_line(tmp_path: Path) -> None:
+    path = changed(tmp_path, strid=3, seeds=["x"], memory={"kl_weight": 2})
+    with pytest.raises(ConfigError) as caught:
+        cfg.load(path)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert all(part in text for part in (str(path), "strid: unknown key", "seeds.0", "memory.kl_weight", "found 2"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"domains": ["torhc"]}, "domains: expected one of general, pandas, sklearn, torch, found torhc"),
+        ({"key_model": "x"}, "key_model: expected one of"),
+        ({"stride": 500}, r"stride: expected at most context \(128\), found 500"),
+        ({"corpora": {"a": {"source": "files"}}}, "either 'path' .* or 'paths'"),
+        ({"evaluate": {"alphas": [1.5]}}, "alphas.0: .* found 1.5"),
+    ],
+)
+def test_messages(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cfg.load(changed(tmp_path, **change))
+
+
+def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mini\.yaml"):
+        cfg.load(tmp_path / "none.yaml")
+    (tmp_path / "b.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        cfg.load(tmp_path / "b.yaml")

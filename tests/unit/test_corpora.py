@@ -1,0 +1,128 @@
+"""Corpora: where text comes from, how it is split, and what is refused."""
+
+import gzip
+import json
+import lzma
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from making import made_text
+
+from memdec import artifacts, corpora
+from memdec.config import DocstringCorpus, FileCorpus, HubCorpus
+from memdec.errors import CorpusError
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An installed package of 60 documented modules that must not be imported."""
+    folder = tmp_path / "site" / "fakepkg"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise ImportError('imported')\n")
+    for number, text in enumerate(made_text(60, 1).split("\n\n")):
+        body = text + "\n" + f"Shared words number {number} " * 8
+        (folder / f"m{number}.py").write_text(f'"""{body}"""\nraise ImportError\n\ndef f():\n    """{body}"""\n')
+    (folder / "m_docs.py").write_text(
+        f"add(x, r'''{made_text(1, 5)} A constant in a module of documentation. {'long ' * 40}''')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return "fakepkg"
+
+
+def sources(folder: Path, split: str) -> list[str]:
+    return list(pd.read_parquet(folder / f"{split}.parquet")["source"])
+
+
+def test_docstrings_are_read_without_import_split_by_module_and_deduplicated(package: str, tmp_path: Path) -> None:
+    spec = DocstringCorpus(source="docstrings", packages=[package], min_bytes=10)
+    corpora.run(spec, tmp_path / "a")
+    assert package not in sys.modules
+    units = {
+        split: {source.split(":")[0] for source in sources(tmp_path / "a", split)}
+        for split in ("train", "valid", "test")
+    }
+    assert not units["train"] & units["test"]
+    assert not units["train"] & units["valid"]
+    assert sum(len(sources(tmp_path / "a", split)) for split in units) <= 61  # the function's copy of a docstring went
+    assert "fakepkg/m_docs.py" in units["train"] | units["valid"] | units["test"]
+    corpora.run(spec, tmp_path / "b")
+    assert artifacts.read(tmp_path / "a", "corpus").facts == artifacts.read(tmp_path / "b", "corpus").facts
+
+
+def test_formats_give_the_same_documents(tmp_path: Path) -> None:
+    text = made_text(80, 2)
+    documents = text.split("\n\n")
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(text.encode()))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": d}) for d in documents))
+    pd.DataFrame({"body": documents}).to_parquet(tmp_path / "a.parquet")
+    found = []
+    for name in ("a.txt", "a.txt.xz", "a.txt.gz", "a.jsonl", "a.parquet"):
+        paths = dict.fromkeys(("train", "valid", "test"), str(tmp_path / name))
+        corpora.run(FileCorpus(source="files", paths=paths, field="body"), tmp_path / "out" / name)
+        found.append(corpora.load(tmp_path / "out" / name, "test"))
+    assert all(texts == documents for texts in found)
+
+
+def test_overlapping_test_documents_are_dropped_and_counted(tmp_path: Path) -> None:
+    text = made_text(200, 3)
+    # The same documents again with one word changed: near duplicates that must not be tested on.
+    twins = "\n\n".join(d.replace("The", "A", 1) for d in text.split("\n\n"))
+    (tmp_path / "a.txt").write_text(text + "\n\n" + twins)
+    corpora.run(FileCorpus(source="files", path=str(tmp_path / "a.txt"), min_bytes=10), tmp_path / "out")
+    train = corpora._shingles(corpora.load(tmp_path / "out", "train"))
+    assert all(corpora._overlap(d, train) <= corpora.MAX_OVERLAP for d in corpora.load(tmp_path / "out", "test"))
+    assert artifacts.read(tmp_path / "out", "corpus").facts["dropped_for_overlap"]["test"] > 0
+
+
+def test_caps_take_whole_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(made_text(300, 4))
+    spec = FileCorpus(source="files", path=str(tmp_path / "a.txt"), max_bytes={"train": 3000}, min_bytes=10)
+    corpora.run(spec, tmp_path / "out")
+    facts = artifacts.read(tmp_path / "out", "corpus").facts["splits"]["train"]
+    assert 2000 < facts["bytes"] <= 3000
+
+
+def test_hub_format_from_a_local_folder(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for split, name in (("train", "train"), ("valid", "validation"), ("test", "test")):
+        pd.DataFrame({"text": [f"{split} " + t for t in made_text(40, 6).split("\n\n")]}).to_parquet(
+            tmp_path / "set" / f"{name}-00000-of-00001.parquet"
+        )
+    corpora.run(HubCorpus(source="hub", path=str(tmp_path / "set"), separator="none"), tmp_path / "out")
+    assert all(text.startswith("valid ") for text in corpora.load(tmp_path / "out", "valid"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.txt",
+            b"just ten words make no corpus at all you see",
+            "expected at least 1000 bytes in the train split, found",
+        ),
+        ("a.txt", b"", "expected at least 1000 bytes"),
+        ("a.txt", b"\xff\xfe\xfd" * 600, "expected readable UTF-8"),
+        ("a.txt.xz", b"not xz", "expected readable"),
+        ("a.parquet", b"PAR1 no", "expected readable"),
+        ("a.jsonl", b'{"body": "x"}\n', "expected a text field 'text', found body"),
+        ("b.txt", b"x", "expected text files, found none"),
+    ],
+)
+def test_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    pattern = str(tmp_path / ("a*" if name.startswith("a") else "c*"))
+    with pytest.raises(CorpusError, match=message) as caught:
+        corpora.run(FileCorpus(source="files", path=pattern), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_unknown_package_and_data_set(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="found no 'nosuchpkg'"):
+        corpora.run(DocstringCorpus(source="docstrings", packages=["nosuchpkg"]), tmp_path / "a")
+    with pytest.raises(CorpusError, match="expected a data set, found"):
+        corpora.run(HubCorpus(source="hub", path=str(tmp_path / "nothing")), tmp_path / "b")

@@ -1,0 +1,46 @@
+"""Tokenizers and token streams."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memdec import artifacts, corpora, tokens
+from memdec.config import TokenizerSpec
+from memdec.errors import CorpusError, ModelError
+
+
+def test_the_stream_is_what_the_tokenizer_makes_of_the_joined_text(
+    corpus_folder: Path, tokenizer_folder: Path, token_folder: Path
+) -> None:
+    tokenizer = tokens.load_tokenizer(str(tokenizer_folder))
+    for split in ("train", "valid", "test"):
+        text = corpora.joined(corpora.load(corpus_folder, split), "eos", tokenizer.eos_token)  # type: ignore[arg-type]
+        stream = tokens.load_stream(token_folder, split)  # type: ignore[arg-type]
+        assert tokenizer.encode(text, add_special_tokens=False) == stream.tolist()
+        assert stream.dtype == np.uint16
+        assert artifacts.read(token_folder, "tokens").facts["tokens"][split] == len(stream)
+
+
+def test_a_qwen2_folder_tokenizes_as_the_others(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """transformers 5 rebuilds the pre-tokenizer from the model class; with a GPT-2 split this folder would differ."""
+    tokenizer = tokens.load_tokenizer(str(tokenizer_folder))
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
+    other = tokens.load_tokenizer(str(tmp_path))
+    assert tokens.fingerprint(other) == tokens.fingerprint(tokenizer)
+    text = "def f(x):\n\n    return  3.14 + ünï\n<|endoftext|>x"
+    assert other.encode(text) == tokenizer.encode(text)
+
+
+def test_fingerprints_differ_where_ids_do(corpus_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokens.run_tokenizer(TokenizerSpec(train_on=["made"], vocab_size=299), tmp_path / "t", [corpus_folder])
+    one, other = (tokens.fingerprint(tokens.load_tokenizer(str(p))) for p in (tokenizer_folder, tmp_path / "t"))
+    assert one != other
+
+
+def test_too_little_text_and_no_tokenizer(corpus_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="lower vocab_size"):
+        tokens.run_tokenizer(TokenizerSpec(train_on=["made"], vocab_size=9000), tmp_path / "t", [corpus_folder])
+    with pytest.raises(ModelError, match="expected a tokenizer folder or Hub id"):
+        tokens.load_tokenizer(str(tmp_path))
