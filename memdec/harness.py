@@ -231,7 +231,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except MemDecError as error:
-        if Path(sys.argv[0]).name not in ("lm_eval", "lm-eval", "__main__.py"):
+        program = Path(sys.argv[0])
+        if not {program.stem, program.parent.name} & {"lm_eval", "lm-eval"}:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

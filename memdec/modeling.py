@@ -5,21 +5,16 @@ logits, `generate` and lm-eval included, sees the mixture. Both models keep thei
 the base model's cache object.
 """
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec import mixing
 from memdec.errors import ConfigError, ModelError
-
-
-class MemDecConfig(PreTrainedConfig):
-    """Configuration of the pair; the base model's fields stay readable under their own names."""
-
-    model_type = "memdec"
 
 
 class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
@@ -32,13 +27,11 @@ class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
         n_vocab: Size of the shared vocabulary; longer (padded) heads are cut to the shorter one.
     """
 
-    config_class = MemDecConfig
     _supports_sdpa = True
     _supports_flash_attn = True
 
     def __init__(self, base: Any, memory: Any | None, memory_weight: float, n_vocab: int | None = None) -> None:
-        config = MemDecConfig.from_dict({**base.config.to_dict(), "model_type": "memdec"})
-        super().__init__(config)
+        super().__init__(copy.deepcopy(base.config))  # generate() reads layers and special tokens from it
         self.base = base
         self.memory = memory
         self.memory_weight = mixing.check_weight(memory_weight)

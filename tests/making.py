@@ -27,14 +27,14 @@ def made_text(n_documents: int, seed: int) -> str:
 def spec(width: int, **changes: object) -> ModelSpec:
     """A tiny GPT-2-style model."""
     train_settings = TrainSettings(epochs=0.2, learning_rate=1e-2)
-    plain = dict(
-        family="t",
-        tokenizer="bpe",
-        architecture="gpt2",
-        width=width,
-        layers=2,
-        heads=2,
-        corpus="made",
-        train=train_settings,
-    )
+    plain = {
+        "family": "t",
+        "tokenizer": "bpe",
+        "architecture": "gpt2",
+        "width": width,
+        "layers": 2,
+        "heads": 2,
+        "corpus": "made",
+        "train": train_settings,
+    }
     return ModelSpec.model_validate(plain | changes)

@@ -85,7 +85,7 @@ def test_neighbour_order_does_not_matter() -> None:
 
 
 def test_fault_4_a_row_without_neighbours_is_an_error() -> None:
-    with pytest.raises(NumericsError, match="row 1 .* no neighbour"):
+    with pytest.raises(NumericsError, match=r"row 1 .* no neighbour"):
         aggregate(torch.tensor([[1.0], [math.inf]]), torch.tensor([[1], [1]]), 1.0)
 
 

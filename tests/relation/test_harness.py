@@ -1,0 +1,313 @@
+"""`memdec-interp` against lm-eval's own `hf`, plain loops, and itself under other batch sizes and alphas."""
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from making import CONTEXT, spec
+from transformers import AutoModelForCausalLM
+
+from memdec import artifacts, corpora, metrics, mixing, tokens, train
+from memdec.config import TokenizerSpec
+from memdec.errors import ArtifactError, ConfigError, CorpusError, MemDecError, ModelError, NumericsError
+from memdec.harness import MemDecInterp
+from memdec.tasks import FOLDER
+from memdec.windows import windows
+
+TEXT = "\n".join(f"The kernel {i} scales the window of size {i * 7 % 31}." for i in range(25))
+PAIRS = [
+    ("The matrix 3", " returns the token of size 4."),
+    ("", "The vector 9 reads."),
+    ("word " * 80, " shifts the index"),  # longer than the context: cut from the left
+    ("The sample", " writes"),
+]
+
+
+def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
+
+
+def ours(base: Path, memory: Path | None = None, **kwargs: Any) -> MemDecInterp:
+    return MemDecInterp(pretrained=str(base), memory=str(memory) if memory else None, device="cpu", **kwargs)
+
+
+def theirs(folder: Path, **kwargs: Any) -> HFLM:
+    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", **kwargs)
+
+
+def test_alpha_0_and_1_are_the_models_alone_on_pairs(base_folder: Path, small_folder: Path) -> None:
+    requests = instances("loglikelihood", PAIRS)
+    for alpha, alone in ((0.0, base_folder), (1.0, small_folder)):
+        mixed = ours(base_folder, small_folder, alpha=alpha).loglikelihood(requests)
+        single = theirs(alone).loglikelihood(requests)
+        for (a, greedy), (b, expected) in zip(mixed, single, strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
+            assert greedy == expected
+
+
+def test_alpha_0_and_1_are_the_models_alone_on_rolling_texts(base_folder: Path, small_folder: Path) -> None:
+    requests = instances("loglikelihood_rolling", [(TEXT,), ("The end.",)])
+    for alpha, alone in ((0.0, base_folder), (1.0, small_folder)):
+        mixed = ours(base_folder, small_folder, alpha=alpha, stride=CONTEXT).loglikelihood_rolling(requests)
+        single = theirs(alone).loglikelihood_rolling(requests)
+        assert mixed == pytest.approx(single, rel=1e-6, abs=1e-4)
+
+
+def plain_scores(folder: Path, stream: list[int], prefix: int, stride: int) -> np.ndarray:
+    """log p of every token, one window and one position at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    scores = []
+    with torch.no_grad():
+        for part in windows(len(stream), CONTEXT, stride):
+            before = ([prefix, *stream])[part.begin : part.end]
+            log_p = model(torch.tensor([before])).logits[0].double().log_softmax(-1)
+            scores += [float(log_p[p - part.begin, stream[p]]) for p in range(part.first, part.end)]
+    return np.array(scores)
+
+
+def test_the_mixture_equals_a_plain_loop_and_scores_every_token_once(base_folder: Path, small_folder: Path) -> None:
+    model = ours(base_folder, small_folder, alpha=0.3)
+    assert (model.context, model.stride) == (CONTEXT, CONTEXT // 2)
+    stream = model.tokenizer.encode(TEXT)
+    base, memory = (plain_scores(f, stream, model.prefix_token_id, CONTEXT // 2) for f in (base_folder, small_folder))
+    assert len(model.token_scores(TEXT).base) == len(stream) == len(base)
+    expected = np.log(0.3 * np.exp(memory) + 0.7 * np.exp(base)).sum()
+    (found,) = model.loglikelihood_rolling(instances("loglikelihood_rolling", [(TEXT,)]))
+    assert found == pytest.approx(expected, rel=1e-6)
+    with torch.no_grad():
+        p = [
+            model.model.base(torch.tensor([stream[:9]])).logits[0, -1].softmax(-1),
+            model.model.memory(torch.tensor([stream[:9]])).logits[0, -1].softmax(-1),
+        ]
+        mixed = model.model(torch.tensor([stream[:9]])).logits[0, -1].exp()
+    assert torch.allclose(mixed, 0.7 * p[0] + 0.3 * p[1], atol=1e-6)
+    assert float(mixed.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_results_do_not_depend_on_the_batch_size(base_folder: Path, small_folder: Path) -> None:
+    rolling, pairs = instances("loglikelihood_rolling", [(TEXT,)]), instances("loglikelihood", PAIRS)
+    found = []
+    for size in (1, 4, 16):
+        model = ours(base_folder, small_folder, alpha=0.6, batch_size=size)
+        found.append([*model.loglikelihood_rolling(rolling), *(x for x, _ in model.loglikelihood(pairs))])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_generation_equals_a_plain_greedy_loop_in_a_left_padded_batch(base_folder: Path, small_folder: Path) -> None:
+    model = ours(base_folder, small_folder, alpha=0.5, batch_size=4)
+    prompts = ["The matrix", "The token 12 returns the", "A", "The vector 7 reads the index of size 4.\nThe"]
+    requests = instances(
+        "generate_until", [(p, {"until": ["@@"], "max_gen_toks": 9, "do_sample": False}) for p in prompts]
+    )
+    plain = []
+    for prompt in prompts:
+        ids = model.tokenizer.encode(prompt)
+        for _ in range(9):
+            with torch.no_grad():
+                x = torch.tensor([ids])
+                p = 0.5 * model.model.base(x).logits[0, -1].softmax(-1) + 0.5 * model.model.memory(x).logits[
+                    0, -1
+                ].softmax(-1)
+            ids.append(int(p.argmax()))
+            if ids[-1] == model.eot_token_id:
+                break
+        plain.append(model.tokenizer.decode(ids[len(model.tokenizer.encode(prompt)) :], skip_special_tokens=True))
+    assert model.generate_until(requests) == plain
+    alone = instances("generate_until", [(p, {"until": ["."], "max_gen_toks": 9}) for p in prompts])
+    assert ours(base_folder, small_folder, alpha=0.0).generate_until(alone) == theirs(base_folder).generate_until(alone)
+
+
+def test_beams_are_refused(base_folder: Path, small_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="num_beams: expected 1, found 2"):
+        ours(base_folder, small_folder).model.generate(torch.tensor([[1]]), num_beams=2)
+
+
+def test_another_alpha_is_read_from_the_score_store(
+    base_folder: Path, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = instances("loglikelihood_rolling", [(TEXT,)])
+    first = ours(base_folder, small_folder, alpha=0.2, scores=str(tmp_path))
+    first.loglikelihood_rolling(request)
+    second = ours(base_folder, small_folder, alpha=0.9, scores=str(tmp_path))
+    fresh = ours(base_folder, small_folder, alpha=0.9).loglikelihood_rolling(request)
+    monkeypatch.setattr(second.model, "log_probs", lambda *_, **__: pytest.fail("the models ran again"))
+    assert second.loglikelihood_rolling(request) == pytest.approx(fresh, rel=2e-6)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])  # cut short: counts as missing
+    again = ours(base_folder, small_folder, alpha=0.9, scores=str(tmp_path))
+    assert again.loglikelihood_rolling(request) == pytest.approx(fresh, rel=2e-6)
+    ours(base_folder, small_folder, alpha=0.9, scores=str(tmp_path), stride=3).loglikelihood_rolling(request)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_bf16_base_and_float32_memory_mix_in_float32(base_folder: Path, small_folder: Path) -> None:
+    model = ours(base_folder, small_folder, alpha=0.5, dtype="bfloat16", memory_dtype="float32")
+    out = model.model(torch.tensor([[1, 2, 3]])).logits
+    assert (model.model.base.dtype, model.model.memory.dtype, out.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
+    assert float(out[0, -1].exp().sum()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "kind", "message"),
+    [
+        ({"alpha": 1.5}, ConfigError, "alpha: expected a number from 0 .* found 1.5"),
+        ({"alpha": "x"}, ConfigError, "found 'x'"),
+        ({"context": 999}, ConfigError, "context: expected at most 32 .* found 999"),
+        ({"stride": 40}, ConfigError, "stride 40"),
+    ],
+)
+def test_bad_arguments(
+    base_folder: Path, small_folder: Path, kwargs: dict[str, Any], kind: type[MemDecError], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        ours(base_folder, small_folder, **kwargs)
+
+
+def test_bad_models(base_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"expected a model folder with config\.json, found no such folder"):
+        ours(base_folder, tmp_path / "none")
+    with pytest.raises(ConfigError, match="expected memory="):
+        ours(base_folder, alpha=0.5)
+    with pytest.raises(ConfigError, match="expected pretrained="):
+        MemDecInterp(memory=str(base_folder))
+    tokens.run_tokenizer(TokenizerSpec(train_on=["made"], vocab_size=290), tmp_path / "t", [corpus_folder])
+    tokens.run_tokens(tmp_path / "t", corpus_folder, tmp_path / "s")
+    train.run_pretrain(spec(16), tmp_path / "t", tmp_path / "s", tmp_path / "m", context=CONTEXT, seed=0)
+    with pytest.raises(ArtifactError, match="expected one tokenizer, found two"):
+        ours(base_folder, tmp_path / "m")
+
+
+def test_nan_weights_are_an_error(base_folder: Path, small_folder: Path) -> None:
+    model = ours(base_folder, small_folder, alpha=0.5)
+    model.model.memory.get_output_embeddings().weight.data[0, 0] = math.nan
+    with pytest.raises(NumericsError, match="logits hold NaN"):
+        model.loglikelihood_rolling(instances("loglikelihood_rolling", [(TEXT,)]))
+
+
+def test_without_arguments_it_is_the_papers_pair_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(ModelError, match=r"Qwen/Qwen2\.5-7B: expected") as caught:
+        MemDecInterp()
+    assert "Clover-Hill/MemoryDecoder-Qwen-biomed" in caplog.text
+    assert "\n" not in str(caught.value)
+
+
+# --- through lm_eval, by name -------------------------------------------------------------------------------------
+
+
+def evaluate(model: str, tasks: str, everything: bool = False, **arguments: Any) -> dict[str, Any]:
+    """`everything` builds lm-eval's own task list too, as the executable does (seconds)."""
+    arguments = {"device": "cpu", **arguments}
+    manager = None if everything else TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=arguments)
+    results = simple_evaluate(model=model, model_args=arguments, tasks=[tasks], task_manager=manager, bootstrap_iters=0)
+    assert results is not None
+    values: dict[str, Any] = results["results"][tasks]
+    return values
+
+
+def test_memdec_ppl_by_name_equals_hf_and_the_stream(
+    base_folder: Path, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hook, the task and the model together; the corpus is the one the model was trained on."""
+    mixed = evaluate("memdec-interp", "memdec_ppl", everything=True, pretrained=str(base_folder), stride=CONTEXT)
+    single = evaluate("hf", "memdec_ppl", pretrained=str(base_folder), dtype="float32")
+    assert mixed["token_perplexity,none"] == pytest.approx(single["token_perplexity,none"], rel=1e-6)
+    model = ours(base_folder, stride=CONTEXT)
+    text = corpora.joined(corpora.load(corpus_folder, "test"), "eos", model.tokenizer.eos_token)
+    log_p = model.token_scores(text).base
+    assert mixed["tokens,none"] == len(log_p)
+    assert mixed["token_perplexity,none"] == pytest.approx(metrics.perplexity(log_p), rel=1e-6)
+    monkeypatch.setenv("MEMDEC_CORPUS", str(corpus_folder.parent / "nothing"))
+    with pytest.raises(ArtifactError, match="nothing"):
+        evaluate("memdec-interp", "memdec_ppl", pretrained=str(base_folder))
+
+
+def test_wikitext_from_local_parquet(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pandas as pd
+
+    folder = tmp_path / "wikitext" / "wikitext-103-raw-v1"
+    folder.mkdir(parents=True)
+    lines = ["", " = Title = \n", " Some words of text . \n"]
+    pd.DataFrame({"text": lines}).to_parquet(folder / "test.parquet")
+    monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
+    found = evaluate("memdec-interp", "memdec_wikitext", pretrained=str(base_folder))
+    assert found["tokens,none"] == len(ours(base_folder).tokenizer.encode("".join(lines)))
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adaptllm_schema.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def plain_choice(model: MemDecInterp, row: dict[str, Any]) -> int:
+    """AdaptLLM's rule, from logits: mean log-likelihood per token of " " + option."""
+    means = []
+    for option in row["options"]:
+        whole = model.tokenizer.encode(f"{row['input']} {option}")
+        n_input = len(model.tokenizer.encode(row["input"]))
+        ids = whole[-(model.max_length + 1) :]
+        cut = len(whole) - len(ids)
+        with torch.no_grad():
+            x = torch.tensor([ids[:-1]])
+            log_p = mixing.mix(
+                *(m(x).logits[0].log_softmax(-1) for m in (model.model.base, model.model.memory)), model.alpha
+            )
+        means.append(np.mean([float(log_p[i - cut - 1, whole[i]]) for i in range(n_input, len(whole))]))
+    return int(np.argmax(means))
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_pubmedqa_equals_a_plain_script(
+    real: bool,
+    base_folder: Path,
+    small_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    if real:
+        file = request.getfixturevalue("shared_data") / "tasks" / "pubmedqa" / "adaptllm_schema.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()[:20]]
+    else:
+        rows = [
+            {"input": f"Question {i}: is {i} even?\nAnswer:", "options": ["No", "Maybe so", "Yes"], "gold_index": i % 3}
+            for i in range(9)
+        ]
+    write_rows(tmp_path / "pubmedqa", rows)
+    monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
+    found = evaluate("memdec-interp", "pubmedqa", pretrained=str(base_folder), memory=str(small_folder), alpha=0.4)
+    model = ours(base_folder, small_folder, alpha=0.4)
+    hits = [plain_choice(model, row) == row["gold_index"] for row in rows]
+    assert found["acc,none"] == pytest.approx(np.mean(hits))
+
+
+@pytest.mark.parametrize("change", [{"gold_index": None}, {"options": ["Yes"]}, {"gold_index": 7}])
+def test_bad_rows_are_named(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    row = {"input": "Q\nAnswer:", "options": ["No", "Yes"], "gold_index": 1}
+    write_rows(tmp_path / "pubmedqa", [row, row | change])
+    monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
+    with pytest.raises(CorpusError, match=r"adaptllm_schema\.jsonl, row 1: expected"):
+        evaluate("memdec-interp", "pubmedqa", pretrained=str(base_folder))
+
+
+def test_a_half_written_memory_is_refused(base_folder: Path, small_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_folder, tmp_path / "m")
+    (tmp_path / "m" / artifacts.MANIFEST).unlink()
+    with pytest.raises(ArtifactError, match="unfinished"):
+        ours(base_folder, tmp_path / "m", alpha=0.5)
