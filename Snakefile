@@ -1,5 +1,9 @@
 # Memory Decoder Bench: everything that is measured is a file, and every file has one rule.
+from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version, validate
+
+import memdec.config as typed
+from memdec.errors import ConfigError
 
 min_version("9.0")
 
@@ -9,7 +13,11 @@ if not workflow.overwrite_configfiles:
     configfile: f"{workflow.basedir}/config/mini.yaml"
 
 
-validate(config, f"{workflow.basedir}/workflow/schemas/config.schema.json")
+try:
+    typed.parse(typed.Config, config, "config")
+except ConfigError as error:
+    raise WorkflowError(str(error)) from None
+validate(config, f"{workflow.basedir}/workflow/schemas/config.schema.json", set_default=False)
 
 
 report: "workflow/report/workflow.rst"

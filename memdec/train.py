@@ -25,7 +25,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from memdec import artifacts, models, tokens
 from memdec.config import LoraSettings, MemorySettings, ModelSpec, TrainSettings
 from memdec.errors import ArtifactError, ConfigError, NumericsError
-from memdec.knn import SparseRows
 from memdec.losses import hybrid_loss
 from memdec.targets import TargetReader
 from memdec.windows import Window, windows
@@ -50,7 +49,7 @@ def run_pretrain(spec: ModelSpec, tokenizer: Path, stream: Path, out: Path, *, c
             return
         words = tokens.load_tokenizer(str(tokenizer))
         model = models.from_scratch(spec, len(words), context, words.eos_token_id, seed)
-        facts = _fit(model, spec.train, stream, build.work, context=context, seed=seed)
+        facts = _fit(model, words, spec.train, stream, build.work, context=context, seed=seed)
         _save(model, words, out, build, facts, stream, manifest)
 
 
@@ -63,7 +62,7 @@ def run_finetune(
         if build is None:
             return
         model = models.load(model_folder, dropout=settings.dropout)
-        facts = _fit(model, settings, stream, build.work, context=context, seed=seed)
+        facts = _fit(model, words, settings, stream, build.work, context=context, seed=seed)
         _save(model, words, out, build, facts, stream, manifest)
 
 
@@ -71,7 +70,7 @@ def run_lora(model_folder: Path, stream: Path, out: Path, settings: LoraSettings
     """Stage `lora`: a peft adapter on the query, key, value and MLP projections."""
     from peft import LoraConfig, get_peft_model
 
-    manifest, _ = _checked(model_folder, stream)
+    manifest, words = _checked(model_folder, stream)
     with artifacts.building(out, "lora", _plain(settings, context, seed), _inputs(model_folder, stream)) as build:
         if build is None:
             return
@@ -86,7 +85,7 @@ def run_lora(model_folder: Path, stream: Path, out: Path, settings: LoraSettings
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(base, adapter)
-        facts = _fit(model, settings, stream, build.work, context=context, seed=seed)
+        facts = _fit(model, words, settings, stream, build.work, context=context, seed=seed)
         model.save_pretrained(out)
         facts["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         build.facts.update(facts, **_lineage(out, stream, manifest))
@@ -114,7 +113,7 @@ def run_train(
         if build is None:
             return
         model = models.load(model_folder, dropout=settings.dropout)
-        facts = _fit(model, settings, stream, build.work, context=context, seed=seed, targets=reader)
+        facts = _fit(model, words, settings, stream, build.work, context=context, seed=seed, targets=reader)
         _save(model, words, out, build, facts, stream, manifest)
 
 
@@ -312,6 +311,7 @@ class LossTrainer(Trainer):
 
 def _fit(
     model: Any,
+    words: Any,
     settings: TrainSettings,
     stream: Path,
     work: Path,
@@ -321,7 +321,7 @@ def _fit(
     targets: TargetReader | None = None,
 ) -> dict[str, Any]:
     """Train in place, resuming from the last checkpoint in `work`; returns what happened."""
-    prefix = _prefix(model)
+    prefix = tokens.prefix_id(words)
     train = tokens.load_stream(stream, "train")
     valid = tokens.load_stream(stream, "valid")
     data = WindowData(train, windows(len(train), context, context), prefix)
@@ -377,21 +377,3 @@ def _fit(
         "updates": trainer.state.global_step,
         "trained_tokens": len(train) * settings.epochs,
     }
-
-
-def _prefix(model: Any) -> int:
-    config = model.config
-    return int(config.bos_token_id if config.bos_token_id is not None else config.eos_token_id)
-
-
-__all__ = [
-    "Collate",
-    "LossModel",
-    "LossTrainer",
-    "SparseRows",
-    "WindowData",
-    "run_finetune",
-    "run_lora",
-    "run_pretrain",
-    "run_train",
-]
