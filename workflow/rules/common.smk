@@ -4,6 +4,10 @@ import os
 import shlex
 
 import psutil
+from pathlib import Path
+
+from memdec import artifacts
+from memdec.errors import ArtifactError
 
 RUN = f"results/{config['scale']}"
 LOG = f"{RUN}/logs"
@@ -63,3 +67,51 @@ def manifest(folder):
 
 WINDOW = f"--context {config.get('context', 1024)} --stride {config.get('stride', 512)}"
 CONTEXT = f"--context {config.get('context', 1024)}"
+
+
+CELLS = [
+    (domain, model, seed)
+    for domain in config["domains"]
+    for model in MODELS
+    for seed in config.get("seeds", [0])
+]
+
+
+# Snakemake does not look at a missing intermediate file when everything after it is there. An artefact of a finished
+# table that is gone or cut is made again, with what depends on it, as if it had been named with --forcerun.
+def damaged():
+    if not os.path.isfile("results/table3.csv"):
+        return []
+    kinds = {
+        "corpus": [f"{RUN}/corpora/{name}" for name in config["corpora"]],
+        "tokenizer": [f"{RUN}/tokenizers/{name}" for name in config["tokenizers"]],
+        "tokens": [f"{RUN}/tokens/{TOKENIZER}/{domain}" for domain in config["domains"]],
+        "model": [f"{RUN}/models/{name}" for name in MODELS],
+    }
+    for domain, seed in {(domain, seed) for domain, _, seed in CELLS}:
+        home = f"{RUN}/{domain}/seed{seed}"
+        kinds["model"].append(f"{home}/finetuned/{config['key_model']}")
+        for kind, folders in {
+            "datastore": ["datastore"],
+            "index": ["index"],
+            "targets": [f"targets/{shard}" for shard in range(SHARDS)],
+            "memory": ["memory"],
+            "lora": [f"lora/{name}" for name in MODELS],
+            "evaluation": [f"evaluation/{name}" for name in MODELS],
+        }.items():
+            kinds.setdefault(kind, []).extend(f"{home}/{folder}" for folder in folders)
+    lost = []
+    for kind, folders in kinds.items():
+        for folder in folders:
+            try:
+                artifacts.read(Path(folder), kind)
+            except ArtifactError:
+                lost.append(manifest(folder))
+    return lost
+
+
+def config_file(wildcards):
+    # Runs while the graph is built, before it is decided what has to run; the command line's own --forcerun is read
+    # earlier, so there is no setting to extend.
+    workflow.dag.forcefiles.update(damaged())
+    return f"{RUN}/config.json"

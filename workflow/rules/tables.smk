@@ -1,11 +1,3 @@
-CELLS = [
-    (domain, model, seed)
-    for domain in config["domains"]
-    for model in MODELS
-    for seed in config.get("seeds", [0])
-]
-
-
 rule resolved_config:
     output:
         f"{RUN}/config.json",
@@ -22,7 +14,7 @@ rule resolved_config:
 
 rule table3:
     input:
-        config=f"{RUN}/config.json",
+        config=config_file,
         cells=[
             f"{RUN}/{domain}/seed{seed}/evaluation/{model}/manifest.json"
             for domain, model, seed in CELLS

@@ -1,0 +1,95 @@
+"""Run the benchmarks: `python -m benchmarks.run [--quick] [--only NAME] [--out results/benchmarks.csv]`.
+
+Each side of each case runs in a fresh process with one thread: the growth of the peak memory over the inputs is then
+its own. Times are CPU seconds, the best of the repeats. ratio = how many times better ours is.
+"""
+
+import argparse
+import csv
+import resource
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.cases import CASES, Case
+from memdec.provenance import machine
+
+COLUMNS = ["benchmark", "unit", "ours", "twin", "ratio", "peak_mb_ours", "peak_mb_twin", "n", "machine"]
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(name: str, side: int, n: int, repeats: int) -> tuple[float, float]:
+    """(CPU seconds of one call, growth of the peak memory in MB) of one side, in this process."""
+    torch.set_num_threads(1)
+    case = next(case for case in CASES if case.name == name)
+    work = case.make(n)[side]
+    before = _peak_mb()
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times), _peak_mb() - before
+
+
+def check(name: str, n: int) -> float:
+    """Relative L2 distance between ours and the twin."""
+    torch.set_num_threads(1)
+    case = next(case for case in CASES if case.name == name)
+    ours, twin = (torch.cat([t.flatten().double() for t in work()]) for work in case.make(n))
+    return float((ours - twin).norm() / twin.norm()) if ours.shape == twin.shape else float("inf")
+
+
+def row(case: Case, n: int, repeats: int) -> dict[str, object]:
+    """One line of the CSV."""
+    values = []
+    # A fresh process per call: memory of one side never counts for the other.
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        if case.tolerance < float("inf"):
+            distance = pool.apply(check, (case.name, min(n, case.n_quick)))
+            if distance > case.tolerance:
+                sys.exit(f"{case.name}: ours and the twin differ by {distance:.2e}, allowed {case.tolerance:.0e}")
+        for side in (0, 1):
+            values.append(pool.apply(measure, (case.name, side, n, repeats)))
+    (ours, ours_mb), (twin, twin_mb) = values
+    shown = (ours, twin) if case.unit == "CPU s" else (n / ours, n / twin)
+    return {
+        "benchmark": case.name,
+        "unit": case.unit,
+        "ours": f"{shown[0]:.4g}",
+        "twin": f"{shown[1]:.4g}",
+        "ratio": f"{twin / ours:.2f}",
+        "peak_mb_ours": f"{ours_mb:.0f}",
+        "peak_mb_twin": f"{twin_mb:.0f}",
+        "n": n,
+        "machine": machine(),
+    }
+
+
+def main() -> None:
+    """Measure and write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=[case.name for case in CASES])
+    parser.add_argument("--quick", action="store_true", help="small sizes, for a look")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks.csv"))
+    args = parser.parse_args()
+    cases = [case for case in CASES if args.only in (None, case.name)]
+    rows = [row(case, case.n_quick if args.quick else case.n, args.repeats) for case in tqdm(cases, desc="benchmarks")]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(args.out.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
