@@ -124,7 +124,6 @@ def model(
     out: Out,
     tokens: Annotated[Path | None, typer.Option(help="token folder, for a model from scratch")] = None,
     context: Context = 1024,
-    seed: Seed = 0,
 ) -> None:
     """A base model: links to a pretrained one, or one trained from scratch."""
     entry: cfg.ModelSpec = cfg.parse(cfg.ModelSpec, _json(spec, "--spec"), "--spec")
@@ -139,7 +138,7 @@ def model(
         )
     from memdec import train
 
-    train.run_pretrain(entry, tokenizer, tokens, out, context=context, seed=seed)
+    train.run_pretrain(entry, tokenizer, tokens, out, context=context)
 
 
 @stage(cfg.TrainSettings)

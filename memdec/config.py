@@ -153,6 +153,7 @@ class ModelSpec(Settings):
     heads: PositiveInt | None = None
     corpus: Name | None = Field(None, description="corpus it is trained on")
     train: TrainSettings | None = None
+    seed: int = Field(0, description="of a model from scratch: initial weights and order of the data")
 
     @model_validator(mode="after")
     def _one_of(self) -> "ModelSpec":

@@ -58,7 +58,12 @@ def run(
         if memory is None:
             records.append(session.single("base", seed))
         artifacts.write_json(out / "records.json", records)
-        build.facts.update(methods=[record["method"] for record in records], corpus_sha256=text.facts["sha256"])
+        # All text the numbers depend on: what is scored, and what the base was trained on.
+        known = {corpus.name: text.facts["sha256"]}
+        lineage = artifacts.read(base, "model").facts
+        if "corpus" in lineage:
+            known[Path(lineage["corpus"]).name] = lineage["corpus_sha256"]
+        build.facts.update(methods=[record["method"] for record in records], corpora_sha256=known)
 
 
 class _Session:

@@ -28,8 +28,9 @@ def run_table3(config: Config, folders: dict[tuple[str, str, int], Path], out: P
     artifacts.write_text(out, table.to_csv(index=False))
     artifacts.write_text(out.with_suffix(".md"), markdown(config, records))
     artifacts.write_text(out.with_suffix(".tex"), latex(config, records))
-    sources = {"/".join(map(str, key)): artifacts.read(path, "evaluation").recipe for key, path in folders.items()}
-    corpora = {key[0]: artifacts.read(path, "evaluation").facts["corpus_sha256"] for key, path in folders.items()}
+    manifests = {"/".join(map(str, key)): artifacts.read(path, "evaluation") for key, path in folders.items()}
+    sources = {name: manifest.recipe for name, manifest in manifests.items()}
+    corpora = {name: sha for manifest in manifests.values() for name, sha in manifest.facts["corpora_sha256"].items()}
     facts = {
         "table": "3",
         "scale": config.scale,

@@ -35,21 +35,21 @@ IGNORED = -100
 # --- stages -------------------------------------------------------------------------------------------------------
 
 
-def run_pretrain(spec: ModelSpec, tokenizer: Path, stream: Path, out: Path, *, context: int, seed: int) -> None:
+def run_pretrain(spec: ModelSpec, tokenizer: Path, stream: Path, out: Path, *, context: int) -> None:
     """Stage `pretrain`: a base model from scratch (mini scale), next-token loss on a general corpus."""
     if spec.train is None:
         raise ConfigError(
             f"{out}: expected a model with 'architecture' and 'train', found a pretrained one; use `memdec model`"
         )
     manifest = artifacts.read(stream, "tokens")
-    settings = {**spec.model_dump(mode="json"), "context": context, "seed": seed}
+    settings = {**spec.model_dump(mode="json"), "context": context}
     inputs = {"tokenizer": artifacts.read(tokenizer, "tokenizer").recipe, "tokens": manifest.recipe}
     with artifacts.building(out, "model", settings, inputs) as build:
         if build is None:
             return
         words = tokens.load_tokenizer(str(tokenizer))
-        model = models.from_scratch(spec, len(words), context, words.eos_token_id, seed)
-        facts = _fit(model, words, spec.train, stream, build.work, context=context, seed=seed)
+        model = models.from_scratch(spec, len(words), context, words.eos_token_id)
+        facts = _fit(model, words, spec.train, stream, build.work, context=context, seed=spec.seed)
         _save(model, words, out, build, facts, stream, manifest)
 
 

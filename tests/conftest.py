@@ -52,7 +52,7 @@ def token_folder(corpus_folder: Path, tokenizer_folder: Path, tmp_path_factory: 
 @pytest.fixture(scope="session")
 def base_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "base"
-    train.run_pretrain(spec(24), tokenizer_folder, token_folder, out, context=CONTEXT, seed=0)
+    train.run_pretrain(spec(24), tokenizer_folder, token_folder, out, context=CONTEXT)
     return out
 
 
@@ -60,5 +60,5 @@ def base_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: py
 def small_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model with the same tokenizer; serves as a memory and as the start of one."""
     out = tmp_path_factory.mktemp("models") / "small"
-    train.run_pretrain(spec(16), tokenizer_folder, token_folder, out, context=CONTEXT, seed=1)
+    train.run_pretrain(spec(16, seed=1), tokenizer_folder, token_folder, out, context=CONTEXT)
     return out

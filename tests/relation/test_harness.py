@@ -187,7 +187,7 @@ def test_bad_models(base_folder: Path, corpus_folder: Path, tmp_path: Path) -> N
         MemDecInterp(memory=str(base_folder))
     tokens.run_tokenizer(TokenizerSpec(train_on=["made"], vocab_size=290), tmp_path / "t", [corpus_folder])
     tokens.run_tokens(tmp_path / "t", corpus_folder, tmp_path / "s")
-    train.run_pretrain(spec(16), tmp_path / "t", tmp_path / "s", tmp_path / "m", context=CONTEXT, seed=0)
+    train.run_pretrain(spec(16), tmp_path / "t", tmp_path / "s", tmp_path / "m", context=CONTEXT)
     with pytest.raises(ArtifactError, match="expected one tokenizer, found two"):
         ours(base_folder, tmp_path / "m")
 

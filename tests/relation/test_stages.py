@@ -294,7 +294,7 @@ def test_lora_and_finetune_keep_the_best_epoch(base_folder: Path, token_folder: 
 def test_lora_targets_by_family(architecture: str) -> None:
     from making import spec
 
-    model = models.from_scratch(spec(16, architecture=architecture), 50, 32, 0, 0)
+    model = models.from_scratch(spec(16, architecture=architecture), 50, 32, 0)
     names = {name.rsplit(".", 1)[-1] for name in train._projections(model)}
     expected = {
         "gpt2": {"c_attn", "c_fc", "c_proj"},

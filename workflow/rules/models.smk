@@ -33,7 +33,7 @@ rule model:
         stage=STAGE["model"],
     shell:
         "OMP_NUM_THREADS={threads} memdec model --spec {params.spec} --tokenizer $(dirname {input.tokenizer}) "
-        "{params.tokens} {params.context} --seed 0 --out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.tokens} {params.context} --out $(dirname {output.manifest}) > {log} 2>&1"
 
 
 rule finetune:
