@@ -38,7 +38,7 @@ def _register_models(module):
 
 
 def _add_tasks(module):
-    from memdec.tasks import FOLDER
+    from memdec import HARNESS_TASKS
 
     manager = module.TaskManager
     build = manager.__init__
@@ -46,7 +46,7 @@ def _add_tasks(module):
     def __init__(self, verbosity=None, include_path=None, include_defaults=True, metadata=None):
         given = [] if include_path is None else [include_path] if isinstance(include_path, str) else include_path
         given = list(given) if isinstance(given, (list, tuple)) else [given]
-        paths = [str(FOLDER), *given] if include_defaults and FOLDER.is_dir() else given
+        paths = [str(HARNESS_TASKS), *given] if include_defaults and HARNESS_TASKS.is_dir() else given
         build(self, verbosity, paths or None, include_defaults, metadata)
 
     __init__.__wrapped__ = build

@@ -4,6 +4,11 @@ Every message names what was expected, what was found, where, and the next step.
 line and exits with `exit_code`; nothing here is ever raised for a bug of ours.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class MemDecError(Exception):
     """Base of all errors that the user can act on."""
@@ -35,3 +40,16 @@ class IncomparableError(MemDecError):
     """Two results that must not be compared (other text, other versions)."""
 
     exit_code = 3
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Inside the `lm_eval` executable an error the user can act on is one line and exit code 2, as in `memdec`."""
+    try:
+        yield
+    except MemDecError as error:
+        program = Path(sys.argv[0])
+        if not {program.stem, program.parent.name} & {"lm_eval", "lm-eval"}:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -121,10 +121,10 @@ class _Session:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
-        from memdec.tasks import FOLDER
+        from memdec import HARNESS_TASKS
 
         metadata = {"corpus": str(self.corpus), "split": split, "pretrained": str(self.base)}
-        manager = TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=metadata)
+        manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=metadata)
         results = simple_evaluate(model=model, tasks=[TASK], task_manager=manager, bootstrap_iters=0, log_samples=False)
         assert results is not None
         artifacts.write_json(self.out / f"results_{method}_{split}.json", json.loads(json.dumps(results, default=str)))

@@ -10,7 +10,6 @@ A subclass of the harness's own `hf` model, so everything that works there works
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from memdec import mixing, tokens
-from memdec.errors import ConfigError, MemDecError, ModelError
+from memdec.errors import ConfigError, ModelError, one_line_errors
 from memdec.modeling import MemDecForCausalLM
 from memdec.models import check_folder, load
 from memdec.scores import ScoreStore, TokenScores, model_identity
@@ -225,19 +224,6 @@ class MemDecInterp(HFLM):
             return model
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Inside the `lm_eval` executable an error the user can act on is one line and exit code 2, as in `memdec`."""
-    try:
-        yield
-    except MemDecError as error:
-        program = Path(sys.argv[0])
-        if not {program.stem, program.parent.name} & {"lm_eval", "lm-eval"}:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-
-
 def _positions(model: Any) -> int:
     for field in ("max_position_embeddings", "n_positions"):
         value = getattr(model.config, field, None)
@@ -258,4 +244,4 @@ def _batches(parts: list[Window], batch_size: int) -> Iterator[list[Window]]:
         yield batch
 
 
-__all__ = ["MemDecInterp", "one_line_errors"]
+__all__ = ["MemDecInterp"]

@@ -41,7 +41,7 @@ def _provenance(table: Path) -> dict[str, Any]:
         return {
             "scale": data["scale"],
             "corpora": data["corpora_sha256"],
-            "versions": {name: data["versions"].get(name) for name in (*SAME, "python")},
+            "versions": {name: data["versions"].get(name) for name in SAME},
         }
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(

@@ -26,13 +26,16 @@ class TokenScores:
 
 
 def model_identity(name: str, revision: str | None = None) -> str:
-    """What decides a model's outputs: the recipe of an artefact, or a hash of the folder's files, or id and revision."""
+    """What decides a model's outputs: a hash of the folder's weights and configuration, or Hub id and revision.
+
+    Not the recipe of an artefact: the same recipe under changed code may give other weights.
+    """
     path = Path(name)
     if not path.is_dir():
         return f"{name}@{revision or 'main'}"
-    if artifacts.kind_of(path) is not None:
-        return artifacts.read(path, str(artifacts.kind_of(path))).recipe
-    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json"))
+    files = sorted(
+        file for file in path.iterdir() if file.suffix in (".safetensors", ".json") and file.name != artifacts.MANIFEST
+    )
     return artifacts.digest([(file.name, artifacts.file_digest(file)) for file in files])
 
 

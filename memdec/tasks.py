@@ -12,12 +12,9 @@ from typing import Any
 
 from memdec import artifacts, corpora, tokens
 from memdec.config import SPLITS
-from memdec.errors import ConfigError, CorpusError
-from memdec.harness import one_line_errors
+from memdec.errors import ConfigError, CorpusError, one_line_errors
 
 log = logging.getLogger(__name__)
-
-FOLDER = Path(__file__).resolve().parent.parent / "harness_tasks"  # beside the package, installed or checked out
 
 
 # --- perplexity of a corpus ---------------------------------------------------------------------------------------

@@ -138,7 +138,6 @@ def _train(texts: Iterator[str], vocab_size: int) -> Any:
         vocab_size=vocab_size,
         special_tokens=[EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() != vocab_size:

@@ -17,11 +17,10 @@ from lm_eval.tasks import TaskManager
 from making import CONTEXT, spec
 from transformers import AutoModelForCausalLM
 
-from memdec import artifacts, corpora, metrics, mixing, tokens, train
+from memdec import HARNESS_TASKS, artifacts, corpora, metrics, mixing, tokens, train
 from memdec.config import TokenizerSpec
 from memdec.errors import ArtifactError, ConfigError, CorpusError, MemDecError, ModelError, NumericsError
 from memdec.harness import MemDecInterp
-from memdec.tasks import FOLDER
 from memdec.windows import windows
 
 TEXT = "\n".join(f"The kernel {i} scales the window of size {i * 7 % 31}." for i in range(25))
@@ -212,7 +211,9 @@ def test_without_arguments_it_is_the_papers_pair_and_says_so(caplog: pytest.LogC
 def evaluate(model: str, tasks: str, everything: bool = False, **arguments: Any) -> dict[str, Any]:
     """`everything` builds lm-eval's own task list too, as the executable does (seconds)."""
     arguments = {"device": "cpu", **arguments}
-    manager = None if everything else TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=arguments)
+    manager = (
+        None if everything else TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=arguments)
+    )
     results = simple_evaluate(model=model, model_args=arguments, tasks=[tasks], task_manager=manager, bootstrap_iters=0)
     assert results is not None
     values: dict[str, Any] = results["results"][tasks]

@@ -1,0 +1,181 @@
+"""How text is cut into documents, what makes a corpus again, and inputs that used to be misread."""
+
+import gzip
+import json
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from making import made_text
+
+from memdec import artifacts, corpora
+from memdec.config import SPLITS, DocstringCorpus, FileCorpus, HubCorpus
+from memdec.errors import CorpusError
+
+TEXT = made_text(200, 9)
+
+
+def made(path: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
+    """Facts of a corpus of one file, split by hash."""
+    corpora.run(FileCorpus.model_validate({"source": "files", "path": str(path), "min_bytes": 10} | changes), out)
+    return artifacts.read(out, "corpus").facts
+
+
+def texts(out: Path) -> list[str]:
+    return [text for split in SPLITS for text in corpora.load(out, split)]
+
+
+def same_file(path: Path) -> dict[str, Any]:
+    return {"path": None, "paths": dict.fromkeys(SPLITS, str(path))}
+
+
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [("blank_line", ["a b\nc", "d"]), ("line", ["a b", "c", "d"]), ("file", ["a b\nc\n\nd"])],
+)
+def test_what_parts_documents(tmp_path: Path, documents: str, expected: list[str]) -> None:
+    (tmp_path / "a.txt").write_text("\na b\nc\n\nd\n\n\n")
+    made(tmp_path / "a.txt", tmp_path / "o", documents=documents, min_bytes=1, **same_file(tmp_path / "a.txt"))
+    assert corpora.load(tmp_path / "o", "test") == expected
+
+
+def test_a_glob_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}")
+    made(tmp_path, tmp_path / "o", **same_file(tmp_path / "*.txt"))
+    assert corpora.load(tmp_path / "o", "train") == ["text of a", "text of b", "text of c"]
+
+
+def test_the_same_text_is_skipped_and_a_changed_one_made_again(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    first = made(tmp_path / "a.txt", tmp_path / "o")
+    written = (tmp_path / "o" / "train.parquet").stat().st_mtime_ns
+    assert made(tmp_path / "a.txt", tmp_path / "o") == first
+    assert (tmp_path / "o" / "train.parquet").stat().st_mtime_ns == written
+    assert made(tmp_path / "a.txt", tmp_path / "elsewhere") == first
+    (tmp_path / "a.txt").write_text(TEXT.replace("kernel", "colonel"))
+    assert made(tmp_path / "a.txt", tmp_path / "o")["sha256"] != first["sha256"]
+
+
+def test_every_document_is_in_one_split_and_duplicates_are_in_none(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT + "\n\n" + TEXT)
+    facts = made(tmp_path / "a.txt", tmp_path / "o")
+    found = texts(tmp_path / "o")
+    assert len(found) == len(set(found)) == 200 - sum(facts["dropped_for_overlap"].values())
+    assert set(found) <= set(TEXT.split("\n\n"))
+    assert facts["splits"]["test"]["bytes"] == sum(len(t.encode()) for t in corpora.load(tmp_path / "o", "test"))
+
+
+def test_a_smaller_cap_draws_from_the_larger_one(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    drawn = []
+    for cap in (1500, 6000):
+        made(tmp_path / "a.txt", tmp_path / str(cap), max_bytes={"train": cap})
+        drawn.append(corpora.load(tmp_path / str(cap), "train"))
+    assert drawn[0] != drawn[1][: len(drawn[0]) + 9]
+    assert len(set(drawn[0]) & set(drawn[1])) >= len(drawn[0]) - 2  # the last few may be fillers of the small cap
+
+
+def test_text_of_another_corpus_is_kept_out_of_valid_and_test_but_not_of_train(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    alone = made(tmp_path / "a.txt", tmp_path / "alone")
+    # Half of the documents, as another corpus: everything of theirs in train by a path of its own.
+    half = TEXT.split("\n\n")[::2]
+    (tmp_path / "b.txt").write_text("\n\n".join(half))
+    made(tmp_path / "b.txt", tmp_path / "other", **same_file(tmp_path / "b.txt"))
+    spec = FileCorpus(source="files", path=str(tmp_path / "a.txt"), min_bytes=10)
+    corpora.run(spec, tmp_path / "apart", [tmp_path / "other"])
+    assert corpora.load(tmp_path / "apart", "train") == corpora.load(tmp_path / "alone", "train")
+    for split in ("valid", "test"):
+        before, after = (corpora.load(tmp_path / name, split) for name in ("alone", "apart"))  # type: ignore[arg-type]
+        assert set(before) & set(half)
+        assert after == [text for text in before if text not in set(half)]
+    assert sum(artifacts.read(tmp_path / "apart", "corpus").facts["dropped_for_overlap"].values()) > sum(
+        alone["dropped_for_overlap"].values()
+    )
+
+
+def test_missing_splits_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    with pytest.raises(CorpusError, match="found no valid, test"):
+        made(tmp_path, tmp_path / "o", path=None, paths={"train": str(tmp_path / "a.txt")})
+    (tmp_path / "set").mkdir()
+    pd.DataFrame({"text": TEXT.split("\n\n")}).to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
+    with pytest.raises(CorpusError, match="expected a data set split for 'valid'"):
+        corpora.run(HubCorpus(source="hub", path=str(tmp_path / "set"), splits={"train": "train"}), tmp_path / "h")
+
+
+@pytest.mark.parametrize("row", ["[1]", '{"text": null}', '{"text": 3}', '"text"'])
+def test_a_row_without_text_names_file_and_row(tmp_path: Path, row: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + row)
+    with pytest.raises(CorpusError, match=r"a\.jsonl:1: expected a text field 'text'"):
+        made(tmp_path / "a.jsonl", tmp_path / "o")
+
+
+# --- bugs; drop the mark with the fix -----------------------------------------------------------------------------
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="_one_file splits on '\\n\\n' only: a file with Windows line ends is one document",
+)
+def test_windows_line_ends_make_the_same_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(TEXT.replace("\n", "\r\n").encode())
+    made(tmp_path / "a.txt", tmp_path / "o", **same_file(tmp_path / "a.txt"))
+    assert corpora.load(tmp_path / "o", "test") == TEXT.split("\n\n")
+
+
+@pytest.mark.xfail(
+    strict=True, raises=CorpusError, reason="splitlines() cuts jsonl at U+2028 and U+0085 inside strings"
+)
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_jsonl_lines_end_at_newlines_only(tmp_path: Path, character: str) -> None:
+    row = json.dumps({"text": f"one{character}two"}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(row + "\n", encoding="utf-8")
+    made(tmp_path / "a.jsonl", tmp_path / "o", min_bytes=1, **same_file(tmp_path / "a.jsonl"))
+    assert corpora.load(tmp_path / "o", "test") == [f"one{character}two"]
+
+
+@pytest.mark.xfail(
+    strict=True, raises=zlib.error, reason="zlib.error is no OSError: a damaged .gz is a traceback instead of one line"
+)
+def test_a_damaged_gz_is_one_clear_error(tmp_path: Path) -> None:
+    raw = bytearray(gzip.compress(TEXT.encode(), mtime=0))
+    raw[200:240] = bytes(byte ^ 0xFF for byte in raw[200:240])
+    (tmp_path / "a.txt.gz").write_bytes(raw)
+    with pytest.raises(CorpusError, match="expected readable"):
+        made(tmp_path / "a.txt.gz", tmp_path / "o")
+
+
+@pytest.mark.xfail(
+    strict=True, raises=CorpusError, reason="glob reads [..] in the name of an existing file as a pattern"
+)
+def test_an_existing_file_is_found_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text(TEXT)
+    made(tmp_path / "a[1].txt", tmp_path / "o")
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=CorpusError,
+    reason="ast.parse warns of \\d in source; under -W error the module is silently left out",
+)
+def test_docstrings_do_not_depend_on_the_warning_filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "site" / "escpkg"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    for number, text in enumerate(TEXT.split("\n\n")[:100]):
+        (folder / f"m{number}.py").write_text(f'"""{text} {text}"""\nPATTERN = "\\d"\n')
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    spec = DocstringCorpus(source="docstrings", packages=["escpkg"], min_bytes=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        corpora.run(spec, tmp_path / "quiet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        corpora.run(spec, tmp_path / "strict")
+    assert texts(tmp_path / "strict") == texts(tmp_path / "quiet")
