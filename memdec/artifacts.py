@@ -103,6 +103,7 @@ def building(
             yield None
             return
     path.mkdir(parents=True, exist_ok=True)
+    _refuse_overwriting(path, kind, inputs)
     _claim(path, recipe)
     build = Build(path, recipe)
     yield build
@@ -163,6 +164,21 @@ def kind_of(path: Path) -> str | None:
         return str(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["kind"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _refuse_overwriting(path: Path, kind: str, inputs: Mapping[str, str]) -> None:
+    """A mistyped --out must cost nothing: neither an artefact of another kind nor an input of this build is replaced."""
+    there = kind_of(path)
+    if there is None:
+        return
+    if there != kind:
+        raise ArtifactError(
+            f"{path}: expected a new folder or a {kind} artefact for the output, found one of kind {there}; choose another --out"
+        )
+    if json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("recipe") in inputs.values():
+        raise ArtifactError(
+            f"{path}: expected a folder for the output, found an input of this very build; choose another --out"
+        )
 
 
 def _claim(path: Path, recipe: str) -> None:

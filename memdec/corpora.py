@@ -12,6 +12,8 @@ import importlib.util
 import json
 import lzma
 import sysconfig
+import warnings
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +51,7 @@ def run(spec: CorpusSpec, out: Path, against: Sequence[Path] = ()) -> None:
         out: Folder to make.
         against: Corpus folders whose train text must not overlap this corpus's valid and test text.
     """
-    inputs = {f"against {path.name}": artifacts.read(path, "corpus").recipe for path in against}
+    inputs = {f"against {i}": artifacts.read(path, "corpus").recipe for i, path in enumerate(against)}
     inputs["origin"] = _origin(spec)
     with artifacts.building(out, "corpus", spec, inputs) as build:
         if build is None:
@@ -132,7 +134,9 @@ def _docstring_documents(spec: DocstringCorpus) -> Iterator[Document]:
     for root, file in tqdm(files, desc="read docstrings", unit="file", mininterval=2):
         unit = file.relative_to(root).as_posix()
         try:
-            tree = ast.parse(file.read_bytes())
+            with warnings.catch_warnings():  # invalid escapes in other people's source
+                warnings.simplefilter("ignore")
+                tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError):
             continue  # templates and files for other Python versions
         for line, text in sorted(_documentation(tree, file.stem)):
@@ -179,7 +183,9 @@ def _clean(text: str) -> str:
 
 
 def _matches(pattern: str) -> list[Path]:
-    files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+    # A name that is there is meant literally, whatever brackets it holds.
+    names = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+    files = sorted(map(Path, names))
     files = [file for file in files if file.is_file()]
     if not files:
         raise CorpusError(f"{pattern}: expected text files, found none; check the path in the config")
@@ -190,7 +196,15 @@ def _file_documents(pattern: str, spec: FileCorpus) -> Iterator[Document]:
     for file in _matches(pattern):
         try:
             yield from _one_file(file, spec)
-        except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError, pa.ArrowInvalid, ValueError) as error:
+        except (
+            OSError,
+            UnicodeDecodeError,
+            lzma.LZMAError,
+            zlib.error,
+            EOFError,
+            pa.ArrowInvalid,
+            ValueError,
+        ) as error:
             raise CorpusError(
                 f"{file}: expected readable UTF-8 text, jsonl or parquet, found: {str(error)[:160]}"
             ) from None
@@ -207,16 +221,16 @@ def _one_file(file: Path, spec: FileCorpus) -> Iterator[Document]:
             raw = gzip.decompress(raw)
         elif file.suffix == ".xz":
             raw = lzma.decompress(raw)
-        content = raw.decode("utf-8")
+        content = raw.decode("utf-8").replace("\r\n", "\n")
         if kind not in (".jsonl", ".json"):
-            parts = {  # type: ignore[no-untyped-call]
+            parts = {
                 "blank_line": lambda: content.split("\n\n"),
-                "line": content.splitlines,
+                "line": lambda: content.split("\n"),
                 "file": lambda: [content],
             }[spec.documents]()
             rows = [{spec.field: part.strip("\n")} for part in parts if part.strip()]
         else:
-            rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in content.split("\n") if line.strip()]
     for number, row in enumerate(rows):
         yield _row_document(row, spec.field, f"{file.name}:{number}", str(file))
 

@@ -48,6 +48,10 @@ def run(datastore: Path, index_folder: Path, stream: Path, out: Path, settings: 
         raise ConfigError(
             f"targets: expected at most {n - 1} neighbours for {n} keys, found {settings.neighbours}; lower 'neighbours'"
         )
+    if settings.shards > n:
+        raise ConfigError(
+            f"targets: expected at most {n} shards for {n} positions, found {settings.shards}; lower 'shards'"
+        )
     # The batch size changes nothing in the result, so it is not part of the recipe.
     plain = {**settings.model_dump(mode="json", exclude={"batch_size"}), "shard": shard}
     inputs = {"datastore": store.recipe, "index": found.recipe, "tokens": source.recipe}
@@ -149,6 +153,11 @@ class TargetReader:
     def _pieces(
         self, first: int, end: int
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.floating]]]:
+        last = int(self.begins[-1]) + len(self._shards[-1])
+        if not 0 <= first <= end <= last:
+            raise ArtifactError(
+                f"targets: expected positions from 0 to {last}, found {first} to {end}; check the token stream"
+            )
         while first < end:
             number = int(np.searchsorted(self.begins, first, side="right")) - 1
             shard, offset = self._shards[number], int(self.begins[number])

@@ -31,7 +31,7 @@ def run_tokenizer(spec: TokenizerSpec, out: Path, corpus_folders: Sequence[Path]
         out: Folder to make.
         corpus_folders: One per name in `spec.train_on`.
     """
-    inputs = {path.name: artifacts.read(path, "corpus").recipe for path in corpus_folders}
+    inputs = {f"corpus {i}": artifacts.read(path, "corpus").recipe for i, path in enumerate(corpus_folders)}
     if spec.train_on is not None and len(corpus_folders) != len(spec.train_on):
         raise ConfigError(
             f"{out}: expected {len(spec.train_on)} corpus folders (train_on), found {len(corpus_folders)}"

@@ -188,7 +188,6 @@ def test_an_index_or_a_stream_of_other_keys_is_refused(made: tuple[Path, Path, P
 # --- bugs; drop the mark with the fix -----------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="a shard without positions: np.concatenate of nothing")
 def test_more_shards_than_positions_are_refused_or_empty(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     try:
         np.testing.assert_allclose(dense(run(made, tmp_path, shards=N + 1)), brute(made, 0.7), atol=1e-7)
@@ -196,7 +195,6 @@ def test_more_shards_than_positions_are_refused_or_empty(made: tuple[Path, Path,
         return
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="_pieces never ends for a span beyond the last position")
 def test_a_span_beyond_the_end_ends(readers: tuple[TargetReader, NDArray[np.float64]]) -> None:
     try:
         pieces = list(islice(readers[0]._pieces(N - 1, N + 1), 10))

@@ -78,5 +78,9 @@ def test_damage_is_one_clear_error_and_rebuilt(tmp_path: Path, damage: str) -> N
         artifacts.read(out, "thing")
     assert str(out) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert make(out)
-    artifacts.read(out, "thing")
+    if damage == "other kind":  # a mistyped --out must not cost an artefact
+        with pytest.raises(ArtifactError, match="found one of kind else"):
+            make(out)
+    else:
+        assert make(out)
+        artifacts.read(out, "thing")

@@ -57,11 +57,6 @@ def test_a_folder_per_corpus_and_of_the_right_kind(corpus_folder: Path, tokenize
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="inputs are keyed by folder name: of two corpora with one name the last counts",
-)
 def test_a_tokenizer_depends_on_all_its_corpora(tmp_path: Path) -> None:
     first, second, changed = (made_corpus(tmp_path / name, seed) for seed, name in enumerate("abc"))
     spec = TokenizerSpec(train_on=["a", "b"], vocab_size=300)
