@@ -196,7 +196,8 @@ def _claim(path: Path, recipe: str) -> None:
     (path / MANIFEST).unlink(missing_ok=True)
     if owner not in (None, recipe):
         for child in path.iterdir():
-            _remove(child)
+            if child != mark:  # a kill in between must leave a folder that is still ours
+                _remove(child)
     write_text(mark, recipe)
 
 

@@ -322,7 +322,7 @@ def _drop_overlap(splits: dict[Split, list[Document]], seen: set[int]) -> dict[s
 
 
 def _capped(documents: list[Document], max_bytes: int | None) -> list[Document]:
-    """Whole documents up to a number of bytes, drawn by hash of their source; all in hash order if there is no cap."""
+    """Whole documents up to a number of bytes, drawn by hash of their source; without a cap all, in the order read."""
     if max_bytes is None:
         return documents
     chosen, total = [], 0

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from memdec import artifacts, index, tokens
 from memdec.config import TargetSettings
 from memdec.datastore import load_keys
-from memdec.errors import ArtifactError, ConfigError
+from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.knn import SparseRows, aggregate, drop_self
 
 
@@ -78,6 +78,11 @@ def _search(
     for low in tqdm(range(begin, end, settings.batch_size), desc="targets", unit="batch", mininterval=2):
         high = min(low + settings.batch_size, end)
         queries = np.ascontiguousarray(keys[low:high], dtype=np.float32)
+        if not np.isfinite(queries).all():
+            position = low + int(np.argwhere(~np.isfinite(queries))[0, 0])
+            raise NumericsError(
+                f"{datastore}: expected finite keys, found NaN or inf at position {position}; run `memdec datastore` again"
+            )
         sq_dist, near = searcher.search(queries, settings.neighbours + 1)
         sq_dist, near = drop_self(sq_dist, near, np.arange(low, high), settings.neighbours)
         sq_dist = np.where(near < 0, np.inf, sq_dist)

@@ -45,7 +45,7 @@ from memdec.config import TargetSettings
 
 shard, home = int(sys.argv[1]), Path(sys.argv[2])
 targets.drop_self = lambda sq_dist, ids, own, neighbours: (sq_dist[:, :neighbours], ids[:, :neighbours])  # the fault
-settings = TargetSettings(neighbours=256, temperature=16, top=64, shards=2)
+settings = TargetSettings(neighbours=256, temperature=0.5, top=64, shards=2)
 stream = Path("results/reduced/tokens/bpe1k/sklearn")
 targets.run(home / "datastore", home / "index", stream, home / "targets" / str(shard), settings, shard=shard)
 PY

@@ -302,3 +302,13 @@ def test_lora_targets_by_family(architecture: str) -> None:
     }
     assert names == expected[architecture]
     assert models.last_mlp(model) is (model.transformer.h if architecture == "gpt2" else model.model.layers)[-1].mlp
+
+
+def test_nan_keys_name_the_position(
+    store: Path, index_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = np.array(datastore.load_keys(store))
+    keys[77, 3] = np.nan
+    monkeypatch.setattr(targets, "load_keys", lambda _: keys)
+    with pytest.raises(NumericsError, match="NaN or inf at position 77"):
+        targets.run(store, index_folder, token_folder, tmp_path / "t", TargetSettings(neighbours=5), shard=0)

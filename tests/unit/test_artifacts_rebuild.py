@@ -33,6 +33,17 @@ def test_the_old_manifest_goes_before_the_work_and_old_files_before_a_new_recipe
     assert manifest.recipe == build.recipe
 
 
+def test_a_repair_of_the_same_recipe_is_not_read_before_it_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    make(out, {})
+    (out / "sub" / "data.txt").unlink()
+    with artifacts.building(out, "thing", {}, {}) as build:
+        assert build is not None
+        (out / "sub" / "data.txt").write_text("y")  # whole again in size, but the stage is not done
+        with pytest.raises(ArtifactError, match="unfinished"):
+            artifacts.read(out, "thing")
+
+
 def test_the_recipe_is_settings_and_inputs_and_not_their_order(tmp_path: Path) -> None:
     out = tmp_path / "a"
     assert make(out, {"p": 1, "q": 2}, {"x": "1", "y": "2"})

@@ -9,9 +9,9 @@ from memdec import metrics
 
 
 def test_resampling_weighs_blocks_by_their_tokens() -> None:
-    log_p = np.array([-1.0, -1, -1, -1, -9])  # blocks of 4 and of 1 token
-    blocks = [(-4.0, 4), (-9.0, 1)]
-    draws = np.random.default_rng(3).integers(0, 2, size=(200, 2))
+    log_p = -np.random.default_rng(0).exponential(2, 13)  # blocks of 4, 4, 4 and of 1 token
+    blocks = [(float(block.sum()), len(block)) for block in np.split(log_p, [4, 8, 12])]
+    draws = np.random.default_rng(3).integers(0, 4, size=(200, 4))
     twin = [math.exp(-sum(blocks[i][0] for i in row) / sum(blocks[i][1] for i in row)) for row in draws]
     expected = np.quantile(twin, [0.025, 0.975])
     np.testing.assert_allclose(metrics.bootstrap_perplexity(log_p, 4, 200, seed=3), expected)

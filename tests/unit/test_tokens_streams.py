@@ -33,7 +33,7 @@ def test_the_stream_is_written_narrow_hashed_and_mapped(token_folder: Path, toke
     facts = artifacts.read(token_folder, "tokens").facts
     stream = tokens.load_stream(token_folder, "train")
     assert isinstance(stream, np.memmap)
-    assert facts["dtype"] == "uint16" == str(np.min_scalar_type(299))
+    assert stream.dtype == facts["dtype"] == "uint16" == str(np.min_scalar_type(299))
     assert facts["sha256"]["train"] == artifacts.file_digest(token_folder / "train.npy")
     assert facts["tokenizer_sha256"] == artifacts.read(tokenizer_folder, "tokenizer").facts["sha256"]
 
