@@ -17,7 +17,9 @@ try:
     typed.parse(typed.Config, config, "config")
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
-validate(config, f"{workflow.basedir}/workflow/schemas/config.schema.json", set_default=False)
+validate(
+    config, f"{workflow.basedir}/workflow/schemas/config.schema.json", set_default=False
+)
 
 
 report: "workflow/report/workflow.rst"

@@ -85,7 +85,9 @@ def damaged():
     kinds = {
         "corpus": [f"{RUN}/corpora/{name}" for name in config["corpora"]],
         "tokenizer": [f"{RUN}/tokenizers/{name}" for name in config["tokenizers"]],
-        "tokens": [f"{RUN}/tokens/{TOKENIZER}/{domain}" for domain in config["domains"]],
+        "tokens": [
+            f"{RUN}/tokens/{TOKENIZER}/{domain}" for domain in config["domains"]
+        ],
         "model": [f"{RUN}/models/{name}" for name in MODELS],
     }
     for domain, seed in {(domain, seed) for domain, _, seed in CELLS}:
