@@ -4,11 +4,14 @@ p_kNN(y|x) is proportional to the sum over the k neighbours with value y of exp(
 squared L2 distance of the keys and the position itself is not a neighbour (paper, section 3.1 and equation 2).
 
 The released code drops the neighbour of *rank* zero instead of the position itself, so a position whose key occurs
-twice keeps itself and loses a true neighbour; rows without any neighbour become probability one on the last token.
-Here self is removed by identity and an empty row is an error.
+twice keeps itself and loses a true neighbour; rows without any neighbour become probability one on the last token;
+product-quantised distances go into the softmax as they are. Here self is removed by identity, an empty row is an
+error, and distances are taken again from the keys.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +19,11 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memdec import kernels
 from memdec.errors import NumericsError
+
+_ROWS = 128  # rows per compiled call: 128 x 1024 float64 weights are 1 MB and stay in the cache
+NOBODY = 2**32 - 1  # position that stands for a missing neighbour in a sort key; a datastore must be smaller
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +38,63 @@ class SparseRows:
         return len(self.indptr) - 1
 
 
-def drop_self(
-    sq_dist: NDArray[np.float32], ids: NDArray[np.int64], own: NDArray[np.int64], neighbours: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Keep the first `neighbours` of each row that are not the row's own position.
+class RowError(NumericsError):
+    """A row without a distribution; `row` counts within the batch, so that the caller can name the position."""
+
+    def __init__(self, row: int, why: str) -> None:
+        super().__init__(f"row {row} of the batch: expected neighbours with finite distances, but {why}")
+        self.row, self.why = row, why
+
+
+def exact_distances(
+    queries: Float[np.ndarray, "B D"],
+    parts: Sequence[tuple[int, NDArray[Any]]],
+    ids: Int[np.ndarray, "B K"],
+) -> Float[np.ndarray, "B K"]:
+    """Squared distances to candidates, from the keys themselves; +inf where the candidate is missing (-1).
 
     Args:
-        sq_dist: Squared distances, nearest first, shape (N, K) with K > neighbours.
-        ids: Datastore positions, shape (N, K); -1 where the index found nothing.
-        own: The position each query stands for, shape (N,); -1 for a query from outside the datastore.
-        neighbours: How many to keep.
+        queries: float32.
+        parts: (first position, keys) of each shard of the datastore; float32, or the bits of float16 (uint16) or
+            bfloat16 (int16).
+        ids: Positions of the candidates.
+    """
+    sq_dist = np.full(ids.shape, np.inf, np.float32)
+
+    def work(begin: int, end: int) -> None:
+        for first, keys in parts:
+            kernels.sq_distances(queries[begin:end], keys, first, ids[begin:end], sq_dist[begin:end])
+
+    kernels.in_threads(work, len(ids), 16)
+    return sq_dist
+
+
+def drop_self(
+    sq_dist: Float[np.ndarray, "B C"], ids: Int[np.ndarray, "B C"], own: Int[np.ndarray, " B"], neighbours: int
+) -> tuple[Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]:
+    """The nearest `neighbours` candidates that are not the query's own position; ties go to the smaller position.
+
+    Args:
+        sq_dist: Squared distances in any order.
+        ids: Datastore positions; -1 where the index found nothing.
+        own: The position each query stands for; -1 for a query from outside the datastore.
+        neighbours: How many to keep, at most C.
 
     Returns:
-        Distances and ids, shape (N, neighbours). A self match of any rank is gone; other positions with the very same
-        key stay.
+        Distances (float32) and positions, nearest first, +inf and -1 at the end where there are fewer. A self match of
+        any rank is gone; other positions with the very same key stay.
     """
-    rank = np.where((ids == own[:, None]) & (own[:, None] >= 0), 1, 0)
-    order = np.argsort(rank, axis=1, kind="stable")[:, :neighbours]
-    return np.take_along_axis(sq_dist, order, 1), np.take_along_axis(ids, order, 1)
+    gone = (ids < 0) | (ids == own[:, None])
+    near = np.where(gone, np.float32(np.inf), np.maximum(sq_dist, np.float32(0))).astype(np.float32, copy=False)
+    # The bits of a float32 that is not negative sort as it does: one sort of (distance, position) in 64 bits takes a
+    # tenth of the time of an argsort.
+    order = near.view(np.uint32).astype(np.uint64) << np.uint64(32)
+    order |= np.where(gone, NOBODY, ids).astype(np.uint64)
+    order.sort(axis=1)
+    order = order[:, :neighbours]
+    kept = (order & np.uint64(NOBODY)).astype(np.int64)
+    kept[kept == NOBODY] = -1
+    return (order >> np.uint64(32)).astype(np.uint32).view(np.float32), kept
 
 
 def aggregate(
@@ -59,62 +105,114 @@ def aggregate(
     top: int | None = None,
     threshold: float = 0.0,
 ) -> tuple[Int[Tensor, " rows"], Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
-    """Sparse p_kNN rows from neighbour distances and their tokens.
+    """Sparse p_kNN rows from neighbour distances and their tokens: compiled loops on CPU, torch on other devices.
 
     Args:
-        sq_dist: Squared L2 distances; rows need not be sorted. +inf marks a missing neighbour.
+        sq_dist: Squared L2 distances, in any order. +inf marks a missing neighbour.
         values: Token of each neighbour (ignored where the neighbour is missing).
         temperature: Divides the squared distance before the softmax (paper's tau; released script: 16).
-        top: Keep only the `top` most probable tokens of a row and renormalise.
+        top: Keep only the `top` most probable tokens of a row and renormalise (ties: the smaller token).
         threshold: Drop tokens with a probability at or below it and renormalise; the most probable always stays.
 
     Returns:
-        (counts, tokens, probs): entries per row, shape (N,), then the entries in row order, each row sorted by falling
-        probability (ties: smaller token first). probs is float64 and sums to one within each row.
+        (counts, tokens, probs): entries per row, shape (N,), then the entries in row order, within a row in the order
+        of the first neighbour that has the token. probs is float64 and sums to one within each row; no entry is zero.
 
     Raises:
-        NumericsError: A row has no neighbour at all, or a distance is NaN.
+        NumericsError: A row has no neighbour at all, or a distance is NaN. Its `row` is the row of the batch.
     """
     if torch.isnan(sq_dist).any():
-        raise NumericsError("kNN distances hold NaN; the keys are broken, rebuild the datastore (float32 keys if fp16)")
+        row = int(torch.isnan(sq_dist).any(dim=1).nonzero()[0, 0])
+        raise RowError(row, "a distance is NaN: the keys are broken, rebuild the datastore")
+    nearest = sq_dist.amin(dim=1, keepdim=True)
+    if torch.isinf(nearest).any():
+        row = int(torch.isinf(nearest).nonzero()[0, 0])
+        raise RowError(row, "it has no neighbour: search more cells (nprobe) or check the index")
+    work = _aggregate_compiled if sq_dist.device.type == "cpu" else aggregate_torch
     missing = torch.isinf(sq_dist)
-    if missing.all(dim=1).any():
-        row = int(missing.all(dim=1).nonzero()[0, 0])
-        raise NumericsError(f"row {row} of the batch has no neighbour; search more cells (nprobe) or check the index")
+    values = values.long().masked_fill(missing, 0) if missing.any() else values.long()
+    return work(sq_dist, values, nearest, temperature, top, threshold)
+
+
+def _aggregate_compiled(
+    sq_dist: Tensor, values: Tensor, nearest: Tensor, temperature: float, top: int | None, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_rows, n_neighbours = sq_dist.shape
+    sq, tokens_of, least = sq_dist.numpy(), values.numpy(), nearest.numpy()
+    counts = np.empty(n_rows, np.int64)
+    vocab = int(values.max()) + 1
+
+    def work(begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        weights = (sq[begin:end] - least[begin:end]).astype(np.float64)
+        weights /= -temperature
+        np.exp(weights, out=weights)
+        room = (end - begin) * n_neighbours + 1
+        token, prob = np.empty(room, np.int64), np.empty(room)
+        used = kernels.sum_equal(weights, tokens_of[begin:end], np.zeros(vocab), counts[begin:end], token, prob)
+        if top is not None or threshold > 0:
+            used = kernels.keep_best(counts[begin:end], token, prob, top or n_neighbours, threshold)
+        return token[:used].copy(), prob[:used].copy()
+
+    parts = kernels.in_threads(work, n_rows, _ROWS)
+    token, prob = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return torch.from_numpy(counts), torch.from_numpy(token), torch.from_numpy(prob)
+
+
+def aggregate_torch(
+    sq_dist: Tensor, values: Tensor, nearest: Tensor, temperature: float, top: int | None, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in torch operations, for any device."""
     n_rows, n_neighbours = values.shape
-    weight = sq_dist.double().div(-temperature)
-    weight = weight.sub_(weight.amax(dim=1, keepdim=True)).exp_()  # exp(-inf) = 0 for missing neighbours
+    weight = (sq_dist - nearest).double().div_(-temperature).exp_()
 
     # Keys name (token, neighbour), so that equal tokens of a row meet in a sort and still know their weight.
     bits = (n_neighbours - 1).bit_length()
-    key = values.long().clamp(min=0).bitwise_left_shift_(bits)
-    key = _sort_rows(key.bitwise_or_(torch.arange(n_neighbours, device=key.device)))
-    weight = weight.gather(1, key & ((1 << bits) - 1))
+    key = values.bitwise_left_shift(bits)
+    key = key.bitwise_or_(torch.arange(n_neighbours, device=key.device)).sort(dim=1).values
+    place = key & ((1 << bits) - 1)
+    weight = weight.gather(1, place)
     token = key.bitwise_right_shift_(bits)
     first = torch.ones_like(token, dtype=torch.bool)
     torch.ne(token[:, 1:], token[:, :-1], out=first[:, 1:])
-    counts = first.sum(dim=1)
-    rows = torch.repeat_interleave(torch.arange(n_rows, device=key.device), counts)
+    row = torch.arange(n_rows, device=key.device)[:, None].expand_as(token)[first]
     entry = first.flatten().cumsum(0).sub_(1)
-    mass = weight.new_zeros(len(rows)).index_add_(0, entry, weight.flatten())
-    mass /= weight.new_zeros(n_rows).index_add_(0, rows, mass)[rows]
+    mass = weight.new_zeros(len(row)).index_add_(0, entry, weight.flatten())
+    mass /= weight.new_zeros(n_rows).index_add_(0, row, mass)[row]
+    tokens = token[first]
+    seen = torch.where(weight > 0, place, n_neighbours).flatten()  # a missing neighbour is no appearance
+    place = seen.new_full((len(row),), n_neighbours).scatter_reduce_(0, entry, seen, "amin")
 
-    # Rows of distinct tokens, rising, padded with -1: the stable sort puts the smaller token first in a tie.
-    real = torch.arange(int(counts.max()), device=key.device) < counts[:, None]
-    padded = weight.new_full(real.shape, -1.0).masked_scatter_(real, mass)
-    tokens = token.new_zeros(real.shape).masked_scatter_(real, token[first])
-    padded, order = padded.sort(dim=1, descending=True, stable=True)
-    keep = padded > max(threshold, 0.0)
-    keep[:, 0] = True
+    # By row, then falling probability, then token: what to drop; by row, then place of appearance: the order kept.
+    order = tokens.argsort(stable=True)
+    order = order[mass[order].argsort(descending=True, stable=True)]
+    order = order[row[order].argsort(stable=True)]
+    counts = torch.bincount(row, minlength=n_rows)
+    rank = torch.arange(len(row), device=key.device) - (counts.cumsum(0) - counts)[row[order]]
+    keep = mass[order] > max(threshold, 0.0)
+    keep |= rank == 0
     if top is not None:
-        keep[:, top:] = False
-    counts = keep.sum(dim=1)
-    tokens, mass = tokens.gather(1, order)[keep], padded[keep]
-    rows = torch.repeat_interleave(torch.arange(n_rows, device=key.device), counts)
-    kept = weight.new_zeros(n_rows).index_add_(0, rows, mass)
-    return counts, tokens, mass / kept[rows]
+        keep &= rank < top
+    order = order[keep]
+    order = order[(row[order] * n_neighbours + place[order]).argsort()]
+    row, tokens, mass = row[order], tokens[order], mass[order]
+    total = weight.new_zeros(n_rows).index_add_(0, row, mass)
+    return torch.bincount(row, minlength=n_rows), tokens, mass / total[row]
 
 
-def _sort_rows(keys: Int[Tensor, "N K"]) -> Int[Tensor, "N K"]:
-    """Rows in rising order. NumPy's vector sort takes a seventh of torch's time on CPU."""
-    return torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.device.type == "cpu" else keys.sort(dim=1).values
+def total_variation(ours: SparseRows, other: SparseRows) -> Float[np.ndarray, " N"]:
+    """Total variation distance of each pair of rows, half the L1 distance, from 0 to 1."""
+    out = np.empty(len(ours))
+    for row in range(len(ours)):
+        both: dict[int, float] = {}
+        for rows, sign in ((ours, 1.0), (other, -1.0)):
+            span = slice(rows.indptr[row], rows.indptr[row + 1])
+            for token, prob in zip(rows.tokens[span].tolist(), rows.probs[span].tolist(), strict=True):
+                both[token] = both.get(token, 0.0) + sign * prob
+        out[row] = 0.5 * sum(map(abs, both.values()))
+    return out
+
+
+def recall(found: Int[np.ndarray, "B K"], true: Int[np.ndarray, "B K"]) -> float:
+    """Share of the true neighbours that were found, over all rows; -1 (missing) counts for nothing."""
+    hits = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(found, true, strict=True))
+    return hits / max(1, int((true >= 0).sum()))

@@ -17,6 +17,7 @@ PACKAGES = (
     "faiss-gpu",
     "accelerate",
     "peft",
+    "numba",
     "numpy",
     "safetensors",
 )

@@ -9,12 +9,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from hypothesis import settings
 from making import CONTEXT, made_text, spec
 
 from memdec import corpora, tokens, train
 from memdec.config import FileCorpus, TokenizerSpec
 
 torch.set_num_threads(1)
+# The first call of a compiled loop compiles it.
+settings.register_profile("memdec", deadline=None)
+settings.load_profile("memdec")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdec.errors import NumericsError
-from memdec.knn import aggregate, drop_self
+from memdec.knn import aggregate, aggregate_torch, drop_self
 
 
 def plain_row(sq_dist: list[float], values: list[int], temperature: float) -> dict[int, float]:
@@ -54,7 +54,7 @@ def test_equals_the_plain_sum(block: tuple[list[list[float]], list[list[int]]], 
         assert sum(row.values()) == pytest.approx(1, abs=1e-12)
         for token, p in expected.items():
             assert row.get(token, 0.0) == pytest.approx(p, abs=1e-9)
-        assert list(row.values()) == sorted(row.values(), reverse=True)
+        assert list(row) == list(dict.fromkeys(v for v, x in zip(v, d, strict=True) if not math.isinf(x) and v in row))
 
 
 @given(blocks(), st.integers(1, 3), st.sampled_from([0.0, 0.2, 0.9]))
@@ -65,9 +65,10 @@ def test_top_and_threshold_renormalise(
     found = rows_of(*aggregate(torch.tensor(sq_dist), torch.tensor(values), 1.0, top=top, threshold=threshold))
     for row, d, v in zip(found, sq_dist, values, strict=True):
         expected = plain_row(d, v, 1.0)
-        kept = sorted((p for p in expected.values()), reverse=True)[:top]
-        kept = [p for i, p in enumerate(kept) if i == 0 or p > threshold]
-        np.testing.assert_allclose(list(row.values()), np.array(kept) / sum(kept), atol=1e-9)
+        kept = sorted(expected.items(), key=lambda item: (-round(item[1], 12), item[0]))[:top]
+        kept = [item for i, item in enumerate(kept) if i == 0 or item[1] > threshold]
+        total = sum(p for _, p in kept)
+        assert row == pytest.approx({token: p / total for token, p in kept}, abs=1e-9)
 
 
 def test_fault_5_no_zero_is_stored() -> None:
@@ -80,8 +81,22 @@ def test_neighbour_order_does_not_matter() -> None:
     gen = torch.Generator().manual_seed(0)
     d, v = torch.rand(5, 40, generator=gen), torch.randint(0, 9, (5, 40), generator=gen)
     perm = torch.randperm(40, generator=gen)
-    for a, b in zip(aggregate(d, v, 0.3), aggregate(d[:, perm], v[:, perm], 0.3), strict=True):
-        assert torch.allclose(a.double(), b.double(), atol=1e-12)
+    shuffled = rows_of(*aggregate(d[:, perm], v[:, perm], 0.3))
+    for one, other in zip(rows_of(*aggregate(d, v, 0.3)), shuffled, strict=True):
+        assert one == pytest.approx(other, abs=1e-12)
+
+
+@given(blocks(), st.sampled_from([None, 1, 2]), st.sampled_from([0.0, 0.2]))
+def test_the_torch_path_equals_the_compiled_one(
+    block: tuple[list[list[float]], list[list[int]]], top: int | None, threshold: float
+) -> None:
+    sq_dist, values = torch.tensor(block[0]), torch.tensor(block[1])
+    one = aggregate(sq_dist, values, 0.7, top=top, threshold=threshold)
+    nearest = sq_dist.amin(1, keepdim=True)
+    other = aggregate_torch(sq_dist, values, nearest, 0.7, top, threshold)
+    assert torch.equal(one[0], other[0])
+    assert torch.equal(one[1], other[1])
+    torch.testing.assert_close(one[2], other[2], atol=1e-12, rtol=0)
 
 
 def test_fault_4_a_row_without_neighbours_is_an_error() -> None:

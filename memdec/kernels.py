@@ -1,0 +1,208 @@
+"""Compiled inner loops of the kNN stage on CPU (numba): summing equal tokens, and exact distances to candidates.
+
+Plain loops that NumPy would turn into large temporaries. Each call works on one block of rows with its own scratch and
+releases the GIL, so that threads can share the work. `memdec.knn` is the door; CUDA has its own path there.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _widen(_typing: Any, value: Any) -> Any:
+    """float32 of a key element: uint16 holds float16 bits, int16 holds bfloat16 bits, float32 is itself.
+
+    numba has no float16 on CPU; this is one `vcvtph2ps` where the processor has it.
+    """
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if value == types.uint16:
+            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+        if value == types.int16:
+            wide = builder.zext(args[0], ir.IntType(32))
+            return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+        return args[0]
+
+    return types.float32(value), codegen
+
+
+@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+def sq_distances(
+    queries: NDArray[np.float32],
+    keys: NDArray[Any],
+    first: int,
+    ids: NDArray[np.int64],
+    sq_dist: NDArray[np.float32],
+) -> None:
+    """Fill in the squared distances to the candidates that lie in this part of the datastore.
+
+    Differences are squared and summed in one order, so that a distance depends on its two keys alone: not on the
+    batch, the shard or the index, and identical keys have distance 0 (|q|^2 - 2qk + |k|^2 has not).
+
+    Args:
+        queries: Shape (B, D).
+        keys: Positions `first .. first + len(keys) - 1`, shape (n, D); float32, float16 bits (uint16) or bfloat16
+            bits (int16).
+        first: Position of the first key.
+        ids: Candidates, shape (B, K); those outside of this part are left alone.
+        sq_dist: Output, shape (B, K).
+    """
+    n, width = keys.shape
+    for row in range(ids.shape[0]):
+        for column in range(ids.shape[1]):
+            here = ids[row, column] - first
+            if 0 <= here < n:
+                total = np.float32(0)
+                for i in range(width):
+                    difference = queries[row, i] - _widen(keys[here, i])
+                    total += difference * difference
+                sq_dist[row, column] = total
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def cut(near: Any, ids: Any, end: int, neighbours: int) -> tuple[int, Any]:
+    """Keep the `neighbours` smallest of `near[:end]` in their order, the earlier one in a tie: (how many, largest)."""
+    if end <= neighbours:
+        return end, near[:end].max()
+    limit = np.partition(near[:end], neighbours - 1)[neighbours - 1]
+    ties = neighbours - (near[:end] < limit).sum()
+    kept = 0
+    for place in range(end):
+        distance = near[place]
+        if distance < limit or (distance == limit and ties > 0):
+            ties -= distance == limit
+            near[kept], ids[kept] = distance, ids[place]
+            kept += 1
+    return kept, limit
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def keep_nearest(
+    sq_dist: NDArray[np.floating],
+    first: int,
+    near: NDArray[np.floating],
+    ids: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    limits: NDArray[np.floating],
+    neighbours: int,
+) -> None:
+    """Add a block of distances to the running nearest neighbours of each query.
+
+    A row of `near` is a buffer of candidates below `limits`; when it is full, the `neighbours` smallest stay and the
+    largest of them becomes the limit. Nearly every distance costs one comparison (a top-k over each block: five times
+    as much). Among equal distances the smaller position stays, provided the blocks come in order.
+
+    Args:
+        sq_dist: Distances to positions first, first + 1, ..., shape (B, n).
+        first: Position of the first column.
+        near: Buffer, shape (B, room + 1) with room > neighbours; the last place is written in vain.
+        ids: Positions of the buffer, same shape.
+        counts: Filled places, shape (B,).
+        limits: Distances at or above it are of no interest, shape (B,); begins as +inf.
+        neighbours: How many to keep.
+    """
+    room = near.shape[1] - 1
+    for row in range(sq_dist.shape[0]):
+        end, limit = counts[row], limits[row]
+        for column in range(sq_dist.shape[1]):
+            distance = sq_dist[row, column]
+            near[row, end], ids[row, end] = distance, first + column
+            end += distance < limit
+            if end == room:
+                end, limit = cut(near[row], ids[row], end, neighbours)
+        counts[row], limits[row] = end, limit
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def sum_equal(
+    weights: NDArray[np.float64],
+    values: NDArray[Any],
+    mass: NDArray[np.float64],
+    counts: NDArray[np.int64],
+    tokens: NDArray[Any],
+    probs: NDArray[np.float64],
+) -> int:
+    """Sum the weights of equal tokens and normalise each row; the tokens of a row keep their order of appearance.
+
+    Args:
+        weights: Shape (B, K), not negative; zero weights leave no entry.
+        values: Token of each weight, shape (B, K), below len(mass).
+        mass: Scratch of the size of the vocabulary, all zero before and after.
+        counts: Output, entries per row, shape (B,); 0 where all weights are zero.
+        tokens: Output, at least B * K + 1 long (one place is written in vain at the end).
+        probs: Output, likewise.
+
+    Returns:
+        Number of entries.
+    """
+    end = 0
+    for row in range(weights.shape[0]):
+        begin, total = end, 0.0
+        for column in range(weights.shape[1]):
+            weight, token = weights[row, column], values[row, column]
+            before = mass[token]
+            tokens[end] = token  # without a branch: kept only if this is the token's first weight
+            end += (before == 0.0) & (weight > 0.0)
+            mass[token] = before + weight
+            total += weight
+        for entry in range(begin, end):
+            probs[entry] = mass[tokens[entry]] / total
+            mass[tokens[entry]] = 0.0
+        counts[row] = end - begin
+    return end
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def keep_best(
+    counts: NDArray[np.int64], tokens: NDArray[Any], probs: NDArray[np.float64], top: int, threshold: float
+) -> int:
+    """Drop all but the `top` most probable tokens of each row and those at or below `threshold`, in place.
+
+    The most probable token always stays; among equally probable ones the smaller token stays. Rows are normalised
+    again. Returns the number of entries left.
+    """
+    begin = end = 0
+    for row in range(len(counts)):
+        stop = begin + counts[row]
+        p, t = probs[begin:stop], tokens[begin:stop]
+        limit, ties = threshold, len(p)
+        best = p.max()
+        if top < len(p):
+            limit = max(threshold, np.partition(p, len(p) - top)[len(p) - top])
+            if limit > threshold:
+                ties = top - (p > limit).sum()
+        if best <= threshold:  # nothing would stay
+            limit, ties = best, 1
+        # Tokens exactly at the limit: the smallest `ties` of them.
+        largest = np.int64(-1)
+        if limit > threshold or best <= threshold:
+            largest = np.sort(t[p == limit])[ties - 1]
+        total, kept = 0.0, end
+        for entry in range(len(p)):
+            if p[entry] > limit or (p[entry] == limit and t[entry] <= largest):
+                probs[end], tokens[end] = p[entry], t[entry]
+                total += probs[end]
+                end += 1
+        for entry in range(kept, end):
+            probs[entry] /= total
+        counts[row] = end - kept
+        begin = stop
+    return end
+
+
+def in_threads(work: Callable[[int, int], Any], n: int, block: int) -> list[Any]:
+    """Results of `work(begin, end)` for all blocks of [0, n), in order, on as many threads as the process may use."""
+    threads = torch.get_num_threads()
+    spans = [(begin, min(begin + block, n)) for begin in range(0, n, block)]
+    if threads < 2 or len(spans) < 2:
+        return [work(*span) for span in spans]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda span: work(*span), spans))
