@@ -8,7 +8,7 @@ hashes of the inputs, the versions and the facts (counts, shapes, hashes) of wha
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from memdec import provenance
 from memdec.config import describe
 from memdec.errors import ArtifactError
+from memdec.resources import Team
 
 MANIFEST = "manifest.json"
 MARK = ".memdec"  # recipe of the build that owns the folder; without it a folder is somebody else's
@@ -85,28 +86,37 @@ def write_json(path: Path, value: object) -> None:
 
 @contextmanager
 def building(
-    path: Path, kind: str, settings: BaseModel | Mapping[str, Any], inputs: Mapping[str, str]
+    path: Path,
+    kind: str,
+    settings: BaseModel | Mapping[str, Any],
+    inputs: Mapping[str, str],
+    team: Team = Team(),  # noqa: B008
 ) -> Iterator[Build | None]:
     """Build an artefact in a `with` block; yields None where the very same one is there already.
 
     The old manifest goes first, the new one comes last, so a killed build leaves a folder that nobody reads; what the
-    stage keeps in `work/` lets it resume if settings and inputs are the same.
+    stage keeps in `work/` lets it resume if settings and inputs are the same. Of several processes the first owns the
+    folder and the others only help to fill it.
     """
     plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
     recipe = digest({"kind": kind, "settings": plain, "inputs": dict(inputs)})
-    if (path / MANIFEST).is_file():
-        try:
-            current = read(path, kind).recipe == recipe
-        except ArtifactError:
-            current = False
-        if current:
-            yield None
-            return
+    if team.rank > 0:
+        team.wait()
+        yield None if _is_current(path, kind, recipe) else Build(path, recipe)
+        team.wait()
+        return
+    if _is_current(path, kind, recipe):
+        team.wait()
+        yield None
+        team.wait()
+        return
     path.mkdir(parents=True, exist_ok=True)
     _refuse_overwriting(path, kind, inputs)
     _claim(path, recipe)
     build = Build(path, recipe)
+    team.wait()
     yield build
+    team.wait()
     _remove(path / WORK)
     files = {
         str(file.relative_to(path)): file.stat().st_size
@@ -123,6 +133,13 @@ def building(
         versions=provenance.versions(),
     )
     write_json(path / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def _is_current(path: Path, kind: str, recipe: str) -> bool:
+    try:
+        return read(path, kind).recipe == recipe
+    except ArtifactError:
+        return False
 
 
 def read(path: Path, kind: str) -> Manifest:
@@ -156,6 +173,37 @@ def read(path: Path, kind: str) -> Manifest:
             what = "no such file" if found is None else f"{found} bytes"
             raise ArtifactError(f"{path / name}: expected {size} bytes, found {what}; {again}")
     return manifest
+
+
+def check_shards(found: Sequence[tuple[Manifest, Path]], kind: str) -> None:
+    """Shards of one run, sorted by their `begin`, cover all positions once.
+
+    Raises:
+        ArtifactError: None given, different settings or inputs, one twice, or one missing.
+    """
+    if not found:
+        raise ArtifactError(f"{kind}: expected at least one shard, found none; run `memdec {kind}` first")
+
+    def shared(manifest: Manifest) -> tuple[object, ...]:
+        return {**manifest.settings, "shard": None}, manifest.inputs, manifest.facts["positions"]
+
+    position = 0
+    for manifest, folder in found:
+        if shared(manifest) != shared(found[0][0]):
+            raise ArtifactError(
+                f"{folder}: expected shards of one run, found different settings or inputs; make them again"
+            )
+        if manifest.facts["begin"] != position:
+            raise ArtifactError(
+                f"{folder}: expected the shard that begins at position {position}, found {manifest.facts['begin']}; give "
+                "every shard once"
+            )
+        position = manifest.facts["end"]
+    if position != found[0][0].facts["positions"]:
+        raise ArtifactError(
+            f"{kind}: expected shards up to position {found[0][0].facts['positions']}, found them up to {position}; give "
+            "every shard once"
+        )
 
 
 def kind_of(path: Path) -> str | None:

@@ -29,6 +29,8 @@ Tokens = Annotated[Path, typer.Option(help="token folder")]
 Spec = Annotated[str, typer.Option(help="JSON of one entry of the config, e.g. of 'corpora'")]
 Seed = Annotated[int, typer.Option(help="seed of this run")]
 Context = Annotated[int, typer.Option(help="tokens a model sees at most (paper: 1024)")]
+Datastore = Annotated[list[Path], typer.Option(help="datastore folder; repeat for every shard")]
+Shard = Annotated[int, typer.Option(help="which of --shards, from 0")]
 Stride = Annotated[int, typer.Option(help="tokens scored per window (paper: 512)")]
 
 
@@ -64,6 +66,9 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     elif origin is list:
         inner = get_args(kind)[0]
         kind = list[get_args(inner)[0] if get_origin(inner) is Annotated else inner]  # type: ignore[misc]
+    elif type(None) in get_args(kind):  # X | None: typer's own default says that it may be left out
+        inner = next(each for each in get_args(kind) if each is not type(None))
+        kind = (get_args(inner)[0] if get_origin(inner) is Annotated else inner) | None
     default = inspect.Parameter.empty if field.default is PydanticUndefined else field.default
     help_text = (field.description or "") + (
         f" [{' | '.join(get_args(field.annotation))}]" if origin is Literal else ""
@@ -159,18 +164,22 @@ def lora(model: Model, tokens: Tokens, out: Out, context: Context, seed: Seed, s
 
 @stage(cfg.DatastoreSettings)
 def datastore(
-    model: Model, tokens: Tokens, out: Out, context: Context, stride: Stride, settings: cfg.DatastoreSettings
+    model: Model,
+    tokens: Tokens,
+    out: Out,
+    context: Context,
+    stride: Stride,
+    settings: cfg.DatastoreSettings,
+    shard: Shard = 0,
 ) -> None:
-    """Keys of every training position."""
+    """Keys of every position of a split."""
     from memdec import datastore as stage_datastore
 
-    stage_datastore.run(model, tokens, out, settings, context=context, stride=stride)
+    stage_datastore.run(model, tokens, out, settings, context=context, stride=stride, shard=shard)
 
 
 @stage(cfg.IndexSettings)
-def index(
-    datastore: Annotated[Path, typer.Option(help="datastore folder")], out: Out, settings: cfg.IndexSettings
-) -> None:
+def index(datastore: Datastore, out: Out, settings: cfg.IndexSettings) -> None:
     """Search structure over the keys."""
     from memdec import index as stage_index
 
@@ -179,17 +188,20 @@ def index(
 
 @stage(cfg.TargetSettings)
 def targets(
-    datastore: Annotated[Path, typer.Option(help="datastore folder")],
+    datastore: Datastore,
     index: Annotated[Path, typer.Option(help="index folder")],
     tokens: Tokens,
     out: Out,
     settings: cfg.TargetSettings,
-    shard: Annotated[int, typer.Option(help="which of --shards, from 0")] = 0,
+    shard: Shard = 0,
+    queries: Annotated[
+        list[Path], typer.Option(help="datastore of another split of the same model, for the rows of that text instead")
+    ] = [],
 ) -> None:
-    """kNN next-token distributions of one shard of the training positions."""
+    """kNN next-token distributions of one shard of the positions."""
     from memdec import targets as stage_targets
 
-    stage_targets.run(datastore, index, tokens, out, settings, shard=shard)
+    stage_targets.run(datastore, index, tokens, out, settings, shard=shard, queries=queries)
 
 
 @stage(cfg.MemorySettings)

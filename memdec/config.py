@@ -169,16 +169,36 @@ class ModelSpec(Settings):
 
 
 class DatastoreSettings(Settings):
-    """Keys of the datastore: the input of the last layer's MLP at each position."""
+    """Keys of the datastore: a hidden state of each position."""
 
-    dtype: Literal["float16", "float32"] = Field("float16", description="key type on disk (released: float16)")
+    split: Split = Field("train", description="split to take; others are queries of the kNN-LM")
+    key_point: str = Field(
+        "mlp",
+        description="input of the last layer's 'mlp' (paper) or 'attention', 'final' hidden state, or path of a module",
+    )
+    dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="key type (released: float16)")
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights of the key model")
+    stored: bool = Field(True, description="keys on disk; else every use makes them again by forward passes (ours)")
+    shards: PositiveInt = Field(1, description="parts that can be made side by side")
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
 
 
 class IndexSettings(Settings):
-    """Search structure over the keys."""
+    """Search structure over the keys; defaults of IVFPQ are the paper's."""
 
-    kind: Literal["flat"] = Field("flat", description="exact search")
+    kind: Literal["exact", "flat", "ivfflat", "ivfpq"] = Field(
+        "exact", description="exact: keys stream past; flat: FAISS, keys in memory; ivfflat, ivfpq: nearest cells only"
+    )
+    centroids: PositiveInt = Field(4096, description="cells of an ivf index (released: 4096)")
+    code_size: PositiveInt = Field(64, description="bytes of a key's code in ivfpq (released: 64)")
+    opq: bool = Field(False, description="rotate the keys before ivfpq (ours)")
+    nprobe: PositiveInt = Field(32, description="cells searched (released: 32)")
+    sample: PositiveInt = Field(1_000_000, description="keys that cells and codes are trained on (released: 1,000,000)")
+    seed: int = Field(0, description="of the sample and of k-means")
+    check_queries: PositiveInt = Field(
+        256, description="queries that recall and total variation are measured on (ours)"
+    )
+    check_neighbours: PositiveInt = Field(1024, description="k of that measurement (ours)")
 
 
 class TargetSettings(Settings):
@@ -188,6 +208,10 @@ class TargetSettings(Settings):
     temperature: PositiveFloat = Field(16.0, description="tau, divides the squared distance (released: 16)")
     top: PositiveInt | None = Field(None, description="tokens kept of each row, then renormalised (released: all)")
     threshold: float = Field(0.0, ge=0, lt=1, description="smallest probability kept (released: 0)")
+    released: bool = Field(
+        False, description="distances as the index gives them, as the released code takes them; else from the keys"
+    )
+    dtype: Literal["float32", "float16"] = Field("float32", description="probabilities on disk (released: float16)")
     shards: PositiveInt = Field(1, description="parts that can be made side by side")
     batch_size: PositiveInt = Field(1024, description="queries per search")
 

@@ -36,6 +36,10 @@ class NumericsError(MemDecError):
     """NaN or infinite values where finite ones are needed."""
 
 
+class ResourceError(MemDecError):
+    """Too little disk or memory for what is to be made."""
+
+
 class IncomparableError(MemDecError):
     """Two results that must not be compared (other text, other versions)."""
 

@@ -34,6 +34,27 @@ def _widen(_typing: Any, value: Any) -> Any:
     return types.float32(value), codegen
 
 
+def bits(keys: NDArray[Any]) -> NDArray[Any]:
+    """Keys as the loops below take them: float16 as uint16."""
+    plain = np.asarray(keys)
+    return plain.view(np.uint16) if plain.dtype == np.float16 else plain
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def widen(keys: NDArray[Any], out: NDArray[np.float32], out_bits: NDArray[np.int32]) -> bool:
+    """Keys (`bits`) to float32, shape (n, D); whether all are finite.
+
+    Writes into memory that is there, as fresh memory takes ten times as long. `out_bits` is `out` as int32.
+    """
+    largest = np.int32(0)
+    for row in range(keys.shape[0]):
+        for i in range(keys.shape[1]):
+            out[row, i] = _widen(keys[row, i])
+        for i in range(keys.shape[1]):
+            largest = max(largest, out_bits[row, i] & np.int32(0x7FFFFFFF))
+    return bool(largest < np.int32(0x7F800000))
+
+
 @njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
 def sq_distances(
     queries: NDArray[np.float32],

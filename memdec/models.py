@@ -1,10 +1,5 @@
-"""Base models: made from scratch (mini scale) or taken from a folder or the Hub; where their keys come from.
+"""Base models: made from scratch (mini scale) or taken from a folder or the Hub."""
 
-The key of a position is the input of the last layer's MLP, after its norm (paper, section 3.1; kNN-LM).
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +10,6 @@ from memdec import artifacts
 from memdec.config import ModelSpec
 from memdec.errors import ConfigError, ModelError
 from memdec.tokens import load_tokenizer
-
-# Where the decoder layers are, and the name of the MLP in one, for families whose names differ from `mlp`.
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 
 
 def load(
@@ -181,32 +173,3 @@ def head_weight(model: Any) -> Tensor:
     """Output embedding, shape (V, D)."""
     weight: Tensor = model.get_output_embeddings().weight
     return weight
-
-
-def last_mlp(model: Any) -> nn.Module:
-    """The MLP of the last decoder layer.
-
-    Raises:
-        ModelError: The layers or the MLP have no known name.
-    """
-    lists = [module for module in decoder(model).modules() if isinstance(module, nn.ModuleList) and len(module)]
-    layers = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=None)
-    for name in MLP_NAMES:
-        mlp = getattr(layers[-1], name, None) if layers is not None else None
-        if isinstance(mlp, nn.Module):
-            return mlp
-    raise ModelError(
-        f"{type(model).__name__}: expected the last layer to have one of {', '.join(MLP_NAMES)}, found none; "
-        "add the name of its MLP to memdec.models.MLP_NAMES"
-    )
-
-
-@contextmanager
-def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the first input of a module during the `with` block; the newest call is the last item."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()

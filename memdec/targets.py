@@ -1,103 +1,233 @@
-"""Stage `targets`: the kNN next-token distribution of every training position, sparse, in shards.
+"""Stage `targets`: the kNN next-token distribution of every position, sparse, in shards.
 
 Each position is searched with its own key; the position itself is removed by identity, not by rank; the remaining k
 neighbours give softmax(-d^2 / temperature), equal tokens summed (paper, equation 2). A shard is a range of positions
-in CSR form: `indptr.npy`, `tokens.npy`, `probs.npy`.
+in CSR form: `indptr.npy`, `tokens.npy`, `probs.npy`. Rows are appended batch by batch, so memory does not grow with the
+shard and a killed run goes on where it was. Batches lie on one grid over all positions: a row is the same whatever the
+shard.
+
+The queries may also be another split of the same model's keys (evaluation text for the kNN-LM): then nothing is removed.
 """
 
+import json
+import os
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from memdec import artifacts, index, tokens
+from memdec import artifacts, index, knn, resources, tokens
 from memdec.config import TargetSettings
-from memdec.datastore import load_keys
+from memdec.datastore import Datastore
 from memdec.errors import ArtifactError, ConfigError, NumericsError
-from memdec.knn import SparseRows, aggregate, drop_self
+from memdec.knn import SparseRows
+
+_CHECKPOINT = 30.0  # seconds between two marks to resume from
+_HEADER = 128  # bytes of the header of a one-dimensional .npy file, whatever its length
 
 
-def run(datastore: Path, index_folder: Path, stream: Path, out: Path, settings: TargetSettings, *, shard: int) -> None:
+def run(
+    datastore: Path | Sequence[Path],
+    index_folder: Path,
+    stream: Path,
+    out: Path,
+    settings: TargetSettings,
+    *,
+    shard: int = 0,
+    queries: Path | Sequence[Path] = (),
+) -> None:
     """Make one shard of the targets.
 
     Args:
-        datastore: Keys, which are the queries too.
+        datastore: Folders of the keys, which are the queries too.
         index_folder: Index over the same keys.
-        stream: Token stream whose train split the datastore was made of.
+        stream: Token stream that the datastore was made of.
         out: Folder to make.
         settings: k, temperature and so on; `settings.shards` is the number of shards.
         shard: Which one, from 0.
+        queries: Folders of another datastore of the same model, for rows of other text.
     """
     if not 0 <= shard < settings.shards:
         raise ConfigError(f"targets: expected a shard from 0 to {settings.shards - 1}, found {shard}")
-    store, found = artifacts.read(datastore, "datastore"), artifacts.read(index_folder, "index")
-    source = artifacts.read(stream, "tokens")
-    if found.inputs["datastore"] != store.recipe:
+    store, source = Datastore(datastore), artifacts.read(stream, "tokens")
+    asked = Datastore(queries) if queries else store
+    found = index.check_same(store, index_folder)
+    if source.facts["sha256"][store.settings.split] != store.facts["tokens_sha256"]:
         raise ArtifactError(
-            f"{index_folder}: expected an index of {datastore}, found one of other keys; run `memdec index` again"
+            f"{store.folder}: expected keys of {stream}, found keys of other tokens; run `memdec datastore` again"
         )
-    if source.facts["sha256"]["train"] != store.facts["tokens_sha256"]:
-        raise ArtifactError(
-            f"{datastore}: expected keys of {stream}, found keys of other tokens; run `memdec datastore` again"
-        )
-    n = store.facts["keys"]
-    if settings.neighbours > n - 1:
-        raise ConfigError(
-            f"targets: expected at most {n - 1} neighbours for {n} keys, found {settings.neighbours}; lower 'neighbours'"
-        )
-    if settings.shards > n:
-        raise ConfigError(
-            f"targets: expected at most {n} shards for {n} positions, found {settings.shards}; lower 'shards'"
-        )
-    # The batch size changes nothing in the result, so it is not part of the recipe.
+    _check(store, asked, settings)
+    # The batch size moves no row by more than rounding, so it is not part of the recipe.
     plain = {**settings.model_dump(mode="json", exclude={"batch_size"}), "shard": shard}
     inputs = {"datastore": store.recipe, "index": found.recipe, "tokens": source.recipe}
+    if queries:
+        inputs["queries"] = asked.recipe
     with artifacts.building(out, "targets", plain, inputs) as build:
         if build is None:
             return
-        begin, end = shard * n // settings.shards, (shard + 1) * n // settings.shards
-        rows = _search(datastore, index_folder, stream, settings, begin, end)
-        np.save(out / "indptr.npy", rows.indptr, allow_pickle=False)
-        np.save(out / "tokens.npy", rows.tokens, allow_pickle=False)
-        np.save(out / "probs.npy", rows.probs, allow_pickle=False)
+        begin, end = shard * asked.n // settings.shards, (shard + 1) * asked.n // settings.shards
+        values = tokens.load_stream(stream, store.settings.split)
+        _check_values(values, store, stream)
+        searcher = index.load(store, index_folder)
+        with _Writer(out, build.work, values.dtype, np.dtype(settings.dtype)) as rows:
+            bar = tqdm(total=end - begin, initial=rows.n, desc="targets", unit="row", unit_scale=True, mininterval=2)
+            for number, batch in enumerate(_search(searcher, asked, values, settings, begin + rows.n, end)):
+                rows.append(*batch)
+                bar.update(len(batch[0]))
+                if number == 0 and rows.n < end - begin:
+                    left = rows.n_bytes / rows.n * (end - begin - rows.n)
+                    resources.check_disk(out, left, f"the other {end - begin - rows.n} rows; set 'top' or 'threshold'")
+            bar.close()
+            rows.finish()
         build.facts.update(
-            begin=begin, end=end, entries=len(rows.tokens), positions=n, tokens_sha256=store.facts["tokens_sha256"]
+            begin=begin, end=end, entries=rows.n_entries, positions=asked.n, tokens_sha256=asked.facts["tokens_sha256"]
+        )
+
+
+def _check(store: Datastore, asked: Datastore, settings: TargetSettings) -> None:
+    """What can be known to be wrong before the first search."""
+    most = store.n - 1 if asked is store else store.n
+    if settings.neighbours > most:
+        raise ConfigError(
+            f"targets: expected at most {most} neighbours for {store.n} keys, found {settings.neighbours}; lower 'neighbours'"
+        )
+    if settings.shards > asked.n:
+        raise ConfigError(
+            f"targets: expected at most {asked.n} shards for {asked.n} positions, found {settings.shards}; lower 'shards'"
+        )
+    if not settings.released and not store.parts:
+        raise ConfigError(
+            "targets: expected stored keys to take exact distances from, found a streamed datastore; set `released: true` "
+            "for the distances of the index, or store the keys"
+        )
+    ours, theirs = (
+        {**{name: x.settings.model_dump()[name] for name in ("key_point", "dtype")}, "model": x.model}
+        for x in (store, asked)
+    )
+    if ours != theirs:
+        raise ArtifactError(
+            f"{asked.folder}: expected queries by the model and key point of {store.folder}, found {theirs} instead of {ours}; "
+            "run `memdec datastore` for the queries with the same model"
+        )
+
+
+def _check_values(values: NDArray[np.integer], store: Datastore, stream: Path) -> None:
+    vocab = store.facts["vocab_size"]
+    if int(values.max()) >= vocab or int(values.min()) < 0:
+        position = int(np.argmax((values >= vocab) | (values < 0)))
+        raise ConfigError(
+            f"{stream}: expected tokens below the vocabulary of {vocab}, found {values[position]} at position {position}; "
+            "run `memdec tokens` again"
         )
 
 
 def _search(
-    datastore: Path, index_folder: Path, stream: Path, settings: TargetSettings, begin: int, end: int
-) -> SparseRows:
-    keys, values = load_keys(datastore), tokens.load_stream(stream, "train")
-    searcher = index.load(index_folder)
-    labels = torch.from_numpy(np.asarray(values, dtype=np.int64))
-    counts, ids, probs = [], [], []
-    for low in tqdm(range(begin, end, settings.batch_size), desc="targets", unit="batch", mininterval=2):
-        high = min(low + settings.batch_size, end)
-        queries = np.ascontiguousarray(keys[low:high], dtype=np.float32)
-        if not np.isfinite(queries).all():
-            position = low + int(np.argwhere(~np.isfinite(queries))[0, 0])
-            raise NumericsError(
-                f"{datastore}: expected finite keys, found NaN or inf at position {position}; run `memdec datastore` again"
+    searcher: index.Searcher,
+    asked: Datastore,
+    values: NDArray[np.integer],
+    settings: TargetSettings,
+    begin: int,
+    end: int,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]:
+    """(counts, tokens, probs) of the positions [begin, end), batch by batch of the grid."""
+    size = settings.batch_size
+    grid = begin // size * size  # the whole first batch is searched again: its rows do not depend on where we begin
+    for first, queries in asked.blocks(grid, min(-(-end // size) * size, asked.n), size):
+        own = np.arange(first, first + len(queries)) if asked is searcher.store else None
+        sq_dist, ids = searcher.search(queries, settings.neighbours, own, released=settings.released)
+        low, high = max(begin - first, 0), min(end - first, len(queries))
+        sq_dist, ids = sq_dist[low:high], ids[low:high]
+        try:
+            counts, tokens, probs = knn.aggregate(
+                torch.from_numpy(sq_dist),
+                torch.from_numpy(values[np.maximum(ids, 0)].astype(np.int64)),
+                settings.temperature,
+                top=settings.top,
+                threshold=settings.threshold,
             )
-        sq_dist, near = searcher.search(queries, settings.neighbours + 1)
-        sq_dist, near = drop_self(sq_dist, near, np.arange(low, high), settings.neighbours)
-        sq_dist = np.where(near < 0, np.inf, sq_dist)
-        count, token, prob = aggregate(
-            torch.from_numpy(sq_dist),
-            labels[torch.from_numpy(near).clamp(min=0)],
-            settings.temperature,
-            top=settings.top,
-            threshold=settings.threshold,
-        )
-        counts.append(count.numpy())
-        ids.append(token.numpy().astype(values.dtype))
-        probs.append(prob.numpy().astype(np.float32))
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
-    return SparseRows(indptr, np.concatenate(ids), np.concatenate(probs))
+        except knn.RowError as error:
+            raise NumericsError(
+                f"targets: expected neighbours for position {first + low + error.row}, but {error.why}"
+            ) from None
+        yield counts.numpy(), tokens.numpy(), probs.numpy()
+
+
+class _Writer:
+    """Appends rows to the three arrays of a shard; what was written before the last mark is kept after a kill."""
+
+    def __init__(self, out: Path, work: Path, token: np.dtype[Any], prob: np.dtype[Any]) -> None:
+        self._mark, self._last = work / "rows.json", time.monotonic()
+        state = json.loads(self._mark.read_text()) if self._mark.is_file() else {"rows": 0, "entries": 0}
+        self.n, self.n_entries = state["rows"], state["entries"]
+        self._open = ExitStack()
+        self._files: dict[str, tuple[Any, np.dtype[Any]]] = {}
+        for name, dtype, length in (
+            ("indptr", np.dtype(np.int64), self.n + 1),
+            ("tokens", token, self.n_entries),
+            ("probs", prob, self.n_entries),
+        ):
+            file = self._open.enter_context((out / f"{name}.npy").open("r+b" if self.n else "w+b"))
+            self._files[name] = (file, dtype)
+            if self.n:
+                file.truncate(_HEADER + length * dtype.itemsize)
+                file.seek(0, os.SEEK_END)
+            else:
+                self._header(name, 0)
+        if not self.n:
+            self._write("indptr", np.zeros(1))
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes written so far."""
+        return sum(file.tell() for file, _ in self._files.values())
+
+    def append(self, counts: NDArray[np.int64], tokens: NDArray[np.int64], probs: NDArray[np.float64]) -> None:
+        """Write a batch of rows; probabilities that the type on disk cannot tell from zero are left out."""
+        narrow = probs.astype(self._files["probs"][1])
+        there = narrow > 0
+        if not there.all():
+            row = np.repeat(np.arange(len(counts)), counts)
+            counts = np.bincount(row[there], minlength=len(counts))
+            tokens, narrow = tokens[there], narrow[there]
+        self._write("indptr", self.n_entries + np.cumsum(counts))
+        self._write("tokens", tokens)
+        self._write("probs", narrow)
+        self.n, self.n_entries = self.n + len(counts), self.n_entries + len(tokens)
+        if time.monotonic() - self._last > _CHECKPOINT:
+            for file, _ in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            artifacts.write_json(self._mark, {"rows": self.n, "entries": self.n_entries})
+            self._last = time.monotonic()
+
+    def finish(self) -> None:
+        """Put the lengths into the headers."""
+        for name, (file, _) in self._files.items():
+            file.seek(0)
+            self._header(name, self.n + 1 if name == "indptr" else self.n_entries)
+
+    def _write(self, name: str, values: NDArray[Any]) -> None:
+        file, dtype = self._files[name]
+        file.write(np.ascontiguousarray(values, dtype=dtype).tobytes())
+
+    def _header(self, name: str, length: int) -> None:
+        file, dtype = self._files[name]
+        plain = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(file, plain)
+        if file.tell() != _HEADER:  # numpy leaves room for any length; resuming relies on it
+            raise AssertionError(f"header of {file.tell()} bytes")
 
 
 class TargetReader:
@@ -112,28 +242,13 @@ class TargetReader:
             ((artifacts.read(folder, "targets"), folder) for folder in folders),
             key=lambda item: int(item[0].facts["begin"]),
         )
-        if not manifests:
-            raise ArtifactError("targets: expected at least one shard, found none; run `memdec targets` first")
-        self.recipes = [manifest.recipe for manifest, _ in manifests]
-        position = 0
+        artifacts.check_shards(manifests, "targets")
         for manifest, folder in manifests:
             if manifest.facts["tokens_sha256"] != expected_tokens:
                 raise ArtifactError(
                     f"{folder}: expected targets for this token stream, found some for another; make them again"
                 )
-            if manifest.facts["begin"] != position:
-                raise ArtifactError(
-                    f"{folder}: expected the shard that begins at position {position}, found {manifest.facts['begin']}; give every shard once"
-                )
-            if manifest.inputs != manifests[0][0].inputs or _shared(manifest) != _shared(manifests[0][0]):
-                raise ArtifactError(
-                    f"{folder}: expected shards of one run, found different settings or inputs; make them again"
-                )
-            position = manifest.facts["end"]
-        if position != manifests[0][0].facts["positions"]:
-            raise ArtifactError(
-                f"targets: expected shards up to position {manifests[0][0].facts['positions']}, found them up to {position}"
-            )
+        self.recipes = [manifest.recipe for manifest, _ in manifests]
         self.begins = np.array([manifest.facts["begin"] for manifest, _ in manifests])
         self._shards = [
             SparseRows(
@@ -149,11 +264,12 @@ class TargetReader:
         """Rows of the positions of all spans [first, end), in order."""
         pieces = [piece for span in spans for piece in self._pieces(*span)]
         counts = np.concatenate([np.diff(indptr) for indptr, _, _ in pieces])
-        return SparseRows(
-            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            np.concatenate([token for _, token, _ in pieces]),
-            np.concatenate([prob for _, _, prob in pieces]),
-        )
+        probs = np.concatenate([prob for _, _, prob in pieces])
+        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        if probs.dtype == np.float16:  # eleven bits do not sum to one
+            total = np.add.reduceat(probs, indptr[:-1], dtype=np.float64)
+            probs = (probs / np.repeat(total, counts)).astype(np.float32)
+        return SparseRows(indptr, np.concatenate([token for _, token, _ in pieces]), probs)
 
     def _pieces(
         self, first: int, end: int
@@ -170,7 +286,3 @@ class TargetReader:
             indptr = shard.indptr[first - offset : stop - offset + 1]
             yield indptr, shard.tokens[indptr[0] : indptr[-1]], shard.probs[indptr[0] : indptr[-1]]
             first = stop
-
-
-def _shared(manifest: artifacts.Manifest) -> dict[str, object]:
-    return {key: value for key, value in manifest.settings.items() if key != "shard"}

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from memdec import artifacts, models, tokens
+from memdec import artifacts, keypoints, models, tokens
 from memdec.config import LoraSettings, MemorySettings, ModelSpec, TrainSettings
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.losses import hybrid_loss
@@ -164,7 +164,8 @@ def _save(
 def _projections(model: Any) -> list[str]:
     """Names of the query, key, value and MLP projections present in a model (paper, section 4.1)."""
     known = {"c_attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
-    mlp = {name for name, _ in models.last_mlp(model).named_children()}
+    part = keypoints.last_mlp(model)
+    mlp = {name for name, _ in part.named_children()} or {"fc1", "fc2"}  # a bare matrix: no module of its own
     found = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     mlp &= {
         "c_fc",

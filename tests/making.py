@@ -1,8 +1,14 @@
 """Made text and tiny models for the tests."""
 
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
-from memdec.config import ModelSpec, TrainSettings
+import numpy as np
+from numpy.typing import NDArray
+
+from memdec import artifacts
+from memdec.config import DatastoreSettings, ModelSpec, TrainSettings
 
 CONTEXT = 32
 
@@ -38,3 +44,47 @@ def spec(width: int, **changes: object) -> ModelSpec:
         "train": train_settings,
     }
     return ModelSpec.model_validate(plain | changes)
+
+
+def write_tokens(folder: Path, values: NDArray[np.integer]) -> Path:
+    """A token artefact with this train split, without a corpus."""
+    with artifacts.building(folder, "tokens", {"values": artifacts.digest(values.tolist())}, {}) as build:
+        assert build is not None
+        np.save(folder / "train.npy", values)
+        build.facts.update(sha256={"train": artifacts.file_digest(folder / "train.npy")})
+    return folder
+
+
+def write_store(
+    folder: Path,
+    keys: NDArray[np.floating],
+    stream: Path,
+    *,
+    edges: Sequence[int] | None = None,
+    model: str = "by hand",
+    vocab: int = 60_000,
+) -> list[Path]:
+    """Datastore shards of given keys, without a model; `edges` are the first positions of the shards and the end."""
+    edges = [0, len(keys)] if edges is None else edges
+    settings = DatastoreSettings(dtype=str(keys.dtype), shards=len(edges) - 1).model_dump(mode="json")
+    tokens = artifacts.read(stream, "tokens")
+    inputs = {"model": model, "tokens": tokens.recipe}
+    folders = [folder / str(shard) for shard in range(len(edges) - 1)]
+    for shard, path in enumerate(folders):
+        begin, end = edges[shard], edges[shard + 1]
+        plain = {**settings, "context": 16, "stride": 8, "shard": shard}
+        with artifacts.building(path, "datastore", plain, inputs) as build:
+            assert build is not None
+            np.save(path / "keys.npy", keys[begin:end])
+            build.facts.update(
+                begin=begin,
+                end=end,
+                positions=len(keys),
+                width=keys.shape[1],
+                keys_recipe=artifacts.digest([keys.tolist(), model]),
+                tokens_sha256=tokens.facts["sha256"]["train"],
+                vocab_size=vocab,
+                model="nowhere",
+                tokens=str(stream.resolve()),
+            )
+    return folders

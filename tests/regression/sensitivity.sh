@@ -36,18 +36,21 @@ copy "$folder/wrong-self"
 cd "$folder/wrong-self"
 home=results/reduced/sklearn/seed0
 for shard in 0 1; do
-  rm -rf $home/targets/$shard
+  rm -rf $home/targets/$((shard + 1))-of-2
   python - "$shard" "$home" << 'PY'
 import sys
 from pathlib import Path
-from memdec import targets
+import numpy as np
+from memdec import knn, targets
 from memdec.config import TargetSettings
 
 shard, home = int(sys.argv[1]), Path(sys.argv[2])
-targets.drop_self = lambda sq_dist, ids, own, neighbours: (sq_dist[:, :neighbours], ids[:, :neighbours])  # the fault
+drop_self = knn.drop_self
+knn.drop_self = lambda sq_dist, ids, own, k: drop_self(sq_dist, ids, np.full(len(ids), -1), k)  # the fault
 settings = TargetSettings(neighbours=256, temperature=0.5, top=64, shards=2)
 stream = Path("results/reduced/tokens/bpe1k/sklearn")
-targets.run(home / "datastore", home / "index", stream, home / "targets" / str(shard), settings, shard=shard)
+out = home / "targets" / f"{shard + 1}-of-2"
+targets.run(home / "datastore" / "1-of-1", home / "index", stream, out, settings, shard=shard)
 PY
 done
 cd - > /dev/null

@@ -11,7 +11,7 @@ from making import CONTEXT
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from memdec import artifacts, datastore, index, models, targets, tokens, train
+from memdec import artifacts, datastore, index, keypoints, models, targets, tokens, train
 from memdec.config import DatastoreSettings, IndexSettings, LoraSettings, MemorySettings, TargetSettings, TrainSettings
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.targets import TargetReader
@@ -28,7 +28,7 @@ def store(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def index_folder(store: Path) -> Path:
-    index.run(store, store.parent / "index", IndexSettings())
+    index.run([store], store.parent / "index", IndexSettings())
     return store.parent / "index"
 
 
@@ -40,7 +40,7 @@ def make_targets(
         settings = TargetSettings(**{"neighbours": 20, "temperature": 4.0, **changes})
         root = tmp_path_factory.mktemp("targets")
         for shard in range(settings.shards):
-            targets.run(store, index_folder, token_folder, root / str(shard), settings, shard=shard)
+            targets.run([store], index_folder, token_folder, root / str(shard), settings, shard=shard)
         return [root / str(shard) for shard in range(settings.shards)]
 
     return make
@@ -61,7 +61,7 @@ def reader(folders: list[Path], stream: Path) -> TargetReader:
 def test_keys_are_the_input_of_the_last_mlp_one_position_before(
     base_folder: Path, token_folder: Path, store: Path
 ) -> None:
-    keys, stream = datastore.load_keys(store), tokens.load_stream(token_folder, "train")
+    keys, stream = np.load(store / "keys.npy"), tokens.load_stream(token_folder, "train")
     model = models.load(base_folder)
     seen: list[torch.Tensor] = []
     model.transformer.h[-1].mlp.register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
@@ -75,7 +75,7 @@ def test_keys_do_not_depend_on_the_batch_size(
     base_folder: Path, token_folder: Path, store: Path, tmp_path: Path
 ) -> None:
     datastore.run(base_folder, token_folder, tmp_path / "d", DatastoreSettings(dtype="float32", batch_size=3), **WINDOW)
-    np.testing.assert_allclose(datastore.load_keys(tmp_path / "d"), datastore.load_keys(store), atol=1e-5)
+    np.testing.assert_allclose(np.load(tmp_path / "d" / "keys.npy"), np.load(store / "keys.npy"), atol=1e-5)
 
 
 def test_fault_11_overflow_names_the_position(
@@ -83,18 +83,20 @@ def test_fault_11_overflow_names_the_position(
 ) -> None:
     model = models.load(base_folder)
     model.transformer.h[-1].ln_2.weight.data.fill_(1e6)
-    monkeypatch.setattr(models, "load", lambda _: model)
-    with pytest.raises(NumericsError, match=r"not at position \d+ \(beyond the range of float16; use dtype float32\)"):
+    monkeypatch.setattr(models, "load", lambda _, dtype: model)
+    with pytest.raises(
+        NumericsError, match=r"not at position \d+ \(beyond the range of float16; use dtype float32 or bfloat16\)"
+    ):
         datastore.run(base_folder, token_folder, tmp_path / "d", DatastoreSettings(), **WINDOW)
     with pytest.raises(ArtifactError, match="unfinished"):
-        datastore.load_keys(tmp_path / "d")
+        artifacts.read(tmp_path / "d", "datastore")
 
 
 # --- targets ------------------------------------------------------------------------------------------------------
 
 
 def test_targets_equal_brute_force(store: Path, token_folder: Path, whole: list[Path]) -> None:
-    keys, values = np.asarray(datastore.load_keys(store), np.float64), tokens.load_stream(token_folder, "train")
+    keys, values = np.asarray(np.load(store / "keys.npy"), np.float64), tokens.load_stream(token_folder, "train")
     found = reader(whole, token_folder)
     for position in range(0, len(keys), len(keys) // 23):
         sq_dist = ((keys - keys[position]) ** 2).sum(1)
@@ -147,13 +149,13 @@ def test_rows_across_shards(make_targets: Callable[..., list[Path]], token_folde
 def test_bad_targets_are_refused_early(
     store: Path, index_folder: Path, token_folder: Path, base_folder: Path, tmp_path: Path
 ) -> None:
-    n = artifacts.read(store, "datastore").facts["keys"]
+    n = artifacts.read(store, "datastore").facts["positions"]
     for settings, shard, message in (
         (TargetSettings(neighbours=n), 0, f"expected at most {n - 1} neighbours for {n} keys, found {n}"),
         (TargetSettings(neighbours=5, shards=2), 2, "expected a shard from 0 to 1, found 2"),
     ):
         with pytest.raises(ConfigError, match=message):
-            targets.run(store, index_folder, token_folder, tmp_path / "t", settings, shard=shard)
+            targets.run([store], index_folder, token_folder, tmp_path / "t", settings, shard=shard)
     datastore.run(
         base_folder, token_folder, tmp_path / "d", DatastoreSettings(), context=CONTEXT, stride=1 + CONTEXT // 2
     )
@@ -301,14 +303,4 @@ def test_lora_targets_by_family(architecture: str) -> None:
         "qwen2": {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"},
     }
     assert names == expected[architecture]
-    assert models.last_mlp(model) is (model.transformer.h if architecture == "gpt2" else model.model.layers)[-1].mlp
-
-
-def test_nan_keys_name_the_position(
-    store: Path, index_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys = np.array(datastore.load_keys(store))
-    keys[77, 3] = np.nan
-    monkeypatch.setattr(targets, "load_keys", lambda _: keys)
-    with pytest.raises(NumericsError, match="NaN or inf at position 77"):
-        targets.run(store, index_folder, token_folder, tmp_path / "t", TargetSettings(neighbours=5), shard=0)
+    assert keypoints.last_mlp(model) is (model.transformer.h if architecture == "gpt2" else model.model.layers)[-1].mlp

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import write_store, write_tokens
 from numpy.typing import NDArray
 
 from memdec import artifacts, datastore, index, targets, tokens
@@ -17,30 +18,22 @@ from memdec.targets import TargetReader
 N, V = 60, 11
 
 
-def write_store(folder: Path, keys: NDArray[np.floating]) -> tuple[Path, Path, Path]:
+def made_store(folder: Path, keys: NDArray[np.floating]) -> tuple[list[Path], Path, Path]:
     """(store, index, stream) of given keys over a fixed stream: the real artefacts, without a model."""
-    stream = np.random.default_rng(0).integers(0, V, N).astype(np.uint16)
-    with artifacts.building(folder / "tokens", "tokens", {}, {}) as build:
-        assert build is not None
-        np.save(folder / "tokens" / "train.npy", stream)
-        digest = artifacts.file_digest(folder / "tokens" / "train.npy")
-        build.facts.update(sha256={"train": digest})
-    with artifacts.building(folder / "store", "datastore", {}, {"keys": artifacts.digest(keys.tolist())}) as build:
-        assert build is not None
-        np.save(folder / "store" / "keys.npy", keys)
-        build.facts.update(keys=len(keys), width=keys.shape[1], tokens_sha256=digest)
-    index.run(folder / "store", folder / "index", IndexSettings())
-    return folder / "store", folder / "index", folder / "tokens"
+    stream = write_tokens(folder / "tokens", np.random.default_rng(0).integers(0, V, N).astype(np.uint16))
+    store = write_store(folder / "store", keys, stream)
+    index.run(store, folder / "index", IndexSettings())
+    return store, folder / "index", stream
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Path, Path]:
     """60 keys of which only 8 differ: every position has identical twins."""
     keys = np.random.default_rng(1).integers(0, 2, (N, 3)).astype(np.float16)
-    return write_store(tmp_path_factory.mktemp("twins"), keys)
+    return made_store(tmp_path_factory.mktemp("twins"), keys)
 
 
-def run(made: tuple[Path, Path, Path], out: Path, **changes: object) -> TargetReader:
+def run(made: tuple[list[Path], Path, Path], out: Path, **changes: object) -> TargetReader:
     chosen = TargetSettings.model_validate({"neighbours": N - 1, "temperature": 0.7} | changes)
     folders = [out / str(shard) for shard in range(chosen.shards)]
     for shard, folder in enumerate(folders):
@@ -56,9 +49,9 @@ def dense(reader: TargetReader, n: int = N, width: int = V) -> NDArray[np.float6
     return out
 
 
-def brute(made: tuple[Path, Path, Path], temperature: float) -> NDArray[np.float64]:
+def brute(made: tuple[list[Path], Path, Path], temperature: float) -> NDArray[np.float64]:
     """All positions but oneself, in a plain double loop."""
-    keys, values = np.load(made[0] / "keys.npy").astype(np.float64), np.load(made[2] / "train.npy")
+    keys, values = np.load(made[0][0] / "keys.npy").astype(np.float64), np.load(made[2] / "train.npy")
     out = np.zeros((N, V))
     for i in range(N):
         for j in range(N):
@@ -67,7 +60,7 @@ def brute(made: tuple[Path, Path, Path], temperature: float) -> NDArray[np.float
     return out / out.sum(1, keepdims=True)
 
 
-def test_fault_1_identical_keys_count_and_oneself_does_not(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_fault_1_identical_keys_count_and_oneself_does_not(made: tuple[list[Path], Path, Path], tmp_path: Path) -> None:
     found = run(made, tmp_path)
     np.testing.assert_allclose(dense(found), brute(made, 0.7), atol=1e-7)
     assert found.rows([(0, N)]).tokens.dtype == np.uint16
@@ -76,7 +69,7 @@ def test_fault_1_identical_keys_count_and_oneself_does_not(made: tuple[Path, Pat
 
 @pytest.mark.parametrize("changes", [{"shards": 3}, {"shards": 7}, {"shards": N}, {"batch_size": 7}, {"batch_size": 1}])
 def test_shards_and_batches_change_nothing(
-    made: tuple[Path, Path, Path], tmp_path: Path, changes: dict[str, int]
+    made: tuple[list[Path], Path, Path], tmp_path: Path, changes: dict[str, int]
 ) -> None:
     one, other = (run(made, tmp_path / name, **c).rows([(0, N)]) for name, c in (("a", {}), ("b", changes)))
     np.testing.assert_array_equal(one.indptr, other.indptr)
@@ -84,7 +77,7 @@ def test_shards_and_batches_change_nothing(
     np.testing.assert_allclose(one.probs, other.probs, atol=1e-7)
 
 
-def test_top_and_threshold_reach_the_rows(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_top_and_threshold_reach_the_rows(made: tuple[list[Path], Path, Path], tmp_path: Path) -> None:
     full = brute(made, 0.7)
     rows = run(made, tmp_path / "top", top=3).rows([(0, N)])
     assert np.diff(rows.indptr).tolist() == [3] * N
@@ -99,12 +92,12 @@ def test_top_and_threshold_reach_the_rows(made: tuple[Path, Path, Path], tmp_pat
 
 def test_float16_keys_of_a_model_against_brute_force(base_folder: Path, token_folder: Path, tmp_path: Path) -> None:
     datastore.run(base_folder, token_folder, tmp_path / "d", DatastoreSettings(), context=32, stride=16)
-    index.run(tmp_path / "d", tmp_path / "i", IndexSettings())
-    keys, values = datastore.load_keys(tmp_path / "d"), tokens.load_stream(token_folder, "train")
+    index.run([tmp_path / "d"], tmp_path / "i", IndexSettings())
+    keys, values = np.load(tmp_path / "d" / "keys.npy"), tokens.load_stream(token_folder, "train")
     assert keys.dtype == np.float16
     n = len(keys)
     chosen = TargetSettings(neighbours=30, temperature=2.0, shards=n // 20)
-    targets.run(tmp_path / "d", tmp_path / "i", token_folder, tmp_path / "t", chosen, shard=5)
+    targets.run([tmp_path / "d"], tmp_path / "i", token_folder, tmp_path / "t", chosen, shard=5)
     manifest = artifacts.read(tmp_path / "t", "targets")
     begin, end = manifest.facts["begin"], manifest.facts["end"]
     assert end - begin >= 20
@@ -139,7 +132,7 @@ def test_rows_of_spans_are_slices(
 
 @pytest.fixture(scope="module")
 def readers(
-    made: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory
+    made: tuple[list[Path], Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TargetReader, NDArray[np.float64]]:
     """Seven shards, and all their rows read shard by shard."""
     reader = run(made, tmp_path_factory.mktemp("shards"), shards=7)
@@ -154,7 +147,9 @@ def readers(
     return reader, full
 
 
-def test_a_shard_given_twice_and_a_half_written_one_are_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_shard_given_twice_and_a_half_written_one_are_refused(
+    made: tuple[list[Path], Path, Path], tmp_path: Path
+) -> None:
     run(made, tmp_path, shards=2)
     digest = artifacts.read(made[2], "tokens").facts["sha256"]["train"]
     zero, one = tmp_path / "0", tmp_path / "1"
@@ -165,17 +160,24 @@ def test_a_shard_given_twice_and_a_half_written_one_are_refused(made: tuple[Path
         TargetReader([zero, one], digest)
 
 
-def test_fault_12_nan_keys_are_an_error_and_not_a_target(tmp_path: Path) -> None:
+def test_fault_12_nan_keys_are_an_error_that_names_them_and_not_a_target(tmp_path: Path) -> None:
     keys = np.random.default_rng(2).random((N, 3)).astype(np.float32)
-    keys[17] = np.nan
-    with pytest.raises(NumericsError):
-        run(write_store(tmp_path, keys), tmp_path / "t", neighbours=5)
+    made = made_store(tmp_path / "good", keys)
+    on_disk = np.lib.format.open_memmap(made[0][0] / "keys.npy", mode="r+")
+    on_disk[17, 1] = np.nan
+    on_disk.flush()
+    with pytest.raises(NumericsError, match="found NaN or inf at position 17"):
+        run(made, tmp_path / "t", neighbours=5)
     with pytest.raises(ArtifactError, match="unfinished"):
         artifacts.read(tmp_path / "t" / "0", "targets")
+    with pytest.raises(NumericsError, match="found NaN or inf at position 17"):
+        made_store(tmp_path / "bad", np.asarray(on_disk))
+    with pytest.raises(ArtifactError, match="unfinished"):
+        artifacts.read(tmp_path / "bad" / "index", "index")
 
 
-def test_an_index_or_a_stream_of_other_keys_is_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    store, index_folder, stream = write_store(tmp_path, np.random.default_rng(3).random((N, 3)).astype(np.float32))
+def test_an_index_or_a_stream_of_other_keys_is_refused(made: tuple[list[Path], Path, Path], tmp_path: Path) -> None:
+    store, index_folder, stream = made_store(tmp_path, np.random.default_rng(3).random((N, 3)).astype(np.float32))
     with pytest.raises(ArtifactError, match="found one of other keys"):
         run((store, made[1], stream), tmp_path / "a")
     (tmp_path / "other").mkdir()
@@ -189,7 +191,7 @@ def test_an_index_or_a_stream_of_other_keys_is_refused(made: tuple[Path, Path, P
 # --- bugs; drop the mark with the fix -----------------------------------------------------------------------------
 
 
-def test_more_shards_than_positions_are_refused_or_empty(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_more_shards_than_positions_are_refused_or_empty(made: tuple[list[Path], Path, Path], tmp_path: Path) -> None:
     try:
         np.testing.assert_allclose(dense(run(made, tmp_path, shards=N + 1)), brute(made, 0.7), atol=1e-7)
     except MemDecError:

@@ -14,10 +14,9 @@ LOG = f"{RUN}/logs"
 BENCHMARK = f"{RUN}/benchmarks"
 MODELS = config["models"]
 TOKENIZER = MODELS[config["key_model"]]["tokenizer"]
-SHARDS = config.get("targets", {}).get("shards", 1)
 # A stage whose results change for the same settings gets a new number; its rules then run again.
-STAGE = dict(corpus=1, tokenizer=1, tokens=1, model=1, finetune=1, lora=1, datastore=1)
-STAGE |= dict(index=1, targets=1, train=1, evaluate=1, table=1)
+STAGE = dict(corpus=1, tokenizer=1, tokens=1, model=1, finetune=1, lora=1, datastore=2)
+STAGE |= dict(index=2, targets=2, train=1, evaluate=1, table=1)
 
 
 wildcard_constraints:
@@ -26,7 +25,12 @@ wildcard_constraints:
     model="[^/]+",
     tokenizer="[^/]+",
     seed="[0-9]+",
-    shard="[0-9]+",
+
+
+# Shards of a stage are folders i-of-n; `--set-scatter targets=8` overrides the config.
+scattergather:
+    keys=config.get("datastore", {}).get("shards", 1),
+    targets=config.get("targets", {}).get("shards", 1),
 
 
 # On this machine `--cores` counts CPUs that are there, so --cores 8 on two CPUs starts two jobs at a time; memory
@@ -54,6 +58,16 @@ def options(section, *leave):
             values = value if isinstance(value, list) else [value]
             words += [f"--{flag} {v}" for v in values]
     return " ".join(words)
+
+
+def shard(wildcards):
+    """The shard of a scatter item i-of-n as command line options."""
+    number, total = wildcards.scatteritem.split("-of-")
+    return f"--shard {int(number) - 1} --shards {total}"
+
+
+def folders(flag, manifests):
+    return " ".join(f"--{flag} {os.path.dirname(path)}" for path in manifests)
 
 
 def spec(section, name):
@@ -93,18 +107,18 @@ def damaged():
     for domain, seed in {(domain, seed) for domain, _, seed in CELLS}:
         home = f"{RUN}/{domain}/seed{seed}"
         kinds["model"].append(f"{home}/finetuned/{config['key_model']}")
-        for kind, folders in {
-            "datastore": ["datastore"],
+        for kind, names in {
+            "datastore": gather.keys("datastore/{scatteritem}"),
             "index": ["index"],
-            "targets": [f"targets/{shard}" for shard in range(SHARDS)],
+            "targets": gather.targets("targets/{scatteritem}"),
             "memory": ["memory"],
             "lora": [f"lora/{name}" for name in MODELS],
             "evaluation": [f"evaluation/{name}" for name in MODELS],
         }.items():
-            kinds.setdefault(kind, []).extend(f"{home}/{folder}" for folder in folders)
+            kinds.setdefault(kind, []).extend(f"{home}/{name}" for name in names)
     lost = []
-    for kind, folders in kinds.items():
-        for folder in folders:
+    for kind, paths in kinds.items():
+        for folder in paths:
             try:
                 artifacts.read(Path(folder), kind)
             except ArtifactError:

@@ -1,4 +1,7 @@
 HOME = f"{RUN}/{{domain}}/seed{{seed}}"
+KEYS = gather.keys(
+    f"{HOME}/datastore/{{scatteritem}}/manifest.json", allow_missing=True
+)
 
 
 rule datastore:
@@ -6,12 +9,11 @@ rule datastore:
         model=f"{HOME}/finetuned/{config['key_model']}/manifest.json",
         tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
     output:
-        f"{HOME}/datastore/keys.npy",
-        manifest=f"{HOME}/datastore/manifest.json",
+        manifest=f"{HOME}/datastore/{{scatteritem}}/manifest.json",
     log:
-        f"{LOG}/datastore/{{domain}}-{{seed}}.log",
+        f"{LOG}/datastore/{{domain}}-{{seed}}-{{scatteritem}}.log",
     benchmark:
-        f"{BENCHMARK}/datastore/{{domain}}-{{seed}}.tsv"
+        f"{BENCHMARK}/datastore/{{domain}}-{{seed}}-{{scatteritem}}.tsv"
     priority: 5
     conda:
         "../../environment.yml"
@@ -20,20 +22,20 @@ rule datastore:
         mem_mb=2000,
         runtime=600,
     params:
-        options=options("datastore"),
+        options=options("datastore", "shards"),
+        shard=shard,
         window=WINDOW,
         stage=STAGE["datastore"],
     shell:
         "OMP_NUM_THREADS={threads} memdec datastore --model $(dirname {input.model}) "
-        "--tokens $(dirname {input.tokens}) {params.options} {params.window} "
+        "--tokens $(dirname {input.tokens}) {params.options} {params.shard} {params.window} "
         "--out $(dirname {output.manifest}) > {log} 2>&1"
 
 
 rule index:
     input:
-        f"{HOME}/datastore/manifest.json",
+        datastore=KEYS,
     output:
-        f"{HOME}/index/index.faiss",
         manifest=f"{HOME}/index/manifest.json",
     log:
         f"{LOG}/index/{{domain}}-{{seed}}.log",
@@ -48,28 +50,29 @@ rule index:
         runtime=600,
     params:
         options=options("index"),
+        datastore=lambda w, input: folders("datastore", input.datastore),
         stage=STAGE["index"],
     shell:
-        "OMP_NUM_THREADS={threads} memdec index --datastore $(dirname {input}) {params.options} "
+        "OMP_NUM_THREADS={threads} memdec index {params.datastore} {params.options} "
         "--out $(dirname {output.manifest}) > {log} 2>&1"
 
 
 rule targets:
     input:
-        datastore=f"{HOME}/datastore/manifest.json",
+        datastore=KEYS,
         index=f"{HOME}/index/manifest.json",
         tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
     output:
         expand(
-            f"{HOME}/targets/{{shard}}/{{part}}.npy",
+            f"{HOME}/targets/{{scatteritem}}/{{part}}.npy",
             part=["indptr", "tokens", "probs"],
             allow_missing=True,
         ),
-        manifest=f"{HOME}/targets/{{shard}}/manifest.json",
+        manifest=f"{HOME}/targets/{{scatteritem}}/manifest.json",
     log:
-        f"{LOG}/targets/{{domain}}-{{seed}}-{{shard}}.log",
+        f"{LOG}/targets/{{domain}}-{{seed}}-{{scatteritem}}.log",
     benchmark:
-        f"{BENCHMARK}/targets/{{domain}}-{{seed}}-{{shard}}.tsv"
+        f"{BENCHMARK}/targets/{{domain}}-{{seed}}-{{scatteritem}}.tsv"
     priority: 5
     conda:
         "../../environment.yml"
@@ -78,22 +81,22 @@ rule targets:
         mem_mb=1500,
         runtime=600,
     params:
-        options=options("targets"),
+        options=options("targets", "shards"),
+        shard=shard,
+        datastore=lambda w, input: folders("datastore", input.datastore),
         stage=STAGE["targets"],
     shell:
-        "OMP_NUM_THREADS={threads} memdec targets --datastore $(dirname {input.datastore}) "
-        "--index $(dirname {input.index}) --tokens $(dirname {input.tokens}) {params.options} "
-        "--shard {wildcards.shard} --out $(dirname {output.manifest}) > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} memdec targets {params.datastore} --index $(dirname {input.index}) "
+        "--tokens $(dirname {input.tokens}) {params.options} {params.shard} "
+        "--out $(dirname {output.manifest}) > {log} 2>&1"
 
 
 rule train:
     input:
         model=f"{RUN}/models/{config['memory_model']}/manifest.json",
         tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
-        targets=expand(
-            f"{HOME}/targets/{{shard}}/manifest.json",
-            shard=range(SHARDS),
-            allow_missing=True,
+        targets=gather.targets(
+            f"{HOME}/targets/{{scatteritem}}/manifest.json", allow_missing=True
         ),
     output:
         f"{HOME}/memory/model.safetensors",
@@ -112,9 +115,7 @@ rule train:
     params:
         options=options("memory"),
         context=CONTEXT,
-        targets=lambda w, input: " ".join(
-            f"--targets {os.path.dirname(f)}" for f in input.targets
-        ),
+        targets=lambda w, input: folders("targets", input.targets),
         stage=STAGE["train"],
     shell:
         "OMP_NUM_THREADS={threads} memdec train --model $(dirname {input.model}) "
