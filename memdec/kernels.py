@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+_AHEAD = 6  # candidates between asking for a key and using it
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -32,6 +35,25 @@ def _widen(_typing: Any, value: Any) -> Any:
         return args[0]
 
     return types.float32(value), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _prefetch(_typing: Any, keys: Any, row: Any) -> Any:
+    """Ask for a row of a C-contiguous array before it is needed: rows of candidates lie anywhere in memory."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        stride = builder.extract_value(array.strides, 0)
+        byte, word = ir.IntType(8), ir.IntType(32)
+        begin = builder.gep(builder.bitcast(array.data, byte.as_pointer()), [builder.mul(args[1], stride)])
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte.as_pointer()], ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word])
+        )
+        with cgutils.for_range_slice(builder, stride.type(0), stride, stride.type(64), stride.type) as (offset, _):
+            builder.call(prefetch, [builder.gep(begin, [offset]), word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.none(keys, row), codegen
 
 
 def bits(keys: NDArray[Any]) -> NDArray[Any]:
@@ -79,6 +101,10 @@ def sq_distances(
     n, width = keys.shape
     for row in range(ids.shape[0]):
         for column in range(ids.shape[1]):
+            if column + _AHEAD < ids.shape[1]:
+                soon = ids[row, column + _AHEAD] - first
+                if 0 <= soon < n:
+                    _prefetch(keys, soon)
             here = ids[row, column] - first
             if 0 <= here < n:
                 total = np.float32(0)

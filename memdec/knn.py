@@ -119,7 +119,7 @@ def aggregate(
         of the first neighbour that has the token. probs is float64 and sums to one within each row; no entry is zero.
 
     Raises:
-        NumericsError: A row has no neighbour at all, or a distance is NaN. Its `row` is the row of the batch.
+        RowError: A row has no neighbour at all, a distance is NaN, or a token is negative.
     """
     if torch.isnan(sq_dist).any():
         row = int(torch.isnan(sq_dist).any(dim=1).nonzero()[0, 0])
@@ -131,6 +131,9 @@ def aggregate(
     work = _aggregate_compiled if sq_dist.device.type == "cpu" else aggregate_torch
     missing = torch.isinf(sq_dist)
     values = values.long().masked_fill(missing, 0) if missing.any() else values.long()
+    if values.min() < 0:
+        row = int((values < 0).any(dim=1).nonzero()[0, 0])
+        raise RowError(row, f"a neighbour has the token {int(values[row].min())}: the values are broken")
     return work(sq_dist, values, nearest, temperature, top, threshold)
 
 

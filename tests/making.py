@@ -46,12 +46,12 @@ def spec(width: int, **changes: object) -> ModelSpec:
     return ModelSpec.model_validate(plain | changes)
 
 
-def write_tokens(folder: Path, values: NDArray[np.integer]) -> Path:
+def write_tokens(folder: Path, values: NDArray[np.integer], tokenizer: str = "none") -> Path:
     """A token artefact with this train split, without a corpus."""
     with artifacts.building(folder, "tokens", {"values": artifacts.digest(values.tolist())}, {}) as build:
         assert build is not None
         np.save(folder / "train.npy", values)
-        build.facts.update(sha256={"train": artifacts.file_digest(folder / "train.npy")})
+        build.facts.update(sha256={"train": artifacts.file_digest(folder / "train.npy")}, tokenizer_sha256=tokenizer)
     return folder
 
 

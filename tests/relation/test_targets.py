@@ -1,7 +1,10 @@
 """Targets of a store full of identical keys, and the reader over any spans (the real store is in test_stages.py)."""
 
+import shutil
+from collections import namedtuple
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from numpy.typing import NDArray
 
 from memdec import artifacts, datastore, index, targets, tokens
 from memdec.config import DatastoreSettings, IndexSettings, TargetSettings
-from memdec.errors import ArtifactError, MemDecError, NumericsError
+from memdec.errors import ArtifactError, ConfigError, MemDecError, NumericsError, ResourceError
 from memdec.targets import TargetReader
 
 N, V = 60, 11
@@ -188,14 +191,208 @@ def test_an_index_or_a_stream_of_other_keys_is_refused(made: tuple[list[Path], P
         run((store, index_folder, tmp_path / "other" / "tokens"), tmp_path / "b")
 
 
-# --- bugs; drop the mark with the fix -----------------------------------------------------------------------------
+# --- kills, storage, streamed keys, other queries ------------------------------------------------------------------
 
 
-def test_more_shards_than_positions_are_refused_or_empty(made: tuple[list[Path], Path, Path], tmp_path: Path) -> None:
-    try:
-        np.testing.assert_allclose(dense(run(made, tmp_path, shards=N + 1)), brute(made, 0.7), atol=1e-7)
-    except MemDecError:
-        return
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("calls", [1, 4, 7])
+def test_fault_9_a_shard_killed_in_its_middle_goes_on_and_gives_the_same_bits(
+    made: tuple[list[Path], Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, calls: int
+) -> None:
+    monkeypatch.setattr(targets, "_CHECKPOINT", 0.0)
+    chosen = TargetSettings(neighbours=9, temperature=0.7, shards=2, batch_size=4, dtype=dtype)
+    targets.run(*made, tmp_path / "whole", chosen, shard=1)
+    real, seen = index.Searcher.search, []
+
+    def killed(self: index.Searcher, queries: NDArray[np.float32], *rest: Any, **named: Any) -> Any:
+        seen.append(int(rest[1][0]))
+        if len(seen) == calls + 1:
+            raise KeyboardInterrupt
+        return real(self, queries, *rest, **named)
+
+    monkeypatch.setattr(index.Searcher, "search", killed)
+    with pytest.raises(KeyboardInterrupt):
+        targets.run(*made, tmp_path / "killed", chosen, shard=1)
+    with pytest.raises(ArtifactError, match="unfinished"):
+        artifacts.read(tmp_path / "killed", "targets")
+    with (tmp_path / "killed" / "probs.npy").open("ab") as file:
+        file.write(b"written after the last mark")
+    targets.run(*made, tmp_path / "killed", chosen, shard=1)
+    assert seen[calls : calls + 2] == [28 + 4 * calls] * 2  # positions 30 .. 59 on the grid of batches of 4
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert artifacts.read(tmp_path / "killed", "targets") == artifacts.read(tmp_path / "whole", "targets")
+
+
+def test_shards_give_the_same_bits(made: tuple[list[Path], Path, Path], tmp_path: Path) -> None:
+    whole = run(made, tmp_path / "1", neighbours=9, batch_size=8).rows([(0, N)])
+    for shards in (3, 7):
+        parts = run(made, tmp_path / str(shards), neighbours=9, batch_size=8, shards=shards).rows([(0, N)])
+        for name in ("indptr", "tokens", "probs"):
+            np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+
+
+def test_fault_9_a_finished_shard_is_not_made_again(made: tuple[list[Path], Path, Path], tmp_path: Path) -> None:
+    run(made, tmp_path)
+    before = (tmp_path / "0" / "probs.npy").stat().st_mtime_ns
+    run(made, tmp_path)
+    assert (tmp_path / "0" / "probs.npy").stat().st_mtime_ns == before
+
+
+def test_fault_5_float16_rows_hold_no_zero_and_sum_to_one_when_read(tmp_path: Path) -> None:
+    """One neighbour so far away that float16 cannot tell its probability from zero."""
+    keys = np.zeros((N, 1), np.float32)
+    keys[: N // 2, 0] = np.linspace(0, 3, N // 2)
+    keys[-1] = 5
+    made = made_store(tmp_path, keys)
+    wide = run(made, tmp_path / "float32", temperature=0.6)
+    found = run(made, tmp_path / "float16", temperature=0.6, dtype="float16")
+    raw = np.load(tmp_path / "float16" / "0" / "probs.npy")
+    assert raw.dtype == np.float16
+    assert (raw > 0).all()
+    assert len(raw) < len(wide.rows([(0, N)]).probs)
+    rows = found.rows([(0, N)])
+    sums = np.add.reduceat(rows.probs, rows.indptr[:-1], dtype=np.float64)
+    np.testing.assert_allclose(sums, 1, atol=1e-6)
+    np.testing.assert_allclose(dense(found), dense(wide), atol=5e-4)
+
+
+def test_rows_with_fewer_neighbours_are_right_and_a_row_with_none_is_named(
+    tmp_path: Path,
+) -> None:
+    """Two far clusters in two cells of which one is searched: 5 positions have 4 neighbours, not the 30 asked for."""
+    keys = np.random.default_rng(0).random((N, 2)).astype(np.float16)
+    keys[:5] += 1000
+    stream = write_tokens(tmp_path / "tokens", np.arange(N).astype(np.uint16) % V)
+    store = write_store(tmp_path / "store", keys, stream)
+    ivf = IndexSettings(kind="ivfflat", centroids=2, nprobe=1, check_neighbours=3)
+    with pytest.warns(UserWarning, match="60 training keys for 2 centroids"):
+        index.run(store, tmp_path / "index", ivf)
+    made = (store, tmp_path / "index", stream)
+    for released in (False, True):
+        found = dense(run(made, tmp_path / f"t{released}", neighbours=30, released=released))
+        for i in range(5):
+            weights = np.zeros(V)
+            for j in set(range(5)) - {i}:
+                weights[j % V] += np.exp(-((keys[i].astype(float) - keys[j].astype(float)) ** 2).sum() / 0.7)
+            np.testing.assert_allclose(found[i], weights / weights.sum(), atol=1e-3 if released else 1e-6)
+    keys[1:5] -= 1000
+    store = write_store(tmp_path / "lonely", keys, stream)
+    with pytest.warns(UserWarning, match="60 training keys"):
+        index.run(store, tmp_path / "lonely-index", ivf)
+    for released in (False, True):
+        with pytest.raises(
+            NumericsError, match=r"for position 0, but it has no neighbour: search more cells \(nprobe\)"
+        ):
+            run((store, tmp_path / "lonely-index", stream), tmp_path / "l", neighbours=3, released=released)
+
+
+PQ = IndexSettings(kind="ivfpq", centroids=16, code_size=6, nprobe=4, check_neighbours=30)
+
+
+@pytest.fixture(scope="module")
+def modes(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model's keys of train, stored and streamed; those of valid; and one index of the first."""
+    root = tmp_path_factory.mktemp("modes")
+    window = {"context": 32, "stride": 16}
+    for name, changes in (("stored", {}), ("streamed", {"stored": False}), ("valid", {"split": "valid"})):
+        datastore.run(base_folder, token_folder, root / name, DatastoreSettings(batch_size=4, **changes), **window)
+    index.run(root / "stored", root / "index", PQ)
+    index.run(root / "stored", root / "exact", IndexSettings(check_neighbours=30))
+    return {path.name: path for path in root.iterdir()}
+
+
+def test_streamed_keys_give_the_targets_of_stored_ones(
+    modes: dict[str, Path], token_folder: Path, tmp_path: Path
+) -> None:
+    chosen = TargetSettings(neighbours=40, temperature=4, released=True, shards=3, batch_size=500)
+    for name in ("stored", "streamed"):
+        for shard in range(3):
+            out = tmp_path / name / str(shard)
+            targets.run(modes[name], modes["index"], token_folder, out, chosen, shard=shard)
+    for shard in "012":
+        assert files(tmp_path / "stored" / shard) == files(tmp_path / "streamed" / shard)
+    with pytest.raises(ConfigError, match="set `released: true` for the distances of the index, or store the keys"):
+        targets.run(modes["streamed"], modes["index"], token_folder, tmp_path / "x", TargetSettings(neighbours=9))
+
+
+def test_the_batch_size_changes_nothing_in_approximate_search(
+    modes: dict[str, Path], token_folder: Path, tmp_path: Path
+) -> None:
+    for size in (64, 1000):
+        chosen = TargetSettings(neighbours=40, temperature=4, batch_size=size)
+        targets.run(modes["stored"], modes["index"], token_folder, tmp_path / str(size), chosen)
+    assert files(tmp_path / "64") == files(tmp_path / "1000")
+
+
+def test_rows_of_another_split_are_searched_without_removal(
+    modes: dict[str, Path], token_folder: Path, tmp_path: Path
+) -> None:
+    chosen = TargetSettings(neighbours=20, temperature=2)
+    targets.run(modes["stored"], modes["exact"], token_folder, tmp_path / "t", chosen, queries=modes["valid"])
+    reader = TargetReader([tmp_path / "t"], artifacts.read(token_folder, "tokens").facts["sha256"]["valid"])
+    keys, asked = (np.load(modes[name] / "keys.npy").astype(np.float64) for name in ("stored", "valid"))
+    values = tokens.load_stream(token_folder, "train")
+    found = dense(reader, len(asked), 300)
+    for position in range(0, len(asked), 17):
+        sq_dist = ((keys - asked[position]) ** 2).sum(1)
+        near = np.argsort(sq_dist, kind="stable")[:20]
+        weight = np.exp(-(sq_dist[near] - sq_dist[near[0]]) / 2)
+        np.testing.assert_allclose(found[position], np.bincount(values[near], weight / weight.sum(), 300), atol=2e-5)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_queries_of_another_model_are_refused(modes: dict[str, Path], token_folder: Path, tmp_path: Path) -> None:
+    keys = np.random.default_rng(0).random((N, 24)).astype(np.float16)
+    stream = write_tokens(tmp_path / "tokens", np.zeros(N, np.uint16))
+    other = write_store(tmp_path / "other", keys, stream, model="another")
+    with pytest.raises(ArtifactError, match="expected queries by the model and key point of"):
+        targets.run(
+            modes["stored"], modes["exact"], token_folder, tmp_path / "t", TargetSettings(neighbours=5), queries=other
+        )
+    exact = IndexSettings(check_neighbours=5)
+    index.run(other, tmp_path / "i", exact)
+    with pytest.raises(ArtifactError, match=r"found one of other keys \(another model, text or settings\)"):
+        targets.run(modes["stored"], tmp_path / "i", token_folder, tmp_path / "t", TargetSettings(neighbours=5))
+
+
+def test_a_value_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
+    values = np.zeros(N, np.uint16)
+    values[41] = 900
+    stream = write_tokens(tmp_path / "tokens", values)
+    store = write_store(
+        tmp_path / "store", np.random.default_rng(0).random((N, 3)).astype(np.float16), stream, vocab=900
+    )
+    index.run(store, tmp_path / "index", IndexSettings())
+    with pytest.raises(ConfigError, match="below the vocabulary of 900, found 900 at position 41"):
+        run((store, tmp_path / "index", stream), tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"neighbours": N}, f"expected at most {N - 1} neighbours for {N} keys, found {N}"),
+        ({"shards": N + 1}, f"expected at most {N} shards for {N} positions, found {N + 1}"),
+    ],
+)
+def test_more_than_there_is_is_refused(
+    made: tuple[list[Path], Path, Path], tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(made, tmp_path, **changes)
+
+
+def test_too_little_disk_is_said_after_the_first_batch(
+    made: tuple[list[Path], Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("U", "total used free")(10**6, 10**6, 100))
+    with pytest.raises(ResourceError, match=r"free disk for the other 50 rows; set 'top' or 'threshold', found 100 B"):
+        run(made, tmp_path, batch_size=10)
 
 
 def test_a_span_beyond_the_end_ends(readers: tuple[TargetReader, NDArray[np.float64]]) -> None:

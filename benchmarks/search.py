@@ -1,0 +1,115 @@
+"""How true and how fast each index is: `python -m benchmarks.search [--out results/search.csv] [--folder build/search]`.
+
+300,000 keys (256 wide, float16) of a GPT-2 with random weights over the documentation inside installed packages, BPE of
+50,257 tokens, k = 1024: the setting in which the released search was measured. Recall and total variation are those of
+the index manifests (256 queries, exact search in float64); speed is CPU time of one thread on other queries, each side
+in turn, the median of the repeats. All rows of a kind share one run.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from memdec import artifacts, corpora, datastore, index, tokens
+from memdec.config import DatastoreSettings, DocstringCorpus, IndexSettings, TokenizerSpec
+from memdec.provenance import machine
+
+COLUMNS = [
+    "index", "distances", "queries_per_s", "speed_to_released", "recall_1024", "tv_tau_1", "tv_tau_16",
+    "bytes_per_token", "keys", "machine",
+]  # fmt: skip
+KINDS = {
+    "exact": IndexSettings(kind="exact"),
+    "ivfpq 4096/64, nprobe 32": IndexSettings(kind="ivfpq"),
+    "ivfpq 4096/64 opq, nprobe 32": IndexSettings(kind="ivfpq", opq=True),
+    "ivfflat 4096, nprobe 32": IndexSettings(kind="ivfflat"),
+}
+N_KEYS, BYTES, K = 300_000, 1_250_000, 1024
+
+
+def made(folder: Path) -> Path:
+    """The datastore, from nothing but installed packages."""
+    packages = ["stdlib", "torch", "pandas", "sklearn", "networkx", "nltk"]
+    text = DocstringCorpus(source="docstrings", packages=packages, max_bytes={"valid": 20_000, "test": 20_000})
+    corpora.run(text, folder / "text")
+    tokens.run_tokenizer(TokenizerSpec(train_on=["text"], vocab_size=50_257), folder / "bpe", [folder / "text"])
+    corpora.run(text.model_copy(update={"max_bytes": {**text.max_bytes, "train": BYTES}}), folder / "part")
+    tokens.run_tokens(folder / "bpe", folder / "part", folder / "tokens")
+    words = artifacts.read(folder / "bpe", "tokenizer")
+    with artifacts.building(folder / "model", "model", {"random": 0}, {"tokenizer": words.recipe}) as build:
+        if build is not None:
+            from transformers import GPT2Config, GPT2LMHeadModel
+
+            torch.manual_seed(0)
+            GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=4, n_head=4)).save_pretrained(folder / "model")
+            tokens.load_tokenizer(str(folder / "bpe")).save_pretrained(folder / "model")
+            build.facts.update(tokenizer_sha256=words.facts["sha256"])
+    settings = DatastoreSettings(batch_size=4)
+    datastore.run(folder / "model", folder / "tokens", folder / "store", settings, context=1024, stride=512)
+    return folder / "store"
+
+
+def rows(folder: Path, repeats: int, n_queries: int) -> list[dict[str, object]]:
+    """One row per index and kind of distances."""
+    store = datastore.Datastore(made(folder))
+    own, queries = store.sample(n_queries, 7)
+    out = []
+    for name, settings in KINDS.items():
+        home = folder / artifacts.digest(name)[:8]
+        torch.set_num_threads(os.cpu_count() or 1)
+        with warnings.catch_warnings(action="ignore"):
+            index.run([folder / "store"], home, settings)
+        torch.set_num_threads(1)
+        index.faiss.omp_set_num_threads(1)
+        searcher, facts = index.load(store, home), artifacts.read(home, "index").facts
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(repeats):
+            for released, found in seconds.items():
+                start = time.process_time()
+                searcher.search(queries, K, own, released=released)
+                found.append(time.process_time() - start)
+        speed = {released: n_queries / statistics.median(found[1:]) for released, found in seconds.items()}
+        for released, check in ((True, "released"), (False, "rescored")):
+            variation = facts["check"][check]["total_variation"]
+            out.append(
+                {
+                    "index": name,
+                    "distances": "of the index" if released else "exact",
+                    "queries_per_s": f"{speed[released]:.0f}",
+                    "speed_to_released": f"{speed[released] / speed[True]:.2f}",
+                    "recall_1024": f"{facts['check'][check]['recall']:.4f}",
+                    "tv_tau_1": f"{variation['1.0']:.4f}",
+                    "tv_tau_16": f"{variation['16.0']:.4f}",
+                    "bytes_per_token": f"{facts['bytes_per_key']:.1f}",
+                    "keys": store.n,
+                    "machine": machine(),
+                }
+            )
+            print(out[-1], flush=True)
+    return out
+
+
+def main() -> None:
+    """Measure and write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("build/search"), help="where what is made stays")
+    parser.add_argument("--repeats", type=int, default=4, help="the first one warms up")
+    parser.add_argument("--queries", type=int, default=1024)
+    parser.add_argument("--out", type=Path, default=Path("results/search.csv"))
+    args = parser.parse_args()
+    found = rows(args.folder, args.repeats, args.queries)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+
+
+if __name__ == "__main__":
+    main()

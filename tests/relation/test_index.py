@@ -1,0 +1,291 @@
+"""The index: what is in it, how true its search is, stored against streamed keys, kills, and what is refused early."""
+
+import shutil
+import warnings
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from making import CONTEXT, write_store, write_tokens
+from numpy.typing import NDArray
+
+from memdec import artifacts, datastore, index
+from memdec.config import DatastoreSettings, IndexSettings
+from memdec.datastore import Datastore
+from memdec.errors import ArtifactError, ConfigError, NumericsError, ResourceError
+
+N, D, V = 3000, 24, 40
+PQ = {"kind": "ivfpq", "centroids": 16, "code_size": 6, "nprobe": 4, "check_neighbours": 50, "check_queries": 64}
+KINDS: list[dict[str, Any]] = [
+    {"kind": "exact", "check_neighbours": 50},
+    {"kind": "flat", "check_neighbours": 50},
+    {**PQ, "kind": "ivfflat"},
+    PQ,
+    {**PQ, "opq": True},
+]
+NAMES = ["exact", "flat", "ivfflat", "ivfpq", "opq"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Keys in 60 clusters, in two shards; the token tells the cluster."""
+    folder, rng = tmp_path_factory.mktemp("clusters"), np.random.default_rng(0)
+    cluster = rng.integers(0, 60, N)
+    keys = (rng.normal(size=(60, D)) * 2)[cluster] + rng.normal(size=(N, D)) * rng.uniform(0.1, 2, D)
+    stream = write_tokens(folder / "tokens", (cluster % V).astype(np.uint16))
+    return write_store(folder / "store", keys.astype(np.float16), stream, edges=[0, 1100, N])
+
+
+def built(store: list[Path], out: Path, **settings: Any) -> index.Searcher:
+    with warnings.catch_warnings(action="ignore"):
+        index.run(store, out, IndexSettings(**settings))
+    return index.load(Datastore(store), out)
+
+
+def brute(store: Datastore, queries: NDArray[np.float32], neighbours: int, own: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions by distance in float64, ties by position."""
+    keys = np.concatenate([block.copy() for _, block in store.blocks(0, store.n, 500)]).astype(np.float64)
+    sq_dist = ((queries[:, None].astype(np.float64) - keys[None]) ** 2).sum(-1).astype(np.float32)
+    sq_dist[np.arange(len(own))[own >= 0], own[own >= 0]] = np.inf
+    return np.argsort(sq_dist, axis=1, kind="stable")[:, :neighbours]
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=NAMES)
+def test_search_against_brute_force(store: list[Path], tmp_path: Path, settings: dict[str, Any]) -> None:
+    searcher = built(store, tmp_path / "i", **settings)
+    own, queries = searcher.store.sample(60, 5)
+    true = brute(searcher.store, queries, 20, own)
+    sq_dist, ids = searcher.search(queries, 20, own)
+    assert not (ids == own[:, None]).any()
+    assert (np.diff(sq_dist, axis=1) >= 0).all()
+    if settings["kind"] in ("exact", "flat"):
+        np.testing.assert_array_equal(ids, true)
+    else:
+        assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(ids, true, strict=True)]) > 0.8
+    check = artifacts.read(tmp_path / "i", "index").facts["check"]
+    for name in ("rescored", "released"):
+        assert 0.8 < check[name]["recall"] <= 1
+        assert 0 <= check[name]["total_variation"]["16.0"] < 0.2
+
+
+def test_queries_from_outside_keep_everything(store: list[Path], tmp_path: Path) -> None:
+    searcher = built(store, tmp_path / "i", **KINDS[0])
+    own, queries = searcher.store.sample(30, 5)
+    sq_dist, ids = searcher.search(queries, 20)
+    np.testing.assert_array_equal(ids, brute(searcher.store, queries, 20, np.full(30, -1)))
+    np.testing.assert_array_equal(ids[:, 0], own)
+    assert (sq_dist[:, 0] == 0).all()
+    every, _ = searcher.search(queries[:2], N)  # as many as there are
+    assert np.isfinite(every).all()
+
+
+def test_fault_3_search_runs_without_a_gpu(store: list[Path], tmp_path: Path) -> None:
+    assert index._n_gpus() == 0 or not index.torch.cuda.is_available()
+    for settings, name in zip(KINDS, NAMES, strict=True):
+        _, ids = built(store, tmp_path / name, **settings).search(np.zeros((2, D), np.float32), 5)
+        assert (ids >= 0).all()
+
+
+def test_fault_8_exact_distances_give_truer_rows(store: list[Path], tmp_path: Path) -> None:
+    searcher = built(store, tmp_path / "i", **PQ)
+    own, queries = searcher.store.sample(60, 5)
+    _, ids = searcher.search(queries, 20, own)
+    again, _ = searcher.search(queries, 20, own)
+    keys = np.concatenate([block.copy() for _, block in searcher.store.blocks(0, N, 500)])
+    np.testing.assert_allclose(again, ((queries[:, None] - keys[ids]) ** 2).sum(-1), rtol=1e-5)
+    check = artifacts.read(tmp_path / "i", "index").facts["check"]
+    for tau in ("1.0", "16.0"):
+        assert check["rescored"]["total_variation"][tau] < 0.5 * check["released"]["total_variation"][tau]
+
+
+def test_the_measured_quality_is_what_it_says(store: list[Path], tmp_path: Path) -> None:
+    """Recall and total variation again, in plain loops over the rows."""
+    searcher = built(store, tmp_path / "i", **PQ)
+    check = artifacts.read(tmp_path / "i", "index").facts["check"]
+    assert (check["queries"], check["neighbours"]) == (64, 50)
+    own, queries = searcher.store.sample(64, 1)
+    keys = np.concatenate([block.copy() for _, block in searcher.store.blocks(0, N, 500)]).astype(np.float64)
+    values, true = searcher.store.values, brute(searcher.store, queries, 50, own)
+    for name, released in (("rescored", False), ("released", True)):
+        sq_dist, ids = searcher.search(queries, 50, own, released=released)
+        recall, variation = [], []
+        for row in range(64):
+            recall.append(len(set(ids[row]) & set(true[row])) / 50)
+            exact = ((keys[true[row]] - queries[row]) ** 2).sum(1)
+            p, q = (
+                np.bincount(values[at], np.exp(-(d.astype(float) - d.min()) / 16), V)
+                for d, at in ((sq_dist[row], ids[row]), (exact, true[row]))
+            )
+            variation.append(np.abs(p / p.sum() - q / q.sum()).sum() / 2)
+        assert check[name]["recall"] == pytest.approx(np.mean(recall), abs=1e-9)
+        assert check[name]["total_variation"]["16.0"] == pytest.approx(np.mean(variation), abs=1e-5)
+
+
+def test_missing_neighbours_are_told(store: list[Path], tmp_path: Path) -> None:
+    searcher = built(store, tmp_path / "i", **{**PQ, "nprobe": 1})
+    own, queries = searcher.store.sample(40, 2)
+    for released in (True, False):
+        sq_dist, ids = searcher.search(queries, 1500, own, released=released)
+        assert ((ids == -1) == np.isinf(sq_dist)).all()
+        assert (ids == -1).any()
+        assert (np.diff((ids == -1).astype(int), axis=1) >= 0).all()  # at the end
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=NAMES)
+def test_the_batch_changes_nothing(store: list[Path], tmp_path: Path, settings: dict[str, Any]) -> None:
+    searcher = built(store, tmp_path / "i", **settings)
+    own, queries = searcher.store.sample(50, 5)
+    whole = searcher.search(queries, 30, own)
+    for size in (1, 7):
+        parts = [searcher.search(queries[i : i + size], 30, own[i : i + size]) for i in range(0, 50, size)]
+        for one, other in zip(whole, zip(*parts, strict=True), strict=True):
+            np.testing.assert_array_equal(one, np.concatenate(other))
+
+
+@pytest.fixture(scope="module")
+def modes(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The keys of a model, stored and streamed."""
+    out = {name: tmp_path_factory.mktemp("modes") / name for name in ("stored", "streamed")}
+    for name, folder in out.items():
+        settings = DatastoreSettings(batch_size=4, stored=name == "stored")
+        datastore.run(base_folder, token_folder, folder, settings, context=CONTEXT, stride=CONTEXT // 2)
+    return out
+
+
+@pytest.mark.parametrize("opq", [False, True])
+def test_streamed_and_stored_keys_give_the_same_index(modes: dict[str, Path], tmp_path: Path, opq: bool) -> None:
+    settings = {**PQ, "opq": opq, "sample": 6000, "check_neighbours": 30}
+    for name, folder in modes.items():
+        built([folder], tmp_path / name, **settings)
+    for file in ("trained.safetensors", "codes.npy"):
+        assert (tmp_path / "stored" / file).read_bytes() == (tmp_path / "streamed" / file).read_bytes()
+    one, other = (artifacts.read(tmp_path / name, "index") for name in modes)
+    assert one.recipe == other.recipe
+    assert one.facts["check"]["released"] == other.facts["check"]["released"]
+    assert "rescored" not in other.facts["check"]
+    index.load(Datastore(modes["streamed"]), tmp_path / "stored")  # an index of one serves the other
+
+
+def test_streamed_mode_needs_a_code_and_little_more(modes: dict[str, Path], tmp_path: Path) -> None:
+    built([modes["streamed"]], tmp_path / "i", **PQ)
+    n = Datastore(modes["streamed"]).n
+    bytes_on_disk = sum(f.stat().st_size for d in (modes["streamed"], tmp_path / "i") for f in d.rglob("*"))
+    facts = artifacts.read(tmp_path / "i", "index").facts
+    assert bytes_on_disk / n <= PQ["code_size"] + 16
+    assert facts["bytes_per_key"] <= bytes_on_disk / n
+
+
+@pytest.mark.parametrize("settings", [KINDS[0], PQ], ids=["exact", "ivfpq"])
+def test_a_killed_fill_goes_on_and_gives_the_same_index(
+    store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(index, "_ADD", 256)
+    monkeypatch.setattr(index, "_BLOCK", 256)
+    monkeypatch.setattr(index, "_CHECKPOINT", 0.0)
+    built(store, tmp_path / "whole", **settings)
+    real, seen = Datastore.blocks, []
+
+    def killed(self: Datastore, begin: int, end: int, size: int) -> Any:
+        for first, keys in real(self, begin, end, size):
+            if (size, end) == (256, N):
+                seen.append(first)
+                if len(seen) == 6:
+                    raise KeyboardInterrupt
+            yield first, keys
+
+    monkeypatch.setattr(Datastore, "blocks", killed)
+    with pytest.raises(KeyboardInterrupt):
+        built(store, tmp_path / "killed", **settings)
+    with pytest.raises(ArtifactError, match="unfinished"):
+        index.load(Datastore(store), tmp_path / "killed")
+    monkeypatch.setattr(index, "_train", lambda *_: (tmp_path / "killed" / "trained.safetensors").stat())
+    if settings["kind"] == "exact":
+        monkeypatch.setattr(index, "_train", lambda *_: None)
+    built(store, tmp_path / "killed", **settings)
+    assert seen[5:7] == [1280, 1280]
+    one, other = (artifacts.read(tmp_path / name, "index") for name in ("whole", "killed"))
+    assert one == other
+    for name in one.files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+# --- bad input, early ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"code_size": 7}, r"expected a code_size that divides the key width 24, found 7; nearest: 4, 6, 8"),
+        ({"centroids": 3001}, r"expected at least 3001 training keys for 3001 centroids, found 3000"),
+        ({"sample": 200}, r"expected at least 256 training keys for 16 centroids, found 200"),
+        ({"nprobe": 17}, r"expected nprobe of at most 16 centroids, found 17"),
+    ],
+)
+def test_fault_14_settings_that_cannot_work_fail_before_the_work(
+    store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("keys were read")
+
+    monkeypatch.setattr(Datastore, "blocks", refuse)
+    with pytest.raises(ConfigError, match=message):
+        index.run(store, tmp_path / "i", IndexSettings(**{**PQ, **changes}))
+    assert not (tmp_path / "i").exists()
+
+
+def test_fault_14_few_keys_per_centroid_are_a_warning(store: list[Path], tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"3000 training keys for 100 centroids; at least 3900 are usual"):
+        index.run(store, tmp_path / "i", IndexSettings(**{**PQ, "centroids": 100}))
+
+
+def test_fault_14_memory_is_bounded_by_blocks_and_asked_for_before(
+    store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = Datastore.blocks
+
+    def blocks(self: Datastore, begin: int, end: int, size: int) -> Any:
+        for first, keys in real(self, begin, end, size):
+            seen.append(len(keys))
+            yield first, keys
+
+    monkeypatch.setattr(index, "_ADD", 512)
+    monkeypatch.setattr(Datastore, "blocks", blocks)
+    built(store, tmp_path / "i", **{**PQ, "sample": 1000})
+    assert max(seen) <= 512
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("M", "available")(1000))
+    for kind in ("flat", "ivfpq", "ivfflat"):
+        with pytest.raises(ResourceError, match=f"index of kind {kind}: expected .* of free memory, found 1 kB"):
+            index.run(store, tmp_path / kind, IndexSettings(**{**PQ, "kind": kind}))
+
+
+def test_fault_14_an_index_names_the_keys_it_was_made_from(store: list[Path], tmp_path: Path) -> None:
+    built(store, tmp_path / "i", **KINDS[0])
+    rng = np.random.default_rng(1)
+    stream = write_tokens(tmp_path / "t", np.zeros(N, np.uint16))
+    other = write_store(tmp_path / "s", rng.normal(size=(N, D)).astype(np.float16), stream, model="another")
+    with pytest.raises(ArtifactError, match="found one of other keys \\(another model, text or settings\\)"):
+        index.load(Datastore(other), tmp_path / "i")
+
+
+def test_exact_search_of_streamed_keys_is_refused(modes: dict[str, Path], tmp_path: Path) -> None:
+    for kind in ("exact", "flat"):
+        with pytest.raises(ConfigError, match=f"expected stored keys for kind {kind}, found a streamed datastore"):
+            index.run([modes["streamed"]], tmp_path / kind, IndexSettings(kind=kind))
+    searcher = built([modes["streamed"]], tmp_path / "i", **PQ)
+    with pytest.raises(ConfigError, match="expected stored keys to take the distances from"):
+        searcher.search(np.zeros((1, 24), np.float32), 5)
+
+
+def test_keys_with_nan_are_named(store: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(store[0].parent, tmp_path / "s")
+    folders = [tmp_path / "s" / path.name for path in store]
+    keys = np.lib.format.open_memmap(folders[1] / "keys.npy", mode="r+")
+    keys[7, 3] = np.inf
+    keys.flush()
+    for settings in (KINDS[0], PQ):
+        with pytest.raises(NumericsError, match="found NaN or inf at position 1107"):
+            built(folders, tmp_path / settings["kind"], **settings)
