@@ -33,6 +33,8 @@ _BLOCK = 4096  # keys per block of exact search: its distances stay in the cache
 _ADD = 65_536  # keys per FAISS call
 _CHECKPOINT = 60.0  # seconds between two marks to resume from
 _POINTS = 39  # training keys per centroid below which FAISS warns
+_MORE = 16  # candidates fetched beyond k, so that rounding cannot decide who is the last neighbour
+_SAME_TOKEN = 256  # most positions of an input token that are all candidates for its queries
 _TEMPERATURES = (1.0, 16.0)  # of the total variation in the manifest
 _Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
 
@@ -246,6 +248,29 @@ def _rows(store: Datastore, sq_dist: NDArray[np.float32], ids: NDArray[np.int64]
 # --- search -------------------------------------------------------------------------------------------------------
 
 
+class _SameToken:
+    """Positions whose key was read at the same input token, for tokens that are rare in the datastore.
+
+    The keys nearest to that of a rare token are mostly those of the same token, but they are too few to have a cell of
+    their own: nearly all that the nearest cells miss, and that matters, is here.
+    """
+
+    def __init__(self, values: NDArray[np.integer], vocab_size: int) -> None:
+        inputs = values[:-1]
+        counts = np.bincount(inputs, minlength=vocab_size)
+        positions = np.flatnonzero((counts <= _SAME_TOKEN)[inputs]) + 1
+        self._positions = positions[np.argsort(values[positions - 1], kind="stable")]
+        self._edges = np.concatenate([[0], np.cumsum(np.where(counts <= _SAME_TOKEN, counts, 0))])
+
+    def of(self, inputs: Int[np.ndarray, " B"]) -> Int[np.ndarray, "B C"]:
+        """Positions with these input tokens (-1 for none), filled up with -1."""
+        begin, end = self._edges[inputs], self._edges[np.maximum(inputs, -1) + 1]
+        end = np.where(inputs < 0, begin, end)
+        places = begin[:, None] + np.arange(int((end - begin).max()))
+        there = places < end[:, None]
+        return np.where(there, self._positions[np.where(there, places, 0)] if there.any() else -1, -1)
+
+
 class Searcher:
     """Nearest neighbours of any queries among the keys of a datastore.
 
@@ -259,7 +284,10 @@ class Searcher:
         self.store, self.settings = store, settings
         self._index: Any = None
         self._trained: dict[str, NDArray[Any]] = {}
-        self._parts = [(first, kernels.bits(keys)) for first, keys in store.parts]
+        self._same_token: _SameToken | None = None
+        # Candidates lie anywhere: in memory they take half the time of a memory map, for its pages are small.
+        in_memory = sum(keys.nbytes for _, keys in store.parts) < resources.free_memory() / 10
+        self._parts = [(first, kernels.bits(np.array(keys) if in_memory else keys)) for first, keys in store.parts]
         if settings.kind == "flat":
             self._index = faiss.IndexFlatL2(store.width)
             for _, keys in tqdm(store.blocks(0, store.n, _ADD), desc="load index", unit="block", mininterval=2):
@@ -271,6 +299,8 @@ class Searcher:
             for first in tqdm(range(0, store.n, _ADD), desc="load index", unit="block", mininterval=2):
                 block = np.ascontiguousarray(codes[first : first + _ADD])
                 self._index.add_sa_codes(block, np.arange(first, first + len(block)))
+            if store.parts:
+                self._same_token = _SameToken(store.values, store.facts["vocab_size"])
         if self._index is not None and _n_gpus():
             options = faiss.GpuMultipleClonerOptions()
             options.shard = True
@@ -282,6 +312,7 @@ class Searcher:
         neighbours: int,
         own: Int[np.ndarray, " B"] | None = None,
         *,
+        inputs: Int[np.ndarray, " B"] | None = None,
         released: bool = False,
     ) -> _Pair:
         """The nearest neighbours of each query, without the position it stands for.
@@ -290,8 +321,11 @@ class Searcher:
             queries: float32.
             neighbours: How many, at most the number of keys that are not the query's own.
             own: Position of each query in the datastore; None for queries from outside.
+            inputs: For queries from outside, the token at which each key was read (the one before its position), -1 if
+                unknown.
             released: Give the distances of the index, and the neighbours in their order. Otherwise more candidates are
-                fetched and ordered by their exact distance; that makes the result independent of the batch, too.
+                fetched, those with the same rare input token join them, and all are ordered by their exact distance;
+                that makes the result independent of the batch, too.
 
         Returns:
             Squared distances (float32) and positions, shape (B, neighbours), nearest first, ties by position; +inf and
@@ -305,12 +339,17 @@ class Searcher:
                 "search: expected stored keys to take the distances from, found a streamed datastore; set `released: true` "
                 "(targets), or store the keys"
             )
-        own = np.full(len(queries), -1) if own is None else own
-        fetch = min(neighbours + 1 + (0 if released else max(16, neighbours // 16)), self.store.n)
+        if own is None:
+            own = np.full(len(queries), -1)
+        elif self._same_token is not None:
+            inputs = np.where(own > 0, self.store.values[np.maximum(own, 1) - 1].astype(np.int64), -1)
+        fetch = min(neighbours + 1 + (0 if released else _MORE), self.store.n)
         sq_dist, ids = self._candidates(np.ascontiguousarray(queries, dtype=np.float32), fetch)
         if not released:
+            if self._same_token is not None and inputs is not None:
+                ids = np.concatenate([ids, self._same_token.of(inputs)], axis=1)
             sq_dist = knn.exact_distances(queries, self._parts, ids)
-        return knn.drop_self(sq_dist, ids, own, min(neighbours, fetch))
+        return knn.drop_self(sq_dist, ids, own, neighbours)
 
     def _candidates(self, queries: NDArray[np.float32], fetch: int) -> _Pair:
         if self._index is not None:

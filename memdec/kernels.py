@@ -50,7 +50,8 @@ def _prefetch(_typing: Any, keys: Any, row: Any) -> Any:
             "llvm.prefetch", [byte.as_pointer()], ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word])
         )
         with cgutils.for_range_slice(builder, stride.type(0), stride, stride.type(64), stride.type) as (offset, _):
-            builder.call(prefetch, [builder.gep(begin, [offset]), word(0), word(3), word(1)])
+            # To read, into the second level: a fifth faster than into the first.
+            builder.call(prefetch, [builder.gep(begin, [offset]), word(0), word(2), word(1)])
         return context.get_dummy_value()
 
     return types.none(keys, row), codegen
@@ -112,6 +113,30 @@ def sq_distances(
                     difference = queries[row, i] - _widen(keys[here, i])
                     total += difference * difference
                 sq_dist[row, column] = total
+
+
+NOBODY = 2**32 - 1  # position that stands for a missing neighbour in a sort key; a datastore must be smaller
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def unpack_distinct(order: NDArray[np.uint64], sq_dist: NDArray[np.int32], ids: NDArray[np.int64]) -> None:
+    """Take the first distinct (distance bits, position) pairs of each sorted row apart, until NOBODY or the row is full.
+
+    Args:
+        order: Sorted rows, shape (B, C): the bits of the squared distance above those of the position.
+        sq_dist: Output, bits of float32, shape (B, K); left alone where there are fewer.
+        ids: Output, likewise.
+    """
+    for row in range(order.shape[0]):
+        filled, last = 0, np.uint64(NOBODY)
+        for column in range(order.shape[1]):
+            pair = order[row, column]
+            position = pair & np.uint64(NOBODY)
+            if filled == ids.shape[1] or position == np.uint64(NOBODY):
+                break
+            if pair != last:
+                sq_dist[row, filled], ids[row, filled] = np.int32(pair >> np.uint64(32)), np.int64(position)
+                filled, last = filled + 1, pair
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -23,7 +23,6 @@ from memdec import kernels
 from memdec.errors import NumericsError
 
 _ROWS = 128  # rows per compiled call: 128 x 1024 float64 weights are 1 MB and stay in the cache
-NOBODY = 2**32 - 1  # position that stands for a missing neighbour in a sort key; a datastore must be smaller
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +75,10 @@ def drop_self(
 
     Args:
         sq_dist: Squared distances in any order.
-        ids: Datastore positions; -1 where the index found nothing.
+        ids: Datastore positions; -1 where the index found nothing. One that is there twice, with the same distance,
+            counts once.
         own: The position each query stands for; -1 for a query from outside the datastore.
-        neighbours: How many to keep, at most C.
+        neighbours: How many to keep.
 
     Returns:
         Distances (float32) and positions, nearest first, +inf and -1 at the end where there are fewer. A self match of
@@ -89,12 +89,12 @@ def drop_self(
     # The bits of a float32 that is not negative sort as it does: one sort of (distance, position) in 64 bits takes a
     # tenth of the time of an argsort.
     order = near.view(np.uint32).astype(np.uint64) << np.uint64(32)
-    order |= np.where(gone, NOBODY, ids).astype(np.uint64)
+    order |= np.where(gone, kernels.NOBODY, ids).astype(np.uint64)
     order.sort(axis=1)
-    order = order[:, :neighbours]
-    kept = (order & np.uint64(NOBODY)).astype(np.int64)
-    kept[kept == NOBODY] = -1
-    return (order >> np.uint64(32)).astype(np.uint32).view(np.float32), kept
+    kept_dist = np.full((len(ids), neighbours), np.inf, np.float32)
+    kept = np.full((len(ids), neighbours), -1)
+    kernels.unpack_distinct(order, kept_dist.view(np.int32), kept)
+    return kept_dist, kept
 
 
 def aggregate(

@@ -30,9 +30,14 @@ def check_memory(needed: float, what: str, instead: str) -> None:
     Raises:
         ResourceError: There is not.
     """
-    free = psutil.virtual_memory().available
+    free = free_memory()
     if needed > free:
         raise ResourceError(f"{what}: expected {size(needed)} of free memory, found {size(free)}; {instead}")
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
 def size(n_bytes: float) -> str:

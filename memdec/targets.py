@@ -139,8 +139,9 @@ def _search(
     size = settings.batch_size
     grid = begin // size * size  # the whole first batch is searched again: its rows do not depend on where we begin
     for first, queries in asked.blocks(grid, min(-(-end // size) * size, asked.n), size):
-        own = np.arange(first, first + len(queries)) if asked is searcher.store else None
-        sq_dist, ids = searcher.search(queries, settings.neighbours, own, released=settings.released)
+        positions = np.arange(first, first + len(queries))
+        own, inputs = (positions, None) if asked is searcher.store else (None, _inputs(asked, positions))
+        sq_dist, ids = searcher.search(queries, settings.neighbours, own, inputs=inputs, released=settings.released)
         low, high = max(begin - first, 0), min(end - first, len(queries))
         sq_dist, ids = sq_dist[low:high], ids[low:high]
         try:
@@ -156,6 +157,11 @@ def _search(
                 f"targets: expected neighbours for position {first + low + error.row}, but {error.why}"
             ) from None
         yield counts.numpy(), tokens.numpy(), probs.numpy()
+
+
+def _inputs(asked: Datastore, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The token at which the key of each position was read; -1 for the first, which has none of the text."""
+    return np.where(positions > 0, asked.values[np.maximum(positions, 1) - 1].astype(np.int64), -1)
 
 
 class _Writer:

@@ -23,6 +23,13 @@ def test_fault_1_self_is_removed_at_any_rank_and_identical_keys_stay(data: st.Da
         assert list(zip(kept_dist[row], kept[row], strict=True)) == expected
 
 
+def test_a_candidate_that_comes_twice_counts_once() -> None:
+    sq_dist = np.array([[2.0, 0.0, 2.0, 2.0, np.inf, 2.0]], np.float32)
+    near, kept = drop_self(sq_dist, np.array([[4, 9, 4, 3, -1, 4]]), np.array([9]), 4)
+    assert kept.tolist() == [[3, 4, -1, -1]]
+    assert near.tolist() == [[2.0, 2.0, math.inf, math.inf]]
+
+
 def test_tokens_keep_their_order_of_appearance_and_top_keeps_the_smaller_in_a_tie() -> None:
     sq_dist, values = torch.ones(1, 4), torch.tensor([[7, 2, 5, 2]])
     assert aggregate(sq_dist, values, 1.0)[1].tolist() == [7, 2, 5]

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from making import CONTEXT, write_store, write_tokens
 from numpy.typing import NDArray
 
@@ -132,6 +134,37 @@ def test_missing_neighbours_are_told(store: list[Path], tmp_path: Path) -> None:
         assert ((ids == -1) == np.isinf(sq_dist)).all()
         assert (ids == -1).any()
         assert (np.diff((ids == -1).astype(int), axis=1) >= 0).all()  # at the end
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=40), st.integers(0, 4))
+def test_positions_after_the_same_rare_token(values: list[int], limit: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "_SAME_TOKEN", limit)
+        found = index._SameToken(np.array(values, np.uint16), 7).of(np.arange(-1, 7))
+    for row, token in zip(found, range(-1, 7), strict=True):
+        after = [at + 1 for at, value in enumerate(values[:-1]) if value == token]
+        assert [at for at in row if at >= 0] == (after if len(after) <= limit else [])
+
+
+def test_positions_after_the_same_rare_token_are_candidates_of_approximate_search(tmp_path: Path) -> None:
+    """Random keys in many cells of which one is searched: nothing but the token could lead to the others."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 100, 2000).astype(np.uint16)
+    keys = rng.normal(size=(2000, 6)).astype(np.float32)
+    store = write_store(tmp_path / "s", keys, write_tokens(tmp_path / "t", values))
+    searcher = built(store, tmp_path / "i", **{**PQ, "centroids": 256, "nprobe": 1})
+    own = np.arange(1000, 1050)
+    after = [np.flatnonzero(values[:-1] == values[at - 1]) + 1 for at in own]
+    for found in (
+        searcher.search(keys[own], 200, own),
+        searcher.search(keys[own], 200, inputs=values[own - 1].astype(np.int64)),
+    ):
+        for row, positions in enumerate(after):
+            assert set(positions) - {own[row]} <= set(found[1][row])
+            there = found[1][row][found[1][row] >= 0]
+            assert len(set(there)) == len(there)
+    _, ids = searcher.search(keys[own], 200)  # the token is not known
+    assert not all(set(positions) <= set(row) for row, positions in zip(ids, after, strict=True))
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=NAMES)
