@@ -4,19 +4,39 @@ A case is made once per child process by `make(n)`, which returns two functions;
 must agree. It runs outside of the timing.
 """
 
+import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from memdec import artifacts, datastore, index, targets
+from memdec.config import DatastoreSettings, IndexSettings, TargetSettings
 from memdec.knn import aggregate
 from memdec.losses import hybrid_loss
+from memdec.search import Nearest
 
 Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Result of a case that writes: the folder, whose size is reported, and how to read it back."""
+
+    folder: Path
+    read: Callable[[Path], Any]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
 def _as_is(result: Any) -> tuple[Tensor, ...]:
@@ -31,7 +51,7 @@ class Case:
     make: Callable[[int], tuple[Work, Work]]
     n: int
     n_quick: int
-    unit: Literal["CPU s", "rows/s"]
+    unit: Literal["CPU s", "rows/s", "tokens/s", "queries/s"]
     better: Literal["lower", "higher"]
     tolerance: float  # relative L2 between ours and the twin; inf where the twin is only a floor
     plain: Callable[[Any], tuple[Tensor, ...]] = _as_is
@@ -126,8 +146,10 @@ def aggregation(n: int, batch: int) -> tuple[Work, Work]:
     return ours, twin
 
 
-def _cells(result: list[Any]) -> tuple[Tensor, ...]:
-    """Probabilities of all rows, tokens rising, and a product that tells rows and tokens apart, from either form."""
+def _cells(result: Any) -> tuple[Tensor, ...]:
+    """Probabilities of all rows, tokens rising, and a product that tells rows and tokens apart, from any form."""
+    if isinstance(result, Files):
+        result = result.read(result.folder)
     if len(result[0]) == 3:  # batches of (counts, tokens, probs)
         counts, tokens, probs = (torch.cat(parts) for parts in zip(*result, strict=True))
         rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
@@ -138,9 +160,175 @@ def _cells(result: list[Any]) -> tuple[Tensor, ...]:
     return probs, probs * (tokens % 97 + rows % 89) / 97
 
 
+def _scratch() -> Path:
+    """A folder that goes with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="memdec-bench-")
+    _KEPT.append(folder)
+    return Path(folder.name)
+
+
+_KEPT: list[Any] = []
+_PASS = 8192  # positions of a forward pass, e.g. 16 windows with stride 512
+
+
+def keys_write(n: int) -> tuple[Work, Work]:
+    """Keys of forward passes to disk in float16, checked for overflow, against a list of rows saved at the end."""
+    hidden = torch.randn(_PASS, D, generator=torch.Generator().manual_seed(0))
+    passes = [(first, min(_PASS, n - first)) for first in range(0, n, _PASS)]
+
+    def ours() -> Files:
+        folder = _scratch()
+        path = folder / "keys.npy"
+        keys = np.lib.format.open_memmap(path, mode="w+", dtype=datastore.DISK["float16"], shape=(n, D))
+        for first, length in passes:
+            keys[first : first + length] = datastore.narrow(hidden[:length], first, "float16")
+        keys.flush()
+        return Files(folder, lambda folder: np.load(folder / "keys.npy"))
+
+    def twin() -> Files:
+        folder, rows = _scratch(), []
+        for _, length in passes:
+            rows.extend(row.numpy() for row in hidden[:length].half())
+        np.save(folder / "keys.npy", np.stack(rows))
+        return Files(folder, lambda folder: np.load(folder / "keys.npy"))
+
+    return ours, twin
+
+
+def _keys(result: Any) -> tuple[Tensor, ...]:
+    keys = result.read(result.folder) if isinstance(result, Files) else result
+    return (torch.from_numpy(np.asarray(keys, np.float32)),)
+
+
+def _store(n: int, width: int, vocab: int = V) -> tuple[Path, Path, NDArray[np.float16]]:
+    """(datastore, token stream, keys): a made-up store of 500 clusters with a few likely tokens each."""
+    rng, folder = np.random.default_rng(0), _scratch()
+    cluster = rng.integers(0, 500, n)
+    keys = ((rng.normal(size=(500, width)) * 0.7)[cluster] + rng.normal(size=(n, width))).astype(np.float16)
+    values = ((cluster * 97 + rng.zipf(1.6, n)) % vocab).astype(np.uint16)
+    with artifacts.building(folder / "tokens", "tokens", {}, {}) as build:
+        assert build is not None
+        np.save(folder / "tokens" / "train.npy", values)
+        build.facts["sha256"] = {"train": "made"}
+    tokens = artifacts.read(folder / "tokens", "tokens").recipe
+    plain = {**DatastoreSettings().model_dump(mode="json"), "context": 1024, "stride": 512, "shard": 0}
+    with artifacts.building(folder / "store", "datastore", plain, {"model": "made", "tokens": tokens}) as build:
+        assert build is not None
+        np.save(folder / "store" / "keys.npy", keys)
+        build.facts.update(
+            begin=0,
+            end=n,
+            positions=n,
+            width=width,
+            keys_recipe="made",
+            tokens_sha256="made",
+            vocab_size=vocab,
+            model="none",
+            tokens="../tokens",
+        )
+    return folder / "store", folder / "tokens", keys
+
+
+def keys_read(n: int) -> tuple[Work, Work]:
+    """All keys of a store in float32 blocks, as an index takes them, against a list of rows per block."""
+    folder, _, _ = _store(n, D)
+    block = 65_536
+
+    def ours() -> NDArray[np.float32]:
+        total = np.zeros(D, np.float32)
+        for _, keys in datastore.Datastore(folder).blocks(0, n, block):
+            total += keys[::16].sum(0)
+        return total
+
+    def twin() -> NDArray[np.float32]:
+        on_disk = np.load(folder / "keys.npy", mmap_mode="r")
+        total = np.zeros(D, np.float32)
+        for first in range(0, n, block):
+            keys = np.stack(list(on_disk[first : first + block])).astype(np.float32)
+            total += keys[::16].sum(0)
+        return total
+
+    return ours, twin
+
+
+def search(n: int) -> tuple[Work, Work]:
+    """1,025 exact neighbours of 256 queries per call among 100,000 keys, against matrix product and argpartition."""
+    gen = torch.Generator().manual_seed(0)
+    keys, neighbours = torch.randn(100_000, D, generator=gen), 1025
+    batches = torch.randn(n, D, generator=gen).split(256)
+
+    def ours() -> Tensor:
+        found = []
+        for queries in batches:
+            nearest = Nearest(queries, neighbours)
+            for first in range(0, len(keys), 4096):
+                nearest.update(keys[first : first + 4096], first)
+            found.append(nearest.result()[0])
+        return torch.cat(found)
+
+    def twin() -> Tensor:
+        found, plain = [], keys.numpy()
+        norms = (plain**2).sum(1)
+        for queries in batches:
+            q = queries.numpy()
+            sq_dist = norms - 2 * (q @ plain.T) + (q**2).sum(1, keepdims=True)
+            near = np.argpartition(sq_dist, neighbours, axis=1)[:, :neighbours]
+            found.append(torch.from_numpy(np.sort(np.take_along_axis(sq_dist, near, axis=1), axis=1)))
+        return torch.cat(found)
+
+    return ours, twin
+
+
+def targets_end_to_end(n: int) -> tuple[Work, Work]:
+    """Targets of a store, k = 256, from keys to files: against numpy search, dense scatter, a loop, lists as JSON."""
+    width, k, temperature = 64, 256, 16.0
+    store, stream, keys = _store(n, width, 20_000)
+    index.run(store, store.parent / "index", IndexSettings(check_queries=1))
+
+    def ours() -> Files:
+        folder = _scratch()
+        settings = TargetSettings(neighbours=k, temperature=temperature)
+        targets.run(store, store.parent / "index", stream, folder / "t", settings)
+        return Files(folder, _read_targets)
+
+    def twin() -> Files:
+        folder, wide = _scratch(), keys.astype(np.float32)
+        values, norms = torch.from_numpy(np.load(stream / "train.npy").astype(np.int64)), (wide**2).sum(1)
+        with (folder / "rows.jsonl").open("w") as file:
+            for first in range(0, n, 1024):
+                q = wide[first : first + 1024]
+                sq_dist = norms - 2 * (q @ wide.T) + (q**2).sum(1, keepdims=True)
+                sq_dist[np.arange(len(q)), first + np.arange(len(q))] = np.inf  # oneself
+                near = np.argpartition(sq_dist, k, axis=1)[:, :k]
+                d = torch.from_numpy(np.take_along_axis(sq_dist, near, axis=1))
+                dense = torch.zeros(len(q), 20_000)
+                dense.scatter_add_(1, values[torch.from_numpy(near)], torch.softmax(-d / temperature, dim=1))
+                for row in dense:
+                    ids = row.nonzero().flatten()
+                    file.write(json.dumps([ids.tolist(), row[ids].tolist()]) + "\n")
+        return Files(folder, lambda folder: [json.loads(line) for line in (folder / "rows.jsonl").open()])
+
+    return ours, twin
+
+
+def _read_targets(folder: Path) -> list[tuple[Tensor, ...]]:
+    indptr, tokens, probs = (np.load(folder / "t" / f"{name}.npy") for name in ("indptr", "tokens", "probs"))
+    return [tuple(torch.from_numpy(x) for x in (np.diff(indptr), tokens.astype(np.int64), probs))]
+
+
+def _sparse_l2(result: Any) -> tuple[Tensor, ...]:
+    """As `_cells`, without entries that float32 on one side only rounds to zero."""
+    probs, mixed = _cells(result)
+    return probs[probs > 1e-7], mixed[probs > 1e-7]
+
+
 CASES = [
+    Case("keys_write", keys_write, 300_000, 30_000, "tokens/s", "higher", 0.0, _keys),
+    Case("keys_read", keys_read, 300_000, 70_000, "tokens/s", "higher", 1e-6, _keys),
+    Case("search", search, 512, 256, "queries/s", "higher", 1e-5, lambda found: (found,)),
+    Case("aggregation_32", partial(aggregation, batch=32), 2048, 256, "rows/s", "higher", 1e-6, _cells),
+    Case("aggregation_2048", partial(aggregation, batch=2048), 2048, 256, "rows/s", "higher", 1e-6, _cells),
+    Case("targets", targets_end_to_end, 20_000, 3_000, "tokens/s", "higher", 1e-3, _sparse_l2),
     Case("loss", loss, 8 * 512, 512, "CPU s", "lower", 2e-6),
     Case("loss_floor", loss_floor, 8 * 512, 512, "CPU s", "lower", float("inf")),
-    Case("aggregation_32", partial(aggregation, batch=32), 2048, 256, "rows/s", "higher", 1e-5, _cells),
-    Case("aggregation_2048", partial(aggregation, batch=2048), 2048, 256, "rows/s", "higher", 1e-5, _cells),
 ]

@@ -17,10 +17,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.cases import CASES, Case
+from benchmarks.cases import CASES, Case, Files
 from memdec.provenance import machine
 
-COLUMNS = ["benchmark", "unit", "ours", "twin", "ratio", "peak_mb_ours", "peak_mb_twin", "n", "machine"]
+COLUMNS = [
+    "benchmark", "unit", "ours", "twin", "ratio", "peak_mb_ours", "peak_mb_twin", "bytes_ours", "bytes_twin", "n",
+    "machine",
+]  # fmt: skip
 CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -34,17 +37,20 @@ def _peak_mb(reset: bool = False) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(name: str, side: int, n: int) -> tuple[float, float]:
-    """(CPU seconds of the second call, growth of the peak memory in MB in the first) of one side, in this process."""
+def measure(name: str, side: int, n: int) -> tuple[float, float, float]:
+    """Of one side, in this process: CPU seconds of the second call, growth of the peak memory in MB in the first, and
+    bytes on disk per token."""
     torch.set_num_threads(1)
     case = next(case for case in CASES if case.name == name)
     work = case.make(n)[side]
     before = _peak_mb(reset=True)
-    work()
+    result = work()
     grown = _peak_mb() - before
+    n_bytes = result.n_bytes / n if isinstance(result, Files) else 0.0
+    del result
     start = time.process_time()
     work()
-    return time.process_time() - start, grown
+    return time.process_time() - start, grown, n_bytes
 
 
 def check(name: str, n: int) -> float:
@@ -57,7 +63,7 @@ def check(name: str, n: int) -> float:
 
 def row(case: Case, n: int, repeats: int) -> dict[str, object]:
     """One line of the CSV."""
-    runs: list[list[tuple[float, float]]] = [[], []]
+    runs: list[list[tuple[float, float, float]]] = [[], []]
     # A fresh process per call: memory of one side never counts for the other.
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         if case.tolerance < float("inf"):
@@ -67,7 +73,9 @@ def row(case: Case, n: int, repeats: int) -> dict[str, object]:
         for _ in range(repeats):
             for side in (0, 1):
                 runs[side].append(pool.apply(measure, (case.name, side, n)))
-    (ours, ours_mb), (twin, twin_mb) = ([statistics.median(column) for column in zip(*r, strict=True)] for r in runs)
+    (ours, ours_mb, ours_bytes), (twin, twin_mb, twin_bytes) = (
+        [statistics.median(column) for column in zip(*r, strict=True)] for r in runs
+    )
     shown = (ours, twin) if case.better == "lower" else (n / ours, n / twin)
     return {
         "benchmark": case.name,
@@ -77,6 +85,8 @@ def row(case: Case, n: int, repeats: int) -> dict[str, object]:
         "ratio": f"{twin / ours:.2f}",
         "peak_mb_ours": f"{ours_mb:.0f}",
         "peak_mb_twin": f"{twin_mb:.0f}",
+        "bytes_ours": f"{ours_bytes:.0f}" if ours_bytes else "",
+        "bytes_twin": f"{twin_bytes:.0f}" if twin_bytes else "",
         "n": n,
         "machine": machine(),
     }

@@ -79,7 +79,7 @@ class Forward:
             ids[row, : part.n_inputs] = torch.from_numpy(part.inputs(self.data, self._prefix))
         hidden = point(ids.to(point.model.device))
         rows = [hidden[row, part.first - part.begin : part.n_inputs] for row, part in enumerate(batch)]
-        return _narrow(torch.cat(rows), batch, self.settings.dtype)
+        return narrow(torch.cat(rows), batch[0].first, self.settings.dtype)
 
 
 def _passes(n: int, context: int, stride: int, batch_size: int) -> list[list[Window]]:
@@ -91,17 +91,22 @@ def _edges(batches: list[list[Window]], n: int) -> NDArray[np.int64]:
     return np.array([*(batch[0].first for batch in batches), n])
 
 
-def _narrow(block: torch.Tensor, batch: list[Window], dtype: str) -> NDArray[Any]:
-    narrow = block.to(getattr(torch, dtype)).cpu()
-    if not torch.isfinite(narrow).all():
-        position = batch[0].first + int((~torch.isfinite(narrow)).any(1).nonzero()[0, 0])
+def narrow(block: torch.Tensor, first: int, dtype: str) -> NDArray[Any]:
+    """Keys as they are on disk, shape unchanged.
+
+    Raises:
+        NumericsError: One is NaN or does not fit; `first` is the position of the first row.
+    """
+    small = block.to(getattr(torch, dtype)).cpu()
+    if not torch.isfinite(small).all():
+        position = first + int((~torch.isfinite(small)).any(1).nonzero()[0, 0])
         why = (
             "the model gives NaN or inf"
             if not torch.isfinite(block).all()
             else f"beyond the range of {dtype}; use dtype float32 or bfloat16"
         )
         raise NumericsError(f"datastore: expected finite keys, found one that is not at position {position} ({why})")
-    return (narrow.view(torch.int16) if dtype == "bfloat16" else narrow).numpy()
+    return (small.view(torch.int16) if dtype == "bfloat16" else small).numpy()
 
 
 def run(

@@ -193,7 +193,10 @@ def keep_nearest(
         counts[row], limits[row] = end, limit
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+# With its types the loop is there after the import, and the first call takes neither time nor memory for it.
+@njit(  # type: ignore[untyped-decorator]
+    "int64(float64[:, ::1], int64[:, ::1], float64[::1], int64[::1], int64[::1], float64[::1])", nogil=True, cache=True
+)
 def sum_equal(
     weights: NDArray[np.float64],
     values: NDArray[Any],

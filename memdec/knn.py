@@ -141,24 +141,30 @@ def _aggregate_compiled(
     sq_dist: Tensor, values: Tensor, nearest: Tensor, temperature: float, top: int | None, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     n_rows, n_neighbours = sq_dist.shape
-    sq, tokens_of, least = sq_dist.numpy(), values.numpy(), nearest.numpy()
+    sq, tokens_of, least = sq_dist.numpy(), np.ascontiguousarray(values.numpy()), nearest.numpy()
     counts = np.empty(n_rows, np.int64)
     vocab = int(values.max()) + 1
+    # Room for the worst case costs nothing until it is written to; the blocks are moved together at the end.
+    room = _ROWS * n_neighbours + 1
+    token, prob = np.empty(-(-n_rows // _ROWS) * room, np.int64), np.empty(-(-n_rows // _ROWS) * room)
 
-    def work(begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def work(begin: int, end: int) -> int:
         weights = (sq[begin:end] - least[begin:end]).astype(np.float64)
         weights /= -temperature
         np.exp(weights, out=weights)
-        room = (end - begin) * n_neighbours + 1
-        token, prob = np.empty(room, np.int64), np.empty(room)
-        used = kernels.sum_equal(weights, tokens_of[begin:end], np.zeros(vocab), counts[begin:end], token, prob)
+        here = slice(begin // _ROWS * room, (begin // _ROWS + 1) * room)
+        out = counts[begin:end], token[here], prob[here]
+        used = kernels.sum_equal(weights, tokens_of[begin:end], np.zeros(vocab), *out)
         if top is not None or threshold > 0:
-            used = kernels.keep_best(counts[begin:end], token, prob, top or n_neighbours, threshold)
-        return token[:used].copy(), prob[:used].copy()
+            used = kernels.keep_best(*out, top or n_neighbours, threshold)
+        return int(used)
 
-    parts = kernels.in_threads(work, n_rows, _ROWS)
-    token, prob = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return torch.from_numpy(counts), torch.from_numpy(token), torch.from_numpy(prob)
+    end = 0
+    for block, used in enumerate(kernels.in_threads(work, n_rows, _ROWS)):
+        for array in (token, prob):
+            array[end : end + used] = array[block * room : block * room + used]
+        end += used
+    return torch.from_numpy(counts), torch.from_numpy(token[:end]), torch.from_numpy(prob[:end])
 
 
 def aggregate_torch(
