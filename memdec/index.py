@@ -304,6 +304,7 @@ class Searcher:
         if self._index is not None and _n_gpus():
             options = faiss.GpuMultipleClonerOptions()
             options.shard = True
+            options.useFloat16 = settings.kind == "ivfpq"  # tables of 64-byte codes fit a GPU's shared memory only so
             self._index = faiss.index_cpu_to_all_gpus(self._index, options)
 
     def search(

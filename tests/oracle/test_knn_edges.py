@@ -1,6 +1,7 @@
 """kNN rows at their edges: the self match at any rank, ties, far neighbours, what a missing one leaves behind."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -21,6 +22,19 @@ def test_fault_1_self_is_removed_at_any_rank_and_identical_keys_stay(data: st.Da
     for row in range(4):
         expected = sorted((d, i) for d, i in zip(sq_dist[row], ids[row], strict=True) if i != own[row])[: k - 1]
         assert list(zip(kept_dist[row], kept[row], strict=True)) == expected
+
+
+def test_fault_6_nothing_has_the_size_of_rows_times_vocabulary() -> None:
+    rng = np.random.default_rng(0)
+    sq_dist = torch.from_numpy(rng.random((512, 100), np.float32))
+    values = torch.from_numpy(rng.integers(0, 500_000, (512, 100)))  # dense: 2 GB in float64
+    aggregate(sq_dist[:1], values[:1], 1.0)
+    tracemalloc.start()
+    counts, _, _ = aggregate(sq_dist, values, 1.0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert int(counts.sum()) > 50_000
+    assert peak < 20e6
 
 
 def test_a_candidate_that_comes_twice_counts_once() -> None:

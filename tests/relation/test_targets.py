@@ -1,6 +1,7 @@
 """Targets of a store full of identical keys, and the reader over any spans (the real store is in test_stages.py)."""
 
 import shutil
+import tracemalloc
 from collections import namedtuple
 from itertools import islice, pairwise
 from pathlib import Path
@@ -189,6 +190,24 @@ def test_an_index_or_a_stream_of_other_keys_is_refused(made: tuple[list[Path], P
         build.facts.update(sha256={"train": "0" * 32})
     with pytest.raises(ArtifactError, match="found keys of other tokens"):
         run((store, index_folder, tmp_path / "other" / "tokens"), tmp_path / "b")
+
+
+def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
+    peaks, rng = [], np.random.default_rng(0)
+    for n in (1500, 6000, 6000):  # the first one warms up
+        home = tmp_path / str(len(peaks))
+        stream = write_tokens(home / "tokens", rng.integers(0, 2000, n).astype(np.uint16))
+        store = write_store(home / "store", rng.normal(size=(n, 4)).astype(np.float16), stream)
+        index.run(store, home / "index", IndexSettings(check_queries=1))
+        shards = 1 if len(peaks) == 2 else 6000 // 500  # all rows at once, or a twelfth of them
+        tracemalloc.start()
+        targets.run(
+            store, home / "index", stream, home / "t", TargetSettings(neighbours=300, shards=shards, batch_size=250)
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (home / "t" / "probs.npy").stat().st_size > 5e6
+    assert peaks[2] < peaks[1] + 1e6
 
 
 # --- kills, storage, streamed keys, other queries ------------------------------------------------------------------

@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from making import CONTEXT
 
-from memdec import artifacts, cli
+from memdec import artifacts, cli, datastore, targets
 from memdec.errors import ArtifactError
 
 WORDS = json.dumps({"source": "files", "path": "ten.txt"})
@@ -23,6 +24,38 @@ def memdec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     except SystemExit as stop:
         code = int(stop.code or 0)
     return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "released", "stored"),
+    [
+        ([], False, True),
+        (["--released"], True, True),
+        (["--no-released"], False, True),
+        (["--no-stored"], False, False),
+    ],
+)
+def test_fault_2_flags_are_what_they_say(
+    words: list[str], released: bool, stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """`type=bool` took any word, "False" too, for true; here a flag takes no word."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(targets, "run", lambda *_, **__: seen.update(settings=_[4]))
+    monkeypatch.setattr(datastore, "run", lambda *_, **__: seen.update(settings=_[3]))
+    folders = ["--tokens", "t", "--out", "o"]
+    if words == ["--no-stored"]:
+        words = ["datastore", "--model", "m", "--context", "8", "--stride", "4", *folders, *words]
+        assert memdec(monkeypatch, capsys, *words)[0] == 0
+        assert seen["settings"].stored is stored
+        return
+    words = ["targets", "--datastore", "d1", "--datastore", "d2", "--index", "i", *folders, *words]
+    assert memdec(monkeypatch, capsys, *words)[0] == 0
+    assert seen["settings"].released is released
+    if "--released" in words:
+        code, text = memdec(monkeypatch, capsys, *words, "False")
+        assert code == 2
+        assert "unexpected" in text.lower()
 
 
 @pytest.mark.parametrize(
