@@ -51,11 +51,11 @@ def page(folder: Path) -> str:
         *_table(
             kinds,
             {
-                "model": "keys", "index": "index", "distances": "distances", "queries_per_s": "queries/s",
+                "model": "keys", "index": "index", "nprobe": "nprobe", "distances": "distances", "queries_per_s": "queries/s",
                 "speed_to_released": "speed", "recall_1024": "recall@1024", "tv_tau_1": "TV, τ = 1",
                 "tv_tau_16": "TV, τ = 16", "bytes_per_token": "index bytes per token",
             },
-            3,
+            4,
         ),
         "",
         f"{int(kinds[0]['keys']):,} keys. Machine: {kinds[0]['machine']}.",

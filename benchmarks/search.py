@@ -23,14 +23,15 @@ from memdec.config import DatastoreSettings, DocstringCorpus, IndexSettings, Mod
 from memdec.provenance import machine
 
 COLUMNS = [
-    "model", "index", "distances", "queries_per_s", "speed_to_released", "recall_1024", "tv_tau_1", "tv_tau_16",
+    "model", "index", "nprobe", "distances", "queries_per_s", "speed_to_released", "recall_1024", "tv_tau_1", "tv_tau_16",
     "bytes_per_token", "keys", "machine",
 ]  # fmt: skip
 KINDS = {
     "exact": {"kind": "exact"},
-    "ivfpq 4096/64, nprobe 32": {"kind": "ivfpq"},
-    "the same with opq": {"kind": "ivfpq", "opq": True},
-    "ivfflat 4096, nprobe 32": {"kind": "ivfflat"},
+    "flat": {"kind": "flat"},
+    "ivfpq 4096/64": {"kind": "ivfpq"},
+    "ivfpq 4096/64, opq": {"kind": "ivfpq", "opq": True},
+    "ivfflat 4096": {"kind": "ivfflat"},
 }
 BYTES, K, CONTEXT = 1_250_000, 1024, 512
 GPT2 = ModelSpec(
@@ -80,32 +81,37 @@ def rows(model: str, keys: Path, repeats: int, n_queries: int) -> Iterator[dict[
         torch.set_num_threads(os.cpu_count() or 1)
         index.faiss.omp_set_num_threads(os.cpu_count() or 1)
         with warnings.catch_warnings(action="ignore"):
-            index.run(keys, home, IndexSettings.model_validate({**plain, "check_queries": 1024}))
+            index.run(
+                keys, home, IndexSettings.model_validate({**plain, "check_queries": 1024, "check_nprobe": [32, 128]})
+            )
         torch.set_num_threads(1)
         index.faiss.omp_set_num_threads(1)
         searcher, facts = index.load(store, home), artifacts.read(home, "index").facts
-        seconds: dict[bool, list[float]] = {True: [], False: []}
-        for _ in range(repeats):
-            for released, found in seconds.items():
-                start = time.process_time()
-                searcher.search(queries, K, own, released=released)
-                found.append(time.process_time() - start)
-        speed = {released: n_queries / statistics.median(found[1:]) for released, found in seconds.items()}
-        for released, check in ((True, "released"), (False, "rescored")):
-            variation = facts["check"][check]["total_variation"]
-            yield {
-                "model": model,
-                "index": name,
-                "distances": "of the index" if released else "exact",
-                "queries_per_s": f"{speed[released]:.0f}",
-                "speed_to_released": f"{speed[released] / speed[True]:.2f}",
-                "recall_1024": f"{facts['check'][check]['recall']:.4f}",
-                "tv_tau_1": f"{variation['1.0']:.4f}",
-                "tv_tau_16": f"{variation['16.0']:.4f}",
-                "bytes_per_token": f"{facts['bytes_per_key']:.1f}",
-                "keys": store.n,
-                "machine": machine(),
-            }
+        for nprobe, check in facts["check"]["nprobe"].items():
+            if nprobe != "all":
+                searcher.set_nprobe(int(nprobe))
+            seconds: dict[bool, list[float]] = {True: [], False: []}
+            for _ in range(repeats):
+                for released, found in seconds.items():
+                    start = time.process_time()
+                    searcher.search(queries, K, own, released=released)
+                    found.append(time.process_time() - start)
+            speed = {released: n_queries / statistics.median(found[1:]) for released, found in seconds.items()}
+            for released, kind in ((True, "released"), (False, "rescored")):
+                yield {
+                    "model": model,
+                    "index": name,
+                    "nprobe": nprobe,
+                    "distances": "of the index" if released else "exact",
+                    "queries_per_s": f"{speed[released]:.0f}",
+                    "speed_to_released": f"{speed[released] / speed[True]:.2f}",
+                    "recall_1024": f"{check[kind]['recall']:.4f}",
+                    "tv_tau_1": f"{check[kind]['total_variation']['1.0']:.4f}",
+                    "tv_tau_16": f"{check[kind]['total_variation']['16.0']:.4f}",
+                    "bytes_per_token": f"{facts['bytes_per_key']:.1f}",
+                    "keys": store.n,
+                    "machine": machine(),
+                }
 
 
 def main() -> None:

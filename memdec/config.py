@@ -192,19 +192,24 @@ class IndexSettings(Settings):
     centroids: PositiveInt = Field(4096, description="cells of an ivf index (released: 4096)")
     code_size: PositiveInt = Field(64, description="bytes of a key's code in ivfpq (released: 64)")
     opq: bool = Field(False, description="rotate the keys before ivfpq (ours)")
-    nprobe: PositiveInt = Field(32, description="cells searched (released: 32)")
     sample: PositiveInt = Field(1_000_000, description="keys that cells and codes are trained on (released: 1,000,000)")
     seed: int = Field(0, description="of the sample and of k-means")
     check_queries: PositiveInt = Field(
         256, description="queries that recall and total variation are measured on (ours)"
     )
     check_neighbours: PositiveInt = Field(1024, description="k of that measurement (ours)")
+    check_nprobe: list[PositiveInt] = Field(
+        [8, 32, 128],
+        min_length=1,
+        description="cells searched in that measurement, to choose 'targets.nprobe' by (ours)",
+    )
 
 
 class TargetSettings(Settings):
     """kNN next-token distributions for the training positions."""
 
     neighbours: PositiveInt = Field(1024, description="k (released: 1024)")
+    nprobe: PositiveInt = Field(32, description="cells of an ivf index that are searched (released: 32)")
     temperature: PositiveFloat = Field(16.0, description="tau, divides the squared distance (released: 16)")
     top: PositiveInt | None = Field(None, description="tokens kept of each row, then renormalised (released: all)")
     threshold: float = Field(0.0, ge=0, lt=1, description="smallest probability kept (released: 0)")

@@ -62,7 +62,7 @@ def run(
         raise ArtifactError(
             f"{store.folder}: expected keys of {stream}, found keys of other tokens; run `memdec datastore` again"
         )
-    _check(store, asked, settings)
+    _check(store, asked, found, settings)
     # The batch size moves no row by more than rounding, so it is not part of the recipe.
     plain = {**settings.model_dump(mode="json", exclude={"batch_size"}), "shard": shard}
     inputs = {"datastore": store.recipe, "index": found.recipe, "tokens": source.recipe}
@@ -74,7 +74,7 @@ def run(
         begin, end = shard * asked.n // settings.shards, (shard + 1) * asked.n // settings.shards
         values = tokens.load_stream(stream, store.settings.split)
         _check_values(values, store, stream)
-        searcher = index.load(store, index_folder)
+        searcher = index.load(store, index_folder, settings.nprobe)
         with _Writer(out, build.work, values.dtype, np.dtype(settings.dtype)) as rows:
             bar = tqdm(total=end - begin, initial=rows.n, desc="targets", unit="row", unit_scale=True, mininterval=2)
             for number, batch in enumerate(_search(searcher, asked, values, settings, begin + rows.n, end)):
@@ -90,12 +90,17 @@ def run(
         )
 
 
-def _check(store: Datastore, asked: Datastore, settings: TargetSettings) -> None:
+def _check(store: Datastore, asked: Datastore, found: artifacts.Manifest, settings: TargetSettings) -> None:
     """What can be known to be wrong before the first search."""
     most = store.n - 1 if asked is store else store.n
     if settings.neighbours > most:
         raise ConfigError(
             f"targets: expected at most {most} neighbours for {store.n} keys, found {settings.neighbours}; lower 'neighbours'"
+        )
+    cells = found.settings["centroids"]
+    if found.settings["kind"].startswith("ivf") and settings.nprobe > cells:
+        raise ConfigError(
+            f"targets: expected nprobe of at most {cells} centroids of the index, found {settings.nprobe}; lower 'nprobe'"
         )
     if settings.shards > asked.n:
         raise ConfigError(

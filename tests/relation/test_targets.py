@@ -287,12 +287,12 @@ def test_rows_with_fewer_neighbours_are_right_and_a_row_with_none_is_named(
     keys[:5] += 1000
     stream = write_tokens(tmp_path / "tokens", np.arange(N).astype(np.uint16) % V)
     store = write_store(tmp_path / "store", keys, stream)
-    ivf = IndexSettings(kind="ivfflat", centroids=2, nprobe=1, check_neighbours=3)
+    ivf = IndexSettings(kind="ivfflat", centroids=2, check_neighbours=3)
     with pytest.warns(UserWarning, match="60 training keys for 2 centroids"):
         index.run(store, tmp_path / "index", ivf)
     made = (store, tmp_path / "index", stream)
     for released in (False, True):
-        found = dense(run(made, tmp_path / f"t{released}", neighbours=30, released=released))
+        found = dense(run(made, tmp_path / f"t{released}", neighbours=30, nprobe=1, released=released))
         for i in range(5):
             weights = np.zeros(V)
             for j in set(range(5)) - {i}:
@@ -306,10 +306,10 @@ def test_rows_with_fewer_neighbours_are_right_and_a_row_with_none_is_named(
         with pytest.raises(
             NumericsError, match=r"for position 0, but it has no neighbour: search more cells \(nprobe\)"
         ):
-            run((store, tmp_path / "lonely-index", stream), tmp_path / "l", neighbours=3, released=released)
+            run((store, tmp_path / "lonely-index", stream), tmp_path / "l", neighbours=3, nprobe=1, released=released)
 
 
-PQ = IndexSettings(kind="ivfpq", centroids=16, code_size=6, nprobe=4, check_neighbours=30)
+PQ = IndexSettings(kind="ivfpq", centroids=16, code_size=6, check_neighbours=30)
 
 
 @pytest.fixture(scope="module")
@@ -327,22 +327,27 @@ def modes(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPa
 def test_streamed_keys_give_the_targets_of_stored_ones(
     modes: dict[str, Path], token_folder: Path, tmp_path: Path
 ) -> None:
-    chosen = TargetSettings(neighbours=40, temperature=4, released=True, shards=3, batch_size=500)
+    chosen = TargetSettings(neighbours=40, temperature=4, nprobe=4, released=True, shards=3, batch_size=500)
     for name in ("stored", "streamed"):
         for shard in range(3):
             out = tmp_path / name / str(shard)
             targets.run(modes[name], modes["index"], token_folder, out, chosen, shard=shard)
     for shard in "012":
         assert files(tmp_path / "stored" / shard) == files(tmp_path / "streamed" / shard)
+    many = TargetSettings(neighbours=9, nprobe=17)
+    with pytest.raises(ConfigError, match="expected nprobe of at most 16 centroids of the index, found 17"):
+        targets.run(modes["stored"], modes["index"], token_folder, tmp_path / "x", many)
     with pytest.raises(ConfigError, match="set `released: true` for the distances of the index, or store the keys"):
-        targets.run(modes["streamed"], modes["index"], token_folder, tmp_path / "x", TargetSettings(neighbours=9))
+        targets.run(
+            modes["streamed"], modes["index"], token_folder, tmp_path / "x", TargetSettings(neighbours=9, nprobe=4)
+        )
 
 
 def test_the_batch_size_changes_nothing_in_approximate_search(
     modes: dict[str, Path], token_folder: Path, tmp_path: Path
 ) -> None:
     for size in (64, 1000):
-        chosen = TargetSettings(neighbours=40, temperature=4, batch_size=size)
+        chosen = TargetSettings(neighbours=40, temperature=4, nprobe=4, batch_size=size)
         targets.run(modes["stored"], modes["index"], token_folder, tmp_path / str(size), chosen)
     assert files(tmp_path / "64") == files(tmp_path / "1000")
 
