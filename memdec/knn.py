@@ -121,6 +121,8 @@ def aggregate(
     Raises:
         RowError: A row has no neighbour at all, a distance is NaN, or a token is negative.
     """
+    if not len(sq_dist):
+        return values.new_empty(0).long(), values.new_empty(0).long(), sq_dist.new_empty(0).double()
     if torch.isnan(sq_dist).any():
         row = int(torch.isnan(sq_dist).any(dim=1).nonzero()[0, 0])
         raise RowError(row, "a distance is NaN: the keys are broken, rebuild the datastore")

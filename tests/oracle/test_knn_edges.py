@@ -37,6 +37,15 @@ def test_fault_6_nothing_has_the_size_of_rows_times_vocabulary() -> None:
     assert peak < 20e6
 
 
+def test_no_rows_are_no_entries() -> None:
+    assert [len(part) for part in aggregate(torch.empty(0, 3), torch.empty(0, 3).long(), 1.0)] == [0, 0, 0]
+
+
+def test_a_negative_token_is_an_error() -> None:
+    with pytest.raises(NumericsError, match="row 1 .* a neighbour has the token -7"):
+        aggregate(torch.zeros(2, 2), torch.tensor([[0, 1], [3, -7]]), 1.0)
+
+
 def test_a_candidate_that_comes_twice_counts_once() -> None:
     sq_dist = np.array([[2.0, 0.0, 2.0, 2.0, np.inf, 2.0]], np.float32)
     near, kept = drop_self(sq_dist, np.array([[4, 9, 4, 3, -1, 4]]), np.array([9]), 4)
