@@ -34,6 +34,7 @@ _ADD = 65_536  # keys per FAISS call
 _CHECKPOINT = 60.0  # seconds between two marks to resume from
 _POINTS = 39  # training keys per centroid below which FAISS warns
 _MORE = 16  # candidates fetched beyond k, so that rounding cannot decide who is the last neighbour
+_TOKENS = 1 << 22  # tokens per block of a count, which NumPy takes as 64-bit integers
 _SAME_TOKEN = 256  # most positions of an input token that are all candidates for its queries
 _TEMPERATURES = (1.0, 16.0)  # of the total variation in the manifest
 _Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -256,11 +257,16 @@ class _SameToken:
     """
 
     def __init__(self, values: NDArray[np.integer], vocab_size: int) -> None:
-        inputs = values[:-1]
-        counts = np.bincount(inputs, minlength=vocab_size)
-        positions = np.flatnonzero((counts <= _SAME_TOKEN)[inputs]) + 1
+        inputs, counts = values[:-1], np.zeros(vocab_size, np.int64)
+        blocks = range(0, len(inputs), _TOKENS)
+        for first in blocks:
+            counts += np.bincount(inputs[first : first + _TOKENS], minlength=vocab_size)
+        rare = counts <= _SAME_TOKEN
+        positions = np.concatenate(
+            [first + 1 + np.flatnonzero(rare[inputs[first : first + _TOKENS]]) for first in blocks]
+        )
         self._positions = positions[np.argsort(values[positions - 1], kind="stable")]
-        self._edges = np.concatenate([[0], np.cumsum(np.where(counts <= _SAME_TOKEN, counts, 0))])
+        self._edges = np.concatenate([[0], np.cumsum(np.where(rare, counts, 0))])
 
     def of(self, inputs: Int[np.ndarray, " B"]) -> Int[np.ndarray, "B C"]:
         """Positions with these input tokens (-1 for none), filled up with -1."""

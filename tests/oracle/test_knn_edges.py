@@ -42,7 +42,7 @@ def test_no_rows_are_no_entries() -> None:
 
 
 def test_a_negative_token_is_an_error() -> None:
-    with pytest.raises(NumericsError, match="row 1 .* a neighbour has the token -7"):
+    with pytest.raises(NumericsError, match=r"row 1 .* a neighbour has the token -7"):
         aggregate(torch.zeros(2, 2), torch.tensor([[0, 1], [3, -7]]), 1.0)
 
 
