@@ -263,7 +263,7 @@ def search(n: int) -> tuple[Work, Work]:
             nearest = Nearest(queries, neighbours)
             for first in range(0, len(keys), 4096):
                 nearest.update(keys[first : first + 4096], first)
-            found.append(nearest.result()[0])
+            found.append(nearest.result()[0].sort(1).values)
         return torch.cat(found)
 
     def twin() -> Tensor:

@@ -5,11 +5,12 @@ or names files that are missing or of another size is an error that says so. The
 hashes of the inputs, the versions and the facts (counts, shapes, hashes) of what was made.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,13 +111,48 @@ def building(
         yield None
         team.wait()
         return
-    path.mkdir(parents=True, exist_ok=True)
-    _refuse_overwriting(path, kind, inputs)
-    _claim(path, recipe)
-    build = Build(path, recipe)
-    team.wait()
-    yield build
-    team.wait()
+    with ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(path))
+            _refuse_overwriting(path, kind, inputs)
+            _claim(path, recipe)
+        except OSError as error:
+            raise ArtifactError(
+                f"{path}: expected a folder that can be written, found {error}; choose another --out"
+            ) from None
+        build = Build(path, recipe)
+        team.wait()
+        yield build
+        team.wait()
+        _finish(build, kind, plain, inputs)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other builds out of a folder; the lock goes with the process, however it ends.
+
+    Raises:
+        ArtifactError: Another process has it.
+    """
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(
+                f"{path}: expected a folder that nobody builds in, found another process at work; wait for it, or choose "
+                "another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(folder)
+
+
+def _finish(build: Build, kind: str, plain: dict[str, Any], inputs: Mapping[str, str]) -> None:
+    path = build.path
     _remove(path / WORK)
     files = {
         str(file.relative_to(path)): file.stat().st_size
@@ -125,7 +161,7 @@ def building(
     }
     manifest = Manifest(
         kind=kind,
-        recipe=recipe,
+        recipe=build.recipe,
         settings=plain,
         inputs=dict(inputs),
         facts=build.facts,

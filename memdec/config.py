@@ -193,7 +193,7 @@ class IndexSettings(Settings):
     code_size: PositiveInt = Field(64, description="bytes of a key's code in ivfpq (released: 64)")
     opq: bool = Field(False, description="rotate the keys before ivfpq (ours)")
     sample: PositiveInt = Field(1_000_000, description="keys that cells and codes are trained on (released: 1,000,000)")
-    seed: int = Field(0, description="of the sample and of k-means")
+    seed: int = Field(0, ge=0, lt=2**31 - 1, description="of the sample and of k-means")
     check_queries: PositiveInt = Field(
         256, description="queries that recall and total variation are measured on (ours)"
     )
@@ -210,7 +210,9 @@ class TargetSettings(Settings):
 
     neighbours: PositiveInt = Field(1024, description="k (released: 1024)")
     nprobe: PositiveInt = Field(32, description="cells of an ivf index that are searched (released: 32)")
-    temperature: PositiveFloat = Field(16.0, description="tau, divides the squared distance (released: 16)")
+    temperature: PositiveFloat = Field(
+        16.0, allow_inf_nan=False, description="tau, divides the squared distance (released: 16)"
+    )
     top: PositiveInt | None = Field(None, description="tokens kept of each row, then renormalised (released: all)")
     threshold: float = Field(0.0, ge=0, lt=1, description="smallest probability kept (released: 0)")
     released: bool = Field(
@@ -270,6 +272,7 @@ class Config(Settings):
             wrong += _unknown(f"models.{name}.corpus", [model.corpus] if model.corpus else [], self.corpora)
         if self.stride > self.context:
             wrong.append(f"stride: expected at most context ({self.context}), found {self.stride}")
+        wrong += self._search()
         if not wrong:
             wrong = [
                 f"models.{name}.tokenizer: expected {self.models[self.key_model].tokenizer} as for the key model, "
@@ -280,6 +283,27 @@ class Config(Settings):
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    def _search(self) -> list[str]:
+        """Settings of datastore, index and targets that do not go together."""
+        wrong = []
+        ivf = self.index.kind.startswith("ivf")
+        if not self.datastore.stored:
+            if not ivf:
+                wrong.append(
+                    f"index.kind: expected ivfpq or ivfflat with datastore.stored false, found {self.index.kind}"
+                )
+            if not self.targets.released:
+                wrong.append("targets.released: expected true with datastore.stored false, found false")
+            if self.datastore.shards > 1:
+                wrong.append(f"datastore.shards: expected 1 with datastore.stored false, found {self.datastore.shards}")
+        if ivf and self.targets.nprobe > self.index.centroids:
+            wrong.append(
+                f"targets.nprobe: expected at most index.centroids ({self.index.centroids}), found {self.targets.nprobe}"
+            )
+        if self.index.opq and self.index.kind != "ivfpq":
+            wrong.append(f"index.opq: expected false with index.kind {self.index.kind}, found true")
+        return wrong
 
 
 def _unknown(where: str, names: list[str], known: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from memdec import artifacts, kernels, models, resources, tokens
-from memdec.config import DatastoreSettings
+from memdec.config import DatastoreSettings, parse
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.keypoints import KeyPoint
 from memdec.windows import Window, windows
@@ -62,6 +62,12 @@ class Forward:
                 raise ConfigError(
                     f"{self.model_folder}: expected tokens below the vocabulary of {vocab}, found {self.data[position]} at "
                     f"position {position} of the {self.settings.split} split; use the tokens of this model's tokenizer"
+                )
+            longest, limit = max(part.n_inputs for part in self.batches[0]), models.n_positions(model.config)
+            if limit is not None and longest > limit:
+                raise ConfigError(
+                    f"{self.model_folder}: expected a context of at most {limit} tokens, which is what the model holds, found "
+                    f"{longest}; lower 'context'"
                 )
             self._prefix = tokens.prefix_id(tokens.load_tokenizer(str(self.model_folder)))
             self._point = KeyPoint(model, self.settings.key_point)
@@ -169,7 +175,9 @@ def _write(forward: Forward, passes: range, out: Path, work: Path, team: resourc
     shape, dtype, path = (end - begin, forward.point.width), DISK[forward.settings.dtype], out / "keys.npy"
     chunks = [passes[i : i + _CHUNK] for i in range(0, len(passes), _CHUNK)]
     marks = [work / f"chunk-{number}" for number in range(len(chunks))]
-    if team.rank == 0 and not any(mark.exists() for mark in marks):
+    if team.rank == 0 and not (any(mark.exists() for mark in marks) and is_array(path, dtype, shape)):
+        for mark in marks:
+            mark.unlink(missing_ok=True)
         resources.check_disk(out, shape[0] * shape[1] * dtype.itemsize, "the keys (`stored: false` keeps none)")
         np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     team.wait()
@@ -183,6 +191,16 @@ def _write(forward: Forward, passes: range, out: Path, work: Path, team: resourc
             marks[number].touch()
         bar.update(int(forward.edges[chunk.stop] - forward.edges[chunk.start]))
     bar.close()
+
+
+def is_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+    """Whether a file is a whole .npy of this type and shape: marks beside another one mean nothing."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return False
+    whole = path.stat().st_size == found.offset + found.nbytes
+    return bool(whole and found.dtype == dtype and found.shape == shape)
 
 
 # --- reading keys -------------------------------------------------------------------------------------------------
@@ -211,12 +229,12 @@ class Datastore:
         )
         artifacts.check_shards(found, "datastore")
         first, self.folder = found[0]
-        self.facts, self.settings = (
-            first.facts,
-            DatastoreSettings.model_validate({name: first.settings[name] for name in DatastoreSettings.model_fields}),
-        )
+        plain = {name: value for name, value in first.settings.items() if name not in ("context", "stride", "shard")}
+        self.facts, self.settings = first.facts, parse(DatastoreSettings, plain, f"{self.folder}")
         self.n, self.width, self.recipe = first.facts["positions"], first.facts["width"], first.facts["keys_recipe"]
         self.model = first.inputs["model"]
+        if self.n >= kernels.NOBODY:
+            raise ConfigError(f"{self.folder}: expected fewer than {kernels.NOBODY} positions, found {self.n}")
         self.parts: list[tuple[int, NDArray[Any]]] = []
         self._forward: Forward | None = None
         self._window, self._inputs = (first.settings["context"], first.settings["stride"]), first.inputs
@@ -258,7 +276,7 @@ class Datastore:
         A block is valid until the next one is asked for.
 
         Raises:
-            NumericsError: A key is NaN or infinite; it is named.
+            NumericsError: A key is NaN, infinite, or so large that squared distances overflow; it is named.
         """
         block = np.empty((min(size, end - begin), self.width), np.float32)
         first = filled = begin
@@ -268,10 +286,10 @@ class Datastore:
                 take = min(len(piece) - done, first + len(block) - filled)
                 fresh = block[filled - first : filled - first + take]
                 if not kernels.widen(kernels.bits(piece[done : done + take]), fresh, fresh.view(np.int32)):
-                    position = filled + int(np.argwhere(~np.isfinite(fresh))[0, 0])
+                    position = filled + int(np.argwhere(~(np.abs(fresh) < kernels.LARGEST))[0, 0])
                     raise NumericsError(
-                        f"{self.folder}: expected finite keys, found NaN or inf at position {position}; run `memdec "
-                        "datastore` again"
+                        f"{self.folder}: expected finite keys below {kernels.LARGEST:.0e}, found NaN, inf or a larger one at "
+                        f"position {position}; run `memdec datastore` again"
                     )
                 done, filled = done + take, filled + take
                 if filled == min(first + len(block), end):

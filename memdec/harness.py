@@ -22,7 +22,7 @@ from tqdm import tqdm
 from memdec import mixing, tokens
 from memdec.errors import ConfigError, ModelError, one_line_errors
 from memdec.modeling import MemDecForCausalLM
-from memdec.models import check_folder, load
+from memdec.models import check_folder, load, n_positions
 from memdec.scores import ScoreStore, TokenScores, model_identity
 from memdec.windows import Window, windows
 
@@ -116,7 +116,7 @@ class MemDecInterp(HFLM):
         self._model = MemDecForCausalLM(base, memory, self.alpha, n_vocab=len(self.tokenizer)).eval()
 
     def _windows(self, context: int | None, stride: int | None) -> tuple[int, int]:
-        limit = min(_positions(m) for m in (self.model.base, self.model.memory) if m is not None)
+        limit = min(n_positions(m.config) or sys.maxsize for m in (self.model.base, self.model.memory) if m is not None)
         if context is not None and int(context) > limit:
             raise ConfigError(f"context: expected at most {limit} (positions of the models), found {context}; lower it")
         size = int(context) if context is not None else min(DEFAULT_CONTEXT, limit)
@@ -222,14 +222,6 @@ class MemDecInterp(HFLM):
         with one_line_errors():
             model: MemDecInterp = super().create_from_arg_obj(*args, **kwargs)
             return model
-
-
-def _positions(model: Any) -> int:
-    for field in ("max_position_embeddings", "n_positions"):
-        value = getattr(model.config, field, None)
-        if isinstance(value, int):
-            return value
-    return sys.maxsize
 
 
 def _batches(parts: list[Window], batch_size: int) -> Iterator[list[Window]]:

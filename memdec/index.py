@@ -20,18 +20,20 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from memdec import artifacts, kernels, knn, resources
-from memdec.config import IndexSettings
-from memdec.datastore import Datastore
+from memdec.config import IndexSettings, parse
+from memdec.datastore import Datastore, is_array
 from memdec.errors import ArtifactError, ConfigError
 from memdec.search import Nearest
 
-_BLOCK = 4096  # keys per block of exact search: its distances stay in the cache
+_BLOCK = 2048  # keys per block of exact search: its distances stay in the cache
 _ADD = 65_536  # keys per FAISS call
 _CHECKPOINT = 60.0  # seconds between two marks to resume from
+_EXACT = 0.999  # recall below which exact search is worth a warning; ties cost some
 _POINTS = 39  # training keys per centroid below which FAISS warns
 _MORE = 16  # candidates fetched beyond k, so that rounding cannot decide who is the last neighbour
 _TOKENS = 1 << 22  # tokens per block of a count, which NumPy takes as 64-bit integers
@@ -69,6 +71,8 @@ def _check(store: Datastore, settings: IndexSettings) -> None:
             resources.check_memory(4.0 * n * d, "index of kind flat", "use kind exact or ivfpq")
         return
     sample = min(settings.sample, n)
+    if settings.opq and kind != "ivfpq":
+        raise ConfigError(f"index: expected opq with kind ivfpq alone, found kind {kind}; set `opq: false`")
     if kind == "ivfpq" and d % settings.code_size:
         fits = [m for m in range(1, d + 1) if d % m == 0]
         near = sorted(sorted(fits, key=lambda m: abs(m - settings.code_size))[:3])
@@ -111,7 +115,7 @@ def _flat_type(store: Datastore) -> tuple[Any, int]:
 def _train(store: Datastore, out: Path, settings: IndexSettings) -> None:
     """Write `trained.safetensors`, unless a killed run has."""
     path = out / "trained.safetensors"
-    if path.is_file():
+    if _is_trained(path, store, settings):
         return
     _, keys = store.sample(settings.sample, settings.seed)
     trained: dict[str, NDArray[Any]] = {}
@@ -132,7 +136,9 @@ def _train(store: Datastore, out: Path, settings: IndexSettings) -> None:
     clustering.train(keys, on_gpu)
     centroids = faiss.vector_to_array(clustering.centroids).reshape(-1, store.width)
     # Residuals are taken from the centroids as they are on disk, so half of the bytes costs nothing.
-    trained["centroids"] = centroids.astype(np.float16 if store.settings.dtype == "float16" else np.float32)
+    with np.errstate(over="ignore"):
+        narrow = centroids.astype(np.float16 if store.settings.dtype == "float16" else np.float32)
+    trained["centroids"] = narrow if np.isfinite(narrow).all() else centroids
     if settings.kind == "ivfpq":
         index = _empty(store, settings, trained)
         index.pq.cp.min_points_per_centroid, index.pq.cp.seed = 1, settings.seed
@@ -141,6 +147,14 @@ def _train(store: Datastore, out: Path, settings: IndexSettings) -> None:
     part = path.with_name(".trained.part")
     save_file(trained, part)
     part.replace(path)
+
+
+def _is_trained(path: Path, store: Datastore, settings: IndexSettings) -> bool:
+    """Whether a killed run, or one whose folder was damaged since, left a whole file."""
+    try:
+        return load_file(path)["centroids"].shape == (settings.centroids, store.width)
+    except (OSError, SafetensorError, KeyError):
+        return False
 
 
 def _n_gpus() -> int:
@@ -186,12 +200,12 @@ def _fill(store: Datastore, out: Path, settings: IndexSettings, work: Path) -> d
         trained = load_file(out / "trained.safetensors")
         encoder = _empty(store, settings, trained)
     mark, done = work / "filled.safetensors", 0
-    if mark.is_file():
+    shape = (store.n, encoder.sa_code_size()) if encoder is not None else (0, 0)
+    if mark.is_file() and (encoder is None or is_array(out / "codes.npy", np.dtype(np.uint8), shape)):
         state = load_file(mark)
         done = int(state.pop("done")[0])
         truth.restore(state)
     if encoder is not None:
-        shape = (store.n, encoder.sa_code_size())
         if not done:
             resources.check_disk(out, shape[0] * shape[1], "the codes")
             np.lib.format.open_memmap(out / "codes.npy", mode="w+", dtype=np.uint8, shape=shape)
@@ -230,6 +244,12 @@ def _fill(store: Datastore, out: Path, settings: IndexSettings, work: Path) -> d
                     "recall": knn.recall(near[1], true[1]),
                     "total_variation": {str(t): _variation(store, near, true, t) for t in _TEMPERATURES},
                 }
+    if settings.kind in ("exact", "flat") and results["all"]["rescored"]["recall"] < _EXACT:
+        warnings.warn(
+            f"index: exact search found {results['all']['rescored']['recall']:.4f} of the true neighbours; distances between "
+            "the keys are lost in float32, look at the key point",
+            stacklevel=2,
+        )
     return {"check": {"queries": len(own), "neighbours": neighbours, "nprobe": results}}
 
 
@@ -291,13 +311,16 @@ class Searcher:
         self._index: Any = None
         self._trained: dict[str, NDArray[Any]] = {}
         self._same_token: _SameToken | None = None
+        self._centre = np.zeros(store.width, np.float32)
         # Candidates lie anywhere: in memory they take half the time of a memory map, for its pages are small.
         in_memory = sum(keys.nbytes for _, keys in store.parts) < resources.free_memory() / 10
         self._parts = [(first, kernels.bits(np.array(keys) if in_memory else keys)) for first, keys in store.parts]
         if settings.kind == "flat":
             self._index = faiss.IndexFlatL2(store.width)
             for _, keys in tqdm(store.blocks(0, store.n, _ADD), desc="load index", unit="block", mininterval=2):
-                self._index.add(keys)
+                if not self._index.ntotal:
+                    self._centre = torch.from_numpy(keys).median(0).values.numpy()  # as in `Nearest`
+                self._index.add(keys - self._centre)
         elif settings.kind != "exact":
             self._trained = load_file(folder / "trained.safetensors")
             self._index = _empty(store, settings, self._trained)
@@ -375,7 +398,7 @@ class Searcher:
 
     def _candidates(self, queries: NDArray[np.float32], fetch: int) -> _Pair:
         if self._index is not None:
-            found: _Pair = self._index.search(_rotate(queries, self._trained), fetch)
+            found: _Pair = self._index.search(_rotate(queries - self._centre, self._trained), fetch)
             return found
         nearest = Nearest(torch.from_numpy(queries).to("cuda" if torch.cuda.is_available() else "cpu"), fetch)
         for first, keys in self.store.blocks(0, self.store.n, _BLOCK if nearest.queries.device.type == "cpu" else _ADD):
@@ -401,6 +424,7 @@ def check_same(store: Datastore, folder: Path) -> artifacts.Manifest:
 
 def load(store: Datastore, folder: Path, nprobe: int = 32) -> Searcher:
     """The search over a datastore with an index that was made from its keys."""
-    searcher = Searcher(store, IndexSettings.model_validate(check_same(store, folder).settings), folder)
+    settings: IndexSettings = parse(IndexSettings, check_same(store, folder).settings, str(folder))
+    searcher = Searcher(store, settings, folder)
     searcher.set_nprobe(nprobe)
     return searcher

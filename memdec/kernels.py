@@ -16,6 +16,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+LARGEST = 1e17  # squared distances of larger keys could overflow float32
+_LARGEST_BITS = int(np.float32(LARGEST).view(np.int32))
+_STRIP = 32  # distances whose smallest is looked at first
 _AHEAD = 6  # candidates between asking for a key and using it
 
 
@@ -65,7 +68,7 @@ def bits(keys: NDArray[Any]) -> NDArray[Any]:
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def widen(keys: NDArray[Any], out: NDArray[np.float32], out_bits: NDArray[np.int32]) -> bool:
-    """Keys (`bits`) to float32, shape (n, D); whether all are finite.
+    """Keys (`bits`) to float32, shape (n, D); whether all are finite and below LARGEST.
 
     Writes into memory that is there, as fresh memory takes ten times as long. `out_bits` is `out` as int32.
     """
@@ -75,7 +78,7 @@ def widen(keys: NDArray[Any], out: NDArray[np.float32], out_bits: NDArray[np.int
             out[row, i] = _widen(keys[row, i])
         for i in range(keys.shape[1]):
             largest = max(largest, out_bits[row, i] & np.int32(0x7FFFFFFF))
-    return bool(largest < np.int32(0x7F800000))
+    return bool(largest < _LARGEST_BITS)
 
 
 @njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
@@ -143,7 +146,7 @@ def unpack_distinct(order: NDArray[np.uint64], sq_dist: NDArray[np.int32], ids: 
 def cut(near: Any, ids: Any, end: int, neighbours: int) -> tuple[int, Any]:
     """Keep the `neighbours` smallest of `near[:end]` in their order, the earlier one in a tie: (how many, largest)."""
     if end <= neighbours:
-        return end, near[:end].max()
+        return end, near[:end].max() if end else np.inf
     limit = np.partition(near[:end], neighbours - 1)[neighbours - 1]
     ties = neighbours - (near[:end] < limit).sum()
     kept = 0
@@ -157,6 +160,15 @@ def cut(near: Any, ids: Any, end: int, neighbours: int) -> tuple[int, Any]:
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def cut_all(near: Any, ids: Any, counts: Any, neighbours: int) -> None:
+    """`cut` for each row; the places after its neighbours become +inf and -1."""
+    for row in range(len(counts)):
+        counts[row], _ = cut(near[row], ids[row], counts[row], neighbours)
+        near[row, counts[row] : neighbours] = np.inf
+        ids[row, counts[row] : neighbours] = -1
+
+
+@njit(nogil=True, fastmath={"nnan", "nsz", "reassoc"}, cache=True)  # type: ignore[untyped-decorator]
 def keep_nearest(
     sq_dist: NDArray[np.floating],
     first: int,
@@ -169,31 +181,39 @@ def keep_nearest(
     """Add a block of distances to the running nearest neighbours of each query.
 
     A row of `near` is a buffer of candidates below `limits`; when it is full, the `neighbours` smallest stay and the
-    largest of them becomes the limit. Nearly every distance costs one comparison (a top-k over each block: five times
-    as much). Among equal distances the smaller position stays, provided the blocks come in order.
+    largest of them becomes the limit. Strips of distances without one below the limit are passed over at once. Among equal distances the smaller position stays, provided the blocks come in order.
 
     Args:
         sq_dist: Distances to positions first, first + 1, ..., shape (B, n).
         first: Position of the first column.
-        near: Buffer, shape (B, room + 1) with room > neighbours; the last place is written in vain.
+        near: Buffer, shape (B, room) with room > neighbours.
         ids: Positions of the buffer, same shape.
         counts: Filled places, shape (B,).
         limits: Distances at or above it are of no interest, shape (B,); begins as +inf.
         neighbours: How many to keep.
     """
-    room = near.shape[1] - 1
+    room, width = near.shape[1], sq_dist.shape[1]
     for row in range(sq_dist.shape[0]):
         end, limit = counts[row], limits[row]
-        for column in range(sq_dist.shape[1]):
-            distance = sq_dist[row, column]
-            near[row, end], ids[row, end] = distance, first + column
-            end += distance < limit
-            if end == room:
-                end, limit = cut(near[row], ids[row], end, neighbours)
+        for begin in range(0, width, _STRIP):
+            stop = min(begin + _STRIP, width)
+            if stop == begin + _STRIP:
+                smallest = sq_dist[row, begin]
+                for column in range(begin, begin + _STRIP):  # becomes a few vector instructions
+                    if sq_dist[row, column] < smallest:
+                        smallest = sq_dist[row, column]
+                if smallest >= limit:
+                    continue
+            for column in range(begin, stop):
+                distance = sq_dist[row, column]
+                if distance < limit:
+                    near[row, end], ids[row, end] = distance, first + column
+                    end += 1
+                    if end == room:
+                        end, limit = cut(near[row], ids[row], end, neighbours)
         counts[row], limits[row] = end, limit
 
 
-# With its types the loop is there after the import, and the first call takes neither time nor memory for it.
 @njit(  # type: ignore[untyped-decorator]
     "int64(float64[:, ::1], int64[:, ::1], float64[::1], int64[::1], int64[::1], float64[::1])", nogil=True, cache=True
 )

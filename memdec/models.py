@@ -159,6 +159,14 @@ def snapshot(name: str, revision: str | None) -> Path:
         ) from None
 
 
+def n_positions(config: Any) -> int | None:
+    """Tokens that a model can see at most; None where its configuration does not say."""
+    for field in ("max_position_embeddings", "n_positions"):
+        if isinstance(getattr(config, field, None), int):
+            return int(getattr(config, field))
+    return None
+
+
 def n_parameters(model: nn.Module) -> int:
     """Parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters())

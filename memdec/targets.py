@@ -12,6 +12,7 @@ The queries may also be another split of the same model's keys (evaluation text 
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -57,6 +58,8 @@ def run(
         raise ConfigError(f"targets: expected a shard from 0 to {settings.shards - 1}, found {shard}")
     store, source = Datastore(datastore), artifacts.read(stream, "tokens")
     asked = Datastore(queries) if queries else store
+    if asked.recipe == store.recipe:
+        asked = store
     found = index.check_same(store, index_folder)
     if source.facts["sha256"][store.settings.split] != store.facts["tokens_sha256"]:
         raise ArtifactError(
@@ -66,7 +69,7 @@ def run(
     # The batch size moves no row by more than rounding, so it is not part of the recipe.
     plain = {**settings.model_dump(mode="json", exclude={"batch_size"}), "shard": shard}
     inputs = {"datastore": store.recipe, "index": found.recipe, "tokens": source.recipe}
-    if queries:
+    if asked is not store:
         inputs["queries"] = asked.recipe
     with artifacts.building(out, "targets", plain, inputs) as build:
         if build is None:
@@ -85,8 +88,19 @@ def run(
                     resources.check_disk(out, left, f"the other {end - begin - rows.n} rows; set 'top' or 'threshold'")
             bar.close()
             rows.finish()
+        if rows.n_short:
+            warnings.warn(
+                f"targets: {rows.n_short} of {rows.n} rows have fewer than {settings.neighbours} neighbours in the "
+                f"{settings.nprobe} cells searched; raise 'nprobe'",
+                stacklevel=2,
+            )
         build.facts.update(
-            begin=begin, end=end, entries=rows.n_entries, positions=asked.n, tokens_sha256=asked.facts["tokens_sha256"]
+            begin=begin,
+            end=end,
+            entries=rows.n_entries,
+            short_rows=rows.n_short,
+            positions=asked.n,
+            tokens_sha256=asked.facts["tokens_sha256"],
         )
 
 
@@ -139,8 +153,8 @@ def _search(
     settings: TargetSettings,
     begin: int,
     end: int,
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]:
-    """(counts, tokens, probs) of the positions [begin, end), batch by batch of the grid."""
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], int]]:
+    """(counts, tokens, probs, short rows) of the positions [begin, end), batch by batch of the grid."""
     size = settings.batch_size
     grid = begin // size * size  # the whole first batch is searched again: its rows do not depend on where we begin
     for first, queries in asked.blocks(grid, min(-(-end // size) * size, asked.n), size):
@@ -161,7 +175,7 @@ def _search(
             raise NumericsError(
                 f"targets: expected neighbours for position {first + low + error.row}, but {error.why}"
             ) from None
-        yield counts.numpy(), tokens.numpy(), probs.numpy()
+        yield counts.numpy(), tokens.numpy(), probs.numpy(), int((ids[:, -1] < 0).sum())
 
 
 def _inputs(asked: Datastore, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -174,19 +188,23 @@ class _Writer:
 
     def __init__(self, out: Path, work: Path, token: np.dtype[Any], prob: np.dtype[Any]) -> None:
         self._mark, self._last = work / "rows.json", time.monotonic()
-        state = json.loads(self._mark.read_text()) if self._mark.is_file() else {"rows": 0, "entries": 0}
-        self.n, self.n_entries = state["rows"], state["entries"]
+        state = json.loads(self._mark.read_text()) if self._mark.is_file() else {"rows": 0, "entries": 0, "short": 0}
+        dtypes = {"indptr": np.dtype(np.int64), "tokens": token, "probs": prob}
+        n_bytes = {
+            name: _HEADER + dtype.itemsize * (state["rows"] + 1 if name == "indptr" else state["entries"])
+            for name, dtype in dtypes.items()
+        }
+        paths = {name: out / f"{name}.npy" for name in dtypes}
+        if not all(path.is_file() and path.stat().st_size >= n_bytes[name] for name, path in paths.items()):
+            state = dict.fromkeys(state, 0)  # a mark beside files that are gone or shorter means nothing
+        self.n, self.n_entries, self.n_short = state["rows"], state["entries"], state["short"]
         self._open = ExitStack()
         self._files: dict[str, tuple[Any, np.dtype[Any]]] = {}
-        for name, dtype, length in (
-            ("indptr", np.dtype(np.int64), self.n + 1),
-            ("tokens", token, self.n_entries),
-            ("probs", prob, self.n_entries),
-        ):
-            file = self._open.enter_context((out / f"{name}.npy").open("r+b" if self.n else "w+b"))
+        for name, dtype in dtypes.items():
+            file = self._open.enter_context(paths[name].open("r+b" if self.n else "w+b"))
             self._files[name] = (file, dtype)
             if self.n:
-                file.truncate(_HEADER + length * dtype.itemsize)
+                file.truncate(n_bytes[name])
                 file.seek(0, os.SEEK_END)
             else:
                 self._header(name, 0)
@@ -204,8 +222,13 @@ class _Writer:
         """Bytes written so far."""
         return sum(file.tell() for file, _ in self._files.values())
 
-    def append(self, counts: NDArray[np.int64], tokens: NDArray[np.int64], probs: NDArray[np.float64]) -> None:
-        """Write a batch of rows; probabilities that the type on disk cannot tell from zero are left out."""
+    def append(
+        self, counts: NDArray[np.int64], tokens: NDArray[np.int64], probs: NDArray[np.float64], n_short: int
+    ) -> None:
+        """Write a batch of rows; probabilities that the type on disk cannot tell from zero are left out.
+
+        `n_short` of the rows have fewer neighbours than asked for.
+        """
         narrow = probs.astype(self._files["probs"][1])
         there = narrow > 0
         if not there.all():
@@ -216,11 +239,12 @@ class _Writer:
         self._write("tokens", tokens)
         self._write("probs", narrow)
         self.n, self.n_entries = self.n + len(counts), self.n_entries + len(tokens)
+        self.n_short += n_short
         if time.monotonic() - self._last > _CHECKPOINT:
             for file, _ in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
-            artifacts.write_json(self._mark, {"rows": self.n, "entries": self.n_entries})
+            artifacts.write_json(self._mark, {"rows": self.n, "entries": self.n_entries, "short": self.n_short})
             self._last = time.monotonic()
 
     def finish(self) -> None:

@@ -31,7 +31,7 @@ def plain(queries: list[list[int]], keys: list[list[int]], neighbours: int) -> l
 def found(nearest: Nearest) -> list[list[tuple[int, int]]]:
     sq_dist, ids = nearest.result()
     return [
-        [(int(d), i) for d, i in zip(dist, at, strict=True) if i >= 0]
+        sorted((int(d), i) for d, i in zip(dist, at, strict=True) if i >= 0)
         for dist, at in zip(sq_dist.tolist(), ids.tolist(), strict=True)
     ]
 

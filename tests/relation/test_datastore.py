@@ -90,6 +90,25 @@ def test_a_killed_run_goes_on_and_gives_the_same_bits(
     assert not (tmp_path / "d" / "work").exists()
 
 
+@pytest.mark.parametrize("harm", ["cut", "gone", "longer"])
+def test_marks_beside_a_damaged_file_mean_nothing(
+    base_folder: Path, token_folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    monkeypatch.setattr(datastore, "_CHUNK", 3)
+    run(base_folder, token_folder, tmp_path / "d")
+    keys, work = tmp_path / "d" / "keys.npy", tmp_path / "d" / "work"
+    (tmp_path / "d" / "manifest.json").unlink()
+    work.mkdir()
+    for number in range(5):
+        (work / f"chunk-{number}").touch()
+    if harm == "gone":
+        keys.unlink()
+    else:
+        os.truncate(keys, keys.stat().st_size + (-5000 if harm == "cut" else 100))
+    run(base_folder, token_folder, tmp_path / "d")
+    assert keys.read_bytes() == (whole / "keys.npy").read_bytes()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_streamed_keys_are_the_stored_ones(base_folder: Path, token_folder: Path, tmp_path: Path, dtype: str) -> None:
     stored = Datastore(run(base_folder, token_folder, tmp_path / "stored", dtype=dtype))
@@ -179,6 +198,13 @@ def test_a_token_outside_the_vocabulary_is_named(base_folder: Path, token_folder
     )
     with pytest.raises(ConfigError, match="below the vocabulary of 300, found 300 at position 123 of the train split"):
         run(base_folder, stream, tmp_path / "d")
+
+
+def test_a_context_longer_than_the_model_is_refused(base_folder: Path, token_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=f"expected a context of at most {CONTEXT} tokens, .* found 40; lower 'context'"
+    ):
+        datastore.run(base_folder, token_folder, tmp_path / "d", DatastoreSettings(), context=40, stride=20)
 
 
 def test_too_little_disk_is_said_before_the_work(

@@ -1,5 +1,6 @@
 """The index: what is in it, how true its search is, stored against streamed keys, kills, and what is refused early."""
 
+import os
 import shutil
 import warnings
 from collections import namedtuple
@@ -258,6 +259,45 @@ def test_a_killed_fill_goes_on_and_gives_the_same_index(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
+@pytest.mark.parametrize("file", ["trained.safetensors", "codes.npy"])
+def test_an_index_whose_file_was_cut_is_made_again(store: list[Path], tmp_path: Path, file: str) -> None:
+    built(store, tmp_path / "i", **PQ)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "i").iterdir()}
+    os.truncate(tmp_path / "i" / file, 500)
+    built(store, tmp_path / "i", **PQ)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "i").iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_common_offset_costs_exact_search_nothing(tmp_path: Path, kind: str, dtype: type) -> None:
+    """One very large dimension, as hidden states of real models have: |k|^2 - 2 q k alone would lose neighbours."""
+    keys = np.random.default_rng(0).normal(size=(1500, 16))
+    keys[:, 3] += 3000
+    store = write_store(tmp_path / "s", keys.astype(dtype), write_tokens(tmp_path / "t", np.zeros(1500, np.uint16)))
+    searcher = built(store, tmp_path / "i", kind=kind, check_neighbours=50)
+    own, queries = searcher.store.sample(300, 1)
+    np.testing.assert_array_equal(searcher.search(queries, 40, own)[1], brute(searcher.store, queries, 40, own))
+
+
+def test_search_that_is_not_exact_is_a_warning(
+    store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index.knn, "recall", lambda *_: 0.91)
+    with pytest.warns(UserWarning, match="exact search found 0.9100 of the true neighbours"):
+        index.run(store, tmp_path / "i", IndexSettings(check_neighbours=50))
+
+
+def test_opq_of_keys_at_the_edge_of_float16(tmp_path: Path) -> None:
+    keys = np.random.default_rng(0).normal(size=(1000, 8))
+    keys[:, :6] += 40_000  # a rotation may add them up
+    store = write_store(
+        tmp_path / "s", keys.astype(np.float16), write_tokens(tmp_path / "t", np.zeros(1000, np.uint16))
+    )
+    searcher = built(store, tmp_path / "i", **{**PQ, "code_size": 4, "opq": True})
+    assert (searcher.search(keys[:5].astype(np.float32), 3)[1] >= 0).all()
+
+
 # --- bad input, early ---------------------------------------------------------------------------------------------
 
 
@@ -266,6 +306,7 @@ def test_a_killed_fill_goes_on_and_gives_the_same_index(
     [
         ({"code_size": 7}, r"expected a code_size that divides the key width 24, found 7; nearest: 4, 6, 8"),
         ({"centroids": 3001}, r"expected at least 3001 training keys for 3001 centroids, found 3000"),
+        ({"kind": "ivfflat", "opq": True}, r"expected opq with kind ivfpq alone, found kind ivfflat"),
         ({"sample": 200}, r"expected at least 256 training keys for 16 centroids, found 200"),
     ],
 )
@@ -325,6 +366,15 @@ def test_exact_search_of_streamed_keys_is_refused(modes: dict[str, Path], tmp_pa
         searcher.search(np.zeros((1, 24), np.float32), 5)
 
 
+@pytest.mark.parametrize("size", [1e17, -3e19, 1e30])
+def test_keys_too_large_for_squared_distances_are_named(tmp_path: Path, size: float) -> None:
+    keys = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    keys[123, 2] = size
+    store = write_store(tmp_path / "s", keys, write_tokens(tmp_path / "t", np.zeros(300, np.uint16)))
+    with pytest.raises(NumericsError, match=r"below 1e\+17, found NaN, inf or a larger one at position 123"):
+        built(store, tmp_path / "i", **KINDS[0])
+
+
 def test_keys_with_nan_are_named(store: list[Path], tmp_path: Path) -> None:
     shutil.copytree(store[0].parent, tmp_path / "s")
     folders = [tmp_path / "s" / path.name for path in store]
@@ -332,5 +382,5 @@ def test_keys_with_nan_are_named(store: list[Path], tmp_path: Path) -> None:
     keys[7, 3] = np.inf
     keys.flush()
     for settings in (KINDS[0], PQ):
-        with pytest.raises(NumericsError, match="found NaN or inf at position 1107"):
+        with pytest.raises(NumericsError, match="found NaN, inf or a larger one at position 1107"):
             built(folders, tmp_path / settings["kind"], **settings)

@@ -31,6 +31,25 @@ def test_manifest_is_written_last_and_the_same_again_is_skipped(tmp_path: Path) 
     assert not make(out)
 
 
+def test_two_builds_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with artifacts.building(tmp_path / "a", "thing", {"value": 1}, {}) as build:
+        assert build is not None
+        with pytest.raises(
+            ArtifactError, match="expected a folder that nobody builds in, found another process at work"
+        ):
+            make(tmp_path / "a", 2)
+    make(tmp_path / "a", 2)  # the lock is gone with the build
+
+
+def test_an_output_that_cannot_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(
+            ArtifactError, match=r"expected a folder that can be written, found .*; choose another --out"
+        ):
+            make(path)
+
+
 def test_a_killed_build_is_not_read_and_keeps_its_work_for_the_same_recipe_only(tmp_path: Path) -> None:
     out = tmp_path / "a"
     make(out)

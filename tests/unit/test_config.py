@@ -41,6 +41,19 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
         ({"key_model": "x"}, "key_model: expected one of"),
         ({"stride": 500}, r"stride: expected at most context \(128\), found 500"),
         ({"corpora": {"a": {"source": "files"}}}, "either 'path' .* or 'paths'"),
+        (
+            {"datastore": {"stored": False}},
+            "index.kind: expected ivfpq or ivfflat with datastore.stored false, found exact",
+        ),
+        ({"datastore": {"stored": False}}, "targets.released: expected true with datastore.stored false, found false"),
+        ({"datastore": {"stored": False, "shards": 4}}, "datastore.shards: expected 1 .* found 4"),
+        (
+            {"index": {"kind": "ivfpq", "centroids": 8}},
+            r"targets.nprobe: expected at most index.centroids \(8\), found 32",
+        ),
+        ({"index": {"kind": "flat", "opq": True}}, "index.opq: expected false with index.kind flat, found true"),
+        ({"index": {"seed": -1}}, "index.seed: .* found -1"),
+        ({"targets": {"temperature": float("inf")}}, "targets.temperature: .* finite number, found inf"),
         ({"evaluate": {"alphas": [1.5]}}, "alphas.0: .* found 1.5"),
     ],
 )

@@ -63,11 +63,6 @@ rule targets:
         index=f"{HOME}/index/manifest.json",
         tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
     output:
-        expand(
-            f"{HOME}/targets/{{scatteritem}}/{{part}}.npy",
-            part=["indptr", "tokens", "probs"],
-            allow_missing=True,
-        ),
         manifest=f"{HOME}/targets/{{scatteritem}}/manifest.json",
     log:
         f"{LOG}/targets/{{domain}}-{{seed}}-{{scatteritem}}.log",
