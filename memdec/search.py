@@ -41,10 +41,10 @@ class Nearest:
         if len(self._keys) < len(keys):
             self._keys = self.queries.new_empty(keys.shape)
             self._sq_dist = self.queries.new_empty(len(self.queries) * len(keys))
-        near = torch.sub(keys.to(self.queries), self._centre, out=self._keys[: len(keys)])
-        norms = torch.einsum("nd,nd->n", near, near)
+        moved = torch.sub(keys.to(self.queries), self._centre, out=self._keys[: len(keys)])
+        norms = torch.einsum("nd,nd->n", moved, moved)
         sq_dist = self._sq_dist[: len(self.queries) * len(keys)].view(len(self.queries), len(keys))
-        torch.addmm(norms[None], self.queries, near.T, alpha=-2, out=sq_dist)
+        torch.addmm(norms[None], self.queries, moved.T, alpha=-2, out=sq_dist)
         if sq_dist.device.type == "cpu":
             near, ids, found = self._near.numpy(), self._ids.numpy(), sq_dist.numpy()
 
