@@ -123,50 +123,53 @@ def aggregate(
     """
     if not len(sq_dist):
         return values.new_empty(0).long(), values.new_empty(0).long(), sq_dist.new_empty(0).double()
-    if torch.isnan(sq_dist).any():
-        row = int(torch.isnan(sq_dist).any(dim=1).nonzero()[0, 0])
-        raise RowError(row, "a distance is NaN: the keys are broken, rebuild the datastore")
+    # Extremes are vector instructions and carry NaN and inf along; masks of the whole block take ten times as long.
     nearest = sq_dist.amin(dim=1, keepdim=True)
-    if torch.isinf(nearest).any():
-        row = int(torch.isinf(nearest).nonzero()[0, 0])
+    if not torch.isfinite(nearest).all():
+        row = int((~torch.isfinite(nearest)).nonzero()[0, 0])
+        if torch.isnan(nearest[row]):
+            raise RowError(row, "a distance is NaN: the keys are broken, rebuild the datastore")
         raise RowError(row, "it has no neighbour: search more cells (nprobe) or check the index")
-    work = _aggregate_compiled if sq_dist.device.type == "cpu" else aggregate_torch
-    missing = torch.isinf(sq_dist)
-    values = values.long().masked_fill(missing, 0) if missing.any() else values.long()
-    if values.min() < 0:
+    values = values.long()
+    if torch.isinf(sq_dist.amax()):
+        values = values.masked_fill(torch.isinf(sq_dist), 0)
+    smallest, largest = (int(extreme) for extreme in torch.aminmax(values))
+    if smallest < 0:
         row = int((values < 0).any(dim=1).nonzero()[0, 0])
         raise RowError(row, f"a neighbour has the token {int(values[row].min())}: the values are broken")
-    return work(sq_dist, values, nearest, temperature, top, threshold)
+    if sq_dist.device.type == "cpu":
+        return _aggregate_compiled(sq_dist, values, nearest, largest + 1, temperature, top, threshold)
+    return aggregate_torch(sq_dist, values, nearest, temperature, top, threshold)
 
 
 def _aggregate_compiled(
-    sq_dist: Tensor, values: Tensor, nearest: Tensor, temperature: float, top: int | None, threshold: float
+    sq_dist: Tensor,
+    values: Tensor,
+    nearest: Tensor,
+    vocab: int,
+    temperature: float,
+    top: int | None,
+    threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n_rows, n_neighbours = sq_dist.shape
     sq, tokens_of, least = sq_dist.numpy(), np.ascontiguousarray(values.numpy()), nearest.numpy()
     counts = np.empty(n_rows, np.int64)
-    vocab = int(values.max()) + 1
-    # Room for the worst case costs nothing until it is written to; the blocks are moved together at the end.
-    room = _ROWS * n_neighbours + 1
-    token, prob = np.empty(-(-n_rows // _ROWS) * room, np.int64), np.empty(-(-n_rows // _ROWS) * room)
 
-    def work(begin: int, end: int) -> int:
+    def work(begin: int, end: int) -> list[NDArray[Any]]:
         weights = (sq[begin:end] - least[begin:end]).astype(np.float64)
         weights /= -temperature
         np.exp(weights, out=weights)
-        here = slice(begin // _ROWS * room, (begin // _ROWS + 1) * room)
-        out = counts[begin:end], token[here], prob[here]
+        room = (end - begin) * n_neighbours + 1
+        out = counts[begin:end], np.empty(room, np.int64), np.empty(room)
         used = kernels.sum_equal(weights, tokens_of[begin:end], np.zeros(vocab), *out)
         if top is not None or threshold > 0:
             used = kernels.keep_best(*out, top or n_neighbours, threshold)
-        return int(used)
+        return [out[1][:used].astype(np.int32), out[2][:used].copy()]
 
-    end = 0
-    for block, used in enumerate(kernels.in_threads(work, n_rows, _ROWS)):
-        for array in (token, prob):
-            array[end : end + used] = array[block * room : block * room + used]
-        end += used
-    return torch.from_numpy(counts), torch.from_numpy(token[:end]), torch.from_numpy(prob[:end])
+    parts = kernels.in_threads(work, n_rows, _ROWS)
+    prob = np.concatenate([part.pop() for part in parts])  # one after the other, so that parts go as they are joined
+    token = np.concatenate([part.pop() for part in parts], dtype=np.int64)
+    return torch.from_numpy(counts), torch.from_numpy(token), torch.from_numpy(prob)
 
 
 def aggregate_torch(
