@@ -133,13 +133,20 @@ def aggregate(
     values = values.long()
     if torch.isinf(sq_dist.amax()):
         values = values.masked_fill(torch.isinf(sq_dist), 0)
-    smallest, largest = (int(extreme) for extreme in torch.aminmax(values))
-    if smallest < 0:
+    if (largest := _largest(values)) < 0:
         row = int((values < 0).any(dim=1).nonzero()[0, 0])
         raise RowError(row, f"a neighbour has the token {int(values[row].min())}: the values are broken")
     if sq_dist.device.type == "cpu":
         return _aggregate_compiled(sq_dist, values, nearest, largest + 1, temperature, top, threshold)
     return aggregate_torch(sq_dist, values, nearest, temperature, top, threshold)
+
+
+def _largest(values: Tensor) -> int:
+    """Largest token, or a negative one if there is any."""
+    if values.device.type == "cpu":  # one pass: as unsigned numbers the negative ones are the largest
+        return int(np.asarray(values.numpy()).view(np.uint64).max().astype(np.int64))
+    smallest, largest = torch.aminmax(values)
+    return int(torch.where(smallest < 0, smallest, largest))
 
 
 def _aggregate_compiled(
@@ -164,9 +171,11 @@ def _aggregate_compiled(
         used = kernels.sum_equal(weights, tokens_of[begin:end], np.zeros(vocab), *out)
         if top is not None or threshold > 0:
             used = kernels.keep_best(*out, top or n_neighbours, threshold)
-        return [out[1][:used].astype(np.int32), out[2][:used].copy()]
+        return [out[1][:used].astype(np.int32 if n_rows > _ROWS else np.int64), out[2][:used].copy()]
 
     parts = kernels.in_threads(work, n_rows, _ROWS)
+    if len(parts) == 1:
+        return torch.from_numpy(counts), torch.from_numpy(parts[0][0]), torch.from_numpy(parts[0][1])
     prob = np.concatenate([part.pop() for part in parts])  # one after the other, so that parts go as they are joined
     token = np.concatenate([part.pop() for part in parts], dtype=np.int64)
     return torch.from_numpy(counts), torch.from_numpy(token), torch.from_numpy(prob)
