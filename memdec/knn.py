@@ -9,6 +9,7 @@ product-quantised distances go into the softmax as they are. Here self is remove
 error, and distances are taken again from the keys.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,12 +164,13 @@ def _aggregate_compiled(
     counts = np.empty(n_rows, np.int64)
 
     def work(begin: int, end: int) -> list[NDArray[Any]]:
-        weights = (sq[begin:end] - least[begin:end]).astype(np.float64)
-        weights /= -temperature
-        np.exp(weights, out=weights)
         room = (end - begin) * n_neighbours + 1
-        out = counts[begin:end], np.empty(room, np.int64), np.empty(room)
-        used = kernels.sum_equal(weights, tokens_of[begin:end], np.zeros(vocab), *out)
+        weights = _scratch("weights", room, np.float64)[:-1].reshape(end - begin, n_neighbours)
+        np.subtract(sq[begin:end], least[begin:end], out=weights, dtype=np.float64)
+        weights *= -1.0 / temperature
+        np.exp(weights, out=weights)
+        out = counts[begin:end], _scratch("tokens", room, np.int64), _scratch("probs", room, np.float64)
+        used = kernels.sum_equal(weights, tokens_of[begin:end], _scratch("mass", vocab, np.float64), *out)
         if top is not None or threshold > 0:
             used = kernels.keep_best(*out, top or n_neighbours, threshold)
         return [out[1][:used].astype(np.int32 if n_rows > _ROWS else np.int64), out[2][:used].copy()]
@@ -181,12 +183,25 @@ def _aggregate_compiled(
     return torch.from_numpy(counts), torch.from_numpy(token), torch.from_numpy(prob)
 
 
+_KEPT = threading.local()
+
+
+def _scratch(name: str, size: int, dtype: type) -> NDArray[Any]:
+    """Memory of this thread that stays between calls, zero when it is new: fresh memory costs more than the sums."""
+    found = getattr(_KEPT, name, None)
+    if found is None or len(found) < size:
+        found = np.zeros(size, dtype)
+        setattr(_KEPT, name, found)
+    kept: NDArray[Any] = found[:size]
+    return kept
+
+
 def aggregate_torch(
     sq_dist: Tensor, values: Tensor, nearest: Tensor, temperature: float, top: int | None, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in torch operations, for any device."""
     n_rows, n_neighbours = values.shape
-    weight = (sq_dist - nearest).double().div_(-temperature).exp_()
+    weight = (sq_dist.double() - nearest.double()).mul_(-1.0 / temperature).exp_()
 
     # Keys name (token, neighbour), so that equal tokens of a row meet in a sort and still know their weight.
     bits = (n_neighbours - 1).bit_length()
