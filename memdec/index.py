@@ -62,6 +62,8 @@ def _sizes(out: Path) -> list[int]:
 def _check(store: Datastore, settings: IndexSettings) -> None:
     """Everything that would fail, or be worthless, after hours of work."""
     kind, d, n = settings.kind, store.width, store.n
+    if settings.opq and kind != "ivfpq":
+        raise ConfigError(f"index: expected opq with kind ivfpq alone, found kind {kind}; set `opq: false`")
     if kind in ("exact", "flat"):
         if not store.parts:
             raise ConfigError(
@@ -71,8 +73,6 @@ def _check(store: Datastore, settings: IndexSettings) -> None:
             resources.check_memory(4.0 * n * d, "index of kind flat", "use kind exact or ivfpq")
         return
     sample = min(settings.sample, n)
-    if settings.opq and kind != "ivfpq":
-        raise ConfigError(f"index: expected opq with kind ivfpq alone, found kind {kind}; set `opq: false`")
     if kind == "ivfpq" and d % settings.code_size:
         fits = [m for m in range(1, d + 1) if d % m == 0]
         near = sorted(sorted(fits, key=lambda m: abs(m - settings.code_size))[:3])
@@ -230,7 +230,25 @@ def _fill(store: Datastore, out: Path, settings: IndexSettings, work: Path) -> d
         codes.flush()
     sq_dist, ids = truth.result()
     true = knn.drop_self(sq_dist.numpy(), ids.numpy(), own, neighbours)
-    searcher = Searcher(store, settings, out)
+    return {
+        "check": {
+            "queries": len(own),
+            "neighbours": neighbours,
+            "nprobe": _measure(store, out, settings, queries, own, true),
+        }
+    }
+
+
+def _measure(
+    store: Datastore,
+    out: Path,
+    settings: IndexSettings,
+    queries: NDArray[np.float32],
+    own: NDArray[np.int64],
+    true: _Pair,
+) -> dict[str, Any]:
+    """Recall and total variation of the filled index against the true neighbours, by nprobe and kind of distances."""
+    searcher, neighbours = Searcher(store, settings, out), true[1].shape[1]
     results: dict[str, Any] = {}
     cells = sorted({min(nprobe, settings.centroids) for nprobe in settings.check_nprobe})
     for nprobe in cells if settings.kind.startswith("ivf") else ["all"]:
@@ -250,7 +268,7 @@ def _fill(store: Datastore, out: Path, settings: IndexSettings, work: Path) -> d
             "the keys are lost in float32, look at the key point",
             stacklevel=2,
         )
-    return {"check": {"queries": len(own), "neighbours": neighbours, "nprobe": results}}
+    return results
 
 
 def _variation(store: Datastore, near: _Pair, true: _Pair, temperature: float) -> float:

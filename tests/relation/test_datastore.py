@@ -241,6 +241,8 @@ def test_fault_11_bfloat16_holds_what_float16_cannot(
         NumericsError, match=r"at position \d+ \(beyond the range of float16; use dtype float32 or bfloat16\)"
     ):
         run(base_folder, token_folder, tmp_path / "d")
+    with pytest.raises(ArtifactError, match="unfinished"):
+        Datastore(tmp_path / "d")
     assert np.abs(all_keys(Datastore(run(base_folder, token_folder, tmp_path / "b", dtype="bfloat16")))).max() > 1e5
 
 

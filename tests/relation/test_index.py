@@ -308,6 +308,7 @@ def test_opq_of_keys_at_the_edge_of_float16(tmp_path: Path) -> None:
         ({"code_size": 7}, r"expected a code_size that divides the key width 24, found 7; nearest: 4, 6, 8"),
         ({"centroids": 3001}, r"expected at least 3001 training keys for 3001 centroids, found 3000"),
         ({"kind": "ivfflat", "opq": True}, r"expected opq with kind ivfpq alone, found kind ivfflat"),
+        ({"kind": "exact", "opq": True}, r"expected opq with kind ivfpq alone, found kind exact"),
         ({"sample": 200}, r"expected at least 256 training keys for 16 centroids, found 200"),
     ],
 )
