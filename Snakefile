@@ -14,7 +14,7 @@ if not workflow.overwrite_configfiles:
 
 
 try:
-    typed.parse(typed.Config, config, "config")
+    CONFIG = typed.parse(typed.Config, config, "config")
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 validate(
@@ -37,4 +37,5 @@ rule all:
     default_target: True
     input:
         "results/table3.csv",
+        ["results/table4.csv"] if OTHERS else [],
     localrule: True

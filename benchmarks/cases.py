@@ -20,7 +20,8 @@ from torch import Tensor
 from memdec import artifacts, datastore, index, targets
 from memdec.config import DatastoreSettings, IndexSettings, TargetSettings
 from memdec.knn import aggregate
-from memdec.losses import hybrid_loss
+from memdec.losses import fused_loss
+from memdec.objectives import Hybrid
 from memdec.search import Nearest
 
 Work = Callable[[], Any]
@@ -76,7 +77,7 @@ def _ours_loss(inputs: tuple[Tensor, ...]) -> Work:
 
     def work() -> tuple[Tensor, ...]:
         h, w = hidden.detach().requires_grad_(), head.detach().requires_grad_()
-        hybrid_loss(h, w, *rest, 0.5)[0].backward()
+        fused_loss(h, w, *rest, Hybrid(0.5)).loss.backward()
         assert h.grad is not None
         assert w.grad is not None
         return h.grad, w.grad

@@ -31,6 +31,10 @@ Seed = Annotated[int, typer.Option(help="seed of this run")]
 Context = Annotated[int, typer.Option(help="tokens a model sees at most (paper: 1024)")]
 Datastore = Annotated[list[Path], typer.Option(help="datastore folder; repeat for every shard")]
 Shard = Annotated[int, typer.Option(help="which of --shards, from 0")]
+BudgetModel = Annotated[Path | None, typer.Option(help="model whose full training is the unit of the FLOP budget")]
+BudgetEpochs = Annotated[
+    float, typer.Option(help="most operations, in epochs of --budget-model (paper: 1 of a 7B model)")
+]
 Stride = Annotated[int, typer.Option(help="tokens scored per window (paper: 512)")]
 
 
@@ -51,7 +55,7 @@ def stage(settings: type[BaseModel] | None = None) -> Callable[[Callable[..., No
 
         command.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
         command.__doc__ = function.__doc__
-        app.command(function.__name__.strip("_"))(command)
+        app.command(function.__name__.strip("_").replace("_", "-"))(command)
         return function
 
     return register
@@ -146,20 +150,47 @@ def model(
     train.run_pretrain(entry, tokenizer, tokens, out, context=context)
 
 
+def _budget(model: Path | None, epochs: float) -> tuple[Path, float] | None:
+    if epochs <= 0:
+        raise ConfigError(f"--budget-epochs: expected more than 0, found {epochs:g}")
+    return None if model is None else (model, epochs)
+
+
 @stage(cfg.TrainSettings)
-def finetune(model: Model, tokens: Tokens, out: Out, context: Context, seed: Seed, settings: cfg.TrainSettings) -> None:
+def finetune(
+    model: Model,
+    tokens: Tokens,
+    out: Out,
+    context: Context,
+    seed: Seed,
+    settings: cfg.TrainSettings,
+    budget_model: BudgetModel = None,
+    budget_epochs: BudgetEpochs = 1,
+) -> None:
     """All weights of a model on a domain (DAPT; the model that gives the keys)."""
     from memdec import train
 
-    train.run_finetune(model, tokens, out, settings, context=context, seed=seed)
+    budget = _budget(budget_model, budget_epochs)
+    train.run_finetune(model, tokens, out, settings, context=context, seed=seed, budget=budget)
 
 
 @stage(cfg.LoraSettings)
-def lora(model: Model, tokens: Tokens, out: Out, context: Context, seed: Seed, settings: cfg.LoraSettings) -> None:
+def lora(
+    model: Model,
+    tokens: Tokens,
+    out: Out,
+    context: Context,
+    seed: Seed,
+    settings: cfg.LoraSettings,
+    match: Annotated[Path | None, typer.Option(help="model whose number of parameters the rank is chosen by")] = None,
+    budget_model: BudgetModel = None,
+    budget_epochs: BudgetEpochs = 1,
+) -> None:
     """A LoRA adapter of a model on a domain."""
     from memdec import train
 
-    train.run_lora(model, tokens, out, settings, context=context, seed=seed)
+    budget = _budget(budget_model, budget_epochs)
+    train.run_lora(model, tokens, out, settings, context=context, seed=seed, budget=budget, match=match)
 
 
 @stage(cfg.DatastoreSettings)
@@ -204,20 +235,54 @@ def targets(
     stage_targets.run(datastore, index, tokens, out, settings, shard=shard, queries=queries)
 
 
+@stage(cfg.TeacherSettings)
+def teacher(
+    model: Model,
+    tokens: Tokens,
+    out: Out,
+    context: Context,
+    stride: Stride,
+    settings: cfg.TeacherSettings,
+    shard: Shard = 0,
+) -> None:
+    """Next-token distributions of a model itself, as targets: the control for those of its neighbours."""
+    from memdec import teacher as stage_teacher
+
+    stage_teacher.run(model, tokens, out, settings, context=context, stride=stride, shard=shard)
+
+
 @stage(cfg.MemorySettings)
 def train(
     model: Model,
     tokens: Tokens,
-    targets: Annotated[list[Path], typer.Option(help="target folder; repeat for every shard")],
     out: Out,
     context: Context,
     seed: Seed,
     settings: cfg.MemorySettings,
+    targets: Annotated[list[Path], typer.Option(help="target folder; repeat for every shard")] = [],
+    base: Annotated[list[Path], typer.Option(help="base model to mix with at evaluations; repeat")] = [],
+    budget_model: BudgetModel = None,
+    budget_epochs: BudgetEpochs = 1,
 ) -> None:
     """The memory decoder."""
     from memdec import train as stage_train
 
-    stage_train.run_train(model, tokens, targets, out, settings, context=context, seed=seed)
+    budget = _budget(budget_model, budget_epochs)
+    stage_train.run_train(model, tokens, targets, out, settings, context=context, seed=seed, budget=budget, bases=base)
+
+
+@stage(cfg.AdaptSettings)
+def adapt_vocab(
+    memory: Annotated[Path, typer.Option(help="memory folder")],
+    tokenizer: Tokenizer,
+    out: Out,
+    seed: Seed,
+    settings: cfg.AdaptSettings,
+) -> None:
+    """A trained memory with the embeddings of another tokenizer."""
+    from memdec import adapt
+
+    adapt.run(memory, tokenizer, out, settings, seed=seed)
 
 
 @stage(cfg.EvaluateSettings)
@@ -228,32 +293,66 @@ def evaluate(
     context: Context,
     stride: Stride,
     settings: cfg.EvaluateSettings,
-    memory: Annotated[Path | None, typer.Option(help="memory folder")] = None,
+    memory: Annotated[Path | None, typer.Option(help="memory folder, or a model after DAPT to mix in")] = None,
+    name: Annotated[str, typer.Option(help="what the memory is called in the tables")] = cfg.DEFAULT_MEMORY,
     lora: Annotated[Path | None, typer.Option(help="LoRA folder")] = None,
+    dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
+    knn: Annotated[Path | None, typer.Option(help="folder with targets of the texts: valid and test")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Perplexity with and without memory through lm-eval; alpha tuned on valid."""
+    """Perplexity with and without memory through lm-eval; alpha, or lambda of the kNN-LM, tuned on valid."""
     from memdec import evaluate as stage_evaluate
 
-    stage_evaluate.run(base, corpus, out, settings, memory=memory, lora=lora, context=context, stride=stride, seed=seed)
+    stage_evaluate.run(
+        base,
+        corpus,
+        out,
+        settings,
+        context=context,
+        stride=stride,
+        seed=seed,
+        memory=memory,
+        name=name,
+        lora=lora,
+        dapt=dapt,
+        knn_folder=knn,
+    )
+
+
+RunConfig = Annotated[Path, typer.Option(help="config of the run, YAML or JSON")]
+Cells = Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:EVALUATION_FOLDER; repeat")]
+TableFile = Annotated[Path, typer.Option(help="CSV file; .md, .tex and .provenance.json are put beside it")]
+
+
+def _cells(texts: list[str]) -> list[tuple[str, str, int, Path]]:
+    cells = []
+    for text in texts:
+        parts = text.split(":", 3)
+        if len(parts) != 4 or not parts[2].lstrip("-").isdigit():
+            raise ConfigError(f"--cell: expected DOMAIN:MODEL:SEED:FOLDER, found {text!r}")
+        cells.append((parts[0], parts[1], int(parts[2]), Path(parts[3])))
+    return cells
 
 
 @app.command()
 def table(
-    config: Annotated[Path, typer.Option(help="config of the run, YAML or JSON")],
-    cell: Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:EVALUATION_FOLDER; repeat")],
-    out: Annotated[Path, typer.Option(help="CSV file; .md, .tex and .provenance.json are put beside it")],
+    config: RunConfig,
+    cell: Cells,
+    out: TableFile,
+    number: Annotated[int, typer.Option(help="3, or 4: models of another tokenizer than the key model's")] = 3,
 ) -> None:
-    """Table 3 from evaluations."""
+    """Table 3 or 4 from evaluations."""
     from memdec import tables
 
-    folders = {}
-    for text in cell:
-        parts = text.split(":", 3)
-        if len(parts) != 4 or not parts[2].lstrip("-").isdigit():
-            raise ConfigError(f"--cell: expected DOMAIN:MODEL:SEED:FOLDER, found {text!r}")
-        folders[parts[0], parts[1], int(parts[2])] = Path(parts[3])
-    tables.run_table3(cfg.load(config), folders, out)
+    tables.run(tables.numbered(cfg.load(config), number), _cells(cell), out)
+
+
+@app.command()
+def memories(config: RunConfig, cell: Cells, out: TableFile) -> None:
+    """All memories beside all other systems, from evaluations."""
+    from memdec import tables
+
+    tables.run(tables.memories(cfg.load(config)), _cells(cell), out)
 
 
 @app.command()

@@ -4,11 +4,14 @@ All models are frozen and refuse unknown keys. Each field has its unit and origi
 ours. `config/schema` is generated from here (`memdec schema`), and a test fails when it is stale.
 """
 
+import os
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,6 +27,24 @@ from memdec.errors import ConfigError
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="a name usable as a folder")]
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+DEFAULT_MEMORY = "memdec"  # the memory that 'key_model', 'memory_model' and 'memory' describe
+SYSTEMS = "systems"  # folder of what is evaluated without a memory
+UNTUNED = "-untuned"  # ending of the folder with the keys of a model as it is
+System = Literal["base", "LoRA", "DAPT", "kNN-LM", "MemDec"]
+
+
+def _expanded(text: str) -> str:
+    """`${NAME}` replaced by the environment variable."""
+    names = re.findall(r"\$\{(\w+)\}", text)
+    unset = [name for name in names if name not in os.environ]
+    if unset:
+        raise ValueError(f"expected the environment variable {', '.join(unset)}, found it unset; export it")
+    for name in names:
+        text = text.replace(f"${{{name}}}", os.environ[name])
+    return text
+
+
+Place = Annotated[str, AfterValidator(_expanded)]
 
 
 class Settings(BaseModel):
@@ -60,8 +81,10 @@ class FileCorpus(_Corpus):
     """Local .txt, .jsonl or .parquet files, optionally .gz or .xz compressed."""
 
     source: Literal["files"]
-    path: str | None = Field(None, description="file or glob; documents are split 84/6/10 by hash")
-    paths: dict[Split, str] | None = Field(None, description="file or glob of each split")
+    path: Place | None = Field(
+        None, description="file or glob; documents are split 84/6/10 by hash; ${NAME} is an environment variable"
+    )
+    paths: dict[Split, Place] | None = Field(None, description="file or glob of each split, likewise")
     field: str = Field("text", description="text column of jsonl and parquet files")
     documents: Literal["blank_line", "line", "file"] = Field("blank_line", description="what parts documents in .txt")
 
@@ -94,7 +117,7 @@ class TokenizerSpec(Settings):
 
     train_on: list[Name] | None = Field(None, description="corpora whose train split it is trained on")
     vocab_size: PositiveInt | None = Field(None, description="tokens of a trained tokenizer")
-    pretrained: str | None = Field(None, description="folder or Hub id")
+    pretrained: Place | None = Field(None, description="folder or Hub id; ${NAME} is an environment variable")
     revision: str | None = None
 
     @model_validator(mode="after")
@@ -123,13 +146,31 @@ class TrainSettings(Settings):
     max_grad_norm: PositiveFloat = Field(1.0, description="gradient clipping (released: 1.0)")
     dropout: float = Field(0.0, ge=0, lt=1, description="all dropout rates of the model (ours; GPT-2's default is 0.1)")
     precision: Literal["float32", "bf16"] = Field("float32", description="autocast type (released: bf16)")
-    keep_best: bool = Field(False, description="evaluate every epoch, keep the best on valid (paper: early stopping)")
+    gradient_checkpointing: bool = Field(False, description="activations of the layers made again in the backward pass")
+    keep_best: bool = Field(
+        False, description="keep the weights of the best evaluation on valid (paper: early stopping)"
+    )
+    evaluate_every: PositiveFloat | None = Field(
+        None, description="epochs between evaluations on valid; else every epoch with keep_best, else at the end (ours)"
+    )
+    patience: PositiveInt | None = Field(
+        None, description="evaluations without a better one before training stops; needs keep_best (paper: no number)"
+    )
+    report_to: list[str] = Field([], description="where curves go: tensorboard, wandb, ... as in transformers")
+
+    @model_validator(mode="after")
+    def _stopping(self) -> Self:
+        if self.patience is not None and not self.keep_best:
+            raise ValueError(f"patience: expected keep_best true with patience {self.patience}, found false")
+        return self
 
 
 class LoraSettings(TrainSettings):
     """LoRA on query, key, value and MLP projections (paper, section 4.1)."""
 
-    rank: PositiveInt = Field(32, description="rank of every adapter matrix (paper: near the memory's size)")
+    rank: PositiveInt | None = Field(
+        None, description="rank of every adapter matrix; else the one nearest to the memory's size (paper, section 4.1)"
+    )
     scale: PositiveFloat = Field(1.0, description="lora_alpha / rank (not printed in the paper; ours)")
     adapter_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter (not printed; ours)")
 
@@ -137,7 +178,105 @@ class LoraSettings(TrainSettings):
 class MemorySettings(TrainSettings):
     """Training of the memory decoder on the kNN targets."""
 
-    kl_weight: float = Field(0.5, ge=0, le=1, description="beta of the paper's equation 5 (0.5); 0 is CE, 1 is KL only")
+    objective: Literal["hybrid", "kl", "ce", "focal", "jsd", "bild", "sparsity"] = Field(
+        "hybrid", description="loss: the paper's, its two parts, or one of those that failed (paper, appendix H)"
+    )
+    kl_weight: float = Field(0.5, ge=0, le=1, description="hybrid: beta of the paper's equation 5 (0.5)")
+    focal_weight: float = Field(0.5, ge=0, le=1, description="focal: alpha of appendix H (0.5)")
+    focal_gamma: float = Field(2.0, ge=0, description="focal: gamma of appendix H (2)")
+    bild_top: int = Field(
+        8, ge=2, description="bild: leading tokens compared in pairs (BiLD paper: 8; not printed here)"
+    )
+    sparsity_weight: float = Field(0.01, ge=0, description="sparsity: alpha of appendix H (0.01)")
+    alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        default=[0.4, 0.6, 0.8, 0.9],
+        min_length=1,
+        description="weights tried with every base at an evaluation (paper: grid)",
+    )
+
+
+class TeacherSettings(Settings):
+    """Control that the paper lacks: the key model's own next-token distribution in the place of p_kNN."""
+
+    top: PositiveInt = Field(64, description="most likely tokens kept of each position, then renormalised (ours)")
+    temperature: PositiveFloat = Field(1.0, allow_inf_nan=False, description="divides the logits (ours)")
+    dtype: Literal["float32", "float16"] = Field("float32", description="probabilities on disk")
+    shards: PositiveInt = Field(1, description="parts that can be made side by side")
+    batch_size: PositiveInt = Field(16, description="windows per forward pass")
+
+
+class AdaptSettings(Settings):
+    """A trained memory for another tokenizer (paper, section 4.3)."""
+
+    init: Literal["copy", "random"] = Field(
+        "copy", description="rows of tokens spelled the same copied and the rest means of their pieces; or all random"
+    )
+
+
+class Budget(Settings):
+    """Most floating point operations of one training: so many epochs of full training of a model (paper: 1 x 7B)."""
+
+    model: Name = Field(description="name under 'models'")
+    epochs: PositiveFloat = Field(1, description="of the domain's train split")
+
+
+class MemoryVariant(Settings):
+    """A memory beside the default one; whatever is not given is as there."""
+
+    memory_model: Name | None = Field(None, description="model that the memory starts from")
+    key_model: Name | None = Field(None, description="model that gives the keys, or the teacher's distributions")
+    tuned: bool = Field(True, description="key model fine-tuned on the domain (paper); else as it is")
+    tuned_start: bool = Field(False, description="starts from the memory model fine-tuned on the domain (ours)")
+    targets: Literal["knn", "teacher", "none"] = Field(
+        "knn", description="what it imitates: p_kNN (paper), the key model's own softmax (control); none: objective ce"
+    )
+    dapt: bool = Field(
+        False,
+        description="nothing is trained for it: the memory model after DAPT is mixed in (paper, DAPT interpolation)",
+    )
+    adapt: Name | None = Field(
+        None,
+        description="start from this other memory, moved to the key model's tokenizer; 'memdec' is the default one",
+    )
+    share: PositiveFloat = Field(1, le=1, description="of the epochs and of the budget (paper: 0.1 with adapt)")
+    train: dict[str, Any] = Field(default_factory=dict, description="settings that differ from section 'memory'")
+    models: list[Name] | None = Field(
+        None, min_length=1, description="base models it is evaluated with (default: all with its tokenizer)"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        useless = self.model_fields_set - {"dapt", "memory_model", "models"} if self.dapt else set()
+        if useless:
+            raise ValueError(
+                f"expected only memory_model and models beside dapt true, found {', '.join(sorted(useless))}"
+            )
+        useless = self.model_fields_set & {"memory_model", "tuned_start"} if self.adapt is not None else set()
+        if useless:
+            raise ValueError(f"expected nothing else to start from beside adapt, found {', '.join(sorted(useless))}")
+        return self
+
+
+class Memory(Settings):
+    """A memory with everything filled in; made by `Config.variant`."""
+
+    name: Name
+    memory_model: Name
+    key_model: Name
+    tuned: bool
+    tuned_start: bool
+    targets: Literal["knn", "teacher", "none"]
+    dapt: bool
+    adapt: Name | None
+    share: float
+    train: MemorySettings
+    models: list[Name]
+    tokenizer: Name
+
+    @property
+    def keys(self) -> str:
+        """Folder name of what its key model makes."""
+        return self.key_model + ("" if self.tuned else UNTUNED)
 
 
 class ModelSpec(Settings):
@@ -145,7 +284,7 @@ class ModelSpec(Settings):
 
     family: str = Field(description="row group of the tables")
     tokenizer: Name = Field(description="name under 'tokenizers'")
-    pretrained: str | None = Field(None, description="folder or Hub id")
+    pretrained: Place | None = Field(None, description="folder or Hub id; ${NAME} is an environment variable")
     revision: str | None = Field(None, description="commit; pinned in the paper scale")
     architecture: Literal["gpt2", "qwen2"] | None = Field(None, description="to train from scratch")
     width: PositiveInt | None = Field(None, description="hidden size")
@@ -229,6 +368,9 @@ class EvaluateSettings(Settings):
     alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
         default=[0.4, 0.6, 0.8, 0.9], min_length=1, description="candidates for alpha (paper, section 4.1)"
     )
+    lambdas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=[0.25], min_length=1, description="candidates for the weight of p_kNN in the kNN-LM (paper: 0.25)"
+    )
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
     resamples: PositiveInt = Field(
         2000, description="bootstrap resamples for the 95 % interval over test windows (ours)"
@@ -245,23 +387,73 @@ class Config(Settings):
     tokenizers: dict[Name, TokenizerSpec]
     corpora: dict[Name, CorpusSpec]
     models: dict[Name, ModelSpec]
+    evaluated: list[Name] | None = Field(None, min_length=1, description="base models in the tables (default: all)")
     domains: list[Name] = Field(min_length=1, description="corpora that get a memory; the columns of Table 3")
+    systems: list[System] = Field(
+        default=["base", "LoRA", "MemDec"], min_length=1, description="what is evaluated with every base model"
+    )
     key_model: Name = Field(description="model that is tuned on the domain and gives the keys")
     memory_model: Name = Field(description="model that the memory starts from")
+    memories: dict[Name, MemoryVariant] = Field(
+        default_factory=dict, description="memories beside the default one, which is called 'memdec'"
+    )
     finetune: TrainSettings = TrainSettings()
+    dapt: TrainSettings | None = Field(None, description="of the baseline DAPT (default: as finetune)")
     datastore: DatastoreSettings = DatastoreSettings()
     index: IndexSettings = IndexSettings()
     targets: TargetSettings = TargetSettings()
+    teacher: TeacherSettings = TeacherSettings()
     memory: MemorySettings = MemorySettings()
+    adapt: AdaptSettings = AdaptSettings()
     lora: LoraSettings = LoraSettings()
+    budget: Budget | None = Field(None, description="for memories, LoRA and DAPT, not for the key model (paper)")
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @property
+    def bases(self) -> list[str]:
+        """Base models that are evaluated, in the order of the tables."""
+        return list(self.models) if self.evaluated is None else self.evaluated
+
+    @property
+    def memory_names(self) -> list[str]:
+        """All memories, the default one first."""
+        return [DEFAULT_MEMORY, *self.memories]
+
+    def variant(self, name: str) -> Memory:
+        """A memory by name, with all defaults filled in."""
+        given = MemoryVariant() if name == DEFAULT_MEMORY else self.memories[name]
+        settings = self.memory.model_dump(exclude_unset=True) | given.train
+        train: MemorySettings = parse(MemorySettings, settings, f"memories.{name}.train")
+        if given.share < 1:
+            train = train.model_copy(update={"epochs": train.epochs * given.share})
+        start = self.variant(given.adapt).memory_model if given.adapt else given.memory_model or self.memory_model
+        key_model = given.key_model or self.key_model
+        tokenizer = self.models[start if given.dapt else key_model].tokenizer
+        return Memory(
+            **given.model_dump(include={"tuned", "tuned_start", "dapt", "adapt", "share"}),
+            name=name,
+            memory_model=start,
+            key_model=key_model,
+            targets="none" if given.dapt or train.objective == "ce" else given.targets,
+            train=train,
+            models=given.models or [base for base in self.bases if self.models[base].tokenizer == tokenizer],
+            tokenizer=tokenizer,
+        )
+
+    def memory_for(self, model: str) -> Memory | None:
+        """The first trained memory with the tokenizer of a model: its column in Table 3 or 4, its keys for the kNN-LM."""
+        memories = (self.variant(name) for name in self.memory_names)
+        fitting = (m for m in memories if not m.dapt and m.tokenizer == self.models[model].tokenizer)
+        return next(fitting, None)
 
     @model_validator(mode="after")
     def _references(self) -> "Config":
         wrong = [
             *_unknown("domains", self.domains, self.corpora),
+            *_unknown("evaluated", self.evaluated or [], self.models),
             *_unknown("key_model", [self.key_model], self.models),
             *_unknown("memory_model", [self.memory_model], self.models),
+            *_unknown("budget.model", [self.budget.model] if self.budget else [], self.models),
         ]
         for name, tokenizer in self.tokenizers.items():
             wrong += _unknown(f"tokenizers.{name}.train_on", tokenizer.train_on or [], self.corpora)
@@ -270,19 +462,79 @@ class Config(Settings):
         for name, model in self.models.items():
             wrong += _unknown(f"models.{name}.tokenizer", [model.tokenizer], self.tokenizers)
             wrong += _unknown(f"models.{name}.corpus", [model.corpus] if model.corpus else [], self.corpora)
+            if name.endswith(UNTUNED):
+                wrong.append(f"models.{name}: expected a name without {UNTUNED}, which means keys of a plain model")
+        for name, memory in self.memories.items():
+            wrong += self._names(f"memories.{name}", name, memory)
         if self.stride > self.context:
             wrong.append(f"stride: expected at most context ({self.context}), found {self.stride}")
         wrong += self._search()
-        if not wrong:
-            wrong = [
-                f"models.{name}.tokenizer: expected {self.models[self.key_model].tokenizer} as for the key model, "
-                f"found {model.tokenizer}"
-                for name, model in self.models.items()
-                if model.tokenizer != self.models[self.key_model].tokenizer
-            ]
+        wrong = wrong or [line for name in self.memory_names for line in self._memory(name)] or self._without_memory()
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    def _names(self, where: str, name: str, memory: MemoryVariant) -> list[str]:
+        """Names in a memory that are taken, or not there."""
+        wrong = (
+            [f"{where}: expected a name that is not taken, found {name}"] if name in (DEFAULT_MEMORY, SYSTEMS) else []
+        )
+        for field in ("memory_model", "key_model"):
+            given = getattr(memory, field)
+            wrong += _unknown(f"{where}.{field}", [given] if given else [], self.models)
+        wrong += _unknown(f"{where}.models", memory.models or [], dict.fromkeys(self.bases))
+        chain, start = [name], memory.adapt
+        while start is not None and start not in chain:
+            wrong += _unknown(f"{where}.adapt", [start], dict.fromkeys(self.memory_names)) if len(chain) == 1 else []
+            chain.append(start)
+            start = self.memories[start].adapt if start in self.memories else None
+        if start is not None:
+            wrong.append(
+                f"{where}.adapt: expected a memory that does not start from this one, found {' > '.join(chain)}"
+            )
+        return wrong
+
+    def _memory(self, name: str) -> list[str]:
+        """What does not go together in one memory; all names are known."""
+        where = "" if name == DEFAULT_MEMORY else f"memories.{name}."
+        try:
+            memory = self.variant(name)
+        except ConfigError as error:
+            return [str(error)]
+        wrong, other = [], self.models[memory.memory_model].tokenizer
+        if memory.adapt is not None:
+            source = self.variant(memory.adapt)
+            if source.dapt:
+                wrong.append(f"{where}adapt: expected a memory that is trained, found {memory.adapt} with dapt true")
+            if source.tokenizer == memory.tokenizer:
+                wrong.append(
+                    f"{where}key_model: expected a model with another tokenizer than {memory.adapt} ({source.tokenizer}), "
+                    f"found {memory.key_model}"
+                )
+        elif other != memory.tokenizer:
+            wrong.append(
+                f"{where}memory_model: expected a model with tokenizer {memory.tokenizer} as the key model "
+                f"{memory.key_model}, found {memory.memory_model} with {other}"
+            )
+        if memory.targets == "none" and memory.train.objective != "ce" and not memory.dapt:
+            wrong.append(f"{where}targets: expected knn or teacher with objective {memory.train.objective}, found none")
+        wrong += [
+            f"{where}models: expected models with tokenizer {memory.tokenizer}, found {base} with "
+            f"{self.models[base].tokenizer}"
+            for base in memory.models
+            if self.models[base].tokenizer != memory.tokenizer
+        ]
+        return wrong
+
+    def _without_memory(self) -> list[str]:
+        if not {"MemDec", "kNN-LM"} & set(self.systems):
+            return []
+        return [
+            f"models.{base}.tokenizer: expected the tokenizer of a memory, found {self.models[base].tokenizer}; add a "
+            "memory with a key model of this tokenizer under 'memories', or leave the model out of 'evaluated'"
+            for base in self.bases
+            if self.memory_for(base) is None
+        ]
 
     def _search(self) -> list[str]:
         """Settings of datastore, index and targets that do not go together."""

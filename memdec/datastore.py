@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from memdec import artifacts, kernels, models, resources, tokens
@@ -49,6 +50,18 @@ class Forward:
         self.batches = _passes(len(self.data), context, stride, settings.batch_size)
         self.edges = _edges(self.batches, len(self.data))
         self._point: KeyPoint | None = None
+        self._check_context()
+
+    def _check_context(self) -> None:
+        from transformers import AutoConfig
+
+        limit = models.n_positions(AutoConfig.from_pretrained(self.model_folder))
+        longest = max(part.n_inputs for part in self.batches[0])
+        if limit is not None and longest > limit:
+            raise ConfigError(
+                f"{self.model_folder}: expected a context of at most {limit} tokens, which is what the model holds, found "
+                f"{longest}; lower 'context'"
+            )
 
     @property
     def point(self) -> KeyPoint:
@@ -63,12 +76,6 @@ class Forward:
                     f"{self.model_folder}: expected tokens below the vocabulary of {vocab}, found {self.data[position]} at "
                     f"position {position} of the {self.settings.split} split; use the tokens of this model's tokenizer"
                 )
-            longest, limit = max(part.n_inputs for part in self.batches[0]), models.n_positions(model.config)
-            if limit is not None and longest > limit:
-                raise ConfigError(
-                    f"{self.model_folder}: expected a context of at most {limit} tokens, which is what the model holds, found "
-                    f"{longest}; lower 'context'"
-                )
             self._prefix = tokens.prefix_id(tokens.load_tokenizer(str(self.model_folder)))
             self._point = KeyPoint(model, self.settings.key_point)
         return self._point
@@ -79,13 +86,16 @@ class Forward:
         Raises:
             NumericsError: One is NaN or does not fit the key type.
         """
+        return narrow(torch.cat(self.vectors(number)), self.batches[number][0].first, self.settings.dtype)
+
+    def vectors(self, number: int) -> list[Float[Tensor, "n D"]]:
+        """Vectors of the scored positions of one pass, window by window, in the model's dtype and on its device."""
         batch, point = self.batches[number], self.point
         ids = torch.zeros(len(batch), max(part.n_inputs for part in batch), dtype=torch.long)
         for row, part in enumerate(batch):
             ids[row, : part.n_inputs] = torch.from_numpy(part.inputs(self.data, self._prefix))
         hidden = point(ids.to(point.model.device))
-        rows = [hidden[row, part.first - part.begin : part.n_inputs] for row, part in enumerate(batch)]
-        return narrow(torch.cat(rows), batch[0].first, self.settings.dtype)
+        return [hidden[row, part.first - part.begin : part.n_inputs] for row, part in enumerate(batch)]
 
 
 def _passes(n: int, context: int, stride: int, batch_size: int) -> list[list[Window]]:

@@ -1,22 +1,28 @@
-"""Stage `evaluate`: perplexity of one base model, with and without a memory, out of lm-eval runs of `memdec-interp`.
+"""Stage `evaluate`: perplexity of one base model on one corpus, alone and with what is compared, through lm-eval.
 
-Base and memory score the valid and the test text once; the per-token scores are stored. Alpha is the candidate with the
-lowest valid perplexity; the test perplexity at that alpha, and at alpha 0 for the base, are lm-eval runs that read the
-stored scores. Output: `results_<method>_<split>.json` as lm-eval returns them, `scores/`, `records.json`.
+With a memory: base and memory score the valid and the test text once; the per-token scores are stored. Alpha is the
+candidate with the lowest valid perplexity; the test perplexity at that alpha, and at alpha 0 for the base, are lm-eval
+runs of `memdec-interp` that read the stored scores. Without one: the base alone and, where they are given, its LoRA, its
+DAPT and the kNN-LM, which mixes the base's scores with p_kNN of the very same tokens. Output:
+`results_<method>_<split>.json` as lm-eval returns them, `scores/`, `records.json`.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from memdec import artifacts, metrics, mixing
-from memdec.config import EvaluateSettings
+from memdec import artifacts, knn, metrics, mixing, tokens
+from memdec.config import DEFAULT_MEMORY, EvaluateSettings, Split
 from memdec.errors import ArtifactError
 from memdec.scores import TokenScores
+from memdec.targets import TargetReader
 
 TASK = "memdec_ppl"
+_TUNED_ON: tuple[Split, Split] = ("valid", "test")
 
 
 def run(
@@ -25,38 +31,58 @@ def run(
     out: Path,
     settings: EvaluateSettings,
     *,
-    memory: Path | None,
-    lora: Path | None,
     context: int,
     stride: int,
     seed: int,
+    memory: Path | None = None,
+    name: str = DEFAULT_MEMORY,
+    lora: Path | None = None,
+    dapt: Path | None = None,
+    knn_folder: Path | None = None,
 ) -> None:
-    """Evaluate one base model on one corpus as methods base, MemDec (with a memory) and LoRA (with an adapter)."""
+    """Evaluate one base model on one corpus.
+
+    Args:
+        base: Model folder.
+        corpus: Corpus folder; its valid text tunes the weights, its test text is measured.
+        out: Folder to make.
+        settings: Candidates for the weights, and so on.
+        context: Tokens a model sees at most.
+        stride: Tokens scored per window.
+        seed: Of the run, written into the records.
+        memory: Memory folder, or a model after DAPT to mix in; gives the methods base and MemDec.
+        name: What the memory is called in the records.
+        lora: LoRA folder of the base; gives the method LoRA.
+        dapt: The base after DAPT; gives the method DAPT.
+        knn_folder: Folder with targets of the valid and the test text, `valid` and `test`; gives the method kNN-LM.
+    """
     text = artifacts.read(corpus, "corpus")
     inputs = {"base": artifacts.read(base, "model").recipe, "corpus": text.recipe}
-    for name, folder, kind in (("memory", memory, "memory"), ("lora", lora, "lora")):
+    memory_kind = "model" if memory is not None and artifacts.kind_of(memory) == "model" else "memory"
+    for label, folder, kind in (("memory", memory, memory_kind), ("lora", lora, "lora"), ("dapt", dapt, "model")):
         if folder is not None:
-            manifest = artifacts.read(folder, kind)
-            inputs[name] = manifest.recipe
-            if manifest.facts["corpus_sha256"] != text.facts["sha256"]:
-                raise ArtifactError(
-                    f"{folder}: expected a {kind} trained on {corpus}, found one trained on other text; check the paths"
-                )
+            inputs[label] = _trained_on(folder, kind, corpus, text)
+    if knn_folder is not None:
+        for split in _TUNED_ON:
+            inputs[f"knn {split}"] = artifacts.read(knn_folder / split, "targets").recipe
     plain = {
         **settings.model_dump(mode="json", exclude={"batch_size"}),
         "context": context,
         "stride": stride,
         "seed": seed,
+        "memory": name if memory is not None else None,
     }
     with artifacts.building(out, "evaluation", plain, inputs) as build:
         if build is None:
             return
-        session = _Session(base, corpus, out, settings, context, stride)
-        records = [] if memory is None else session.interpolated(memory, seed)
+        session = _Session(base, corpus, out, settings, context, stride, seed)
+        records = [session.single("base")] if memory is None else session.interpolated(memory, name)
         if lora is not None:
-            records.append(session.single("LoRA", seed, peft=lora))
-        if memory is None:
-            records.append(session.single("base", seed))
+            records.append(session.single("LoRA", peft=str(lora)))
+        if dapt is not None:
+            records.append(session.single("DAPT", pretrained=str(dapt)))
+        if knn_folder is not None:
+            records.append(session.knn_lm(knn_folder))
         artifacts.write_json(out / "records.json", records)
         # All text the numbers depend on: what is scored, and what the base was trained on.
         known = {corpus.name: text.facts["sha256"]}
@@ -66,58 +92,85 @@ def run(
         build.facts.update(methods=[record["method"] for record in records], corpora_sha256=known)
 
 
+def _trained_on(folder: Path, kind: str, corpus: Path, text: artifacts.Manifest) -> str:
+    """Recipe of something that was trained on the corpus."""
+    manifest = artifacts.read(folder, kind)
+    if manifest.facts.get("corpus_sha256") != text.facts["sha256"]:
+        raise ArtifactError(
+            f"{folder}: expected a {kind} trained on {corpus}, found one trained on other text; check the paths"
+        )
+    return manifest.recipe
+
+
 class _Session:
     """lm-eval runs of one base model on one corpus."""
 
     def __init__(
-        self, base: Path, corpus: Path, out: Path, settings: EvaluateSettings, context: int, stride: int
+        self, base: Path, corpus: Path, out: Path, settings: EvaluateSettings, context: int, stride: int, seed: int
     ) -> None:
         self.base, self.corpus, self.out, self.settings = base, corpus, out, settings
-        self.context, self.stride = context, stride
+        self.context, self.stride, self.seed = context, stride, seed
 
-    def interpolated(self, memory: Path, seed: int) -> list[dict[str, Any]]:
+    def interpolated(self, memory: Path, name: str) -> list[dict[str, Any]]:
         """Records of the base and of base + memory, from one pass of both models over valid and test."""
         model = self._model(memory=str(memory), alpha=self.settings.alphas[0])
         self._lm_eval(model, "MemDec", "valid")
-        scores = self._scores(model, "valid")
-        assert scores.memory is not None
-        sweep = {
-            alpha: metrics.perplexity(mixing.mix_scores(scores.base, scores.memory, alpha))
-            for alpha in self.settings.alphas
-        }
+        valid = self._scores(model, "valid")
+        assert valid.memory is not None
+        sweep = _sweep(valid.base, valid.memory, self.settings.alphas)
         best = min(sweep, key=sweep.__getitem__)
         records = []
         for method, alpha in (("base", 0.0), ("MemDec", best)):
             model.set_alpha(alpha)
             results = self._lm_eval(model, method, "test")
             scores = self._scores(model, "test")
-            memory_scores = scores.memory if scores.memory is not None else scores.base
-            log_p = mixing.mix_scores(scores.base, memory_scores, alpha)
-            extra = {"valid_sweep": sweep} if method == "MemDec" else {}
-            records.append(self._record(method, alpha if method == "MemDec" else None, results, log_p, seed) | extra)
-        return records
+            assert scores.memory is not None
+            log_p = mixing.mix_scores(scores.base, scores.memory, alpha)
+            records.append(self._record(method, results, log_p))
+        tuned = {"alpha": best, "memory": name, "valid_sweep": sweep, "valid": sweep[best]}
+        return [records[0], records[1] | tuned]
 
-    def single(self, method: str, seed: int, peft: Path | None = None) -> dict[str, Any]:
+    def single(self, method: str, **model_args: str) -> dict[str, Any]:
         """Record of one model alone, without a memory."""
-        model = self._model(alpha=0.0, **({"peft": str(peft)} if peft is not None else {}))
+        model = self._model(alpha=0.0, **model_args)
         results = self._lm_eval(model, method, "test")
-        return self._record(method, None, results, self._scores(model, "test").base, seed)
+        return self._record(method, results, self._scores(model, "test").base)
+
+    def knn_lm(self, folder: Path) -> dict[str, Any]:
+        """Record of the base mixed with p_kNN; lambda, like alpha, is the best candidate on valid."""
+        model = self._model(alpha=0.0)
+        (valid, valid_knn), (test, test_knn) = (
+            (self._scores(model, split).base, self._log_p_knn(model, folder, split)) for split in _TUNED_ON
+        )
+        sweep = _sweep(valid, valid_knn, self.settings.lambdas)
+        best = min(sweep, key=sweep.__getitem__)
+        log_p = mixing.mix_scores(test, test_knn, best)
+        results = {"token_perplexity,none": metrics.perplexity(log_p), "tokens,none": len(log_p)}
+        return self._record("kNN-LM", results, log_p) | {"alpha": best, "valid_sweep": sweep, "valid": sweep[best]}
+
+    def _log_p_knn(self, model: Any, folder: Path, split: Split) -> NDArray[np.float64]:
+        """log p_kNN of every token of a split; -inf where no neighbour has it."""
+        stream = model.tokenizer.encode(self._text(model, split), add_special_tokens=False, verbose=False)
+        reader = TargetReader([folder / split], tokens.stream_digest(stream, len(model.tokenizer)))
+        p = knn.probability_of(reader.rows([(0, len(stream))]), np.asarray(stream))
+        log_p = np.full(len(p), -np.inf)
+        np.log(p, out=log_p, where=p > 0)
+        return log_p
 
     def _model(self, **kwargs: Any) -> Any:
         from memdec.harness import MemDecInterp
 
         return MemDecInterp(
-            pretrained=str(self.base),
+            **{"pretrained": str(self.base), **kwargs},
             context=self.context,
             stride=self.stride,
             scores=str(self.out / "scores"),
             batch_size=self.settings.batch_size,
             dtype="float32",
             device="cuda" if torch.cuda.is_available() else "cpu",
-            **kwargs,
         )
 
-    def _lm_eval(self, model: Any, method: str, split: str) -> dict[str, Any]:
+    def _lm_eval(self, model: Any, method: str, split: Split) -> dict[str, Any]:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
@@ -131,25 +184,33 @@ class _Session:
         values: dict[str, Any] = results["results"][TASK]
         return values
 
-    def _scores(self, model: Any, split: str) -> TokenScores:
+    def _text(self, model: Any, split: Split) -> str:
         from memdec import corpora
 
         separator = artifacts.read(self.corpus, "corpus").facts["separator"]
-        text = corpora.joined(corpora.load(self.corpus, split), separator, model.tokenizer.eos_token)  # type: ignore[arg-type]
-        stored: TokenScores = model.token_scores(text, disable_tqdm=True)
+        return corpora.joined(corpora.load(self.corpus, split), separator, model.tokenizer.eos_token)
+
+    def _scores(self, model: Any, split: Split) -> TokenScores:
+        stored: TokenScores = model.token_scores(self._text(model, split), disable_tqdm=True)
         return stored
 
-    def _record(
-        self, method: str, alpha: float | None, results: dict[str, Any], log_p: Any, seed: int
-    ) -> dict[str, Any]:
-        low, high = metrics.bootstrap_perplexity(log_p, self.stride, self.settings.resamples, seed)
+    def _record(self, method: str, results: dict[str, Any], log_p: NDArray[np.floating]) -> dict[str, Any]:
+        low, high = metrics.bootstrap_perplexity(log_p, self.stride, self.settings.resamples, self.seed)
         return {
             "method": method,
+            "memory": None,
             "metric": "token_perplexity",
             "value": results["token_perplexity,none"],
             "low": low,
             "high": high,
             "n": int(results["tokens,none"]),
-            "alpha": alpha,
-            "seed": seed,
+            "alpha": None,
+            "seed": self.seed,
         }
+
+
+def _sweep(
+    log_p_base: NDArray[np.floating], log_p_other: NDArray[np.floating], weights: list[float]
+) -> dict[float, float]:
+    """Perplexity at every weight."""
+    return {weight: metrics.perplexity(mixing.mix_scores(log_p_base, log_p_other, weight)) for weight in weights}

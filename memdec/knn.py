@@ -38,6 +38,13 @@ class SparseRows:
         return len(self.indptr) - 1
 
 
+def probability_of(rows: SparseRows, tokens: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Probability (float64) that each row gives to one token; zero where the row does not hold it."""
+    counts = np.diff(rows.indptr)
+    hit = rows.tokens == np.repeat(tokens, counts)
+    return np.bincount(np.repeat(np.arange(len(rows)), counts)[hit], rows.probs[hit], minlength=len(rows))
+
+
 class RowError(NumericsError):
     """A row without a distribution; `row` counts within the batch, so that the caller can name the position."""
 

@@ -52,6 +52,22 @@ def load(
         ) from None
 
 
+def config(name: str | Path) -> Any:
+    """Configuration of a model folder."""
+    from transformers import AutoConfig
+
+    check_folder(name)
+    return AutoConfig.from_pretrained(name)
+
+
+def on_meta(name: str | Path) -> Any:
+    """The modules of a model folder without their weights, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config(name))
+
+
 def check_folder(name: str | Path) -> None:
     """A path that looks local must exist: the Hub client's own message for it speaks of repository names."""
     path = Path(name)

@@ -1,11 +1,14 @@
 """Tables as pivots of evaluation records: CSV (the contract), Markdown and LaTeX, with a provenance file beside them.
 
-Table 3 of the paper: rows (family, model, method), one column per domain and their mean. The mini scale adds, per
-domain, the number of test tokens, the tuned alpha and the 95 % bootstrap interval over test windows.
+Tables 3 and 4 of the paper: rows (family, model, method), one column per domain and their mean; 4 has the models of other
+tokenizers. The mini scale adds, per domain, the number of test tokens, the tuned alpha and the 95 % bootstrap interval
+over test windows. `memories` has a row for every memory of the config beside every other system, and the standard
+deviation over seeds.
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +16,87 @@ import pandas as pd
 
 from memdec import artifacts, provenance
 from memdec.config import Config
-from memdec.errors import ArtifactError
+from memdec.errors import ArtifactError, ConfigError
 
-METHODS = ("base", "LoRA", "MemDec")
+Cell = tuple[str, str, int, Path]  # domain, model, seed, evaluation folder
 
 
-def run_table3(config: Config, folders: dict[tuple[str, str, int], Path], out: Path) -> None:
-    """Stage `table`: Table 3 from evaluation folders, keyed by (domain, model, seed).
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a table: which records of which model."""
+
+    model: str
+    label: str
+    method: str
+    memory: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What is in a table."""
+
+    name: str
+    config: Config
+    heading: str  # of the labels
+    rows: list[Row]
+    extra: tuple[str, ...]  # further CSV columns of each domain
+
+
+def numbered(config: Config, number: int) -> Table:
+    """Table 3 (models with the tokenizer of the key model) or 4 (the others), each with the first memory of its tokenizer.
+
+    Raises:
+        ConfigError: Another number.
+    """
+    if number not in (3, 4):
+        raise ConfigError(
+            f"--number: expected 3 or 4, found {number}; `memdec memories` makes the table of all memories"
+        )
+    own = config.models[config.key_model].tokenizer
+    models = [name for name in config.bases if (config.models[name].tokenizer == own) == (number == 3)]
+    rows = []
+    for model in models:
+        memory = config.memory_for(model)
+        for method in config.systems:
+            name = memory.name if memory is not None and method == "MemDec" else None
+            rows.append(Row(model, method, method, name))
+    return Table(str(number), config, "method", rows, ("n", "alpha", "low", "high"))
+
+
+def memories(config: Config) -> Table:
+    """All systems and all memories of every model."""
+    variants = [config.variant(name) for name in config.memory_names]
+    rows = []
+    for model in config.bases:
+        for method in config.systems:
+            if method != "MemDec":
+                rows.append(Row(model, method, method))
+                continue
+            rows += [Row(model, f"MemDec: {v.name}", method, v.name) for v in variants if model in v.models]
+    return Table("memories", config, "system", rows, ("sd", "alpha"))
+
+
+def run(table: Table, cells: Sequence[Cell], out: Path) -> None:
+    """Stage `table`: a table from evaluation folders.
 
     Writes `out` (.csv) and, beside it, .md, .tex and .provenance.json.
     """
-    records = load_records(config, folders)
-    table = table3(config, records)
-    artifacts.write_text(out, table.to_csv(index=False))
-    artifacts.write_text(out.with_suffix(".md"), markdown(config, records))
-    artifacts.write_text(out.with_suffix(".tex"), latex(config, records))
-    manifests = {"/".join(map(str, key)): artifacts.read(path, "evaluation") for key, path in folders.items()}
-    sources = {name: manifest.recipe for name, manifest in manifests.items()}
-    corpora = {name: sha for manifest in manifests.values() for name, sha in manifest.facts["corpora_sha256"].items()}
+    records = load_records(table.config, cells)
+    artifacts.write_text(out, pivot(table, records).to_csv(index=False))
+    artifacts.write_text(out.with_suffix(".md"), markdown(table, records))
+    artifacts.write_text(out.with_suffix(".tex"), latex(table, records))
+    manifests = [artifacts.read(folder, "evaluation") for *_, folder in cells]
+    config = table.config.model_dump(mode="json")
     facts = {
-        "table": "3",
-        "scale": config.scale,
-        "config": config.model_dump(mode="json"),
-        "config_sha256": artifacts.digest(config.model_dump(mode="json")),
-        "corpora_sha256": corpora,
-        "evaluations": sources,
+        "table": table.name,
+        "scale": table.config.scale,
+        "config": config,
+        "config_sha256": artifacts.digest(config),
+        "corpora_sha256": {name: sha for m in manifests for name, sha in m.facts["corpora_sha256"].items()},
+        "evaluations": {
+            f"{domain}/{model}/{seed}/{manifest.settings['memory'] or 'systems'}": manifest.recipe
+            for (domain, model, seed, _), manifest in zip(cells, manifests, strict=True)
+        },
         "versions": provenance.versions(),
         "machine": provenance.machine(),
         "commit": provenance.git_commit(Path.cwd()),
@@ -45,10 +104,10 @@ def run_table3(config: Config, folders: dict[tuple[str, str, int], Path], out: P
     artifacts.write_json(out.with_suffix(".provenance.json"), facts)
 
 
-def load_records(config: Config, folders: dict[tuple[str, str, int], Path]) -> pd.DataFrame:
-    """One row per measured number."""
+def load_records(config: Config, cells: Sequence[Cell]) -> pd.DataFrame:
+    """One row per measured number; the base, which every evaluation has, once."""
     rows: list[dict[str, Any]] = []
-    for (domain, model, seed), folder in folders.items():
+    for domain, model, seed, folder in cells:
         artifacts.read(folder, "evaluation")
         for record in json.loads((folder / "records.json").read_text(encoding="utf-8")):
             if record["seed"] != seed:
@@ -56,75 +115,91 @@ def load_records(config: Config, folders: dict[tuple[str, str, int], Path]) -> p
                     f"{folder}: expected records of seed {seed}, found seed {record['seed']}; run it again"
                 )
             rows.append({"domain": domain, "family": config.models[model].family, "model": model, **record})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).drop_duplicates(["domain", "model", "method", "memory", "seed"])
 
 
-def table3(config: Config, records: pd.DataFrame) -> pd.DataFrame:
+def pivot(table: Table, records: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds; a cell that no run gave is empty and its reason stands in `note`."""
-    rows = []
-    for model, spec in config.models.items():
-        for method in METHODS:
-            row: dict[str, Any] = {"family": spec.family, "model": model, "method": method}
-            chosen = records[(records["model"] == model) & (records["method"] == method)]
-            by_domain = {domain: chosen[chosen["domain"] == domain] for domain in config.domains}
-            missing = [domain for domain, cell in by_domain.items() if cell.empty]
-            for domain, cell in by_domain.items():
-                row[domain] = cell["value"].mean() if len(cell) else None
-            row["Avg"] = None if missing else sum(row[domain] for domain in config.domains) / len(config.domains)
-            for domain, cell in by_domain.items():
-                row |= {
-                    f"{domain}_n": int(cell["n"].iloc[0]) if len(cell) else None,
-                    f"{domain}_alpha": _join(cell["alpha"].dropna()),
-                    f"{domain}_low": cell["low"].mean() if len(cell) else None,
-                    f"{domain}_high": cell["high"].mean() if len(cell) else None,
-                }
-            row["seeds"] = " ".join(str(seed) for seed in sorted(set(chosen["seed"])))
-            row["note"] = f"not run: {', '.join(missing)}" if missing else ""
-            rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame([_line(table, row, records) for row in table.rows])
+
+
+def _line(table: Table, row: Row, records: pd.DataFrame) -> dict[str, Any]:
+    config = table.config
+    chosen = records[(records["model"] == row.model) & (records["method"] == row.method)]
+    if row.memory is not None:
+        chosen = chosen[chosen["memory"] == row.memory]
+    by_domain = {domain: chosen[chosen["domain"] == domain] for domain in config.domains}
+    missing = [domain for domain, cell in by_domain.items() if cell.empty]
+    line: dict[str, Any] = {"family": config.models[row.model].family, "model": row.model, table.heading: row.label}
+    for domain, cell in by_domain.items():
+        line[domain] = cell["value"].mean() if len(cell) else None
+    line["Avg"] = None if missing else sum(line[domain] for domain in config.domains) / len(config.domains)
+    for domain, cell in by_domain.items():
+        line |= {f"{domain}_{extra}": _extra(extra, cell) for extra in table.extra}
+    line["seeds"] = " ".join(str(seed) for seed in sorted(set(chosen["seed"])))
+    line["note"] = f"not run: {', '.join(missing)}" if missing else ""
+    return line
+
+
+def _extra(name: str, cell: pd.DataFrame) -> Any:
+    """A further column of one model, method and domain; `cell` has a record per seed."""
+    if name == "alpha":
+        return _join(cell["alpha"].dropna())
+    if name == "sd":
+        return cell["value"].std() if len(cell) > 1 else None
+    if cell.empty:
+        return None
+    return int(cell["n"].iloc[0]) if name == "n" else cell[name].mean()
 
 
 def _join(values: Sequence[float] | Any) -> str:
     return " ".join(dict.fromkeys(f"{value:g}" for value in values))
 
 
-def _printed(config: Config, records: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Header and cells as a person reads them: value with its interval; the best method of a model and domain in bold."""
-    table = table3(config, records)
-    header = ["Family", "Model", "Method", *config.domains, "Avg"]
+def _printed(table: Table, records: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Header and cells as a person reads them; the best of a model and domain in bold."""
+    frame, columns = pivot(table, records), [*table.config.domains, "Avg"]
+    best = frame.groupby("model")[columns].min()
+    header = ["Family", "Model", table.heading.capitalize(), *columns]
     rows = []
-    for _, row in table.iterrows():
-        cells = [str(row["family"]), str(row["model"]), str(row["method"])]
-        for column in [*config.domains, "Avg"]:
+    for _, row in frame.iterrows():
+        cells = [str(row["family"]), str(row["model"]), str(row[table.heading])]
+        for column in columns:
             value = row[column]
             if pd.isna(value):
                 cells.append("–")
                 continue
-            best = table[table["model"] == row["model"]][column].min()
-            cells.append(f"**{value:.2f}**" if value == best else f"{value:.2f}")
+            cells.append(f"**{value:.2f}**" if value == best.loc[row["model"], column] else f"{value:.2f}")
         rows.append(cells)
     return header, rows
 
 
-def markdown(config: Config, records: pd.DataFrame) -> str:
-    """Table 3 as GitHub Markdown."""
-    header, rows = _printed(config, records)
+def markdown(table: Table, records: pd.DataFrame) -> str:
+    """The table as GitHub Markdown."""
+    header, rows = _printed(table, records)
     lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    alphas = sorted({f"{value:g}" for value in records["alpha"].dropna()})
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    config, shown = table.config, records[records["model"].isin({row.model for row in table.rows})]
+    alphas = sorted({f"{value:g}" for value in shown["alpha"].dropna()})
     seeds = ", ".join(str(seed) for seed in config.seeds)
-    n = ", ".join(f"{d} {int(records[records['domain'] == d]['n'].iloc[0]):,}" for d in config.domains)
-    width = ((records["high"] - records["low"]) / 2 / records["value"]).max()
+    n = ", ".join(f"{domain} {_counts(shown[shown['domain'] == domain]['n'])}" for domain in config.domains)
+    width = ((shown["high"] - shown["low"]) / 2 / shown["value"]).max()
     return (
-        f"{table}\n\nTest perplexity per token (lower is better), scale `{config.scale}`, seed {seeds}. "
+        f"{text}\n\nTest perplexity per token (lower is better), scale `{config.scale}`, seed {seeds}. "
         f"Test tokens: {n}. Alpha tuned on valid (chosen: {', '.join(alphas)}). "
-        f"95 % bootstrap intervals over test windows are within ±{100 * width:.1f} % of each value; they are in the CSV.\n"
+        f"95 % bootstrap intervals over test windows are within ±{100 * width:.1f} % of each value; they are in the "
+        f"{'CSV' if 'low' in table.extra else 'records'}.\n"
     )
 
 
-def latex(config: Config, records: pd.DataFrame) -> str:
-    """Table 3 as a LaTeX tabular (booktabs)."""
-    header, rows = _printed(config, records)
+def _counts(values: Sequence[int] | Any) -> str:
+    """Numbers of test tokens: one for each tokenizer."""
+    return " or ".join(f"{value:,}" for value in sorted({int(value) for value in values}))
+
+
+def latex(table: Table, records: pd.DataFrame) -> str:
+    """The table as a LaTeX tabular (booktabs)."""
+    header, rows = _printed(table, records)
 
     def line(cells: list[str]) -> str:
         plain = [cell.replace("_", r"\_").replace("–", "--") for cell in cells]

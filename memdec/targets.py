@@ -78,7 +78,7 @@ def run(
         values = tokens.load_stream(stream, store.settings.split)
         _check_values(values, store, stream)
         searcher = index.load(store, index_folder, settings.nprobe)
-        with _Writer(out, build.work, values.dtype, np.dtype(settings.dtype)) as rows:
+        with RowWriter(out, build.work, values.dtype, np.dtype(settings.dtype)) as rows:
             bar = tqdm(total=end - begin, initial=rows.n, desc="targets", unit="row", unit_scale=True, mininterval=2)
             for number, batch in enumerate(_search(searcher, asked, values, settings, begin + rows.n, end)):
                 rows.append(*batch)
@@ -183,7 +183,7 @@ def _inputs(asked: Datastore, positions: NDArray[np.int64]) -> NDArray[np.int64]
     return np.where(positions > 0, asked.values[np.maximum(positions, 1) - 1].astype(np.int64), -1)
 
 
-class _Writer:
+class RowWriter:
     """Appends rows to the three arrays of a shard; what was written before the last mark is kept after a kill."""
 
     def __init__(self, out: Path, work: Path, token: np.dtype[Any], prob: np.dtype[Any]) -> None:
@@ -211,7 +211,7 @@ class _Writer:
         if not self.n:
             self._write("indptr", np.zeros(1))
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "RowWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -283,6 +283,8 @@ class TargetReader:
                 raise ArtifactError(
                     f"{folder}: expected targets for this token stream, found some for another; make them again"
                 )
+            if manifest.facts["end"] <= manifest.facts["begin"] or not manifest.facts["entries"]:
+                raise ArtifactError(f"{folder}: expected rows, found an empty shard; run `memdec targets` again")
         self.recipes = [manifest.recipe for manifest, _ in manifests]
         self.begins = np.array([manifest.facts["begin"] for manifest, _ in manifests])
         self._shards = [

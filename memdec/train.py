@@ -1,38 +1,25 @@
-"""Training: base models from scratch, domain fine-tuning, LoRA, and the memory decoder, all through one Trainer.
-
-Every model is trained by the fused hybrid loss (`memdec.losses`): cross-entropy is the case kl_weight = 0. The loss is
-a sum over scored tokens divided by their number in the whole update, so neither gradient accumulation nor a ragged
-last batch weighs tokens differently (the released code averages means).
+"""Training stages: base models from scratch, domain fine-tuning (DAPT), LoRA, and the memory decoder.
 
 Inputs: a token stream, a starting model, and for the memory the target shards. Output: a model folder that
-`from_pretrained` and lm-eval load, with its tokenizer; or a peft adapter folder.
+`from_pretrained` and lm-eval load, with its tokenizer and a model card; or a peft adapter folder. Every stage is
+`fitting.fit` with another objective; under `torchrun` or `accelerate launch` (DDP, FSDP) the processes share the work.
+The same command goes on where a killed run was.
 """
 
-import math
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from memdec import artifacts, keypoints, models, tokens
+from memdec import artifacts, cards, fitting, flops, keypoints, models, resources, tokens
 from memdec.config import LoraSettings, MemorySettings, ModelSpec, TrainSettings
-from memdec.errors import ArtifactError, ConfigError, NumericsError
-from memdec.losses import hybrid_loss
+from memdec.errors import ArtifactError, ConfigError, ModelError
 from memdec.targets import TargetReader
-from memdec.windows import Window, windows
 
-IGNORED = -100
-
-
-# --- stages -------------------------------------------------------------------------------------------------------
+_SETTINGS = "settings.json"  # in the work folder: what the unfinished run was started with
 
 
 def run_pretrain(spec: ModelSpec, tokenizer: Path, stream: Path, out: Path, *, context: int) -> None:
@@ -41,54 +28,87 @@ def run_pretrain(spec: ModelSpec, tokenizer: Path, stream: Path, out: Path, *, c
         raise ConfigError(
             f"{out}: expected a model with 'architecture' and 'train', found a pretrained one; use `memdec model`"
         )
-    manifest = artifacts.read(stream, "tokens")
-    settings = {**spec.model_dump(mode="json"), "context": context}
-    inputs = {"tokenizer": artifacts.read(tokenizer, "tokenizer").recipe, "tokens": manifest.recipe}
-    with artifacts.building(out, "model", settings, inputs) as build:
-        if build is None:
-            return
-        words = tokens.load_tokenizer(str(tokenizer))
-        model = models.from_scratch(spec, len(words), context, words.eos_token_id)
-        facts = _fit(model, words, spec.train, stream, build.work, context=context, seed=spec.seed)
-        _save(model, words, out, build, facts, stream, manifest)
+    words = tokens.load_tokenizer(str(tokenizer))
+    settings = {**spec.model_dump(mode="json"), "train": _plain(spec.train), "context": context}
+    inputs = {
+        "tokenizer": artifacts.read(tokenizer, "tokenizer").recipe,
+        "tokens": artifacts.read(stream, "tokens").recipe,
+    }
+    task = fitting.Task(words, stream, context, spec.seed)
+    _train(
+        "model",
+        lambda: models.from_scratch(spec, len(words), context, words.eos_token_id),
+        spec.train,
+        task,
+        out,
+        settings,
+        inputs,
+    )
 
 
 def run_finetune(
-    model_folder: Path, stream: Path, out: Path, settings: TrainSettings, *, context: int, seed: int
+    model_folder: Path,
+    stream: Path,
+    out: Path,
+    settings: TrainSettings,
+    *,
+    context: int,
+    seed: int,
+    budget: tuple[Path, float] | None = None,
 ) -> None:
-    """Stage `finetune`: all weights on the domain (the paper's DAPT; also the model that gives the keys)."""
-    manifest, words = _checked(model_folder, stream)
-    with artifacts.building(out, "model", _plain(settings, context, seed), _inputs(model_folder, stream)) as build:
-        if build is None:
-            return
-        model = models.load(model_folder, dropout=settings.dropout)
-        facts = _fit(model, words, settings, stream, build.work, context=context, seed=seed)
-        _save(model, words, out, build, facts, stream, manifest)
+    """Stage `finetune`: all weights on the domain (the paper's DAPT; also the model that gives the keys).
+
+    `budget`: most operations, as so many epochs of full training of a model; the same for `run_lora` and `run_train`.
+    """
+    words = _checked(model_folder, stream, context)
+    plain = {**_plain(settings), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
+    task = fitting.Task(words, stream, context, seed, ceiling=plain.get("flops_ceiling"))
+    inputs = _inputs(model_folder, stream)
+    _train("model", lambda: models.load(model_folder, dropout=settings.dropout), settings, task, out, plain, inputs)
 
 
-def run_lora(model_folder: Path, stream: Path, out: Path, settings: LoraSettings, *, context: int, seed: int) -> None:
-    """Stage `lora`: a peft adapter on the query, key, value and MLP projections."""
-    from peft import LoraConfig, get_peft_model
+def run_lora(
+    model_folder: Path,
+    stream: Path,
+    out: Path,
+    settings: LoraSettings,
+    *,
+    context: int,
+    seed: int,
+    budget: tuple[Path, float] | None = None,
+    match: Path | None = None,
+) -> None:
+    """Stage `lora`: a peft adapter on the query, key, value and MLP projections.
 
-    manifest, words = _checked(model_folder, stream)
-    with artifacts.building(out, "lora", _plain(settings, context, seed), _inputs(model_folder, stream)) as build:
-        if build is None:
-            return
+    Without `settings.rank` the rank is the one that comes nearest to the parameters of the model in `match` (the paper
+    sets it so that adapter and memory are of one size), but at most the narrowest side of an adapted matrix.
+    """
+    if settings.rank is None and match is None:
+        raise ConfigError("lora: expected 'rank', or --match with a model of the memory's size, found neither")
+    words = _checked(model_folder, stream, context)
+    wanted = None if match is None or settings.rank is not None else models.n_parameters(models.on_meta(match))
+    plain = {**_plain(settings), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
+    plain |= {} if wanted is None else {"parameters_wanted": wanted}
+
+    def adapted() -> Any:
+        from peft import LoraConfig, get_peft_model
+
         torch.manual_seed(seed)
         base = models.load(model_folder, dropout=settings.dropout)
+        modules = _projections(base)
+        rank = settings.rank if wanted is None else matched_rank(base, modules, wanted)
         adapter = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.scale * settings.rank,
+            r=rank,
+            lora_alpha=settings.scale * rank,  # type: ignore[operator]
             lora_dropout=settings.adapter_dropout,
-            target_modules=_projections(base),
+            target_modules=modules,
             fan_in_fan_out=base.config.model_type == "gpt2",
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(base, adapter)
-        facts = _fit(model, words, settings, stream, build.work, context=context, seed=seed)
-        model.save_pretrained(out)
-        facts["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        build.facts.update(facts, **_lineage(out, stream, manifest))
+        return get_peft_model(base, adapter)
+
+    task = fitting.Task(words, stream, context, seed, ceiling=plain.get("flops_ceiling"))
+    _train("lora", adapted, settings, task, out, plain, _inputs(model_folder, stream))
 
 
 def run_train(
@@ -100,65 +120,162 @@ def run_train(
     *,
     context: int,
     seed: int,
+    budget: tuple[Path, float] | None = None,
+    bases: Sequence[Path] = (),
 ) -> None:
-    """Stage `train`: the memory decoder, on beta * KL(p_kNN || p_mem) + (1 - beta) * CE.
+    """Stage `train`: the memory decoder, on beta * KL(p_kNN || p_mem) + (1 - beta) * CE or another objective.
+
+    `bases` are mixed with it at every evaluation; with them the best evaluation is that of the mixtures.
 
     Raises:
         ArtifactError: The targets were made for other tokens, or do not cover the stream; seen before the model loads.
     """
-    manifest, words = _checked(model_folder, stream)
-    reader = TargetReader(targets, expected_tokens=manifest.facts["sha256"]["train"])
-    inputs = _inputs(model_folder, stream) | {f"targets {i}": recipe for i, recipe in enumerate(reader.recipes)}
-    with artifacts.building(out, "memory", _plain(settings, context, seed), inputs) as build:
-        if build is None:
-            return
-        model = models.load(model_folder, dropout=settings.dropout)
-        facts = _fit(model, words, settings, stream, build.work, context=context, seed=seed, targets=reader)
-        _save(model, words, out, build, facts, stream, manifest)
+    words = _checked(model_folder, stream, context)
+    reader, inputs = None, _inputs(model_folder, stream)
+    if settings.objective == "ce":
+        if targets:
+            raise ConfigError(f"train: expected no --targets with objective ce, found {len(targets)}")
+    else:
+        reader = TargetReader(targets, expected_tokens=artifacts.read(stream, "tokens").facts["sha256"]["train"])
+        inputs |= {f"targets {i}": recipe for i, recipe in enumerate(reader.recipes)}
+    named = {base.name: base for base in bases}
+    if len(named) < len(bases):
+        raise ConfigError(f"train: expected bases in folders of different names, found {', '.join(map(str, bases))}")
+    for name, base in named.items():
+        _checked(base, stream, context)
+        inputs |= {f"base {name}": artifacts.read(base, "model").recipe}
+    plain = {**_plain(settings), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
+    task = fitting.Task(words, stream, context, seed, reader, named, plain.get("flops_ceiling"))
+    _train("memory", lambda: models.load(model_folder, dropout=settings.dropout), settings, task, out, plain, inputs)
 
 
 # --- shared by the stages -----------------------------------------------------------------------------------------
 
 
-def _plain(settings: TrainSettings, context: int, seed: int) -> dict[str, Any]:
-    return {**settings.model_dump(mode="json"), "context": context, "seed": seed}
+def _train(
+    kind: cards.Kind,
+    make: Any,
+    settings: TrainSettings,
+    task: fitting.Task,
+    out: Path,
+    plain: dict[str, Any],
+    inputs: dict[str, str],
+) -> None:
+    """Make the model, train it, save it with its tokenizer and card."""
+    _refuse_changes(out, {"settings": plain, "inputs": inputs})
+    team = resources.team()
+    with artifacts.building(out, kind, plain, inputs, team) as build:
+        if build is None:
+            return
+        if team.rank == 0:
+            artifacts.write_json(build.work / _SETTINGS, {"settings": plain, "inputs": inputs})
+        model = make()
+        facts, trainer = fitting.fit(model, settings, task, build.work)
+        state = _whole_state(trainer)
+        if team.rank > 0:
+            return
+        model.save_pretrained(out, state_dict=state)
+        if kind == "lora":
+            facts |= {
+                "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "rank": model.peft_config["default"].r,
+            }
+        else:
+            task.words.save_pretrained(out)
+            facts["parameters"] = models.n_parameters(model)
+        build.facts.update(facts, **_lineage(out, task.stream))
+        cards.write(out, kind=kind, facts=build.facts, settings=plain, inputs=inputs)
+
+
+def _whole_state(trainer: fitting.LossTrainer) -> dict[str, Any]:
+    """All weights of the language model, gathered where processes hold parts of them."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {name.removeprefix("lm."): value for name, value in (state or {}).items()}
+
+
+def _plain(settings: TrainSettings) -> dict[str, Any]:
+    """What decides the result; where curves are reported to does not."""
+    return settings.model_dump(mode="json", exclude={"report_to"})
+
+
+def _ceiling(budget: tuple[Path, float] | None, stream: Path, context: int) -> dict[str, float]:
+    if budget is None:
+        return {}
+    n_tokens = artifacts.read(stream, "tokens").facts["tokens"]["train"]
+    return {"flops_ceiling": flops.ceiling(budget[0], budget[1], n_tokens, context)}
+
+
+def _refuse_changes(out: Path, now: Mapping[str, Any]) -> None:
+    """Hours of an unfinished training are not thrown away for a changed setting.
+
+    Raises:
+        ArtifactError: A checkpoint is there that was made with other settings or inputs; names them.
+    """
+    file = out / artifacts.WORK / _SETTINGS
+    if not file.is_file() or not list(file.parent.glob("checkpoint-*")):
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))
+    changes = [
+        f"{key} ({old.get(key)} there, {new.get(key)} now)"
+        for old, new in ((there["settings"], now["settings"]), (there["inputs"], now["inputs"]))
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+    if changes:
+        raise ArtifactError(
+            f"{out}: expected the settings of the unfinished training there, found changes in {', '.join(changes)}; "
+            "restore them to go on, delete the folder to start anew, or choose another --out"
+        )
 
 
 def _inputs(model_folder: Path, stream: Path) -> dict[str, str]:
     return {"model": artifacts.read(model_folder, "model").recipe, "tokens": artifacts.read(stream, "tokens").recipe}
 
 
-def _checked(model_folder: Path, stream: Path) -> tuple[artifacts.Manifest, Any]:
-    """Manifest of the stream and the model's tokenizer, which must be the one that made the stream."""
+def _checked(model_folder: Path, stream: Path, context: int) -> Any:
+    """The model's tokenizer, which must be the one that made the stream; nothing of the model is loaded.
+
+    Raises:
+        ArtifactError: Another tokenizer.
+        ModelError: A head for fewer tokens.
+        ConfigError: More context than the model holds.
+    """
     manifest = artifacts.read(stream, "tokens")
     artifacts.read(model_folder, "model")
     words = tokens.load_tokenizer(str(model_folder))
     tokens.check_same(manifest.facts["tokenizer_sha256"], tokens.fingerprint(words), f"{model_folder} with {stream}")
-    return manifest, words
+    config = models.config(model_folder)
+    if config.vocab_size < len(words):
+        raise ModelError(
+            f"{model_folder}: expected a head for the tokenizer's {len(words)} tokens, found one for {config.vocab_size}; "
+            "use a model of this tokenizer, or `memdec adapt-vocab`"
+        )
+    limit = models.n_positions(config)
+    if limit is not None and context > limit:
+        raise ConfigError(
+            f"{model_folder}: expected a context of at most {limit} tokens, which is what the model holds, found "
+            f"{context}; lower 'context'"
+        )
+    return words
 
 
-def _lineage(out: Path, stream: Path, manifest: artifacts.Manifest) -> dict[str, Any]:
+def _lineage(out: Path, stream: Path) -> dict[str, Any]:
     """Which text and tokenizer this was trained on; the corpus as a path relative to the artefact."""
-    corpus = (stream / manifest.facts["corpus"]).resolve()
+    facts = artifacts.read(stream, "tokens").facts
     return {
-        "corpus": os.path.relpath(corpus, out.resolve()),
-        "corpus_sha256": manifest.facts["corpus_sha256"],
-        "tokenizer_sha256": manifest.facts["tokenizer_sha256"],
+        "corpus": os.path.relpath((stream / facts["corpus"]).resolve(), out.resolve()),
+        "corpus_sha256": facts["corpus_sha256"],
+        "tokenizer_sha256": facts["tokenizer_sha256"],
     }
 
 
-def _save(
-    model: Any,
-    words: Any,
-    out: Path,
-    build: artifacts.Build,
-    facts: dict[str, Any],
-    stream: Path,
-    manifest: artifacts.Manifest,
-) -> None:
-    model.save_pretrained(out)
-    words.save_pretrained(out)
-    build.facts.update(facts, parameters=models.n_parameters(model), **_lineage(out, stream, manifest))
+def matched_rank(model: Any, modules: Sequence[str], wanted: int) -> int:
+    """Rank whose adapters have about `wanted` parameters: rank x (inputs + outputs) of every matrix.
+
+    At most the narrowest side of a matrix, beyond which a rank adds nothing.
+    """
+    shapes: list[tuple[int, int]] = [tuple(model.get_submodule(name).weight.shape) for name in modules]
+    return max(1, min(round(wanted / sum(map(sum, shapes))), *(min(shape) for shape in shapes)))
 
 
 def _projections(model: Any) -> list[str]:
@@ -190,191 +307,3 @@ def _projections(model: Any) -> list[str]:
             and hasattr(module, "weight")
         )
     )
-
-
-class WindowData(Dataset[dict[str, Any]]):
-    """Windows of a token stream as (first position, input ids, labels); unscored positions are labelled -100."""
-
-    def __init__(self, stream: NDArray[np.integer], parts: list[Window], prefix: int) -> None:
-        self.stream, self.parts, self.prefix = stream, parts, prefix
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        part = self.parts[index]
-        labels = np.asarray(self.stream[part.begin : part.end], dtype=np.int64)
-        labels[: part.first - part.begin] = IGNORED
-        return {"first": part.first, "end": part.end, "inputs": part.inputs(self.stream, self.prefix), "labels": labels}
-
-
-class Collate:
-    """Right-pads windows and, when there are targets, joins the CSR rows of their scored positions."""
-
-    def __init__(self, targets: TargetReader | None) -> None:
-        self.targets = targets
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        width = max(len(item["inputs"]) for item in items)
-        ids = np.zeros((len(items), width), dtype=np.int64)
-        labels = np.full((len(items), width), IGNORED, dtype=np.int64)
-        for row, item in enumerate(items):
-            ids[row, : len(item["inputs"])] = item["inputs"]
-            labels[row, : len(item["labels"])] = item["labels"]
-        batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
-        batch["spans"] = torch.tensor([[item["first"], item["end"]] for item in items])
-        if self.targets is not None:
-            rows = self.targets.rows([(item["first"], item["end"]) for item in items])
-            batch["target_indptr"] = torch.from_numpy(rows.indptr)
-            batch["target_tokens"] = torch.from_numpy(rows.tokens.astype(np.int64))
-            batch["target_probs"] = torch.from_numpy(np.asarray(rows.probs, dtype=np.float32))
-        return batch
-
-
-class LossModel(nn.Module):
-    """A causal LM whose forward pass is the training loss; the head touches scored positions only."""
-
-    def __init__(self, lm: Any, kl_weight: float) -> None:
-        super().__init__()
-        self.lm = lm
-        self.kl_weight = kl_weight
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        spans: Tensor,
-        target_indptr: Tensor | None = None,
-        target_tokens: Tensor | None = None,
-        target_probs: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> dict[str, Tensor]:
-        """Loss per scored token (nats) of windows (B, T); the targets are CSR rows of the scored positions in order."""
-        causal = self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
-        hidden = models.decoder(causal)(input_ids=input_ids, use_cache=False).last_hidden_state
-        scored = labels != IGNORED
-        hidden, y = hidden[scored], labels[scored]
-        head = models.head_weight(causal).to(hidden.dtype)
-        if target_indptr is None or target_tokens is None or target_probs is None:
-            none = torch.empty(0, device=hidden.device)
-            loss, _, _ = hybrid_loss(hidden, head, y, none, none, none, 0.0)
-        else:
-            loss, _, _ = hybrid_loss(hidden, head, y, target_indptr, target_tokens, target_probs, self.kl_weight)
-        if not torch.isfinite(loss):
-            places = ", ".join(f"{a}-{b}" for a, b in spans.tolist())
-            raise NumericsError(
-                f"the loss is {loss.item()} on token positions {places}; lower learning_rate, or use float32"
-            )
-        return {"loss": loss / (num_items_in_batch if num_items_in_batch is not None else len(y))}
-
-
-class LossTrainer(Trainer):
-    """Trainer for `LossModel`: token-exact evaluation, checkpoints with trainable weights only."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.model_accepts_loss_kwargs = True  # forward() divides by num_items_in_batch itself
-
-    @torch.no_grad()
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Cross-entropy per token of the valid split: a sum over all tokens, not a mean of batch means."""
-        model = self.accelerator.unwrap_model(self.model)
-        model.eval()
-        total = torch.zeros(2, dtype=torch.float64)
-        for batch in self.get_eval_dataloader(eval_dataset):
-            batch = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                loss = model(**batch, num_items_in_batch=1)["loss"]
-            total += torch.tensor([float(loss), float((batch["labels"] != IGNORED).sum())], dtype=torch.float64)
-        total = self.accelerator.reduce(total.to(self.args.device), "sum")
-        value = float(total[0] / total[1])
-        metrics = {f"{metric_key_prefix}_loss": value, f"{metric_key_prefix}_perplexity": math.exp(min(value, 80))}
-        self.log(metrics)
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        from safetensors.torch import save_file
-
-        folder = Path(output_dir or self.args.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        if load_result.unexpected_keys:
-            raise ArtifactError(
-                f"checkpoint: unexpected weights {load_result.unexpected_keys[:3]}; delete the work folder"
-            )
-
-
-def _fit(
-    model: Any,
-    words: Any,
-    settings: TrainSettings,
-    stream: Path,
-    work: Path,
-    *,
-    context: int,
-    seed: int,
-    targets: TargetReader | None = None,
-) -> dict[str, Any]:
-    """Train in place, resuming from the last checkpoint in `work`; returns what happened."""
-    prefix = tokens.prefix_id(words)
-    train = tokens.load_stream(stream, "train")
-    valid = tokens.load_stream(stream, "valid")
-    data = WindowData(train, windows(len(train), context, context), prefix)
-    valid_data = WindowData(valid, windows(len(valid), context, context), prefix)
-    steps = settings.epochs * math.ceil(len(data) / (settings.batch_size * settings.accumulation))
-    every = (
-        {"save_strategy": "epoch"}
-        if settings.keep_best
-        else {"save_strategy": "steps", "save_steps": max(1, int(steps / 5))}
-    )
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size * 2,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=int(settings.warmup * steps),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16",
-        eval_strategy="epoch" if settings.keep_best else "no",
-        load_best_model_at_end=settings.keep_best,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        save_total_limit=1,
-        logging_steps=max(1, int(steps / 20)),
-        logging_nan_inf_filter=False,
-        seed=seed,
-        report_to="none",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **every,
-    )
-    kl_weight = settings.kl_weight if isinstance(settings, MemorySettings) else 0.0
-    trainer = LossTrainer(
-        model=LossModel(model, kl_weight),
-        args=arguments,
-        train_dataset=data,
-        eval_dataset=valid_data,
-        data_collator=Collate(targets if kl_weight else None),
-    )
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
-    # The final score is plain cross-entropy on valid, whatever was trained.
-    trainer.data_collator = Collate(None)
-    final = trainer.evaluate()
-    return {
-        "train_loss": result.training_loss,
-        "valid_perplexity": final["eval_perplexity"],
-        "epochs": settings.epochs,
-        "updates": trainer.state.global_step,
-        "trained_tokens": len(train) * settings.epochs,
-    }

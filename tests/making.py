@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from memdec import artifacts
 from memdec.config import DatastoreSettings, ModelSpec, TrainSettings
+from memdec.windows import windows
 
 CONTEXT = 32
 
@@ -88,3 +90,17 @@ def write_store(
                 tokens=str(stream.resolve()),
             )
     return folders
+
+
+def plain_scores(folder: Path, stream: list[int], prefix: int, stride: int) -> np.ndarray:
+    """log p of every token, one window and one position at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    scores = []
+    with torch.no_grad():
+        for part in windows(len(stream), CONTEXT, stride):
+            before = ([prefix, *stream])[part.begin : part.end]
+            log_p = model(torch.tensor([before])).logits[0].double().log_softmax(-1)
+            scores += [float(log_p[p - part.begin, stream[p]]) for p in range(part.first, part.end)]
+    return np.array(scores)

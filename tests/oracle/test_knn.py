@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdec.errors import NumericsError
-from memdec.knn import aggregate, aggregate_torch, drop_self
+from memdec.knn import SparseRows, aggregate, aggregate_torch, drop_self, probability_of
 
 
 def plain_row(sq_dist: list[float], values: list[int], temperature: float) -> dict[int, float]:
@@ -126,3 +126,16 @@ def test_self_beyond_the_searched_ranks_drops_the_farthest() -> None:
 def test_queries_from_outside_keep_everything_and_missing_ids_are_not_self() -> None:
     _, kept = drop_self(np.zeros((1, 3), np.float32), np.array([[0, 1, -1]]), np.array([-1]), 2)
     assert kept.tolist() == [[0, 1]]
+
+
+@given(st.lists(st.dictionaries(st.integers(0, 5), st.floats(0, 1, width=32)), max_size=6), st.data())
+def test_probability_of_a_token_is_a_look_up(rows: list[dict[int, float]], data: st.DataObject) -> None:
+    """Rows that are empty or do not hold the token give zero."""
+    asked = [data.draw(st.integers(0, 5)) for _ in rows]
+    sparse = SparseRows(
+        np.cumsum([0, *map(len, rows)]),
+        np.array([token for row in rows for token in row], np.uint8),
+        np.array([p for row in rows for p in row.values()], np.float32),
+    )
+    found = probability_of(sparse, np.array(asked, np.int64))
+    assert found.tolist() == [row.get(token, 0.0) for row, token in zip(rows, asked, strict=True)]

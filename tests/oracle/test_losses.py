@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memdec.losses import hybrid_loss
+from memdec.losses import fused_loss
+from memdec.objectives import Hybrid
 
 
 def case(n: int, v: int, d: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -43,7 +44,7 @@ def test_value_and_gradients_equal_the_dense_twin(
 ) -> None:
     hidden, head, *rest = case(n, v, 7, seed, dtype)
     results = []
-    for function in (lambda *a: hybrid_loss(*a, beta, chunk)[0], lambda *a: dense(*a, beta)):
+    for function in (lambda *a: fused_loss(*a, Hybrid(beta), chunk).loss, lambda *a: dense(*a, beta)):
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
         loss = function(h, w, *rest)
         (3.0 * loss).backward()
@@ -60,14 +61,14 @@ def test_value_and_gradients_equal_the_dense_twin(
 def test_gradcheck() -> None:
     hidden, head, *rest = case(5, 6, 3, 0, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda h, w: hybrid_loss(h, w, *rest, 0.5, 2)[0], (hidden.requires_grad_(), head.requires_grad_())
+        lambda h, w: fused_loss(h, w, *rest, Hybrid(0.5), 2).loss, (hidden.requires_grad_(), head.requires_grad_())
     )
 
 
 def test_parts_add_up_and_cross_entropy_needs_no_targets() -> None:
     hidden, head, labels, indptr, tokens, probs = case(9, 12, 4, 3, torch.float64)
-    loss, kl, ce = hybrid_loss(hidden, head, labels, indptr, tokens, probs, 0.25)
+    loss, kl, ce = fused_loss(hidden, head, labels, indptr, tokens, probs, Hybrid(0.25))
     assert float(loss) == pytest.approx(0.25 * float(kl) + 0.75 * float(ce))
     none = torch.empty(0)
-    assert float(hybrid_loss(hidden, head, labels, none, none, none, 0.0)[0]) == pytest.approx(float(ce))
+    assert float(fused_loss(hidden, head, labels, none, none, none, Hybrid(0.0)).loss) == pytest.approx(float(ce))
     assert float(kl) >= 0

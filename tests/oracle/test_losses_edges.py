@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memdec.losses import hybrid_loss
+from memdec.losses import fused_loss
+from memdec.objectives import Hybrid
 
 N, V, D = 23, 31, 6
 
@@ -42,7 +43,7 @@ def test_gradients_within_1e_12_and_both_parts(seed: int, chunk: int, beta: floa
     hidden, head, labels, target = case(seed)
     ours = [x.clone().requires_grad_() for x in (hidden, head)]
     twin = [x.clone().requires_grad_() for x in (hidden, head)]
-    loss, kl, ce = hybrid_loss(*ours, labels, *sparse(target), beta, chunk)
+    loss, kl, ce = fused_loss(*ours, labels, *sparse(target), Hybrid(beta), chunk)
     twin_kl, twin_ce = parts(*twin, labels, target)
     assert (loss.dtype, kl.requires_grad, ce.requires_grad) == (torch.float64, False, False)
     assert float(ce) == pytest.approx(float(twin_ce.detach()), rel=1e-12)
@@ -61,7 +62,7 @@ def test_a_frozen_side_gets_no_gradient_and_changes_nothing_for_the_other(frozen
     grads = []
     for free in ({0, 1}, {1 - frozen}):
         leaves = [x.clone().requires_grad_(side in free) for side, x in enumerate(pair)]
-        hybrid_loss(*leaves, labels, *sparse(target), 0.5, 5)[0].backward()
+        fused_loss(*leaves, labels, *sparse(target), Hybrid(0.5), 5).loss.backward()
         grads.append([x.grad for x in leaves])
     assert grads[1][frozen] is None
     assert torch.equal(grads[0][1 - frozen], grads[1][1 - frozen])
@@ -70,9 +71,9 @@ def test_a_frozen_side_gets_no_gradient_and_changes_nothing_for_the_other(frozen
 def test_without_gradients_the_value_is_the_same() -> None:
     hidden, head, labels, target = case(2)
     with torch.no_grad():
-        plain = hybrid_loss(hidden, head, labels, *sparse(target), 0.5, 5)[0]
+        plain = fused_loss(hidden, head, labels, *sparse(target), Hybrid(0.5), 5).loss
     assert not plain.requires_grad
-    with_gradients = hybrid_loss(hidden.requires_grad_(), head, labels, *sparse(target), 0.5, 5)[0]
+    with_gradients = fused_loss(hidden.requires_grad_(), head, labels, *sparse(target), Hybrid(0.5), 5).loss
     assert torch.equal(plain, with_gradients.detach())
 
 
@@ -81,7 +82,7 @@ def test_entries_of_probability_zero_change_nothing() -> None:
     both = []
     for keep in (None, torch.ones_like(target, dtype=torch.bool)):
         h = hidden.clone().requires_grad_()
-        loss = hybrid_loss(h, head, labels, *sparse(target, keep), 0.7)[0]
+        loss = fused_loss(h, head, labels, *sparse(target, keep), Hybrid(0.7)).loss
         loss.backward()
         assert h.grad is not None
         both.append((loss.detach().item(), h.grad))
@@ -92,7 +93,7 @@ def test_entries_of_probability_zero_change_nothing() -> None:
 def test_kl_to_the_model_itself_is_zero_and_so_is_its_gradient() -> None:
     hidden, head, labels, _ = case(4)
     target = torch.softmax(hidden @ head.T, -1)
-    loss, kl, _ = hybrid_loss(hidden.requires_grad_(), head, labels, *sparse(target), 1.0, 4)
+    loss, kl, _ = fused_loss(hidden.requires_grad_(), head, labels, *sparse(target), Hybrid(1.0), 4)
     loss.backward()
     assert abs(float(kl)) < 1e-12
     assert hidden.grad is not None
@@ -108,7 +109,7 @@ def test_bf16_stays_near_float32(how: str) -> None:
     dtype = torch.float32 if how == "autocast" else torch.bfloat16
     ours = [x.to(dtype).requires_grad_() for x in (hidden, head)]
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        loss, _, _ = hybrid_loss(*ours, labels, *sparse(target.float()), 0.5, 4)
+        loss, _, _ = fused_loss(*ours, labels, *sparse(target.float()), Hybrid(0.5), 4)
     loss.backward()
     assert loss.dtype == torch.float32
     assert float(loss.detach()) == pytest.approx(float((0.5 * kl + 0.5 * ce).detach()), rel=5e-3)

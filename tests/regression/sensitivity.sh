@@ -36,7 +36,7 @@ copy "$folder/wrong-self"
 cd "$folder/wrong-self"
 home=results/reduced/sklearn/seed0
 for shard in 0 1; do
-  rm -rf $home/targets/$((shard + 1))-of-2
+  rm -rf $home/keys/gpt2-M/targets/$((shard + 1))-of-2
   python - "$shard" "$home" << 'PY'
 import sys
 from pathlib import Path
@@ -49,12 +49,13 @@ drop_self = knn.drop_self
 knn.drop_self = lambda sq_dist, ids, own, k: drop_self(sq_dist, ids, np.full(len(ids), -1), k)  # the fault
 settings = TargetSettings(neighbours=256, temperature=0.5, top=64, shards=2)
 stream = Path("results/reduced/tokens/bpe1k/sklearn")
-out = home / "targets" / f"{shard + 1}-of-2"
-targets.run(home / "datastore" / "1-of-1", home / "index", stream, out, settings, shard=shard)
+keys = home / "keys" / "gpt2-M"
+out = keys / "targets" / f"{shard + 1}-of-2"
+targets.run(keys / "datastore" / "1-of-1", keys / "index", stream, out, settings, shard=shard)
 PY
 done
 cd - > /dev/null
-rm -rf "$folder/wrong-self/results/reduced/sklearn/seed0/memory"
+rm -rf "$folder/wrong-self/results/reduced/sklearn/seed0/memory/memdec"
 build "$folder/wrong-self" "scale: reduced"
 expect_moved "self left among the neighbours" "$folder/wrong-self/results/table3.csv"
 exit $failed

@@ -14,14 +14,12 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from making import CONTEXT, spec
-from transformers import AutoModelForCausalLM
+from making import CONTEXT, plain_scores, spec
 
 from memdec import HARNESS_TASKS, artifacts, corpora, metrics, mixing, tokens, train
 from memdec.config import TokenizerSpec
 from memdec.errors import ArtifactError, ConfigError, CorpusError, MemDecError, ModelError, NumericsError
 from memdec.harness import MemDecInterp
-from memdec.windows import windows
 
 TEXT = "\n".join(f"The kernel {i} scales the window of size {i * 7 % 31}." for i in range(25))
 PAIRS = [
@@ -60,18 +58,6 @@ def test_alpha_0_and_1_are_the_models_alone_on_rolling_texts(base_folder: Path, 
         mixed = ours(base_folder, small_folder, alpha=alpha, stride=CONTEXT).loglikelihood_rolling(requests)
         single = theirs(alone).loglikelihood_rolling(requests)
         assert mixed == pytest.approx(single, rel=1e-6, abs=1e-4)
-
-
-def plain_scores(folder: Path, stream: list[int], prefix: int, stride: int) -> np.ndarray:
-    """log p of every token, one window and one position at a time."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    scores = []
-    with torch.no_grad():
-        for part in windows(len(stream), CONTEXT, stride):
-            before = ([prefix, *stream])[part.begin : part.end]
-            log_p = model(torch.tensor([before])).logits[0].double().log_softmax(-1)
-            scores += [float(log_p[p - part.begin, stream[p]]) for p in range(part.first, part.end)]
-    return np.array(scores)
 
 
 def test_the_mixture_equals_a_plain_loop_and_scores_every_token_once(base_folder: Path, small_folder: Path) -> None:

@@ -11,7 +11,7 @@ from making import CONTEXT
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from memdec import artifacts, datastore, index, keypoints, models, targets, tokens, train
+from memdec import artifacts, datastore, fitting, index, keypoints, models, targets, tokens, train
 from memdec.config import DatastoreSettings, IndexSettings, LoraSettings, MemorySettings, TargetSettings, TrainSettings
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.targets import TargetReader
@@ -199,14 +199,16 @@ def test_a_killed_training_resumes_to_the_same_weights(
             if state.global_step > state.max_steps // 2:
                 raise KeyboardInterrupt
 
-    plain = train.LossTrainer.__init__
-    monkeypatch.setattr(train.LossTrainer, "__init__", lambda self, **kw: plain(self, **kw, callbacks=[Kill()]))
+    plain = fitting.LossTrainer.__init__
+    monkeypatch.setattr(
+        fitting.LossTrainer, "__init__", lambda self, **kw: plain(self, **{**kw, "callbacks": [Kill()]})
+    )
     with pytest.raises(KeyboardInterrupt):
         train_memory(small_folder, token_folder, whole, tmp_path / "killed", dropout=0.1)
     assert list((tmp_path / "killed" / "work").glob("checkpoint-*"))
     with pytest.raises(ArtifactError, match="unfinished"):
         artifacts.read(tmp_path / "killed", "memory")
-    monkeypatch.setattr(train.LossTrainer, "__init__", plain)
+    monkeypatch.setattr(fitting.LossTrainer, "__init__", plain)
     resumed = train_memory(small_folder, token_folder, whole, tmp_path / "killed", dropout=0.1)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert not (tmp_path / "killed" / "work").exists()
@@ -218,10 +220,10 @@ def test_the_loss_goes_down_and_the_targets_matter(
     hybrid = train_memory(small_folder, token_folder, whole, tmp_path / "h")
     facts = artifacts.read(tmp_path / "h", "memory").facts
     assert facts["valid_perplexity"] < artifacts.read(small_folder, "model").facts["valid_perplexity"]
-    ce = train_memory(small_folder, token_folder, whole, tmp_path / "ce", kl_weight=0)
+    ce = train_memory(small_folder, token_folder, [], tmp_path / "ce", objective="ce")
     assert any(not torch.equal(hybrid[name], ce[name]) for name in ce)
-    sharper = make_targets(temperature=0.5)
-    assert_close(ce, train_memory(small_folder, token_folder, sharper, tmp_path / "ce2", kl_weight=0), 0)
+    zero = train_memory(small_folder, token_folder, make_targets(temperature=0.5), tmp_path / "zero", kl_weight=0)
+    assert_close(ce, zero, 0)
 
 
 def test_targets_of_other_tokens_are_refused_before_the_model_loads(

@@ -88,5 +88,110 @@ def test_all_wrong_references_at_once() -> None:
 def test_models_of_two_tokenizers_do_not_mix() -> None:
     tokenizers = {"t": {"pretrained": "x"}, "t2": {"pretrained": "y"}}
     models = {"m": SCRATCH, "n": {**SCRATCH, "tokenizer": "t2"}}
-    with pytest.raises(ConfigError, match=r"models.n.tokenizer: expected t as for the key model, found t2"):
+    with pytest.raises(ConfigError, match=r"models.n.tokenizer: expected the tokenizer of a memory, found t2; add"):
         cfg.parse(cfg.Config, whole(tokenizers=tokenizers, models=models), "c")
+    assert cfg.parse(cfg.Config, whole(tokenizers=tokenizers, models=models, systems=["base", "LoRA"]), "c")
+    assert cfg.parse(cfg.Config, whole(tokenizers=tokenizers, models=models, evaluated=["m"]), "c").bases == ["m"]
+    with pytest.raises(
+        ConfigError, match="memory_model: expected a model with tokenizer t as the key model m, found n"
+    ):
+        cfg.parse(cfg.Config, whole(tokenizers=tokenizers, models=models, memory_model="n", evaluated=["m"]), "c")
+
+
+# --- memories -----------------------------------------------------------------------------------------------------
+
+
+def several(**memories: dict[str, Any]) -> cfg.Config:
+    """Models m, small (tokenizer t) and n (tokenizer t2), these memories, and one that serves t2."""
+    models = {"m": SCRATCH, "small": SCRATCH, "n": {**SCRATCH, "tokenizer": "t2"}}
+    tokenizers = {"t": {"pretrained": "x"}, "t2": {"pretrained": "y"}}
+    memories = {"other": {"adapt": "memdec", "key_model": "n", "share": 0.1}, **memories}
+    memory = {"epochs": 20, "dropout": 0.2}
+    data = whole(models=models, tokenizers=tokenizers, memories=memories, memory=memory, memory_model="small")
+    config: cfg.Config = cfg.parse(cfg.Config, data, "c")
+    return config
+
+
+def test_a_memory_takes_from_the_default_what_it_does_not_say() -> None:
+    config = several(
+        kl={"train": {"objective": "kl", "dropout": 0.1}, "models": ["m"]},
+        ce={"train": {"objective": "ce"}, "targets": "teacher"},
+        plain={"key_model": "small", "tuned": False, "targets": "teacher", "tuned_start": True},
+        mixed={"dapt": True, "memory_model": "n"},
+    )
+    assert config.memory_names == ["memdec", "other", "kl", "ce", "plain", "mixed"]
+    found = {name: config.variant(name) for name in config.memory_names}
+    default = found["memdec"]
+    assert (default.memory_model, default.key_model, default.keys, default.targets) == ("small", "m", "m", "knn")
+    assert (default.models, default.train) == (["m", "small"], config.memory)
+    kl = found["kl"].train
+    assert (kl.objective, kl.dropout, kl.epochs, found["kl"].models) == ("kl", 0.1, 20, ["m"])
+    assert kl.model_dump(exclude_unset=True) == {"epochs": 20, "dropout": 0.1, "objective": "kl"}
+    assert (found["ce"].targets, found["plain"].targets, found["mixed"].targets) == ("none", "teacher", "none")
+    assert (found["plain"].keys, found["plain"].tuned_start) == ("small-untuned", True)
+    other = found["other"]
+    assert (other.memory_model, other.tokenizer, other.models, other.train.epochs) == ("small", "t2", ["n"], 2)
+    assert (found["mixed"].tokenizer, found["mixed"].models) == ("t2", ["n"])
+    named = {model: memory.name for model in config.bases if (memory := config.memory_for(model)) is not None}
+    assert named == {"m": "memdec", "small": "memdec", "n": "other"}
+
+
+@pytest.mark.parametrize(
+    ("memories", "message"),
+    [
+        ({"memdec": {}}, "memories.memdec: expected a name that is not taken, found memdec"),
+        ({"systems": {}}, "memories.systems: expected a name that is not taken, found systems"),
+        ({"a": {"key_model": "x"}}, "memories.a.key_model: expected one of m, small, n, found x"),
+        ({"a": {"memory_model": "x"}}, "memories.a.memory_model: expected one of m, small, n, found x"),
+        ({"a": {"models": ["x"]}}, "memories.a.models: expected one of m, small, n, found x"),
+        ({"a": {"models": ["n"]}}, "memories.a.models: expected models with tokenizer t, found n with t2"),
+        ({"a": {"adapt": "x", "key_model": "n"}}, "memories.a.adapt: expected one of memdec, other, a, found x"),
+        (
+            {"a": {"adapt": "b"}, "b": {"adapt": "a"}},
+            "memories.a.adapt: expected a memory that does not start .* a > b",
+        ),
+        (
+            {"a": {"adapt": "memdec"}},
+            r"memories.a.key_model: expected a model with another tokenizer than memdec \(t\)",
+        ),
+        (
+            {"b": {"dapt": True}, "a": {"adapt": "b", "key_model": "n"}},
+            "memories.a.adapt: expected a memory that is trained",
+        ),
+        (
+            {"a": {"adapt": "memdec", "tuned_start": True}},
+            "memories.a: expected nothing else .* adapt, found tuned_start",
+        ),
+        ({"a": {"dapt": True, "share": 0.1}}, "memories.a: expected only memory_model and models .* true, found share"),
+        (
+            {"a": {"key_model": "n"}},
+            "memories.a.memory_model: expected a model with tokenizer t2 .* found small with t",
+        ),
+        ({"a": {"targets": "none"}}, "memories.a.targets: expected knn or teacher with objective hybrid, found none"),
+        ({"a": {"train": {"epoch": 3}}}, "memories.a.train: epoch: unknown key"),
+        ({"a": {"train": {"kl_weight": 2}}}, "memories.a.train: kl_weight: .* found 2"),
+        ({"a": {"share": 2}}, "memories.a.share: .* found 2"),
+    ],
+)
+def test_memories_that_cannot_be_are_named(memories: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        several(**memories)
+
+
+def test_other_names_that_are_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"evaluated: .* found y; budget.model: .* found x"):
+        cfg.parse(cfg.Config, whole(budget={"model": "x"}, evaluated=["y"]), "c")
+    with pytest.raises(ConfigError, match=r"models\.m-untuned: expected a name without -untuned"):
+        cfg.parse(cfg.Config, whole(models={"m": SCRATCH, "m-untuned": SCRATCH}), "c")
+
+
+def test_variables_of_the_environment_in_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMDEC_A", "/data")
+    paths = {split: f"${{MEMDEC_A}}/{split}.txt" for split in cfg.SPLITS}
+    corpus = cfg.parse(cfg.CorpusSpec, {"source": "files", "paths": paths}, "c")
+    assert corpus.paths == {split: f"/data/{split}.txt" for split in cfg.SPLITS}
+    assert (
+        cfg.parse(cfg.TokenizerSpec, {"pretrained": "${MEMDEC_A}/${MEMDEC_A}/$x"}, "c").pretrained == "/data//data/$x"
+    )
+    with pytest.raises(ConfigError, match=r"c: pretrained: expected the environment variable MEMDEC_B, found it unset"):
+        cfg.parse(cfg.ModelSpec, {"family": "f", "tokenizer": "t", "pretrained": "${MEMDEC_B}/m"}, "c")

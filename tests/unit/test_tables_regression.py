@@ -8,11 +8,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from memdec import artifacts, regression, tables
 from memdec import config as cfg
-from memdec import regression, tables
-from memdec.errors import ArtifactError, IncomparableError
+from memdec.errors import ArtifactError, ConfigError, IncomparableError
 
 CONFIG = cfg.load(Path(__file__).resolve().parents[2] / "tests" / "regression" / "reduced.yaml")
+
+TABLE3 = tables.numbered(CONFIG, 3)
 
 
 def record(model: str, method: str, value: float, seed: int = 0, **more: Any) -> dict[str, Any]:
@@ -21,6 +23,7 @@ def record(model: str, method: str, value: float, seed: int = 0, **more: Any) ->
         "family": "GPT-2",
         "model": model,
         "method": method,
+        "memory": "memdec" if method == "MemDec" else None,
         "metric": "token_perplexity",
         "value": value,
     }
@@ -42,7 +45,7 @@ def records() -> pd.DataFrame:
 
 
 def test_cells_are_means_over_seeds_and_gaps_state_their_reason(records: pd.DataFrame) -> None:
-    table = tables.table3(CONFIG, records).set_index(["model", "method"])
+    table = tables.pivot(TABLE3, records).set_index(["model", "method"])
     row = table.loc["gpt2-S", "MemDec"]
     assert (row["sklearn"], row["Avg"], row["sklearn_alpha"], row["seeds"], row["sklearn_n"]) == (
         61.0,
@@ -54,21 +57,103 @@ def test_cells_are_means_over_seeds_and_gaps_state_their_reason(records: pd.Data
     empty = table.loc["gpt2-M", "LoRA"]
     assert pd.isna(empty["sklearn"])
     assert empty["note"] == "not run: sklearn"
-    again = pd.read_csv(io.StringIO(tables.table3(CONFIG, records).to_csv(index=False)))
+    again = pd.read_csv(io.StringIO(tables.pivot(TABLE3, records).to_csv(index=False)))
     assert list(again["method"]) == ["base", "LoRA", "MemDec"] * 2
 
 
 def test_markdown_and_latex(records: pd.DataFrame) -> None:
-    text = tables.markdown(CONFIG, records)
+    text = tables.markdown(TABLE3, records)
     assert "| GPT-2 | gpt2-S | MemDec | **61.00** | **61.00** |" in text
     assert "| GPT-2 | gpt2-S | LoRA | – | – |" in text
     assert "chosen: 0.6, 0.8" in text
-    assert r"\textbf{61.00}" in tables.latex(CONFIG, records)
+    assert r"\textbf{61.00}" in tables.latex(TABLE3, records)
+
+
+def variants() -> cfg.Config:
+    """Two memories beside the default one, of which one is for another tokenizer."""
+    data = CONFIG.model_dump(mode="json", exclude_unset=True)
+    data["tokenizers"]["other"] = data["tokenizers"]["bpe1k"]
+    data["models"]["n"] = {**data["models"]["gpt2-S"], "tokenizer": "other"}
+    data["systems"] = ["base", "kNN-LM", "MemDec"]
+    data["memories"] = {"kl": {"train": {"objective": "kl"}, "models": ["gpt2-S"]}}
+    data["memories"]["moved"] = {"adapt": "memdec", "key_model": "n"}
+    config: cfg.Config = cfg.parse(cfg.Config, data, "c")
+    return config
+
+
+def test_all_memories_stand_beside_the_systems_with_their_spread() -> None:
+    records = pd.DataFrame(
+        [
+            record("gpt2-S", "base", 90.0),
+            record("gpt2-S", "base", 90.0, seed=1),
+            record("gpt2-S", "MemDec", 60.0),
+            record("gpt2-S", "MemDec", 62.0, seed=1),
+            record("gpt2-S", "MemDec", 50.0, memory="kl", alpha=0.9),
+            record("n", "MemDec", 70.0, memory="moved", n=77),
+        ]
+    )
+    table = tables.memories(variants())
+    frame = tables.pivot(table, records)
+    named = ["MemDec: memdec", "MemDec: kl", "MemDec: moved"]
+    assert list(zip(frame["model"], frame["system"], strict=True)) == [
+        *[("gpt2-S", system) for system in ("base", "kNN-LM", *named[:2])],
+        *[("gpt2-M", system) for system in ("base", "kNN-LM", named[0])],
+        *[("n", system) for system in ("base", "kNN-LM", named[2])],
+    ]
+    cells = frame.set_index(["model", "system"])
+    default = cells.loc["gpt2-S", "MemDec: memdec"]
+    assert (default["sklearn"], default["sklearn_sd"], default["sklearn_alpha"]) == (61.0, pytest.approx(2**0.5), "0.6")
+    one = cells.loc["gpt2-S", "MemDec: kl"]
+    assert (one["sklearn"], one["sklearn_alpha"], one["note"]) == (50.0, "0.9", "")
+    assert pd.isna(one["sklearn_sd"])
+    assert cells.loc["gpt2-S", "kNN-LM"]["note"] == "not run: sklearn"
+    text = tables.markdown(table, records)
+    assert "| GPT-2 | gpt2-S | MemDec: kl | **50.00** | **50.00** |" in text
+    assert "| GPT-2 | gpt2-S | MemDec: memdec | 61.00 | 61.00 |" in text
+    assert "Test tokens: sklearn 77 or 100." in text
+
+
+def test_other_tokenizers_have_a_table_of_their_own() -> None:
+    config = variants()
+    first, second = tables.numbered(config, 3), tables.numbered(config, 4)
+    assert {row.model for row in first.rows} == {"gpt2-S", "gpt2-M"}
+    assert [(row.model, row.label, row.memory) for row in second.rows] == [
+        ("n", "base", None), ("n", "kNN-LM", None), ("n", "MemDec", "moved"),
+    ]  # fmt: skip
+    records = pd.DataFrame([record("n", "MemDec", 70.0, memory="moved"), record("n", "MemDec", 7.0, memory="kl")])
+    assert tables.pivot(second, records).set_index("method").loc["MemDec", "sklearn"] == 70.0
+    with pytest.raises(ConfigError, match="--number: expected 3 or 4, found 5"):
+        tables.numbered(config, 5)
+
+
+def write_evaluation(folder: Path, memory: str | None, records: list[dict[str, Any]]) -> Path:
+    with artifacts.building(folder, "evaluation", {"memory": memory}, {}) as build:
+        assert build is not None
+        artifacts.write_json(folder / "records.json", records)
+        build.facts.update(corpora_sha256={"sklearn": "ab"})
+    return folder
+
+
+def test_the_base_counts_once_though_every_evaluation_has_it(tmp_path: Path) -> None:
+    base, memory = record("gpt2-S", "base", 90.0), record("gpt2-S", "MemDec", 60.0)
+    other = record("gpt2-S", "MemDec", 50.0, memory="kl")
+    cells = [
+        ("sklearn", "gpt2-S", 0, write_evaluation(tmp_path / "a", None, [base])),
+        ("sklearn", "gpt2-S", 0, write_evaluation(tmp_path / "b", "memdec", [base, memory])),
+        ("sklearn", "gpt2-S", 0, write_evaluation(tmp_path / "c", "kl", [base, other])),
+    ]
+    assert list(tables.load_records(CONFIG, cells)["value"]) == [90.0, 60.0, 50.0]
+    tables.run(tables.memories(variants()), cells, tmp_path / "memories.csv")
+    found = json.loads((tmp_path / "memories.provenance.json").read_text())
+    assert list(found["evaluations"]) == [f"sklearn/gpt2-S/0/{name}" for name in ("systems", "memdec", "kl")]
+    assert list(pd.read_csv(tmp_path / "memories.csv")["sklearn"].dropna()) == [90.0, 60.0, 50.0]
+    with pytest.raises(ArtifactError, match="expected records of seed 1, found seed 0"):
+        tables.load_records(CONFIG, [("sklearn", "gpt2-S", 1, tmp_path / "a")])
 
 
 def write_table(path: Path, records: pd.DataFrame, **provenance: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    tables.table3(CONFIG, records).to_csv(path, index=False)
+    tables.pivot(TABLE3, records).to_csv(path, index=False)
     facts = {
         "scale": "reduced",
         "corpora_sha256": {"sklearn": "ab"},

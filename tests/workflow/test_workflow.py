@@ -1,6 +1,7 @@
 """The workflow and the shape of the code: schema, dry run, a real tiny run, direction of imports, safe loading."""
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from making import made_text
@@ -21,7 +23,8 @@ MODULES = sorted((ROOT / "memdec").glob("*.py"))
 
 
 def snakemake(folder: Path, *words: str) -> str:
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    # Any folder does for what is not read.
+    environment = {"MEMDEC_TEST_DATA": "/", **os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     command = [str(BIN / "snakemake"), "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder), *words]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -33,12 +36,72 @@ def test_the_schema_is_fresh() -> None:
     assert json.loads(path.read_text()) == cfg.json_schema(), f"stale; run `memdec schema {path}`"
 
 
-def test_dry_run_of_the_default_config(tmp_path: Path) -> None:
-    text = snakemake(tmp_path, "-n", "--cores", "8")
-    counts = dict(re.findall(r"^(\w+) +(\d+)$", text, re.MULTILINE))
-    expected = {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 4, "finetune": 3, "datastore": 3, "index": 3}
-    expected |= {"targets": 6, "train": 3, "lora": 12, "evaluate": 12, "table3": 1}
-    assert {rule: int(counts[rule]) for rule in expected} == expected
+def planned(text: str) -> dict[str, int]:
+    """Jobs of each rule in a dry run, without those of every run."""
+    counts = {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", text, re.MULTILINE)}
+    return {rule: n for rule, n in counts.items() if rule not in ("all", "total", "resolved_config")}
+
+
+# Jobs per domain of what all of these have: 4 models of one tokenizer, one memory.
+SMALL = {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 4, "finetune": 3, "datastore": 3, "index": 3, "targets": 6}
+SMALL |= {"train": 3, "lora": 12, "evaluate": 12, "evaluate_systems": 12}
+ALL = SMALL | {"dapt": 12, "queries": 6, "knn": 6, "memories": 1}
+
+
+@pytest.mark.parametrize(
+    ("files", "targets", "expected"),
+    [
+        (["mini"], [], SMALL | {"table3": 1}),
+        # 15 more memories that are trained and one that is not, each with one base; one teacher for both of its memories
+        (["mini", "objectives"], ["memories"], ALL | {"train": 48, "evaluate": 60, "teacher": 3}),
+        # 2 sizes of the memory and 5 other key models, each with all bases; 2 more models are fine-tuned
+        (
+            ["mini", "sizes"],
+            ["memories"],
+            ALL | {"finetune": 9, "datastore": 18, "index": 18, "targets": 36, "train": 24, "evaluate": 96},
+        ),
+        # 2 models of another tokenizer with one memory, keys of their own
+        (
+            ["mini", "vocabulary"],
+            ["table3", "table4", "memories"],
+            ALL
+            | {
+                "tokenizer": 2,
+                "tokens": 8,
+                "model": 6,
+                "finetune": 6,
+                "dapt": 18,
+                "lora": 18,
+                "datastore": 6,
+                "index": 6,
+            }
+            | {"targets": 12, "queries": 12, "knn": 12, "adapt": 3, "train": 6, "evaluate": 18, "evaluate_systems": 18}
+            | {"table3": 1, "table4": 1},
+        ),
+        # 4 domains, 3 seeds, 2 of 3 models, 2 memories; no LoRA
+        (
+            ["pretrained"],
+            ["memories"],
+            {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 12, "dapt": 24, "datastore": 12}
+            | {"index": 12, "targets": 12, "queries": 24, "knn": 24, "train": 24, "evaluate": 48}
+            | {"evaluate_systems": 24, "memories": 1},
+        ),
+    ],
+)
+def test_dry_run_of_every_config(
+    files: list[str], targets: list[str], expected: dict[str, int], tmp_path: Path
+) -> None:
+    assert len(list((ROOT / "config").glob("*.yaml"))) == 5
+    configs = ["--configfile", *(str(ROOT / "config" / f"{name}.yaml") for name in files)]
+    text = snakemake(tmp_path, *(f"results/{name}.csv" for name in targets), "-n", "--cores", "8", *configs)
+    assert planned(text) == expected
+
+
+def test_another_tokenizer_adds_its_table_to_the_default(tmp_path: Path) -> None:
+    configs = ["--configfile", *(str(ROOT / "config" / f"{name}.yaml") for name in ("mini", "vocabulary"))]
+    counts = planned(snakemake(tmp_path, "-n", "--cores", "8", *configs))
+    assert (counts["table3"], counts["table4"]) == (1, 1)
+    assert "table4" not in planned(snakemake(tmp_path, "-n", "--cores", "8"))
 
 
 def test_a_wrong_key_stops_the_workflow_at_once(tmp_path: Path) -> None:
@@ -48,35 +111,54 @@ def test_a_wrong_key_stops_the_workflow_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
-    """Everything once on made text; a second call does nothing; a lost shard rebuilds only what hangs on it."""
+    """Every rule once on made text; a second call does nothing; a lost shard rebuilds only what hangs on it."""
     for name in ("general", "domain"):
         (tmp_path / f"{name}.txt").write_text(made_text(300, len(name)))
-    model = {"family": "GPT-2", "tokenizer": "bpe", "architecture": "gpt2", "width": 16, "layers": 2, "heads": 2}
+    model = {"family": "GPT-2", "architecture": "gpt2", "width": 16, "layers": 2, "heads": 2}
+    model |= {"corpus": "general", "train": {"epochs": 0.2}}
     config = {
         "scale": "tiny",
         "context": 32,
         "stride": 16,
-        "tokenizers": {"bpe": {"train_on": ["general"], "vocab_size": 300}},
+        "tokenizers": {n: {"train_on": ["general"], "vocab_size": v} for n, v in (("bpe", 300), ("other", 320))},
         "corpora": {
             n: {"source": "files", "path": str(tmp_path / f"{n}.txt"), "min_bytes": 100} for n in ("general", "domain")
         },
-        "models": {"tiny": {**model, "corpus": "general", "train": {"epochs": 0.2}}},
+        "models": {n: {**model, "tokenizer": t} for n, t in (("tiny", "bpe"), ("foreign", "other"))},
         "domains": ["domain"],
+        "systems": ["base", "LoRA", "DAPT", "kNN-LM", "MemDec"],
         "key_model": "tiny",
         "memory_model": "tiny",
         "targets": {"neighbours": 8, "shards": 2},
         "memory": {"epochs": 0.5},
+        "memories": {
+            "teacher": {"targets": "teacher", "tuned": False, "tuned_start": True},
+            "ce": {"train": {"objective": "ce", "evaluate_every": 0.25}},
+            "mixed": {"dapt": True},
+            "moved": {"adapt": "memdec", "key_model": "foreign", "share": 0.5},
+        },
+        "budget": {"model": "tiny"},
         "evaluate": {"resamples": 20},
     }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     words = ["--cores", "8", "--configfile", str(tmp_path / "tiny.yaml"), "--", "results/table3.csv"]
-    first = snakemake(tmp_path, *words)
+    everything = [*words, "results/table4.csv", "results/memories.csv"]
+    first = snakemake(tmp_path, *everything)
     table = (tmp_path / "results" / "table3.csv").read_text()
-    assert [line.split(",")[2] for line in table.splitlines()[1:]] == ["base", "LoRA", "MemDec"]
-    for name in ("table3.md", "table3.tex", "table3.provenance.json"):
-        assert (tmp_path / "results" / name).is_file()
-    assert "Nothing to be done" in snakemake(tmp_path, *words)
-    shutil.rmtree(tmp_path / "results" / "tiny" / "domain" / "seed0" / "targets" / "1-of-2")
+    rows = pd.read_csv(tmp_path / "results" / "memories.csv")
+    assert list(zip(rows["model"], rows["system"].str.removeprefix("MemDec: "), strict=True)) == [
+        *[("tiny", system) for system in [*config["systems"][:4], "memdec", "teacher", "ce", "mixed"]],
+        *[("foreign", system) for system in [*config["systems"][:4], "moved"]],
+    ]
+    assert rows["domain"].notna().all()
+    for number, name in (("3", "tiny"), ("4", "foreign")):
+        part = pd.read_csv(tmp_path / "results" / f"table{number}.csv")
+        assert list(part["method"]) == config["systems"]
+        assert set(part["model"]) == {name}
+    for name, kind in itertools.product(("table3", "table4", "memories"), ("md", "tex", "provenance.json")):
+        assert (tmp_path / "results" / f"{name}.{kind}").is_file()
+    assert "Nothing to be done" in snakemake(tmp_path, *everything)
+    shutil.rmtree(tmp_path / "results" / "tiny" / "domain" / "seed0" / "keys" / "tiny" / "targets" / "1-of-2")
     again = snakemake(tmp_path, *words)
     ran = set(re.findall(r"^(?:local)?rule (\w+):", again, re.MULTILINE))
     assert ran == {"targets", "train", "evaluate", "table3"}
@@ -90,9 +172,10 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
 # Layer of each module; a module imports, at its top level, only from its own layer or below.
 LAYERS = [
     {"errors", "resources"},
-    {"windows", "mixing", "losses", "kernels", "search", "knn", "metrics"},
-    {"config", "provenance", "artifacts", "corpora", "tokens", "models", "keypoints", "scores", "modeling"},
-    {"datastore", "index", "targets", "train", "evaluate"},
+    {"windows", "mixing", "losses", "objectives", "kernels", "search", "knn", "metrics"},
+    {"config", "provenance", "artifacts", "corpora", "tokens", "models", "keypoints", "scores", "modeling"}
+    | {"flops", "cards"},
+    {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"},
     {"harness", "tasks", "tables", "regression", "cli"},
 ]
 

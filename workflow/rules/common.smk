@@ -1,6 +1,7 @@
 # Helpers of all rules. Paths: results/<scale>/..., one folder per artefact, manifest.json written last.
 import json
 import os
+import re
 import shlex
 
 import psutil
@@ -9,28 +10,41 @@ from pathlib import Path
 from memdec import artifacts
 from memdec.errors import ArtifactError
 
-RUN = f"results/{config['scale']}"
+RUN = f"results/{CONFIG.scale}"
 LOG = f"{RUN}/logs"
 BENCHMARK = f"{RUN}/benchmarks"
-MODELS = config["models"]
-TOKENIZER = MODELS[config["key_model"]]["tokenizer"]
+HOME = f"{RUN}/{{domain}}/seed{{seed}}"
+MODELS = CONFIG.models
+MEMORIES = {name: CONFIG.variant(name) for name in CONFIG.memory_names}
+SYSTEMS = set(CONFIG.systems)
+# Models whose tokenizer is not the key model's: Table 4.
+OWN = [
+    name
+    for name in CONFIG.bases
+    if MODELS[name].tokenizer == MODELS[CONFIG.key_model].tokenizer
+]
+OTHERS = [name for name in CONFIG.bases if name not in OWN]
 # A stage whose results change for the same settings gets a new number; its rules then run again.
 STAGE = dict(corpus=1, tokenizer=1, tokens=1, model=1, finetune=1, lora=1, datastore=2)
-STAGE |= dict(index=2, targets=2, train=1, evaluate=1, table=1)
+STAGE |= dict(index=2, targets=2, teacher=1, adapt=1, train=1, evaluate=1, table=1)
 
 
 wildcard_constraints:
     corpus="[^/]+",
     domain="[^/]+",
+    key="[^/]+",
+    memory="|".join(re.escape(name) for name in MEMORIES),
     model="[^/]+",
     tokenizer="[^/]+",
     seed="[0-9]+",
+    split="valid|test",
 
 
 # Shards of a stage are folders i-of-n; `--set-scatter targets=8` overrides the config.
 scattergather:
-    keys=config.get("datastore", {}).get("shards", 1),
-    targets=config.get("targets", {}).get("shards", 1),
+    keys=CONFIG.datastore.shards,
+    targets=CONFIG.targets.shards,
+    teacher=CONFIG.teacher.shards,
 
 
 # On this machine `--cores` counts CPUs that are there, so --cores 8 on two CPUs starts two jobs at a time; memory
@@ -45,10 +59,10 @@ if workflow.local_exec and workflow.global_resources["_cores"].value is not None
         )
 
 
-def options(section, *leave):
-    """Settings of one section of the config as command line options."""
+def options(settings, *leave):
+    """Settings, as a section of the config has them, as command line options."""
     words = []
-    for name, value in config.get(section, {}).items():
+    for name, value in settings.items():
         if name in leave or value is None:
             continue
         flag = name.replace("_", "-")
@@ -58,6 +72,10 @@ def options(section, *leave):
             values = value if isinstance(value, list) else [value]
             words += [f"--{flag} {v}" for v in values]
     return " ".join(words)
+
+
+def section(name):
+    return config.get(name) or {}
 
 
 def shard(wildcards):
@@ -70,52 +88,218 @@ def folders(flag, manifests):
     return " ".join(f"--{flag} {os.path.dirname(path)}" for path in manifests)
 
 
-def spec(section, name):
+def spec(kind, name):
     """One entry of the config as JSON for the shell."""
-    return shlex.quote(json.dumps(config[section][name], sort_keys=True))
+    entry = getattr(CONFIG, kind)[name].model_dump(mode="json", exclude_unset=True)
+    return shlex.quote(json.dumps(entry, sort_keys=True))
 
 
 def manifest(folder):
     return f"{folder}/manifest.json"
 
 
-WINDOW = f"--context {config.get('context', 1024)} --stride {config.get('stride', 512)}"
-CONTEXT = f"--context {config.get('context', 1024)}"
+def home(wildcards):
+    return f"{RUN}/{wildcards.domain}/seed{wildcards.seed}"
 
 
-CELLS = [
-    (domain, model, seed)
-    for domain in config["domains"]
-    for model in MODELS
-    for seed in config.get("seeds", [0])
-]
+def tokens_of(model, domain):
+    return manifest(f"{RUN}/tokens/{MODELS[model].tokenizer}/{domain}")
+
+
+WINDOW = f"--context {CONFIG.context} --stride {CONFIG.stride}"
+CONTEXT = f"--context {CONFIG.context}"
+
+
+# --- budget ---------------------------------------------------------------------------------------------------------
+
+BUDGET = (
+    [manifest(f"{RUN}/models/{CONFIG.budget.model}")]
+    if CONFIG.budget is not None
+    else []
+)
+
+
+def budget(input, share=1.0):
+    """Options for at most the budget's operations."""
+    if not input.budget:
+        return ""
+    epochs = CONFIG.budget.epochs * share
+    return f"{folders('budget-model', input.budget)} --budget-epochs {epochs:g}"
+
+
+# --- keys and memories ----------------------------------------------------------------------------------------------
+
+
+def key_name(wildcards):
+    """Model of a folder of keys, which are those of the plain model where the name says so."""
+    return wildcards.key.removesuffix(typed.UNTUNED)
+
+
+def key_model(wildcards):
+    name = key_name(wildcards)
+    return manifest(
+        f"{home(wildcards)}/finetuned/{name}"
+        if name == wildcards.key
+        else f"{RUN}/models/{name}"
+    )
+
+
+def key_tokens(wildcards):
+    return tokens_of(key_name(wildcards), wildcards.domain)
+
+
+def memory_start(wildcards):
+    """What the training of a memory begins with."""
+    memory = MEMORIES[wildcards.memory]
+    if memory.adapt is not None:
+        return manifest(f"{home(wildcards)}/adapted/{memory.name}")
+    if memory.tuned_start:
+        return manifest(f"{home(wildcards)}/finetuned/{memory.memory_model}")
+    return manifest(f"{RUN}/models/{memory.memory_model}")
+
+
+def memory_targets(wildcards):
+    """All shards of what a memory imitates."""
+    memory = MEMORIES[wildcards.memory]
+    keys = f"{home(wildcards)}/keys/{memory.keys}"
+    return {
+        "knn": gather.targets(f"{keys}/targets/{{scatteritem}}/manifest.json"),
+        "teacher": gather.teacher(f"{keys}/teacher/{{scatteritem}}/manifest.json"),
+        "none": [],
+    }[memory.targets]
+
+
+def memory_bases(wildcards):
+    """Base models that alpha is tried with during training, where there are evaluations during training."""
+    memory = MEMORIES[wildcards.memory]
+    during = memory.train.keep_best or memory.train.evaluate_every is not None
+    return (
+        [manifest(f"{RUN}/models/{name}") for name in memory.models] if during else []
+    )
+
+
+def memory_options(wildcards):
+    return options(
+        MEMORIES[wildcards.memory].train.model_dump(mode="json", exclude_unset=True)
+    )
+
+
+# --- evaluations ----------------------------------------------------------------------------------------------------
+
+# What is evaluated without a memory; the base alone comes with every evaluation.
+ALONE = SYSTEMS & {"LoRA", "DAPT", "kNN-LM"} or "MemDec" not in SYSTEMS
+
+
+def evaluated_memory(wildcards):
+    memory = MEMORIES[wildcards.memory]
+    return manifest(
+        f"{home(wildcards)}/dapt/{memory.memory_model}"
+        if memory.dapt
+        else f"{home(wildcards)}/memory/{memory.name}"
+    )
+
+
+def knn_queries(wildcards):
+    """p_kNN of the valid and the test text, with the keys of the first memory of the model's tokenizer."""
+    if "kNN-LM" not in SYSTEMS:
+        return []
+    keys = CONFIG.memory_for(wildcards.model).keys
+    return [
+        manifest(f"{home(wildcards)}/keys/{keys}/knn/{split}")
+        for split in ("valid", "test")
+    ]
+
+
+def knn_option(input):
+    """The folder above those of the splits."""
+    return (
+        f"--knn {os.path.dirname(os.path.dirname(input.knn[0]))}" if input.knn else ""
+    )
+
+
+def evaluations(models, memories):
+    """(domain, model, seed, folder) of what is evaluated with these memories and without one."""
+    parts = [(model, typed.SYSTEMS) for model in models if ALONE]
+    if "MemDec" in SYSTEMS:
+        parts += [(m, name) for name in memories for m in MEMORIES[name].models]
+    return [
+        (domain, model, seed, f"{RUN}/{domain}/seed{seed}/evaluation/{name}/{model}")
+        for domain in CONFIG.domains
+        for model, name in parts
+        if model in models
+        for seed in CONFIG.seeds
+    ]
+
+
+def first_memories(models):
+    """The memory of each tokenizer that Tables 3 and 4 show."""
+    if "MemDec" not in SYSTEMS:
+        return []
+    return list(dict.fromkeys(CONFIG.memory_for(model).name for model in models))
+
+
+# Evaluations of each table.
+CELLS = {
+    "table3": evaluations(OWN, first_memories(OWN)),
+    "table4": evaluations(OTHERS, first_memories(OTHERS)),
+    "memories": evaluations(CONFIG.bases, MEMORIES),
+}
+
+
+def cells(table):
+    """The evaluations of a table as command line options."""
+    return " ".join(f"--cell {d}:{m}:{seed}:{f}" for d, m, seed, f in CELLS[table])
 
 
 # Snakemake does not look at a missing intermediate file when everything after it is there. An artefact of a finished
-# table that is gone or cut is made again, with what depends on it, as if it had been named with --forcerun.
-def damaged():
-    if not os.path.isfile("results/table3.csv"):
+# table that is gone or cut is made again, with what depends on it, as if it had been named with --forcerun. What the
+# table at hand does not need may be in the list; it changes nothing.
+def damaged(table):
+    if not os.path.isfile(f"results/{table}.csv"):
         return []
     kinds = {
-        "corpus": [f"{RUN}/corpora/{name}" for name in config["corpora"]],
-        "tokenizer": [f"{RUN}/tokenizers/{name}" for name in config["tokenizers"]],
+        "corpus": [f"{RUN}/corpora/{name}" for name in CONFIG.corpora],
+        "tokenizer": [f"{RUN}/tokenizers/{name}" for name in CONFIG.tokenizers],
         "tokens": [
-            f"{RUN}/tokens/{TOKENIZER}/{domain}" for domain in config["domains"]
+            f"{RUN}/tokens/{tokenizer}/{domain}"
+            for tokenizer in CONFIG.tokenizers
+            for domain in CONFIG.domains
         ],
         "model": [f"{RUN}/models/{name}" for name in MODELS],
+        "evaluation": [folder for *_, folder in CELLS[table]],
     }
-    for domain, seed in {(domain, seed) for domain, _, seed in CELLS}:
-        home = f"{RUN}/{domain}/seed{seed}"
-        kinds["model"].append(f"{home}/finetuned/{config['key_model']}")
-        for kind, names in {
-            "datastore": gather.keys("datastore/{scatteritem}"),
-            "index": ["index"],
-            "targets": gather.targets("targets/{scatteritem}"),
-            "memory": ["memory"],
-            "lora": [f"lora/{name}" for name in MODELS],
-            "evaluation": [f"evaluation/{name}" for name in MODELS],
-        }.items():
-            kinds.setdefault(kind, []).extend(f"{home}/{name}" for name in names)
+    keys = {memory.keys for memory in MEMORIES.values()}
+    for domain in CONFIG.domains:
+        for seed in CONFIG.seeds:
+            for kind, pattern, names in [
+                ("model", "finetuned/{}", MODELS),
+                ("model", "dapt/{}", MODELS),
+                ("model", "adapted/{}", MEMORIES),
+                ("memory", "memory/{}", MEMORIES),
+                ("lora", "lora/{}", MODELS),
+                ("index", "keys/{}/index", keys),
+                *[
+                    ("datastore", f"keys/{{}}/queries/{s}", keys)
+                    for s in ("valid", "test")
+                ],
+                *[("targets", f"keys/{{}}/knn/{s}", keys) for s in ("valid", "test")],
+                *[
+                    ("datastore", f"keys/{{}}/datastore/{i}", keys)
+                    for i in gather.keys("{scatteritem}")
+                ],
+                *[
+                    ("targets", f"keys/{{}}/targets/{i}", keys)
+                    for i in gather.targets("{scatteritem}")
+                ],
+                *[
+                    ("targets", f"keys/{{}}/teacher/{i}", keys)
+                    for i in gather.teacher("{scatteritem}")
+                ],
+            ]:
+                place = f"{RUN}/{domain}/seed{seed}"
+                kinds.setdefault(kind, []).extend(
+                    f"{place}/{pattern.format(name)}" for name in names
+                )
     lost = []
     for kind, paths in kinds.items():
         for folder in paths:
@@ -126,8 +310,13 @@ def damaged():
     return lost
 
 
-def config_file(wildcards):
-    # Runs while the graph is built, before it is decided what has to run; the command line's own --forcerun is read
-    # earlier, so there is no setting to extend.
-    workflow.dag.forcefiles.update(damaged())
-    return f"{RUN}/config.json"
+def config_file(table):
+    """Input function: the resolved config, and what is lost of a table."""
+
+    def path(wildcards):
+        # Runs while the graph is built, before it is decided what has to run; the command line's own --forcerun is
+        # read earlier, so there is no setting to extend.
+        workflow.dag.forcefiles.update(damaged(table))
+        return f"{RUN}/config.json"
+
+    return path

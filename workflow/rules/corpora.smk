@@ -2,7 +2,7 @@ rule corpus:
     input:
         lambda w: [
             manifest(f"{RUN}/corpora/{name}")
-            for name in config["corpora"][w.corpus].get("disjoint_from", [])
+            for name in CONFIG.corpora[w.corpus].disjoint_from
         ],
     output:
         expand(
@@ -36,7 +36,7 @@ rule tokenizer:
     input:
         lambda w: [
             manifest(f"{RUN}/corpora/{name}")
-            for name in config["tokenizers"][w.tokenizer].get("train_on") or []
+            for name in CONFIG.tokenizers[w.tokenizer].train_on or []
         ],
     output:
         f"{RUN}/tokenizers/{{tokenizer}}/tokenizer.json",

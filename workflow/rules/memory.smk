@@ -1,19 +1,18 @@
-HOME = f"{RUN}/{{domain}}/seed{{seed}}"
 KEYS = gather.keys(
-    f"{HOME}/datastore/{{scatteritem}}/manifest.json", allow_missing=True
+    f"{HOME}/keys/{{key}}/datastore/{{scatteritem}}/manifest.json", allow_missing=True
 )
 
 
 rule datastore:
     input:
-        model=f"{HOME}/finetuned/{config['key_model']}/manifest.json",
-        tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
+        model=key_model,
+        tokens=key_tokens,
     output:
-        manifest=f"{HOME}/datastore/{{scatteritem}}/manifest.json",
+        manifest=f"{HOME}/keys/{{key}}/datastore/{{scatteritem}}/manifest.json",
     log:
-        f"{LOG}/datastore/{{domain}}-{{seed}}-{{scatteritem}}.log",
+        f"{LOG}/datastore/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
-        f"{BENCHMARK}/datastore/{{domain}}-{{seed}}-{{scatteritem}}.tsv"
+        f"{BENCHMARK}/datastore/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     priority: 5
     conda:
         "../../environment.yml"
@@ -22,7 +21,7 @@ rule datastore:
         mem_mb=2000,
         runtime=600,
     params:
-        options=options("datastore", "shards"),
+        options=options(section("datastore"), "shards"),
         shard=shard,
         window=WINDOW,
         stage=STAGE["datastore"],
@@ -36,11 +35,11 @@ rule index:
     input:
         datastore=KEYS,
     output:
-        manifest=f"{HOME}/index/manifest.json",
+        manifest=f"{HOME}/keys/{{key}}/index/manifest.json",
     log:
-        f"{LOG}/index/{{domain}}-{{seed}}.log",
+        f"{LOG}/index/{{domain}}-{{seed}}-{{key}}.log",
     benchmark:
-        f"{BENCHMARK}/index/{{domain}}-{{seed}}.tsv"
+        f"{BENCHMARK}/index/{{domain}}-{{seed}}-{{key}}.tsv"
     priority: 5
     conda:
         "../../environment.yml"
@@ -49,7 +48,7 @@ rule index:
         mem_mb=1500,
         runtime=600,
     params:
-        options=options("index"),
+        options=options(section("index")),
         datastore=lambda w, input: folders("datastore", input.datastore),
         stage=STAGE["index"],
     shell:
@@ -60,14 +59,14 @@ rule index:
 rule targets:
     input:
         datastore=KEYS,
-        index=f"{HOME}/index/manifest.json",
-        tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
+        index=f"{HOME}/keys/{{key}}/index/manifest.json",
+        tokens=key_tokens,
     output:
-        manifest=f"{HOME}/targets/{{scatteritem}}/manifest.json",
+        manifest=f"{HOME}/keys/{{key}}/targets/{{scatteritem}}/manifest.json",
     log:
-        f"{LOG}/targets/{{domain}}-{{seed}}-{{scatteritem}}.log",
+        f"{LOG}/targets/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
-        f"{BENCHMARK}/targets/{{domain}}-{{seed}}-{{scatteritem}}.tsv"
+        f"{BENCHMARK}/targets/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     priority: 5
     conda:
         "../../environment.yml"
@@ -76,7 +75,7 @@ rule targets:
         mem_mb=1500,
         runtime=600,
     params:
-        options=options("targets", "shards"),
+        options=options(section("targets"), "shards"),
         shard=shard,
         datastore=lambda w, input: folders("datastore", input.datastore),
         stage=STAGE["targets"],
@@ -86,20 +85,16 @@ rule targets:
         "--out $(dirname {output.manifest}) > {log} 2>&1"
 
 
-rule train:
+rule teacher:
     input:
-        model=f"{RUN}/models/{config['memory_model']}/manifest.json",
-        tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
-        targets=gather.targets(
-            f"{HOME}/targets/{{scatteritem}}/manifest.json", allow_missing=True
-        ),
+        model=key_model,
+        tokens=key_tokens,
     output:
-        f"{HOME}/memory/model.safetensors",
-        manifest=f"{HOME}/memory/manifest.json",
+        manifest=f"{HOME}/keys/{{key}}/teacher/{{scatteritem}}/manifest.json",
     log:
-        f"{LOG}/train/{{domain}}-{{seed}}.log",
+        f"{LOG}/teacher/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
-        f"{BENCHMARK}/train/{{domain}}-{{seed}}.tsv"
+        f"{BENCHMARK}/teacher/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     priority: 5
     conda:
         "../../environment.yml"
@@ -108,11 +103,132 @@ rule train:
         mem_mb=2000,
         runtime=600,
     params:
-        options=options("memory"),
+        options=options(section("teacher"), "shards"),
+        shard=shard,
+        window=WINDOW,
+        stage=STAGE["teacher"],
+    shell:
+        "OMP_NUM_THREADS={threads} memdec teacher --model $(dirname {input.model}) "
+        "--tokens $(dirname {input.tokens}) {params.options} {params.shard} {params.window} "
+        "--out $(dirname {output.manifest}) > {log} 2>&1"
+
+
+# The text that the kNN-LM is evaluated on.
+rule queries:
+    input:
+        model=key_model,
+        tokens=key_tokens,
+    output:
+        manifest=f"{HOME}/keys/{{key}}/queries/{{split}}/manifest.json",
+    log:
+        f"{LOG}/queries/{{domain}}-{{seed}}-{{key}}-{{split}}.log",
+    benchmark:
+        f"{BENCHMARK}/queries/{{domain}}-{{seed}}-{{key}}-{{split}}.tsv"
+    priority: 5
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=600,
+    params:
+        options=options(section("datastore"), "shards", "split"),
+        window=WINDOW,
+        stage=STAGE["datastore"],
+    shell:
+        "OMP_NUM_THREADS={threads} memdec datastore --model $(dirname {input.model}) "
+        "--tokens $(dirname {input.tokens}) --split {wildcards.split} {params.options} {params.window} "
+        "--out $(dirname {output.manifest}) > {log} 2>&1"
+
+
+# Whole rows: 'top' and 'threshold' are for what is trained on.
+rule knn:
+    input:
+        datastore=KEYS,
+        index=f"{HOME}/keys/{{key}}/index/manifest.json",
+        tokens=key_tokens,
+        queries=f"{HOME}/keys/{{key}}/queries/{{split}}/manifest.json",
+    output:
+        manifest=f"{HOME}/keys/{{key}}/knn/{{split}}/manifest.json",
+    log:
+        f"{LOG}/knn/{{domain}}-{{seed}}-{{key}}-{{split}}.log",
+    benchmark:
+        f"{BENCHMARK}/knn/{{domain}}-{{seed}}-{{key}}-{{split}}.tsv"
+    priority: 5
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=600,
+    params:
+        options=options(section("targets"), "shards", "top", "threshold"),
+        datastore=lambda w, input: folders("datastore", input.datastore),
+        stage=STAGE["targets"],
+    shell:
+        "OMP_NUM_THREADS={threads} memdec targets {params.datastore} --index $(dirname {input.index}) "
+        "--tokens $(dirname {input.tokens}) --queries $(dirname {input.queries}) {params.options} "
+        "--out $(dirname {output.manifest}) > {log} 2>&1"
+
+
+rule adapt:
+    input:
+        memory=lambda w: manifest(f"{home(w)}/memory/{MEMORIES[w.memory].adapt}"),
+        tokenizer=lambda w: manifest(f"{RUN}/tokenizers/{MEMORIES[w.memory].tokenizer}"),
+    output:
+        f"{HOME}/adapted/{{memory}}/model.safetensors",
+        manifest=f"{HOME}/adapted/{{memory}}/manifest.json",
+    log:
+        f"{LOG}/adapt/{{domain}}-{{seed}}-{{memory}}.log",
+    benchmark:
+        f"{BENCHMARK}/adapt/{{domain}}-{{seed}}-{{memory}}.tsv"
+    priority: 5
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=600,
+    params:
+        options=options(section("adapt")),
+        stage=STAGE["adapt"],
+    shell:
+        "OMP_NUM_THREADS={threads} memdec adapt-vocab --memory $(dirname {input.memory}) "
+        "--tokenizer $(dirname {input.tokenizer}) {params.options} --seed {wildcards.seed} "
+        "--out $(dirname {output.manifest}) > {log} 2>&1"
+
+
+rule train:
+    input:
+        model=memory_start,
+        tokens=lambda w: manifest(
+            f"{RUN}/tokens/{MEMORIES[w.memory].tokenizer}/{w.domain}"
+        ),
+        targets=memory_targets,
+        bases=memory_bases,
+        budget=BUDGET,
+    output:
+        f"{HOME}/memory/{{memory}}/model.safetensors",
+        manifest=f"{HOME}/memory/{{memory}}/manifest.json",
+    log:
+        f"{LOG}/train/{{domain}}-{{seed}}-{{memory}}.log",
+    benchmark:
+        f"{BENCHMARK}/train/{{domain}}-{{seed}}-{{memory}}.tsv"
+    priority: 5
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=600,
+    params:
+        options=memory_options,
         context=CONTEXT,
         targets=lambda w, input: folders("targets", input.targets),
+        bases=lambda w, input: folders("base", input.bases),
+        budget=lambda w, input: budget(input, MEMORIES[w.memory].share),
         stage=STAGE["train"],
     shell:
         "OMP_NUM_THREADS={threads} memdec train --model $(dirname {input.model}) "
-        "--tokens $(dirname {input.tokens}) {params.targets} {params.options} {params.context} "
+        "--tokens $(dirname {input.tokens}) {params.targets} {params.bases} {params.options} {params.budget} {params.context} "
         "--seed {wildcards.seed} --out $(dirname {output.manifest}) > {log} 2>&1"

@@ -1,13 +1,9 @@
 rule model:
     input:
-        tokenizer=lambda w: manifest(f"{RUN}/tokenizers/{MODELS[w.model]['tokenizer']}"),
+        tokenizer=lambda w: manifest(f"{RUN}/tokenizers/{MODELS[w.model].tokenizer}"),
         tokens=lambda w: (
-            [
-                manifest(
-                    f"{RUN}/tokens/{MODELS[w.model]['tokenizer']}/{MODELS[w.model]['corpus']}"
-                )
-            ]
-            if MODELS[w.model].get("corpus")
+            [tokens_of(w.model, MODELS[w.model].corpus)]
+            if MODELS[w.model].corpus
             else []
         ),
     output:
@@ -39,10 +35,10 @@ rule model:
 rule finetune:
     input:
         model=f"{RUN}/models/{{model}}/manifest.json",
-        tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
+        tokens=lambda w: tokens_of(w.model, w.domain),
     output:
-        f"{RUN}/{{domain}}/seed{{seed}}/finetuned/{{model}}/model.safetensors",
-        manifest=f"{RUN}/{{domain}}/seed{{seed}}/finetuned/{{model}}/manifest.json",
+        f"{HOME}/finetuned/{{model}}/model.safetensors",
+        manifest=f"{HOME}/finetuned/{{model}}/manifest.json",
     log:
         f"{LOG}/finetune/{{domain}}-{{seed}}-{{model}}.log",
     benchmark:
@@ -55,7 +51,7 @@ rule finetune:
         mem_mb=2000,
         runtime=600,
     params:
-        options=options("finetune"),
+        options=options(section("finetune")),
         context=CONTEXT,
         stage=STAGE["finetune"],
     shell:
@@ -64,13 +60,41 @@ rule finetune:
         "--out $(dirname {output.manifest}) > {log} 2>&1"
 
 
+# The baseline: the same training, under the budget.
+use rule finetune as dapt with:
+    input:
+        model=f"{RUN}/models/{{model}}/manifest.json",
+        tokens=lambda w: tokens_of(w.model, w.domain),
+        budget=BUDGET,
+    output:
+        f"{HOME}/dapt/{{model}}/model.safetensors",
+        manifest=f"{HOME}/dapt/{{model}}/manifest.json",
+    log:
+        f"{LOG}/dapt/{{domain}}-{{seed}}-{{model}}.log",
+    benchmark:
+        f"{BENCHMARK}/dapt/{{domain}}-{{seed}}-{{model}}.tsv"
+    params:
+        options=lambda w, input: (
+            options(section("finetune" if CONFIG.dapt is None else "dapt"))
+            + f" {budget(input)}"
+        ),
+        context=CONTEXT,
+        stage=STAGE["finetune"],
+
+
 rule lora:
     input:
         model=f"{RUN}/models/{{model}}/manifest.json",
-        tokens=f"{RUN}/tokens/{TOKENIZER}/{{domain}}/manifest.json",
+        tokens=lambda w: tokens_of(w.model, w.domain),
+        match=(
+            [manifest(f"{RUN}/models/{CONFIG.memory_model}")]
+            if CONFIG.lora.rank is None
+            else []
+        ),
+        budget=BUDGET,
     output:
-        f"{RUN}/{{domain}}/seed{{seed}}/lora/{{model}}/adapter_model.safetensors",
-        manifest=f"{RUN}/{{domain}}/seed{{seed}}/lora/{{model}}/manifest.json",
+        f"{HOME}/lora/{{model}}/adapter_model.safetensors",
+        manifest=f"{HOME}/lora/{{model}}/manifest.json",
     log:
         f"{LOG}/lora/{{domain}}-{{seed}}-{{model}}.log",
     benchmark:
@@ -82,10 +106,12 @@ rule lora:
         mem_mb=2000,
         runtime=600,
     params:
-        options=options("lora"),
+        options=options(section("lora")),
+        match=lambda w, input: folders("match", input.match),
+        budget=lambda w, input: budget(input),
         context=CONTEXT,
         stage=STAGE["lora"],
     shell:
         "OMP_NUM_THREADS={threads} memdec lora --model $(dirname {input.model}) "
-        "--tokens $(dirname {input.tokens}) {params.options} {params.context} --seed {wildcards.seed} "
-        "--out $(dirname {output.manifest}) > {log} 2>&1"
+        "--tokens $(dirname {input.tokens}) {params.options} {params.match} {params.budget} {params.context} "
+        "--seed {wildcards.seed} --out $(dirname {output.manifest}) > {log} 2>&1"

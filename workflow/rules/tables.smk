@@ -7,18 +7,17 @@ rule resolved_config:
     conda:
         "../../environment.yml"
     params:
-        config=shlex.quote(json.dumps(config)),
+        config=shlex.quote(
+            json.dumps(CONFIG.model_dump(mode="json", exclude_unset=True))
+        ),
     shell:
         "printf '%s' {params.config} > {output} 2> {log}"
 
 
 rule table3:
     input:
-        config=config_file,
-        cells=[
-            f"{RUN}/{domain}/seed{seed}/evaluation/{model}/manifest.json"
-            for domain, model, seed in CELLS
-        ],
+        config=config_file("table3"),
+        cells=[manifest(folder) for *_, folder in CELLS["table3"]],
     output:
         csv=report(
             "results/table3.csv", caption="../report/table3.rst", category="Tables"
@@ -37,10 +36,52 @@ rule table3:
         mem_mb=500,
         runtime=10,
     params:
-        cells=" ".join(
-            f"--cell {domain}:{model}:{seed}:{RUN}/{domain}/seed{seed}/evaluation/{model}"
-            for domain, model, seed in CELLS
-        ),
+        command="table",
+        cells=cells("table3"),
         stage=STAGE["table"],
     shell:
-        "memdec table --config {input.config} {params.cells} --out {output.csv} > {log} 2>&1"
+        "memdec {params.command} --config {input.config} {params.cells} --out {output.csv} > {log} 2>&1"
+
+
+use rule table3 as memories with:
+    input:
+        config=config_file("memories"),
+        cells=[manifest(folder) for *_, folder in CELLS["memories"]],
+    output:
+        csv=report(
+            "results/memories.csv", caption="../report/memories.rst", category="Tables"
+        ),
+        markdown="results/memories.md",
+        latex="results/memories.tex",
+        provenance="results/memories.provenance.json",
+    log:
+        f"{LOG}/memories.log",
+    benchmark:
+        f"{BENCHMARK}/memories.tsv"
+    params:
+        command="memories",
+        cells=cells("memories"),
+        stage=STAGE["table"],
+
+
+if OTHERS:
+
+    use rule table3 as table4 with:
+        input:
+            config=config_file("table4"),
+            cells=[manifest(folder) for *_, folder in CELLS["table4"]],
+        output:
+            csv=report(
+                "results/table4.csv", caption="../report/table4.rst", category="Tables"
+            ),
+            markdown="results/table4.md",
+            latex="results/table4.tex",
+            provenance="results/table4.provenance.json",
+        log:
+            f"{LOG}/table4.log",
+        benchmark:
+            f"{BENCHMARK}/table4.tsv"
+        params:
+            command="table --number 4",
+            cells=cells("table4"),
+            stage=STAGE["table"],

@@ -1,0 +1,123 @@
+"""What is evaluated beside a memory: kNN-LM, DAPT and a DAPT model mixed in, against loops over tokens."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from making import CONTEXT, made_text, plain_scores
+
+from memdec import artifacts, corpora, datastore, evaluate, index, targets, tokens, train
+from memdec.config import (
+    DatastoreSettings,
+    EvaluateSettings,
+    FileCorpus,
+    IndexSettings,
+    TargetSettings,
+    TrainSettings,
+)
+from memdec.errors import ArtifactError
+
+WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
+SETTINGS = EvaluateSettings(resamples=20, alphas=[0.2, 0.7], lambdas=[0.0, 0.3, 0.6, 0.9, 0.99])
+
+
+@pytest.fixture(scope="module")
+def home(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys of the base, p_kNN of the valid and the test text, and the base after DAPT."""
+    home = tmp_path_factory.mktemp("home")
+    datastore.run(base_folder, token_folder, home / "store", DatastoreSettings(), **WINDOW)
+    index.run(home / "store", home / "index", IndexSettings())
+    for split in ("valid", "test"):
+        queries = home / "queries" / split
+        datastore.run(base_folder, token_folder, queries, DatastoreSettings(split=split), **WINDOW)
+        settings = TargetSettings(neighbours=9, temperature=0.5)
+        out = home / "knn" / split
+        targets.run(home / "store", home / "index", token_folder, out, settings, queries=[queries])
+    dapt = TrainSettings(epochs=0.5, learning_rate=1e-2)
+    train.run_finetune(base_folder, token_folder, home / "dapt", dapt, context=CONTEXT, seed=0)
+    return home
+
+
+def records_of(folder: Path, base: Path, corpus: Path, **what: Any) -> list[dict[str, Any]]:
+    evaluate.run(base, corpus, folder, SETTINGS, seed=0, **WINDOW, **what)
+    records: list[dict[str, Any]] = json.loads((folder / "records.json").read_text())
+    return records
+
+
+def stream_of(token_folder: Path, split: str) -> list[int]:
+    return [int(token) for token in np.load(token_folder / f"{split}.npy")]
+
+
+def plain(folder: Path, token_folder: Path, split: str) -> np.ndarray:
+    prefix = tokens.prefix_id(tokens.load_tokenizer(str(folder)))
+    return plain_scores(folder, stream_of(token_folder, split), prefix, CONTEXT // 2)
+
+
+def plain_knn_lm(home: Path, base: Path, token_folder: Path, split: str, weight: float) -> float:
+    """Perplexity of weight * p_kNN + (1 - weight) * p_base, one token at a time."""
+    folder, total = home / "knn" / split, 0.0
+    indptr, ids, probs = (np.load(folder / f"{name}.npy").tolist() for name in ("indptr", "tokens", "probs"))
+    stream, log_p = stream_of(token_folder, split), plain(base, token_folder, split)
+    for position, token in enumerate(stream):
+        row = slice(indptr[position], indptr[position + 1])
+        p_knn = dict(zip(ids[row], probs[row], strict=True)).get(token, 0.0)
+        total += math.log(weight * p_knn + (1 - weight) * math.exp(log_p[position]))
+    return math.exp(-total / len(stream))
+
+
+def test_knn_lm_and_dapt_equal_plain_loops(
+    home: Path, base_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
+) -> None:
+    found = records_of(tmp_path / "e", base_folder, corpus_folder, dapt=home / "dapt", knn_folder=home / "knn")
+    base, dapt, knn_lm = found
+    assert [record["method"] for record in found] == ["base", "DAPT", "kNN-LM"]
+    assert [record["memory"] for record in found] == [None, None, None]
+    for record, folder in ((base, base_folder), (dapt, home / "dapt")):
+        log_p = plain(folder, token_folder, "test")
+        assert record["value"] == pytest.approx(math.exp(-log_p.mean()), rel=1e-5)
+        assert (record["n"], record["alpha"]) == (len(log_p), None)
+    assert base["value"] != pytest.approx(dapt["value"], rel=1e-3)
+    sweep = {weight: plain_knn_lm(home, base_folder, token_folder, "valid", weight) for weight in SETTINGS.lambdas}
+    assert {float(weight): value for weight, value in knn_lm["valid_sweep"].items()} == pytest.approx(sweep, rel=1e-5)
+    best = min(sweep, key=sweep.__getitem__)
+    assert best not in (SETTINGS.lambdas[0], SETTINGS.lambdas[-1])
+    assert (knn_lm["alpha"], knn_lm["valid"]) == (best, pytest.approx(sweep[best], rel=1e-5))
+    test = plain_knn_lm(home, base_folder, token_folder, "test", best)
+    assert knn_lm["value"] == pytest.approx(test, rel=1e-5)
+    assert knn_lm["low"] < knn_lm["value"] < knn_lm["high"]
+    assert knn_lm["n"] == base["n"]
+
+
+def test_a_dapt_model_is_mixed_in_as_a_memory_is(
+    home: Path, small_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
+) -> None:
+    base, mixed = records_of(tmp_path / "e", small_folder, corpus_folder, memory=home / "dapt", name="dapt")
+    assert (base["memory"], mixed["memory"], mixed["method"]) == (None, "dapt", "MemDec")
+    ours, theirs = (plain(folder, token_folder, "test") for folder in (small_folder, home / "dapt"))
+    log_p = np.log((1 - mixed["alpha"]) * np.exp(ours) + mixed["alpha"] * np.exp(theirs))
+    assert mixed["value"] == pytest.approx(math.exp(-log_p.mean()), rel=1e-5)
+    assert mixed["valid"] == min(mixed["valid_sweep"].values())
+    assert artifacts.read(tmp_path / "e", "evaluation").settings["memory"] == "dapt"
+
+
+def test_other_text_is_refused(home: Path, base_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "knn").mkdir()
+    for split, source in (("valid", "test"), ("test", "test")):
+        (tmp_path / "knn" / split).symlink_to(home / "knn" / source)
+    with pytest.raises(ArtifactError, match="valid: expected targets for this token stream, found some for another"):
+        records_of(tmp_path / "a", base_folder, corpus_folder, knn_folder=tmp_path / "knn")
+    (tmp_path / "text.txt").write_text(made_text(250, 5))
+    corpora.run(FileCorpus(source="files", path=str(tmp_path / "text.txt"), min_bytes=200), tmp_path / "other")
+    with pytest.raises(
+        ArtifactError, match=r"dapt: expected a model trained on .*other, found one trained on other text"
+    ):
+        records_of(tmp_path / "b", base_folder, tmp_path / "other", dapt=home / "dapt")
+
+
+def test_the_hash_of_a_stream_is_that_of_its_file(token_folder: Path) -> None:
+    stream, facts = stream_of(token_folder, "test"), artifacts.read(token_folder, "tokens").facts
+    assert tokens.stream_digest(stream, 300) == facts["sha256"]["test"]
+    assert tokens.stream_digest([*stream[:-1], stream[-1] ^ 1], 300) != facts["sha256"]["test"]
