@@ -115,7 +115,7 @@ class LossModel(nn.Module):
 
     def hidden(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Final hidden states (B T, D), and the head's weight (V, D) in their type."""
-        causal = self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+        causal = _causal(self.lm)
         hidden: Tensor = models.decoder(causal)(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1), models.head_weight(causal).to(hidden.dtype)
 
@@ -172,6 +172,8 @@ class LossTrainer(Trainer):
         kwargs: Passed on.
     """
 
+    data_collator: Any
+
     def __init__(
         self,
         *,
@@ -213,7 +215,10 @@ class LossTrainer(Trainer):
         model.eval()
         data: Any = self.eval_dataset
         found = torch.zeros(len(data.stream), dtype=torch.float64)
-        for batch in self.get_eval_dataloader():
+        collate, self.data_collator = self.data_collator, Collate(None)  # the targets are of the train split
+        loader = self.get_eval_dataloader()
+        self.data_collator = collate
+        for batch in loader:
             batch = self._prepare_inputs(batch)
             with self.compute_loss_context_manager(), self.accelerator.autocast():
                 log_p = model.log_probs(batch["input_ids"], batch["labels"]).double().cpu()
@@ -223,9 +228,7 @@ class LossTrainer(Trainer):
             found = self.accelerator.reduce(found.to(self.args.device), "sum").cpu()
         return found.numpy()
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """Perplexity of the valid split, alone and mixed with each base at its best alpha.
 
         `score`, which decides what is best, is the mean log-perplexity of the mixtures, or the model's own without bases.
@@ -238,8 +241,13 @@ class LossTrainer(Trainer):
             best = min(sweep, key=sweep.__getitem__)
             found |= {f"alpha_{name}": best, f"mixed_{name}": sweep[best]}
             mixed.append(math.log(sweep[best]))
-        found["score"] = sum(mixed) / len(mixed) if mixed else found["loss"]
-        result = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        return found | {"score": sum(mixed) / len(mixed) if mixed else found["loss"]}
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """`measure`, for the Trainer."""
+        result = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
         self.log(result)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
         return result
@@ -290,8 +298,8 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
             )
         steps = min(steps, int(task.ceiling / cost))
     _plan(arguments, settings, steps, rounds)
-    if settings.gradient_checkpointing:  # the Trainer's own option has one name in transformers 5 and another in 6
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.gradient_checkpointing:
+        _checkpoint_activations(model)
     trainer = LossTrainer(
         model=LossModel(model, _objective(memory)),
         args=arguments,
@@ -303,12 +311,15 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
         alphas=memory.alphas,
         callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience is not None else [],
     )
+    for callback in trainer.callback_handler.callbacks:
+        # TensorBoard's would put its files into the work folder, which is deleted at the end.
+        if getattr(callback, "logging_dir", "") is None:
+            callback.logging_dir = str(work.parent.parent / "runs" / work.parent.name)
     result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
-    final = trainer.evaluate()
-    done = trainer.state.global_step
+    final, done = trainer.measure(), trainer.state.global_step
     facts: dict[str, Any] = {
         "train_loss": result.training_loss,
-        "valid_perplexity": final["eval_perplexity"],
+        "valid_perplexity": final["perplexity"],
         "updates": done,
         "planned_updates": steps,
         "epochs": done / rounds,
@@ -319,9 +330,41 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
             {key.removeprefix("eval_"): value for key, value in entry.items()}
             for entry in trainer.state.log_history
             if "eval_loss" in entry
-        ],
+        ]
+        + [{**final, "step": done}],
     }
     return facts, trainer
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Under the old and the new name that transformers has for it."""
+    causal, plain = _causal(model), {"use_reentrant": False}
+    if hasattr(causal, "activation_checkpointing_enable"):
+        causal.activation_checkpointing_enable(activation_checkpointing_kwargs=plain)
+    else:
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=plain)
+
+
+def _causal(model: Any) -> Any:
+    """The causal LM inside of a peft model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_reporting(names: Sequence[str]) -> None:
+    """Where curves are to go must be known to transformers and installed.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    there = get_available_reporting_integrations()
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise ConfigError(
+            f"report_to: expected one of what is installed ({', '.join(there) or 'nothing'}), found {', '.join(missing)}; "
+            "install it, e.g. `pip install tensorboard`"
+        )
 
 
 def _objective(settings: MemorySettings) -> objectives.Objective:
@@ -342,31 +385,29 @@ def _rounds(settings: TrainSettings, n_windows: int, n_processes: int) -> int:
 
 
 def _arguments(settings: TrainSettings, work: Path, seed: int) -> TrainingArguments:
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(work),
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=settings.batch_size * 2,
-            gradient_accumulation_steps=settings.accumulation,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type="linear",
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            bf16=settings.precision == "bf16",
-            metric_for_best_model="eval_score",
-            greater_is_better=False,
-            save_total_limit=1,
-            logging_nan_inf_filter=False,
-            seed=seed,
-            report_to=settings.report_to or "none",
-            remove_unused_columns=False,
-            label_names=["labels"],
-            use_cpu=not torch.cuda.is_available(),
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-        _ = arguments.device  # sets the number of GPUs
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"training: {' '.join(str(error).split())}") from None
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size * 2,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bf16",
+        metric_for_best_model="eval_score",
+        greater_is_better=False,
+        save_total_limit=1,
+        logging_nan_inf_filter=False,
+        seed=seed,
+        report_to=settings.report_to or "none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    _ = arguments.device  # sets the number of GPUs
     arguments._n_gpu = min(arguments._n_gpu, 1)  # several GPUs need a launcher; DataParallel cannot split sparse rows
     return arguments
 

@@ -300,6 +300,9 @@ class TargetReader:
     def rows(self, spans: Sequence[tuple[int, int]]) -> SparseRows:
         """Rows of the positions of all spans [first, end), in order."""
         pieces = [piece for span in spans for piece in self._pieces(*span)]
+        if not pieces:
+            first = self._shards[0]
+            return SparseRows(np.zeros(1, np.int64), first.tokens[:0], np.zeros(0, np.float32))
         counts = np.concatenate([np.diff(indptr) for indptr, _, _ in pieces])
         probs = np.concatenate([prob for _, _, prob in pieces])
         indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

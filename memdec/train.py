@@ -162,6 +162,7 @@ def _train(
     inputs: dict[str, str],
 ) -> None:
     """Make the model, train it, save it with its tokenizer and card."""
+    fitting.check_reporting(settings.report_to)
     _refuse_changes(out, {"settings": plain, "inputs": inputs})
     team = resources.team()
     with artifacts.building(out, kind, plain, inputs, team) as build:

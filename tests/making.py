@@ -1,6 +1,9 @@
 """Made text and tiny models for the tests."""
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,3 +107,20 @@ def plain_scores(folder: Path, stream: list[int], prefix: int, stride: int) -> n
             log_p = model(torch.tensor([before])).logits[0].double().log_softmax(-1)
             scores += [float(log_p[p - part.begin, stream[p]]) for p in range(part.first, part.end)]
     return np.array(scores)
+
+
+def launch(n_processes: int, *arguments: object, **environment: str) -> None:
+    """Run a script, or `-m module`, in several processes that know of each other, as `torchrun` does."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(n_processes),
+        "--master-port",
+        "0",
+    ]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *map(str, arguments)]
+    plain = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=plain)
+    assert done.returncode == 0, done.stderr

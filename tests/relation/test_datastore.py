@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from making import CONTEXT, write_store, write_tokens
+from making import CONTEXT, launch, write_store, write_tokens
 from numpy.typing import NDArray
 
 from memdec import artifacts, datastore, keypoints, models, tokens
@@ -54,14 +52,9 @@ def test_shards_give_the_same_bits(
 
 
 def test_two_processes_give_the_same_bits(base_folder: Path, token_folder: Path, whole: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "memdec.cli", "datastore"]
-    command += ["--model", str(base_folder), "--tokens", str(token_folder), "--out", str(tmp_path / "two")]
-    command += ["--context", str(CONTEXT), "--stride", str(CONTEXT // 2), "--batch-size", "4"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ["--model", base_folder, "--tokens", token_folder, "--out", tmp_path / "two"]
+    arguments += ["--context", CONTEXT, "--stride", CONTEXT // 2, "--batch-size", 4]
+    launch(2, "-m", "memdec.cli", "datastore", *arguments)
     assert (tmp_path / "two" / "keys.npy").read_bytes() == (whole / "keys.npy").read_bytes()
     assert artifacts.read(tmp_path / "two", "datastore").recipe == artifacts.read(whole, "datastore").recipe
 

@@ -1,0 +1,437 @@
+"""Training as a whole: the same answer however it is split, what the released code does wrong, budgets, bad input."""
+
+import ast
+import inspect
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from making import CONTEXT, launch, spec
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from memdec import artifacts, datastore, fitting, flops, index, mixing, models, objectives, targets, tokens, train
+from memdec.config import (
+    DatastoreSettings,
+    IndexSettings,
+    LoraSettings,
+    MemorySettings,
+    TargetSettings,
+    TrainSettings,
+)
+from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError
+from memdec.targets import TargetReader
+
+Train = Callable[..., dict[str, torch.Tensor]]
+FAST: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 0.3}
+
+
+@pytest.fixture(scope="module")
+def rows(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("rows")
+    datastore.run(base_folder, token_folder, root / "d", DatastoreSettings(), context=CONTEXT, stride=CONTEXT // 2)
+    index.run([root / "d"], root / "i", IndexSettings())
+    targets.run([root / "d"], root / "i", token_folder, root / "t", TargetSettings(neighbours=20, temperature=4.0))
+    return root / "t"
+
+
+@pytest.fixture
+def trained(small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path) -> Train:
+    def run(name: str, bases: tuple[Path, ...] = (), **changes: Any) -> dict[str, torch.Tensor]:
+        settings = MemorySettings(**{**FAST, **changes})
+        given = [] if settings.objective == "ce" else [rows]
+        train.run_train(
+            small_folder, token_folder, given, tmp_path / name, settings, context=CONTEXT, seed=3, bases=bases
+        )
+        return load_file(tmp_path / name / "model.safetensors")
+
+    return run
+
+
+def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+# --- the answer does not depend on how it was computed -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["hybrid", "jsd"])
+def test_fault_16_accumulation_changes_nothing(trained: Train, objective: str) -> None:
+    """Means of micro-batch means weigh tokens of short windows more; the last batch here is ragged."""
+    whole = trained("1x8", batch_size=8, objective=objective)
+    for size, steps in ((4, 2), (1, 8)):
+        parts = trained(f"{steps}x{size}", batch_size=size, accumulation=steps, objective=objective)
+        assert farthest(whole, parts) < 1e-5
+
+
+def test_fault_16_two_processes_change_nothing(
+    trained: Train, small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", small_folder, "--tokens", token_folder, "--targets", rows, "--out", tmp_path / "two"]
+    arguments += ["--context", CONTEXT, "--seed", 3, "--batch-size", 2, "--accumulation", 2]
+    arguments += [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
+    launch(2, "-m", "memdec.cli", "train", *arguments)
+    one = trained("one", batch_size=8)
+    assert farthest(one, load_file(tmp_path / "two" / "model.safetensors")) < 1e-5
+    a, b = (artifacts.read(tmp_path / name, "memory").facts for name in ("one", "two"))
+    assert a["valid_perplexity"] == pytest.approx(b["valid_perplexity"], rel=1e-5)
+    assert (a["updates"], a["trained_tokens"], a["flops"]) == (b["updates"], b["trained_tokens"], b["flops"])
+
+
+FSDP = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from memdec import fitting, models, objectives
+
+dist.init_process_group("gloo")
+batch = torch.load(sys.argv[2], weights_only=True)
+grads = []
+for shard in (False, True):
+    torch.manual_seed(0)
+    model = fitting.LossModel(models.load(sys.argv[1]), objectives.Hybrid())
+    model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    if shard:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.lm.transformer.h:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    loss = model(**batch, num_items_in_batch=100)["loss"]
+    loss.backward()
+    full = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g
+    grads.append({name: full(p.grad) for name, p in model.named_parameters()})
+assert grads[0].keys() == grads[1].keys()
+for name, grad in grads[0].items():
+    torch.testing.assert_close(grads[1][name], grad, atol=1e-7, rtol=1e-5)
+assert any(float(g.abs().max()) > 1e-4 for g in grads[0].values())
+dist.destroy_process_group()
+"""
+
+
+def batch_of(token_folder: Path, rows: Path | None, indices: list[int]) -> dict[str, torch.Tensor]:
+    data = fitting.WindowData(tokens.load_stream(token_folder, "train"), CONTEXT, 0)
+    reader = rows and TargetReader([rows], artifacts.read(token_folder, "tokens").facts["sha256"]["train"])
+    return fitting.Collate(reader)([data[i] for i in indices])
+
+
+def test_sharded_parameters_give_the_same_gradients(
+    small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    """FSDP with activation checkpointing: the head's gradient goes through the fused loss."""
+    torch.save(batch_of(token_folder, rows, [0, 3, -1]), tmp_path / "batch.pt")
+    (tmp_path / "worker.py").write_text(FSDP)
+    launch(2, tmp_path / "worker.py", small_folder, tmp_path / "batch.pt")
+
+
+def test_checkpointed_activations_change_nothing(trained: Train) -> None:
+    assert farthest(trained("plain"), trained("again", gradient_checkpointing=True)) < 1e-6
+
+
+def test_bf16_trains_to_about_the_same(trained: Train, tmp_path: Path) -> None:
+    trained("float32", epochs=1)
+    trained("bf16", epochs=1, precision="bf16")
+    one, other = (artifacts.read(tmp_path / name, "memory").facts["valid_perplexity"] for name in ("float32", "bf16"))
+    assert one == pytest.approx(other, rel=0.02)
+    assert one != other
+
+
+def test_order_is_a_permutation_filled_up_and_depends_on_seed_and_epoch_alone() -> None:
+    order = fitting.Order(10, 4, seed=1)
+    first = list(order)
+    assert len(order) == 12
+    assert sorted(first) == [-1, -1, *range(10)]
+    assert first[10:] == [-1, -1]
+    assert list(order) == first
+    assert list(fitting.Order(10, 5, seed=1)) == first[:10]  # the same for any number of processes
+    order.epoch = 1
+    assert list(order)[:10] != first[:10]
+    assert list(fitting.Order(10, 4, seed=2))[:10] != first[:10]
+    assert list(fitting.Order(3, 2, seed=None)) == [0, 1, 2, -1]
+
+
+def test_collate_joins_rows_of_scored_positions(token_folder: Path, rows: Path) -> None:
+    data = fitting.WindowData(tokens.load_stream(token_folder, "train"), CONTEXT, 7)
+    last = len(data) - 1
+    batch = batch_of(token_folder, rows, [2, last, -1])
+    reader = TargetReader([rows], artifacts.read(token_folder, "tokens").facts["sha256"]["train"])
+    flat, indptr = batch["labels"].flatten(), batch["target_indptr"]
+    assert len(indptr) == 3 * CONTEXT + 1
+    scored = (flat != -100).nonzero().flatten().tolist()
+    positions = [p for i in (2, last) for p in range(data.parts[i].first, data.parts[i].end)]
+    assert len(scored) == len(positions)
+    for place, position in zip(scored, positions, strict=True):
+        row = reader.rows([(position, position + 1)])
+        part = slice(int(indptr[place]), int(indptr[place + 1]))
+        assert batch["target_tokens"][part].tolist() == row.tokens.tolist()
+        assert batch["target_probs"][part].tolist() == row.probs.tolist()
+        assert int(flat[place]) == int(data.stream[position])
+    assert int(indptr[-1]) == len(batch["target_tokens"])
+    assert batch["spans"][2].tolist() == [0, 0]
+
+
+# --- faults of the released code (15 to 21 of the measured list; it has no fault 15) ------------------------------
+
+
+def test_fault_17_anomaly_detection_is_off(trained: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    plain = fitting.LossModel.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.is_anomaly_enabled())
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(fitting.LossModel, "forward", forward)
+    trained("m", epochs=0.05)
+    assert seen
+    assert not any(seen)
+
+
+def test_fault_18_a_batch_holds_no_dense_target(token_folder: Path, rows: Path) -> None:
+    batch = batch_of(token_folder, rows, list(range(8)))
+    n, entries = 8 * CONTEXT, len(batch["target_tokens"])
+    assert entries <= 20 * n  # k = 20 neighbours
+    assert sum(x.numel() for x in batch.values()) == 2 * n + 2 * 8 + (n + 1) + 2 * entries
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
+def test_fault_19_norms_and_biases_do_not_decay(architecture: str, tmp_path: Path) -> None:
+    model = models.from_scratch(spec(16, architecture=architecture), 50, 32, 0)
+    arguments = fitting._arguments(TrainSettings(weight_decay=0.1), tmp_path, 0)
+    trainer = fitting.LossTrainer(model=fitting.LossModel(model, objectives.Hybrid()), args=arguments)
+    groups = trainer.create_optimizer().param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    for name, parameter in trainer.model.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim == 2), name
+
+
+def test_fault_20_windows_are_shuffled_anew_each_epoch(trained: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    plain = fitting.Collate.__call__
+
+    def call(self: Any, items: list[dict[str, Any]]) -> Any:
+        seen.append([item["first"] for item in items if item["end"]])
+        return plain(self, items)
+
+    monkeypatch.setattr(fitting.Collate, "__call__", call)
+    trained("m", epochs=2, batch_size=100_000)
+    first, second = seen[0], seen[1]
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_fault_20_every_setting_is_read() -> None:
+    """33 of 45 options of one released script are never used."""
+    read = {
+        node.attr
+        for module in (fitting, train)
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("settings", "memory")
+    }
+    for kind in (TrainSettings, LoraSettings, MemorySettings):
+        assert set(kind.model_fields) <= read
+
+
+def test_fault_21_a_padded_head_keeps_its_rows(
+    small_folder: Path, token_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    padded = tmp_path / "padded"
+    with artifacts.building(padded, "model", {}, {}) as build:
+        assert build is not None
+        model = models.load(small_folder)
+        model.resize_token_embeddings(320)
+        model.save_pretrained(padded)
+        tokens.load_tokenizer(str(tokenizer_folder)).save_pretrained(padded)
+    settings = TrainSettings(epochs=0.1)
+    train.run_finetune(padded, token_folder, tmp_path / "out", settings, context=CONTEXT, seed=0)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_output_embeddings().weight.shape[0] == 320
+
+
+# --- evaluations, early stopping, resuming -------------------------------------------------------------------------
+
+
+def test_evaluations_sweep_alpha_and_the_best_is_kept(
+    trained: Train, base_folder: Path, small_folder: Path, token_folder: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"epochs": 2, "learning_rate": 3e-2, "keep_best": True, "evaluate_every": 0.5}
+    trained("m", bases=(base_folder,), alphas=[0.25, 0.5, 1.0], **changes)
+    facts = artifacts.read(tmp_path / "m", "memory").facts
+    steps = facts["evaluations"]
+    assert len(steps) == 4 + 1  # and the final one, with the best weights
+    best = min(steps[:-1], key=lambda entry: entry["score"])
+    assert steps[-1]["score"] == pytest.approx(best["score"], rel=1e-6)
+    # By hand: both models over valid, mixed at the alpha of the last evaluation.
+    valid = tokens.load_stream(token_folder, "valid")
+    parts = fitting.WindowData(valid, CONTEXT, 0)
+    scores = []
+    for folder in (base_folder, tmp_path / "m"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        log_p = []
+        for i in range(len(parts)):
+            item = parts[i]
+            with torch.no_grad():
+                logits = model(torch.from_numpy(item["inputs"])[None]).logits[0].log_softmax(-1)
+            log_p += [float(logits[t, y]) for t, y in enumerate(item["labels"]) if y != -100]
+        scores.append(np.array(log_p))
+    sweep = {a: math.exp(-mixing.mix_scores(*scores, a).mean()) for a in (0.25, 0.5, 1.0)}
+    alpha = min(sweep, key=sweep.__getitem__)
+    assert steps[-1]["alpha_base"] == alpha
+    assert steps[-1]["mixed_base"] == pytest.approx(sweep[alpha], rel=1e-5)
+    assert steps[-1]["perplexity"] == pytest.approx(sweep[1.0], rel=1e-5) == facts["valid_perplexity"]
+
+
+def test_training_stops_when_nothing_gets_better(trained: Train, tmp_path: Path) -> None:
+    trained("m", epochs=20, learning_rate=0.2, keep_best=True, patience=2, evaluate_every=0.25)
+    facts = artifacts.read(tmp_path / "m", "memory").facts
+    assert facts["updates"] < facts["planned_updates"]
+    scores = [entry["score"] for entry in facts["evaluations"][:-1]]
+    assert min(scores) == scores[-3]
+    with pytest.raises(ValueError, match="expected keep_best true with patience 3"):
+        TrainSettings(patience=3)
+
+
+def test_resuming_with_other_settings_names_what_changed(
+    trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting.LossTrainer, "measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trained("m")
+    monkeypatch.undo()
+    with pytest.raises(
+        ArtifactError, match=r"changes in kl_weight \(0.5 there, 0.25 now\), warmup \(0.0 there, 0.1 now\)"
+    ):
+        trained("m", kl_weight=0.25, warmup=0.1)
+    trained("m")  # the same settings go on
+    trained("m", kl_weight=0.25)  # a finished one is made anew, as ever
+
+
+def test_curves_go_where_report_to_says(trained: Train, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected one of what is installed .*, found nosuch"):
+        trained("m", report_to=["nosuch"])
+    assert not (tmp_path / "m").exists()
+    trained("m", report_to=["tensorboard"], evaluate_every=0.1)
+    written = b"".join(path.read_bytes() for path in (tmp_path / "runs" / "m").iterdir())
+    assert b"eval/perplexity" in written
+    recipe = artifacts.read(tmp_path / "m", "memory").recipe
+    trained("m", evaluate_every=0.1)  # where curves go is no part of the recipe: nothing is trained again
+    assert artifacts.read(tmp_path / "m", "memory").recipe == recipe
+
+
+# --- budget and sizes ---------------------------------------------------------------------------------------------
+
+
+def test_the_flop_budget_ends_training(
+    base_folder: Path, small_folder: Path, token_folder: Path, tmp_path: Path
+) -> None:
+    n_tokens = artifacts.read(token_folder, "tokens").facts["tokens"]["train"]
+    settings = TrainSettings(epochs=3, learning_rate=1e-3)
+    for folder, name in ((base_folder, "own"), (small_folder, "smaller")):
+        train.run_finetune(
+            folder, token_folder, tmp_path / name, settings, context=CONTEXT, seed=0, budget=(base_folder, 1.5)
+        )
+        facts = artifacts.read(tmp_path / name, "model").facts
+        ceiling = 1.5 * n_tokens * flops.flops_per_token(models.load(base_folder), CONTEXT)
+        assert facts["flops_ceiling"] == pytest.approx(ceiling)
+        assert facts["flops"] <= ceiling
+        per_update = facts["flops"] / facts["updates"]
+        assert facts["flops"] > ceiling - per_update or facts["epochs"] == pytest.approx(3, abs=0.01)
+    own, smaller = (artifacts.read(tmp_path / name, "model").facts for name in ("own", "smaller"))
+    assert own["epochs"] == pytest.approx(1.5, abs=0.02)
+    assert smaller["epochs"] > own["epochs"]
+    with pytest.raises(ConfigError, match="which is one update, found"):
+        train.run_finetune(
+            base_folder, token_folder, tmp_path / "x", settings, context=CONTEXT, seed=0, budget=(base_folder, 1e-6)
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
+def test_lora_gets_the_rank_that_matches_a_model(
+    base_folder: Path, small_folder: Path, token_folder: Path, tmp_path: Path
+) -> None:
+    settings = LoraSettings(epochs=0.1)
+    arguments: dict[str, Any] = {"context": CONTEXT, "seed": 0}
+    with pytest.raises(ConfigError, match="expected 'rank', or --match"):
+        train.run_lora(base_folder, token_folder, tmp_path / "l", settings, **arguments)
+    train.run_lora(base_folder, token_folder, tmp_path / "l", settings, match=small_folder, **arguments)
+    manifest = artifacts.read(tmp_path / "l", "lora")
+    wanted = models.n_parameters(models.load(small_folder))
+    per_rank = 2 * ((24 + 72) + (24 + 96) + (96 + 24))  # two layers: qkv, both MLP matrices
+    assert manifest.settings["parameters_wanted"] == wanted
+    assert manifest.facts["rank"] == min(round(wanted / per_rank), 24)
+    assert manifest.facts["parameters"] == manifest.facts["rank"] * per_rank
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_nan_names_step_positions_and_file(
+    small_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third update makes the weights infinite; the fourth must say so."""
+    from transformers import TrainerCallback
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                model.lm.transformer.ln_f.weight.data.fill_(float("inf"))
+
+    plain = fitting.LossTrainer.__init__
+    monkeypatch.setattr(
+        fitting.LossTrainer, "__init__", lambda self, **kw: plain(self, **{**kw, "callbacks": [Spoil()]})
+    )
+    expected = rf"step 4: the loss is nan on token positions \d+-\d+, .* of {token_folder}/train.npy; look at that text"
+    with pytest.raises(NumericsError, match=expected):
+        train.run_finetune(small_folder, token_folder, tmp_path / "f", TrainSettings(), context=CONTEXT, seed=0)
+
+
+def test_bad_input_is_seen_before_the_model_is_loaded(
+    small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path, trained: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memdec.artifacts import MANIFEST
+
+    short = tmp_path / "short"
+    short.mkdir()
+    for file in small_folder.iterdir():
+        if file.is_file():
+            (short / file.name).write_bytes(file.read_bytes())
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "vocab_size": 290}))
+    manifest = json.loads((short / MANIFEST).read_text())
+    manifest["files"]["config.json"] = (short / "config.json").stat().st_size
+    (short / MANIFEST).write_text(json.dumps(manifest))
+    empty = tmp_path / "empty"
+    with artifacts.building(empty, "targets", {}, {}) as build:
+        assert build is not None
+        facts = artifacts.read(rows, "targets").facts
+        build.facts.update({**facts, "begin": 0, "end": 0, "positions": 0, "entries": 0})
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    out, arguments = tmp_path / "m", {"context": CONTEXT, "seed": 0}
+    with pytest.raises(ModelError, match="expected a head for the tokenizer's 300 tokens, found one for 290"):
+        train.run_train(short, token_folder, [rows], out, MemorySettings(), **arguments)
+    with pytest.raises(ConfigError, match="expected a context of at most 32 tokens"):
+        train.run_train(small_folder, token_folder, [rows], out, MemorySettings(), context=64, seed=0)
+    with pytest.raises(ArtifactError, match="found an empty shard"):
+        train.run_train(small_folder, token_folder, [empty], out, MemorySettings(), **arguments)
+    with pytest.raises(ArtifactError, match="expected at least one shard"):
+        train.run_train(small_folder, token_folder, [], out, MemorySettings(), **arguments)
+    with pytest.raises(ConfigError, match="expected no --targets with objective ce, found 1"):
+        train.run_train(small_folder, token_folder, [rows], out, MemorySettings(objective="ce"), **arguments)
+    assert not out.exists()
+
+
+def test_the_card_says_what_it_was_trained_on(trained: Train, tmp_path: Path) -> None:
+    trained("m")
+    facts = artifacts.read(tmp_path / "m", "memory").facts
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert facts["corpus_sha256"] in card
+    assert "hybrid" in card
