@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memdec import artifacts, datastore, index, targets
+from memdec import artifacts, datastore, fitting, index, models, targets
 from memdec.config import DatastoreSettings, IndexSettings, TargetSettings
 from memdec.knn import aggregate
-from memdec.losses import fused_loss
+from memdec.losses import block_rows, fused_loss
 from memdec.objectives import Hybrid
 from memdec.search import Nearest
+from memdec.targets import TargetReader
 
 Work = Callable[[], Any]
 
@@ -106,21 +107,134 @@ def loss(n: int) -> tuple[Work, Work]:
 
 
 def loss_floor(n: int) -> tuple[Work, Work]:
-    """The same loss against its three bare matrix products in the same chunks: what it cannot go below."""
+    """The same loss against its three bare matrix products in the same blocks: what it cannot go below."""
     inputs = _loss_inputs(n)
     hidden, head = inputs[:2]
+    rows = block_rows(n, V, "cpu")
 
     def twin() -> tuple[Tensor, ...]:
         grad_h, grad_w = torch.empty_like(hidden), torch.zeros_like(head)
-        block = torch.empty(min(256, n), V)  # reused, as ours does: fresh blocks cost page faults and are no floor
-        for begin in range(0, n, 256):
-            h = hidden[begin : begin + 256]
+        block = torch.empty(rows, V)  # reused, as ours does: fresh blocks cost page faults and are no floor
+        for begin in range(0, n, rows):
+            h = hidden[begin : begin + rows]
             logits = torch.mm(h, head.T, out=block[: len(h)])
-            torch.mm(logits, head, out=grad_h[begin : begin + 256])
+            torch.mm(logits, head, out=grad_h[begin : begin + rows])
             grad_w.addmm_(logits.T, h)
         return grad_h, grad_w
 
     return _ours_loss(inputs), twin
+
+
+Rows = list[tuple[NDArray[np.int64], NDArray[np.float32]]]
+_WINDOW = 512
+
+
+def _target_rows(n: int) -> tuple[TargetReader, Rows]:
+    """Targets of n positions with 100 to 500 entries (k = 1024 neighbours): a shard on disk, and the rows as a list."""
+    rng, folder = np.random.default_rng(0), _scratch() / "targets"
+    counts = rng.integers(100, 500, n)
+    rows: Rows = []
+    for count in counts:
+        ids, p = rng.choice(V, count, replace=False), rng.random(count, np.float32)
+        rows.append((ids, p / p.sum()))
+    with artifacts.building(folder, "targets", {}, {}) as build:
+        assert build is not None
+        np.save(folder / "indptr.npy", np.concatenate([[0], np.cumsum(counts)]))
+        np.save(folder / "tokens.npy", np.concatenate([ids for ids, _ in rows]).astype(np.uint16))
+        np.save(folder / "probs.npy", np.concatenate([p for _, p in rows]))
+        build.facts.update(begin=0, end=n, positions=n, entries=int(counts.sum()), tokens_sha256="made")
+    return TargetReader([folder], "made"), rows
+
+
+def _windows(n: int) -> list[dict[str, Any]]:
+    """Items of a training set: n positions in windows of 512."""
+    ids = np.random.default_rng(1).integers(0, V, n)
+    spans = [(first, min(first + _WINDOW, n)) for first in range(0, n, _WINDOW)]
+    return [{"first": a, "end": b, "inputs": ids[a:b], "labels": ids[a:b]} for a, b in spans]
+
+
+def _dense_batch(items: list[dict[str, Any]], rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, labels and dense targets (B, T, V), one row at a time."""
+    width = max(len(item["inputs"]) for item in items)
+    ids, labels = (torch.full((len(items), width), fill) for fill in (0, -100))
+    target = torch.zeros(len(items), width, V)
+    for i, item in enumerate(items):
+        ids[i, : len(item["inputs"])] = torch.tensor(item["inputs"].tolist())
+        labels[i, : len(item["labels"])] = torch.tensor(item["labels"].tolist())
+        for t, position in enumerate(range(item["first"], item["end"])):
+            tokens, probs = rows[position]
+            target[i, t, torch.from_numpy(tokens)] = torch.from_numpy(probs)
+    return ids, labels, target
+
+
+def collate(n: int) -> tuple[Work, Work]:
+    """A batch of windows of 512 with their targets, against dense targets and a loop over rows."""
+    reader, rows = _target_rows(n)
+    ours, items = fitting.Collate(reader), _windows(n)
+    return lambda: ours(items), lambda: _dense_batch(items, rows)
+
+
+def _batch(result: Any) -> tuple[Tensor, ...]:
+    """Labels and the entries of the targets in the order of their tokens."""
+    if isinstance(result, dict):
+        row = torch.repeat_interleave(torch.arange(len(result["target_indptr"]) - 1), result["target_indptr"].diff())
+        order = torch.argsort(row * V + result["target_tokens"])
+        token, p, row = result["target_tokens"][order], result["target_probs"][order], row[order]
+        return result["labels"].double(), token.double(), row.double(), p
+    _, labels, target = result
+    row, token = target.flatten(0, 1).nonzero(as_tuple=True)
+    return labels.double(), token.double(), row.double(), target.flatten(0, 1)[row, token]
+
+
+def step(n: int, width: int, layers: int) -> tuple[Work, Work]:
+    """A training step of a GPT-2 on n tokens in windows of 512, from the rows on disk to the AdamW update.
+
+    Against the same model with dense targets, full logits, a softmax each for KL and CE, and autograd.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    reader, rows = _target_rows(n)
+    items, gather = _windows(n), fitting.Collate(reader)
+    plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64, n_positions=_WINDOW, **plain)
+
+    def side(loss_of: Callable[[Any], Tensor], fused: bool) -> Work:
+        """A step of a model of its own; a second call is the next step. The result is two of the gradients.
+
+        `fused`: activation and optimizer as training has them; else as they come.
+        """
+        made: list[Any] = []
+
+        def work() -> tuple[Tensor, ...]:
+            if not made:
+                torch.manual_seed(0)
+                lm = GPT2LMHeadModel(config)
+                if fused:
+                    models.fuse_activations(lm)
+                made.extend((lm, torch.optim.AdamW(lm.parameters(), lr=1e-4, weight_decay=0.0, fused=fused or None)))
+            lm, optimizer = made
+            loss_of(lm).backward()
+            torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+            grads = tuple(p.grad.detach().clone() for p in (lm.transformer.wte.weight, lm.transformer.h[0].ln_1.weight))
+            optimizer.step()
+            optimizer.zero_grad()
+            return grads
+
+        return work
+
+    def ours(lm: Any) -> Tensor:
+        loss: Tensor = fitting.LossModel(lm, Hybrid(0.5))(**gather(items), num_items_in_batch=n)["loss"]
+        return loss
+
+    def twin(lm: Any) -> Tensor:
+        ids, labels, target = _dense_batch(items, rows)
+        logits = lm(input_ids=ids).logits
+        keep = labels != -100
+        kl = torch.nn.functional.kl_div(torch.log_softmax(logits[keep], -1), target[keep], reduction="sum")
+        ce = torch.nn.functional.cross_entropy(logits[keep], labels[keep], reduction="sum")
+        return (0.5 * kl + 0.5 * ce) / n
+
+    return side(ours, fused=True), side(twin, fused=False)
 
 
 def aggregation(n: int, batch: int) -> tuple[Work, Work]:
@@ -330,6 +444,9 @@ CASES = [
     Case("aggregation_32", partial(aggregation, batch=32), 2048, 256, "rows/s", "higher", 1e-6, _cells),
     Case("aggregation_2048", partial(aggregation, batch=2048), 2048, 256, "rows/s", "higher", 1e-6, _cells),
     Case("targets", targets_end_to_end, 20_000, 3_000, "tokens/s", "higher", 1e-3, _sparse_l2),
+    Case("collate", collate, 8 * 512, 512, "CPU s", "lower", 1e-6, _batch),
+    Case("step_small", partial(step, width=256, layers=4), 8 * 512, 512, "CPU s", "lower", 1e-4),
+    Case("step_gpt2", partial(step, width=768, layers=12), 1024, 512, "CPU s", "lower", 1e-4),
     Case("loss", loss, 8 * 512, 512, "CPU s", "lower", 2e-6),
     Case("loss_floor", loss_floor, 8 * 512, 512, "CPU s", "lower", float("inf")),
 ]

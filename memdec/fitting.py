@@ -298,6 +298,7 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
             )
         steps = min(steps, int(task.ceiling / cost))
     _plan(arguments, settings, steps, rounds)
+    models.fuse_activations(model)
     if settings.gradient_checkpointing:
         _checkpoint_activations(model)
     trainer = LossTrainer(

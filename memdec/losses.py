@@ -10,6 +10,7 @@ released code keeps about eight dense [N, V] copies (6 GiB at 8 x 512 tokens, V 
 `memdec.objectives` has the formulas; everything about memory, chunks and precision is here.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from memdec.objectives import KINDS, Hybrid, Objective, Positions, Terms
 
 IGNORED = -100  # label of a position that is not scored
-_BLOCK = {"cpu": 37 << 20, "cuda": 512 << 20}  # bytes of one float32 block of logits
+_BLOCK = {"cpu": 35 << 20, "cuda": 512 << 20}  # bytes of one float32 block of logits
 _FEWEST = 128  # rows of a block, however large the vocabulary: the head's gradient is read and written once per block
 _GROUP = 8  # rows that go through the passes of a softmax together on CPU: 8 x 50,257 x 4 bytes stay in the L2 cache
 _FAR = 40.0  # logits up to here are exponentiated as they are: e^40 leaves 21 orders of magnitude to float32's ends
@@ -55,14 +56,14 @@ def fused_loss(
         indptr, tokens, probs: p_kNN in CSR form, distinct tokens in a row, rows that sum to one. All may be empty for
             cross-entropy, `Hybrid(0.0)`.
         objective: What to compute.
-        chunk: Positions projected at a time; by default as many as fit into a block of 37 MiB (CUDA: 512 MiB).
+        chunk: Positions projected at a time; by default as many as fit into a block of 35 MiB (CUDA: 512 MiB).
 
     Raises:
         ValueError: Shapes that do not fit each other.
     """
     device = hidden.device.type
     if chunk is None:
-        chunk = max(_FEWEST, _BLOCK.get(device, _BLOCK["cuda"]) // (4 * len(head)))
+        chunk = block_rows(len(hidden), len(head), device)
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     tensors = (hidden, head, labels, indptr, tokens, probs)
     if torch.compiler.is_compiling():
@@ -72,12 +73,18 @@ def fused_loss(
     return Sums(*_Fused.apply(*tensors, objective, chunk, low))  # type: ignore[no-untyped-call]
 
 
+def block_rows(n: int, vocab: int, device: str) -> int:
+    """Rows of a block of logits by default: as many as its bytes allow, all blocks of one size."""
+    most = max(_FEWEST, _BLOCK.get(device, _BLOCK["cuda"]) // (4 * vocab))
+    return max(1, math.ceil(n / max(1, math.ceil(n / most))))
+
+
 def token_log_probs(
     hidden: Float[Tensor, "N D"], head: Float[Tensor, "V D"], labels: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
     """log p of the label at each position, float32, without gradients; the same blocks and types as the loss."""
     found = []
-    size = max(_FEWEST, _BLOCK.get(hidden.device.type, _BLOCK["cuda"]) // (4 * len(head)))
+    size = block_rows(len(hidden), len(head), hidden.device.type)
     for first in range(0, len(hidden), size):
         logits = (hidden[first : first + size] @ head.T).float()
         found.append(logits.gather(-1, labels[first : first + size, None])[:, 0] - logits.logsumexp(-1))

@@ -85,6 +85,19 @@ def set_dropout(config: Any, rate: float) -> None:
             setattr(config, field, rate)
 
 
+def fuse_activations(model: nn.Module) -> None:
+    """Compute GPT-2's GELU in one kernel: the same function (to rounding), 8 passes over its input less.
+
+    Changes the modules alone; the configuration, and so what is saved, stays as it is.
+    """
+    from transformers.activations import FastGELUActivation, NewGELUActivation
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation | FastGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
 def from_scratch(spec: ModelSpec, vocab_size: int, context: int, eos: int) -> Any:
     """A randomly initialised decoder of a mini architecture, with tied embeddings."""
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM

@@ -99,7 +99,7 @@ def run(table: Table, cells: Sequence[Cell], out: Path) -> None:
         },
         "versions": provenance.versions(),
         "machine": provenance.machine(),
-        "commit": provenance.git_commit(Path.cwd()),
+        "commit": provenance.git_commit(Path(__file__).parent),
     }
     artifacts.write_json(out.with_suffix(".provenance.json"), facts)
 

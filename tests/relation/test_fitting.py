@@ -257,6 +257,19 @@ def test_fault_21_a_padded_head_keeps_its_rows(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_output_embeddings().weight.shape[0] == 320
 
 
+def test_fused_activations_are_the_same_function() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
+    ids = torch.arange(20)[None]
+    before = model(ids).logits
+    models.fuse_activations(model)
+    assert all(isinstance(layer.mlp.act, torch.nn.GELU) for layer in model.transformer.h)
+    torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
+    assert model.config.activation_function == "gelu_new"
+
+
 # --- evaluations, early stopping, resuming -------------------------------------------------------------------------
 
 
