@@ -25,8 +25,8 @@ OWN = [
 ]
 OTHERS = [name for name in CONFIG.bases if name not in OWN]
 # A stage whose results change for the same settings gets a new number; its rules then run again.
-STAGE = dict(corpus=1, tokenizer=1, tokens=1, model=1, finetune=1, lora=1, datastore=2)
-STAGE |= dict(index=2, targets=2, teacher=1, adapt=1, train=1, evaluate=1, table=1)
+STAGE = dict(corpus=1, tokenizer=1, tokens=1, model=2, finetune=2, lora=2, datastore=2)
+STAGE |= dict(index=2, targets=2, teacher=1, adapt=1, train=2, evaluate=1, table=1)
 
 
 wildcard_constraints:
