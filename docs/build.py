@@ -1,6 +1,6 @@
 """Generated text: `python -m docs.build [--check]`.
 
-README.md: a block between `<!-- generated: FILE -->` and `<!-- end -->` is the file that a rule wrote.
+README.md and docs/*.md: a block between `<!-- generated: FILE -->` and `<!-- end -->` is the file that a rule wrote.
 environment.yml: the pins of constraints.txt for conda users, with faiss-gpu in the place of faiss-cpu.
 """
 
@@ -35,8 +35,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    wanted = {readme: filled(readme.read_text(encoding="utf-8")), ROOT / "environment.yml": environment()}
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    wanted = {page: filled(page.read_text(encoding="utf-8")) for page in pages}
+    wanted[ROOT / "environment.yml"] = environment()
     stale = [path for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
     for path in stale:
         if check:

@@ -1,15 +1,16 @@
-"""Search and aggregation on CUDA give what the CPU gives. Skipped without a CUDA device."""
+"""Search, aggregation and training on CUDA give what the CPU gives. Skipped without a CUDA device."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from making import write_store, write_tokens
+from making import spec, write_store, write_tokens
 
-from memdec import index, knn
+from memdec import fitting, index, knn, models, objectives
 from memdec.config import IndexSettings
 from memdec.datastore import Datastore
+from memdec.losses import fused_loss
 from memdec.search import Nearest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -51,3 +52,56 @@ def test_aggregation(top: int | None, threshold: float) -> None:
     assert torch.equal(one[0], other[0])
     assert torch.equal(one[1], other[1])
     torch.testing.assert_close(one[2], other[2], atol=1e-6, rtol=0)
+
+
+def rows(n: int, vocab: int, entries: int) -> tuple[torch.Tensor, ...]:
+    """labels, indptr, tokens, probs."""
+    gen = torch.Generator().manual_seed(1)
+    tokens = torch.stack([torch.randperm(vocab, generator=gen)[:entries] for _ in range(n)]).flatten()
+    probs = torch.rand(n, entries, generator=gen)
+    labels = torch.randint(0, vocab, (n,), generator=gen)
+    labels[::7] = -100
+    return labels, torch.arange(n + 1) * entries, tokens, (probs / probs.sum(1, keepdim=True)).flatten()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [objectives.Hybrid(), objectives.Focal(), objectives.JensenShannon(), objectives.BiLD(), objectives.Sparsity()],
+    ids=str,
+)
+def test_the_fused_loss(objective: objectives.Objective) -> None:
+    gen = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(300, 64, generator=gen), torch.randn(5000, 64, generator=gen) * 0.2
+    found = {}
+    for device in ("cpu", "cuda"):
+        h, w = (x.to(device).requires_grad_() for x in (hidden, head))
+        loss = fused_loss(h, w, *(x.to(device) for x in rows(300, 5000, 40)), objective, 128).loss
+        loss.backward()
+        found[device] = [x.detach().cpu() for x in (loss, h.grad, w.grad)]
+    for one, other in zip(found["cuda"], found["cpu"], strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-4  # TF32 is off by default
+
+
+def test_the_fused_loss_under_autocast_holds_no_logits() -> None:
+    n, vocab, width = 8192, 50_257, 256
+    h = torch.randn(n, width, device="cuda", requires_grad=True)
+    w = (torch.randn(vocab, width, device="cuda") * 0.05).requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = fused_loss(h, w, *(x.cuda() for x in rows(n, vocab, 20))).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.cuda.max_memory_allocated() - before < 1.6e9  # one dense copy would be 1.65 GB
+
+
+def test_a_training_step() -> None:
+    batch = {"input_ids": torch.randint(0, 50, (4, 16)), "labels": torch.randint(0, 50, (4, 16))}
+    batch["spans"] = torch.zeros(4, 2, dtype=torch.long)
+    grads = []
+    for device in ("cpu", "cuda"):
+        model = fitting.LossModel(models.from_scratch(spec(16), 50, 32, 0), objectives.Hybrid(0.0)).to(device)
+        model(**{name: x.to(device) for name, x in batch.items()})["loss"].backward()
+        grads.append({name: p.grad.cpu() for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-5, rtol=1e-3)

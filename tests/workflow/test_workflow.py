@@ -52,8 +52,19 @@ ALL = SMALL | {"dapt": 12, "queries": 6, "knn": 6, "memories": 1}
     ("files", "targets", "expected"),
     [
         (["mini"], [], SMALL | {"table3": 1}),
-        # 15 more memories that are trained and one that is not, each with one base; one teacher for both of its memories
-        (["mini", "objectives"], ["memories"], ALL | {"train": 48, "evaluate": 60, "teacher": 3}),
+        # 15 more memories that are trained and one that is not, with one base; one teacher for both of its memories
+        (
+            ["mini", "objectives"],
+            ["memories"],
+            ALL | {"model": 2, "train": 48, "evaluate": 51, "teacher": 3, "dapt": 6, "lora": 3, "evaluate_systems": 3},
+        ),
+        # 3 seeds, 3 bases: 2 memories with each of them, 2 with one
+        (
+            ["mini", "interpolation"],
+            ["memories"],
+            {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 9, "datastore": 9, "index": 9}
+            | {"targets": 18, "train": 27, "dapt": 27, "evaluate": 72, "evaluate_systems": 27, "memories": 1},
+        ),
         # 2 sizes of the memory and 5 other key models, each with all bases; 2 more models are fine-tuned
         (
             ["mini", "sizes"],
@@ -82,7 +93,7 @@ ALL = SMALL | {"dapt": 12, "queries": 6, "knn": 6, "memories": 1}
         (
             ["pretrained"],
             ["memories"],
-            {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 12, "dapt": 24, "datastore": 12}
+            {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 24, "datastore": 12}
             | {"index": 12, "targets": 12, "queries": 24, "knn": 24, "train": 24, "evaluate": 48}
             | {"evaluate_systems": 24, "memories": 1},
         ),
@@ -91,7 +102,7 @@ ALL = SMALL | {"dapt": 12, "queries": 6, "knn": 6, "memories": 1}
 def test_dry_run_of_every_config(
     files: list[str], targets: list[str], expected: dict[str, int], tmp_path: Path
 ) -> None:
-    assert len(list((ROOT / "config").glob("*.yaml"))) == 5
+    assert len(list((ROOT / "config").glob("*.yaml"))) == 6
     configs = ["--configfile", *(str(ROOT / "config" / f"{name}.yaml") for name in files)]
     text = snakemake(tmp_path, *(f"results/{name}.csv" for name in targets), "-n", "--cores", "8", *configs)
     assert planned(text) == expected

@@ -190,10 +190,14 @@ def memory_options(wildcards):
 ALONE = SYSTEMS & {"LoRA", "DAPT", "kNN-LM"} or "MemDec" not in SYSTEMS
 
 
+# DAPT without settings or a budget of its own is the training that key models have.
+DAPT = "finetuned" if CONFIG.dapt is None and CONFIG.budget is None else "dapt"
+
+
 def evaluated_memory(wildcards):
     memory = MEMORIES[wildcards.memory]
     return manifest(
-        f"{home(wildcards)}/dapt/{memory.memory_model}"
+        f"{home(wildcards)}/{DAPT}/{memory.memory_model}"
         if memory.dapt
         else f"{home(wildcards)}/memory/{memory.name}"
     )

@@ -31,7 +31,7 @@ rule evaluate_systems:
         base=f"{RUN}/models/{{model}}/manifest.json",
         corpus=f"{RUN}/corpora/{{domain}}/manifest.json",
         lora=[f"{HOME}/lora/{{model}}/manifest.json"] if "LoRA" in SYSTEMS else [],
-        dapt=[f"{HOME}/dapt/{{model}}/manifest.json"] if "DAPT" in SYSTEMS else [],
+        dapt=[f"{HOME}/{DAPT}/{{model}}/manifest.json"] if "DAPT" in SYSTEMS else [],
         knn=knn_queries,
     output:
         f"{HOME}/evaluation/systems/{{model}}/records.json",
