@@ -4,7 +4,10 @@ BIN := .venv/bin
 CORES ?= 8
 STAMP := .venv/.installed
 
-.PHONY: install table3 test check bench bench-search report regression reference
+MEMORIES = . $(BIN)/activate && mkdir -p build/mini build/pretrained && snakemake --cores $(CORES) \
+  --workflow-profile profiles/default
+
+.PHONY: install table3 test check bench bench-search report regression reference ablations
 
 install: $(STAMP)
 
@@ -45,6 +48,16 @@ report: $(STAMP)
 # Small run against the committed baseline: exit 1 when a perplexity moved, 3 when text or versions differ.
 regression: $(STAMP)
 	. $(BIN)/activate && tests/regression/run.sh build/regression
+
+# The tables of docs/results.md: memories of the mini scale and, where MEMDEC_TEST_DATA is set, of pretrained models.
+ablations: $(STAMP)
+	for name in objectives interpolation vocabulary sizes; do \
+	  $(MEMORIES) --directory build/mini --configfile config/mini.yaml config/$$name.yaml -- results/memories.csv \
+	  && cp build/mini/results/memories.md results/reference/$$name.md || exit 1; done
+	test -z "$$MEMDEC_TEST_DATA" || { \
+	  $(MEMORIES) --directory build/pretrained --configfile config/pretrained.yaml -- results/memories.csv \
+	  && cp build/pretrained/results/memories.md results/reference/pretrained.md; }
+	$(BIN)/python -m docs.build
 
 # Publish what the rules wrote: the tables that README.md and docs/ show.
 reference: $(STAMP)
