@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from memdec import flops, metrics, mixing, models, objectives, tokens
 from memdec.config import MemorySettings, TrainSettings
@@ -128,9 +128,17 @@ class LossModel(nn.Module):
         target_tokens: Tensor | None = None,
         target_probs: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        score: bool = False,
     ) -> dict[str, Tensor]:
-        """Loss of windows (B, T) in nats, divided by `num_items_in_batch`; targets are CSR rows of all B T positions."""
+        """Loss of windows (B, T) in nats, divided by `num_items_in_batch`; targets are CSR rows of all B T positions.
+
+        With `score` instead log p of the scored positions in order, float32 (n,). It goes through forward too, which is
+        where FSDP gathers the weights.
+        """
         hidden, head = self.hidden(input_ids)
+        if score:
+            scored = labels.flatten() != IGNORED
+            return {"log_p": token_log_probs(hidden[scored], head, labels.flatten()[scored])}
         rows = (target_indptr, target_tokens, target_probs)
         if any(each is None for each in rows):
             rows = (labels.new_zeros(labels.numel() + 1), labels.new_empty(0), hidden.new_empty(0))
@@ -140,13 +148,6 @@ class LossModel(nn.Module):
             raise NumericsError(f"the loss is {sums.loss.item()} on token positions {places}")
         n = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
         return {"loss": sums.loss / n}
-
-    @torch.no_grad()
-    def log_probs(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """log p of the scored positions of windows (B, T), in order, float32 (n,)."""
-        hidden, head = self.hidden(input_ids)
-        scored = labels.flatten() != IGNORED
-        return token_log_probs(hidden[scored], head, labels.flatten()[scored])
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class LossTrainer(Trainer):
     @torch.no_grad()
     def scores(self) -> NDArray[np.float64]:
         """log p of every position of the valid split, shape (n,), on every process."""
-        model = self.accelerator.unwrap_model(self.model)
+        model: Any = self.model_wrapped
         model.eval()
         data: Any = self.eval_dataset
         found = torch.zeros(len(data.stream), dtype=torch.float64)
@@ -221,7 +222,7 @@ class LossTrainer(Trainer):
         for batch in loader:
             batch = self._prepare_inputs(batch)
             with self.compute_loss_context_manager(), self.accelerator.autocast():
-                log_p = model.log_probs(batch["input_ids"], batch["labels"]).double().cpu()
+                log_p = model(**batch, score=True)["log_p"].double().cpu()
             places = [np.arange(first, end) for first, end in batch["spans"].tolist()]
             found[torch.from_numpy(np.concatenate(places))] = log_p
         if self.args.world_size > 1:
@@ -255,6 +256,8 @@ class LossTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         from safetensors.torch import save_file
 
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         named = dict(self.model.named_parameters())  # tied ones once
@@ -277,6 +280,21 @@ class _Epochs(TrainerCallback):
         self.order.epoch = int(state.epoch or 0)
 
 
+class _Patience(TrainerCallback):
+    """Stops after so many evaluations without a better one.
+
+    transformers' own counts in memory and begins anew when a run is resumed; the log is in every checkpoint.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        scores = [entry["eval_score"] for entry in state.log_history if "eval_score" in entry]
+        if len(scores) - 1 - int(np.argmin(scores)) >= self.patience:
+            control.should_training_stop = True
+
+
 def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[dict[str, Any], LossTrainer]:
     """Train a model in place, resuming from the last checkpoint in `work`.
 
@@ -289,15 +307,16 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
     arguments = _arguments(settings, work, task.seed)
     rounds = _rounds(settings, len(train), arguments.world_size)
     cost = flops.flops_per_token(model, task.context) * len(train.stream) / rounds  # of an update, on average
-    steps = math.ceil(settings.epochs * rounds)
+    steps = math.ceil(settings.epochs * rounds * (1 - 1e-9))  # 0.1 of 12 epochs are 1.2000000000000002
     if task.ceiling is not None:
-        if task.ceiling < cost:
+        if task.ceiling < cost * (1 - 1e-9):
             raise ConfigError(
                 f"budget: expected at least {cost:.3g} floating point operations, which is one update, found "
                 f"{task.ceiling:.3g}; raise budget.epochs"
             )
-        steps = min(steps, int(task.ceiling / cost))
+        steps = min(steps, int(task.ceiling / cost * (1 + 1e-9)))
     _plan(arguments, settings, steps, rounds)
+    models.check_head(_causal(model))
     models.fuse_activations(model)
     if settings.gradient_checkpointing:
         _checkpoint_activations(model)
@@ -310,13 +329,13 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
         where=str(task.stream / "train.npy"),
         base_scores=_base_scores(task, valid, arguments, work),
         alphas=memory.alphas,
-        callbacks=[EarlyStoppingCallback(settings.patience)] if settings.patience is not None else [],
+        callbacks=[_Patience(settings.patience)] if settings.patience is not None else [],
     )
     for callback in trainer.callback_handler.callbacks:
         # TensorBoard's would put its files into the work folder, which is deleted at the end.
         if getattr(callback, "logging_dir", "") is None:
             callback.logging_dir = str(work.parent.parent / "runs" / work.parent.name)
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    result = trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     final, done = trainer.measure(), trainer.state.global_step
     facts: dict[str, Any] = {
         "train_loss": result.training_loss,
@@ -332,7 +351,7 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
             for entry in trainer.state.log_history
             if "eval_loss" in entry
         ]
-        + [{**final, "step": done}],
+        + [{**final, "step": trainer.state.best_global_step if settings.keep_best else done}],
     }
     return facts, trainer
 
@@ -366,6 +385,12 @@ def check_reporting(names: Sequence[str]) -> None:
             f"report_to: expected one of what is installed ({', '.join(there) or 'nothing'}), found {', '.join(missing)}; "
             "install it, e.g. `pip install tensorboard`"
         )
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The newest whole checkpoint: the Trainer writes its state last, and a kill may come before."""
+    whole = [path for path in work.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
 def _objective(settings: MemorySettings) -> objectives.Objective:
@@ -422,7 +447,9 @@ def _plan(arguments: TrainingArguments, settings: TrainSettings, steps: int, rou
     if settings.keep_best or settings.evaluate_every is not None:
         every = max(1, round((settings.evaluate_every or 1) * rounds))
         arguments.set_evaluate("steps", steps=every, delay=0, batch_size=settings.batch_size * 2)
-        arguments.set_save("steps", steps=every, total_limit=1)
+        # Saved at every evaluation, and as often as else in between.
+        parts = next(n for n in range(1, every + 1) if every % n == 0 and every // n <= max(1, steps // _CHECKPOINTS))
+        arguments.set_save("steps", steps=every // parts, total_limit=1)
     arguments.load_best_model_at_end = settings.keep_best
 
 
@@ -433,16 +460,19 @@ def _base_scores(
     scores = {}
     for name, folder in task.bases.items():
         path = work / f"base-{name}.npy"
-        if not path.is_file():
-            base = LossModel(models.load(folder), objectives.Hybrid(0.0))
-            found = LossTrainer(
-                model=base, args=arguments, eval_dataset=valid, train_dataset=valid, data_collator=Collate(None)
-            ).scores()
-            if arguments.process_index == 0:
-                part = path.with_suffix(".part.npy")
-                np.save(part, found)
-                part.replace(path)
-            scores[name] = found
-        else:
+        there = broadcast_object_list([path.is_file()])[0]  # one answer, though files may show up late elsewhere
+        if there:
             scores[name] = np.load(path, allow_pickle=False)
+            continue
+        model = models.load(folder)
+        models.check_head(model)
+        base = LossModel(model, objectives.Hybrid(0.0)).to(arguments.device)
+        scorer = LossTrainer(
+            model=base, args=arguments, eval_dataset=valid, train_dataset=valid, data_collator=Collate(None)
+        )
+        scores[name] = scorer.scores()
+        if arguments.process_index == 0:
+            part = path.with_suffix(".part.npy")
+            np.save(part, scores[name])
+            part.replace(path)
     return scores

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from memdec.objectives import KINDS, Hybrid, Objective, Positions, Terms
 
@@ -70,6 +71,8 @@ def fused_loss(
         need = (hidden.requires_grad, head.requires_grad)
         sums, _, _ = _fused(*tensors, type(objective).__name__, list(vars(objective).values()), chunk, low, *need)
         return Sums(*sums.unbind())
+    if not torch.is_grad_enabled():  # autograd.Function would still be told that gradients are needed
+        return Sums(*_run(*tensors, objective, chunk, low, False, False)[0].unbind())
     return Sums(*_Fused.apply(*tensors, objective, chunk, low))  # type: ignore[no-untyped-call]
 
 
@@ -109,11 +112,16 @@ class _Fused(torch.autograd.Function):
         return loss, kl, ce
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             grads = _run(*ctx.saved_tensors, *ctx.rest, *ctx.need)[1:]
-        scaled = (g.mul_(grad_loss.to(g.dtype)) if needed else None for g, needed in zip(grads, ctx.need, strict=True))
+        hidden, head = ctx.saved_tensors[:2]
+        scaled = (
+            g.mul_(grad_loss.to(g.dtype)).to(x.dtype) if needed else None
+            for g, x, needed in zip(grads, (hidden, head), ctx.need, strict=True)
+        )
         return (*scaled, *(None,) * 7)
 
 
@@ -130,7 +138,10 @@ def _run(
     need_hidden: bool,
     need_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, kl, ce) as one tensor, and the gradients (empty where not needed)."""
+    """(loss, kl, ce) as one tensor, and the gradients (empty where not needed).
+
+    The head's is a sum over all positions, which float16 does not hold: it stays in float32 until it is scaled.
+    """
     _check(hidden, head, labels, indptr, tokens, probs)
     if isinstance(objective, Hybrid) and objective.kl_weight == 0:
         indptr, tokens, probs = labels.new_zeros(len(labels) + 1), tokens[:0], probs[:0]
@@ -205,13 +216,21 @@ def _scored(
                 grad_hidden[part] = grad.mul_(rate[:, None]) if outer else grad  # type: ignore[index]
             if need_head:
                 h = h * rate[:, None] if outer else h  # type: ignore[index]
-                if begin == 0:
-                    grad_head = (weight.T @ h).to(acc)
-                elif wide:
+                if wide and begin > 0:
                     grad_head.addmm_(weight.T, h)
                 else:
-                    grad_head += weight.T @ h
-        return sums.to(acc), grad_hidden, grad_head.to(head.dtype)
+                    part_of_head = _over_positions(weight.T, h, acc)
+                    grad_head = part_of_head if begin == 0 else grad_head.add_(part_of_head)
+        return sums.to(acc), grad_hidden, grad_head
+
+
+def _over_positions(weight: Tensor, h: Tensor, acc: torch.dtype) -> Tensor:
+    """A product that sums over positions; the sum may be beyond float16's range before it is scaled."""
+    if h.dtype != torch.float16:
+        return (weight @ h).to(acc)
+    if h.device.type == "cuda":
+        return torch.mm(weight, h, out_dtype=acc)
+    return weight.to(acc) @ h.to(acc)
 
 
 def _positions(
@@ -310,18 +329,19 @@ def _(hidden: Tensor, head: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]
     return (
         hidden.new_empty(3, dtype=acc),
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(head) if need_head else head.new_empty(0),
+        torch.empty_like(head, dtype=acc) if need_head else head.new_empty(0, dtype=acc),
     )
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
-    ctx.need = inputs[-2:]
+    ctx.need, ctx.types = inputs[-2:], (inputs[0].dtype, inputs[1].dtype)
 
 
 def _hand_over(ctx: Any, grad_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grads = (
-        g * grad_sums[0].to(g.dtype) if needed else None for g, needed in zip(ctx.saved_tensors, ctx.need, strict=True)
+        (g * grad_sums[0].to(g.dtype)).to(dtype) if needed else None
+        for g, dtype, needed in zip(ctx.saved_tensors, ctx.types, ctx.need, strict=True)
     )
     return (*grads, *(None,) * 10)
 

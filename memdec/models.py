@@ -85,6 +85,31 @@ def set_dropout(config: Any, rate: float) -> None:
             setattr(config, field, rate)
 
 
+@torch.no_grad()
+def check_head(model: Any, *, bias: bool = False) -> None:
+    """The logits must be the output matrix times the final hidden state, which is all that is computed of them here.
+
+    Args:
+        model: A causal LM.
+        bias: Whether a bias of the output layer may be there.
+
+    Raises:
+        ModelError: Something else is done to them (Gemma 2, Granite and Cohere scale or cap them; Phi has a bias).
+    """
+    training = model.training
+    model.eval()
+    probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    hidden = decoder(model)(input_ids=probe, use_cache=False).last_hidden_state
+    ours = model.get_output_embeddings()(hidden) if bias else hidden @ head_weight(model).T
+    theirs = model(input_ids=probe, use_cache=False).logits
+    model.train(training)
+    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ModelError(
+            f"{model.config._name_or_path}: expected logits that are the output matrix times the last hidden state, found "
+            f"others ({type(model).__name__} scales, caps or shifts them); use another model"
+        )
+
+
 def fuse_activations(model: nn.Module) -> None:
     """Compute GPT-2's GELU in one kernel: the same function (to rounding), 8 passes over its input less.
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from memdec import artifacts, resources, tokens
+from memdec import artifacts, models, resources, tokens
 from memdec.config import DatastoreSettings, TeacherSettings
 from memdec.datastore import Forward
-from memdec.errors import ConfigError, ModelError, NumericsError
+from memdec.errors import ConfigError, NumericsError
 from memdec.targets import RowWriter
 
 
@@ -87,7 +87,7 @@ def _write(forward: Forward, passes: range, settings: TeacherSettings, out: Path
     with RowWriter(out, work, forward.data.dtype, prob) as rows:
         row = 8 + min(settings.top, n_vocab) * (forward.data.dtype.itemsize + prob.itemsize)
         resources.check_disk(out, row * (end - begin - rows.n), f"{end - begin - rows.n} rows; lower 'top'")
-        _check_head(forward)
+        models.check_head(forward.point.model, bias=True)
         bar = tqdm(total=end - begin, initial=rows.n, desc="teacher", unit="row", unit_scale=True, mininterval=2)
         # Marks are set between passes, so what is there ends with a pass.
         for number in range(int(np.searchsorted(forward.edges, begin + rows.n)), passes.stop):
@@ -97,19 +97,6 @@ def _write(forward: Forward, passes: range, settings: TeacherSettings, out: Path
         bar.close()
         rows.finish()
         return rows.n_entries
-
-
-@torch.inference_mode()
-def _check_head(forward: Forward) -> None:
-    """The logits must be the output layer of the final hidden state: some families scale or cap them afterwards."""
-    model = forward.point.model
-    probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    ours, theirs = model.get_output_embeddings()(forward.point(probe)), model(input_ids=probe, use_cache=False).logits
-    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True):
-        raise ModelError(
-            f"{forward.model_folder}: expected logits that are the output layer of the last hidden state, found others "
-            f"({type(model).__name__} scales or caps them); use another key model"
-        )
 
 
 @torch.inference_mode()

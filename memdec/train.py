@@ -195,8 +195,8 @@ def _whole_state(trainer: fitting.LossTrainer) -> dict[str, Any]:
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:
-    """What decides the result; where curves are reported to does not."""
-    return settings.model_dump(mode="json", exclude={"report_to"})
+    """What decides the result; where curves are reported to does not, the number of windows in an update does."""
+    return {**settings.model_dump(mode="json", exclude={"report_to"}), "processes": resources.team().size}
 
 
 def _ceiling(budget: tuple[Path, float] | None, stream: Path, context: int) -> dict[str, float]:

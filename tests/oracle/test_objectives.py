@@ -147,6 +147,33 @@ def test_backward_twice_gives_the_same() -> None:
         torch.testing.assert_close(1.5 * x, y)
 
 
+def test_a_second_derivative_is_an_error() -> None:
+    hidden, head, labels, p = case(4, 9, 3, 5, 0, torch.float64)
+    h = hidden.requires_grad_()
+    loss = fused_loss(h, head, labels, *sparse(p)).loss
+    (grad,) = torch.autograd.grad(loss**2, h, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_float16_holds_the_heads_gradient_until_it_is_scaled(how: str) -> None:
+    """The sum over 4,096 positions is beyond 65,504, its mean is not."""
+    n = 4096
+    hidden, head = torch.zeros(n, 4, dtype=torch.float16), torch.zeros(8, 4, dtype=torch.float16)
+    hidden[:, 0] = 60.0
+    labels, indptr, none = torch.zeros(n, dtype=torch.long), torch.zeros(n + 1, dtype=torch.long), torch.zeros(0)
+
+    def loss(w: Tensor) -> Tensor:
+        return fused_loss(hidden, w, labels, indptr, none.long(), none, Hybrid(0.0)).loss / n
+
+    w = head.requires_grad_()
+    (torch.compile(loss, fullgraph=True, backend="aot_eager") if how == "compiled" else loss)(w).backward()
+    assert w.grad is not None
+    assert torch.isfinite(w.grad).all()
+    assert w.grad[0, 0].item() == pytest.approx(60 * (1 / 8 - 1), rel=1e-2)
+
+
 def test_jensen_shannon_is_symmetric_bounded_and_zero_for_equals() -> None:
     hidden, head, _, _ = case(6, 12, 3, 6, 4, torch.float64)
     labels = torch.zeros(6, dtype=torch.long)

@@ -63,21 +63,36 @@ def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 @pytest.mark.parametrize("objective", ["hybrid", "jsd"])
 def test_fault_16_accumulation_changes_nothing(trained: Train, objective: str) -> None:
-    """Means of micro-batch means weigh tokens of short windows more; the last batch here is ragged."""
-    whole = trained("1x8", batch_size=8, objective=objective)
+    """A whole epoch, with the short window of the end of the text in it and a ragged last batch."""
+    changes: dict[str, Any] = {"objective": objective, "epochs": 1, "learning_rate": 1e-4}
+    whole = trained("1x8", batch_size=8, **changes)
     for size, steps in ((4, 2), (1, 8)):
-        parts = trained(f"{steps}x{size}", batch_size=size, accumulation=steps, objective=objective)
-        assert farthest(whole, parts) < 1e-5
+        assert farthest(whole, trained(f"{steps}x{size}", batch_size=size, accumulation=steps, **changes)) < 1e-5
+
+
+def test_fault_16_means_of_micro_batches_would_be_seen(
+    trained: Train, token_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = fitting.WindowData(tokens.load_stream(token_folder, "train"), CONTEXT, 0)
+    assert 0 < data.parts[-1].n_scored < CONTEXT
+    changes: dict[str, Any] = {"epochs": 1, "learning_rate": 1e-4, "batch_size": 1, "accumulation": 8}
+    right, plain = trained("right", **changes), fitting.LossModel.forward
+
+    def means(self: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        found = plain(self, *args, **kwargs)  # divided by the tokens of the micro-batch
+        return found if "log_p" in found else {"loss": found["loss"] / 8}
+
+    monkeypatch.setattr(fitting.LossModel, "forward", means)
+    assert farthest(right, trained("means", **changes)) > 1e-5
 
 
 def test_fault_16_two_processes_change_nothing(
     trained: Train, small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
     arguments = ["--model", small_folder, "--tokens", token_folder, "--targets", rows, "--out", tmp_path / "two"]
-    arguments += ["--context", CONTEXT, "--seed", 3, "--batch-size", 2, "--accumulation", 2]
-    arguments += [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
+    arguments += ["--context", CONTEXT, "--seed", 3, "--batch-size", 2, "--accumulation", 2, "--learning-rate", 1e-4]
     launch(2, "-m", "memdec.cli", "train", *arguments)
-    one = trained("one", batch_size=8)
+    one = trained("one", batch_size=8, epochs=1, learning_rate=1e-4)
     assert farthest(one, load_file(tmp_path / "two" / "model.safetensors")) < 1e-5
     a, b = (artifacts.read(tmp_path / name, "memory").facts for name in ("one", "two"))
     assert a["valid_perplexity"] == pytest.approx(b["valid_perplexity"], rel=1e-5)
@@ -107,6 +122,9 @@ for shard in (False, True):
     loss.backward()
     full = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g
     grads.append({name: full(p.grad) for name, p in model.named_parameters()})
+    model.eval()
+    with torch.no_grad():
+        grads[-1]["log_p"] = model(**batch, score=True)["log_p"]
 assert grads[0].keys() == grads[1].keys()
 for name, grad in grads[0].items():
     torch.testing.assert_close(grads[1][name], grad, atol=1e-7, rtol=1e-5)
@@ -221,7 +239,7 @@ def test_fault_20_windows_are_shuffled_anew_each_epoch(trained: Train, monkeypat
         return plain(self, items)
 
     monkeypatch.setattr(fitting.Collate, "__call__", call)
-    trained("m", epochs=2, batch_size=100_000)
+    trained("m", epochs=2, batch_size=600)
     first, second = seen[0], seen[1]
     assert sorted(first) == sorted(second)
     assert first != second
@@ -313,6 +331,31 @@ def test_training_stops_when_nothing_gets_better(trained: Train, tmp_path: Path)
         TrainSettings(patience=3)
 
 
+def test_a_killed_training_that_stops_early_resumes_to_the_same_weights(
+    trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count of evaluations without a better one goes on too, and a checkpoint that was cut short is passed over."""
+    changes: dict[str, Any] = {"epochs": 20, "learning_rate": 0.1, "keep_best": True, "patience": 3, "dropout": 0.1}
+    straight = trained("straight", evaluate_every=0.25, **changes)
+    facts = artifacts.read(tmp_path / "straight", "memory").facts
+    assert facts["updates"] < facts["planned_updates"]
+    plain = fitting.LossTrainer.evaluate
+
+    def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == facts["updates"]:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(fitting.LossTrainer, "evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        trained("killed", evaluate_every=0.25, **changes)
+    monkeypatch.undo()
+    (tmp_path / "killed" / "work" / "checkpoint-99999").mkdir()
+    resumed = trained("killed", evaluate_every=0.25, **changes)
+    assert farthest(straight, resumed) == 0
+    assert artifacts.read(tmp_path / "killed", "memory").facts["updates"] == facts["updates"]
+
+
 def test_resuming_with_other_settings_names_what_changed(
     trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +401,11 @@ def test_the_flop_budget_ends_training(
         assert facts["flops"] <= ceiling
         per_update = facts["flops"] / facts["updates"]
         assert facts["flops"] > ceiling - per_update or facts["epochs"] == pytest.approx(3, abs=0.01)
+    rounds = fitting._rounds(settings, len(fitting.WindowData(range(n_tokens), CONTEXT, 0)), 1)  # type: ignore[arg-type]
+    train.run_finetune(
+        base_folder, token_folder, tmp_path / "all", settings, context=CONTEXT, seed=0, budget=(base_folder, 3)
+    )
+    assert artifacts.read(tmp_path / "all", "model").facts["updates"] == 3 * rounds
     own, smaller = (artifacts.read(tmp_path / name, "model").facts for name in ("own", "smaller"))
     assert own["epochs"] == pytest.approx(1.5, abs=0.02)
     assert smaller["epochs"] > own["epochs"]
@@ -440,6 +488,22 @@ def test_bad_input_is_seen_before_the_model_is_loaded(
     with pytest.raises(ConfigError, match="expected no --targets with objective ce, found 1"):
         train.run_train(small_folder, token_folder, [rows], out, MemorySettings(objective="ce"), **arguments)
     assert not out.exists()
+
+
+def test_a_head_that_does_more_than_a_product_is_refused() -> None:
+    """Their loss would be of another function than the one that is saved."""
+    from transformers import GraniteConfig, GraniteForCausalLM, PhiConfig, PhiForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    granite = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=4.0))
+    phi = PhiForCausalLM(PhiConfig(**sizes))
+    torch.nn.init.normal_(phi.lm_head.bias)
+    for model in (granite, phi):
+        with pytest.raises(ModelError, match="expected logits that are the output matrix times the last hidden state"):
+            models.check_head(model)
+    models.check_head(phi, bias=True)
+    models.check_head(models.from_scratch(spec(16), 50, 32, 0))
 
 
 def test_the_card_says_what_it_was_trained_on(trained: Train, tmp_path: Path) -> None:

@@ -195,5 +195,5 @@ def test_logits_that_are_capped_are_refused(
         return out
 
     monkeypatch.setattr(model, "forward", capped)
-    with pytest.raises(ModelError, match="scales or caps them"):
+    with pytest.raises(ModelError, match="scales, caps or shifts them"):
         teacher.run(base_folder, token_folder, tmp_path / "t", TeacherSettings(), **WINDOW)

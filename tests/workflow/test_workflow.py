@@ -52,11 +52,11 @@ ALL = SMALL | {"dapt": 12, "queries": 6, "knn": 6, "memories": 1}
     ("files", "targets", "expected"),
     [
         (["mini"], [], SMALL | {"table3": 1}),
-        # 15 more memories that are trained and one that is not, with one base; one teacher for both of its memories
+        # 18 more memories that are trained and one that is not, with one base; one teacher for both of its memories
         (
             ["mini", "objectives"],
             ["memories"],
-            ALL | {"model": 2, "train": 48, "evaluate": 51, "teacher": 3, "dapt": 6, "lora": 3, "evaluate_systems": 3},
+            ALL | {"model": 2, "train": 57, "evaluate": 60, "teacher": 3, "dapt": 6, "lora": 3, "evaluate_systems": 3},
         ),
         # 3 seeds, 3 bases: 2 memories with each of them, 2 with one
         (
