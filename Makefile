@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 MEMORIES = . $(BIN)/activate && mkdir -p build/mini build/pretrained && snakemake --cores $(CORES) \
   --workflow-profile profiles/default
 
-.PHONY: install table3 test check bench bench-search report regression reference ablations
+.PHONY: install table3 test check bench bench-search bench-gpu report regression reference ablations
 
 install: $(STAMP)
 
@@ -41,6 +41,9 @@ bench: $(STAMP)
 # Recall, total variation and speed of every kind of index on 300,000 keys; half an hour on two cores.
 bench-search: $(STAMP)
 	$(BIN)/python -m benchmarks.search --out results/search.csv
+
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu --out results/gpu.csv
 
 report: $(STAMP)
 	. $(BIN)/activate && snakemake --cores $(CORES) results/table3.csv && snakemake --report results/report.html

@@ -62,12 +62,13 @@ class Case:
 V, D, ENTRIES = 50_257, 256, 64
 
 
-def _loss_inputs(n: int) -> tuple[Tensor, ...]:
+def loss_inputs(n: int, vocab: int = V, width: int = D) -> tuple[Tensor, ...]:
+    """hidden (n, D), head (V, D), labels (n,) and targets of n rows with 64 entries: indptr, tokens, probs."""
     gen = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, D, generator=gen)
-    head = torch.randn(V, D, generator=gen) * 0.05
-    labels = torch.randint(0, V, (n,), generator=gen)
-    tokens = torch.randint(0, V - ENTRIES, (n, 1), generator=gen) + torch.arange(ENTRIES)
+    hidden = torch.randn(n, width, generator=gen)
+    head = torch.randn(vocab, width, generator=gen) * 0.05
+    labels = torch.randint(0, vocab, (n,), generator=gen)
+    tokens = torch.randint(0, vocab - ENTRIES, (n, 1), generator=gen) + torch.arange(ENTRIES)
     probs = torch.rand(n, ENTRIES, generator=gen)
     indptr = torch.arange(n + 1) * ENTRIES
     return hidden, head, labels, indptr, tokens.flatten(), (probs / probs.sum(1, keepdim=True)).flatten()
@@ -86,19 +87,23 @@ def _ours_loss(inputs: tuple[Tensor, ...]) -> Work:
     return work
 
 
+def dense_hybrid(hidden: Tensor, head: Tensor, labels: Tensor, indptr: Tensor, tokens: Tensor, probs: Tensor) -> Tensor:
+    """The hybrid loss as a sum over rows, beta 0.5: a dense target, full logits."""
+    target = torch.zeros(len(labels), len(head), device=hidden.device)
+    rows = torch.repeat_interleave(torch.arange(len(labels), device=hidden.device), indptr.diff())
+    target[rows, tokens] = probs
+    log_q = torch.log_softmax(hidden @ head.T, -1, dtype=torch.float32)
+    kl = torch.nn.functional.kl_div(log_q, target, reduction="sum")
+    return 0.5 * kl + 0.5 * torch.nn.functional.nll_loss(log_q, labels, reduction="sum")
+
+
 def loss(n: int) -> tuple[Work, Work]:
     """Hybrid loss, forward and backward, against dense targets, full logits and autograd."""
-    inputs = _loss_inputs(n)
-    hidden, head, labels, indptr, tokens, probs = inputs
+    inputs = loss_inputs(n)
 
     def twin() -> tuple[Tensor, ...]:
-        h, w = hidden.detach().requires_grad_(), head.detach().requires_grad_()
-        target = torch.zeros(n, V)
-        rows = torch.repeat_interleave(torch.arange(n), indptr.diff())
-        target[rows, tokens] = probs
-        log_q = torch.log_softmax(h @ w.T, -1)
-        kl = torch.nn.functional.kl_div(log_q, target, reduction="sum")
-        (0.5 * kl + 0.5 * torch.nn.functional.nll_loss(log_q, labels, reduction="sum")).backward()
+        h, w = (x.detach().requires_grad_() for x in inputs[:2])
+        dense_hybrid(h, w, *inputs[2:]).backward()
         assert h.grad is not None
         assert w.grad is not None
         return h.grad, w.grad
@@ -108,7 +113,7 @@ def loss(n: int) -> tuple[Work, Work]:
 
 def loss_floor(n: int) -> tuple[Work, Work]:
     """The same loss against its three bare matrix products in the same blocks: what it cannot go below."""
-    inputs = _loss_inputs(n)
+    inputs = loss_inputs(n)
     hidden, head = inputs[:2]
     rows = block_rows(n, V, "cpu")
 
