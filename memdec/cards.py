@@ -37,14 +37,12 @@ model = AutoModelForCausalLM.from_pretrained("MODEL").eval()
 tokenizer = AutoTokenizer.from_pretrained("MODEL")
 """,
     "memory": """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from memdec.modeling import MemDecForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("BASE")
-memory = AutoModelForCausalLM.from_pretrained("MEMORY")
+model = MemDecForCausalLM.from_parts("BASE", ["MEMORY"], [0.6])
 tokenizer = AutoTokenizer.from_pretrained("BASE")
-model = MemDecForCausalLM(base, memory, memory_weight=0.6, n_vocab=len(tokenizer)).eval()
 """,
     "lora": """\
 from peft import PeftModel

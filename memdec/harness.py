@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from memdec import mixing, tokens
 from memdec.errors import ConfigError, ModelError, one_line_errors
-from memdec.modeling import MemDecForCausalLM
+from memdec.modeling import MemDecForCausalLM, check_room
 from memdec.models import check_folder, load, n_positions
 from memdec.scores import ScoreStore, TokenScores, model_identity
 from memdec.windows import Window, windows
@@ -100,23 +100,23 @@ class MemDecInterp(HFLM):
         base = tokens.load_tokenizer(pretrained, revision, trust_remote_code=trust)
         if self.memory_name is not None:
             memory = tokens.load_tokenizer(self.memory_name, self.memory_revision, trust_remote_code=trust)
-            tokens.check_same(
-                tokens.fingerprint(base), tokens.fingerprint(memory), f"{pretrained} with {self.memory_name}"
-            )
+            tokens.check_same_ids(base, memory, f"{pretrained} with {self.memory_name}")
 
     def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         """Load the base as `hf` does, then put the memory beside it."""
         super()._create_model(pretrained, *args, **kwargs)
         base: Any = self._model  # type: ignore[has-type]
-        memory = None
+        memories = []
         if self.memory_name is not None:
             dtype = self.memory_dtype or str(base.dtype).removeprefix("torch.")
             memory = load(self.memory_name, dtype=dtype, revision=self.memory_revision)
-            memory = memory.to(next(base.parameters()).device)
-        self._model = MemDecForCausalLM(base, memory, self.alpha, n_vocab=len(self.tokenizer)).eval()
+            check_room(memory, base.device, self.memory_name)
+            memories = [memory.to(base.device)]
+        weights = [self.alpha for _ in memories]
+        self._model = MemDecForCausalLM.from_models(base, memories, weights, n_vocab=len(self.tokenizer))
 
     def _windows(self, context: int | None, stride: int | None) -> tuple[int, int]:
-        limit = min(n_positions(m.config) or sys.maxsize for m in (self.model.base, self.model.memory) if m is not None)
+        limit = min(n_positions(m.config) or sys.maxsize for m in (self.model.base, *self.model.memories))
         if context is not None and int(context) > limit:
             raise ConfigError(f"context: expected at most {limit} (positions of the models), found {context}; lower it")
         size = int(context) if context is not None else min(DEFAULT_CONTEXT, limit)
@@ -159,7 +159,7 @@ class MemDecInterp(HFLM):
     def _score(self, stream: NDArray[np.int64], which: str, disable_tqdm: bool) -> TokenScores:
         parts = windows(len(stream), self.context, self.stride)
         base = np.full(len(stream), np.nan, dtype=np.float32)
-        memory = np.full(len(stream), np.nan, dtype=np.float32) if self.model.memory is not None else None
+        memory = np.full(len(stream), np.nan, dtype=np.float32) if self.model.memories else None
         batch_size = self.batch_size_per_gpu if isinstance(self.batch_size_per_gpu, int) else 8
         bar = tqdm(
             total=len(parts), desc="score windows", unit="window", disable=disable_tqdm or self.rank != 0, mininterval=2
@@ -196,7 +196,7 @@ class MemDecInterp(HFLM):
     def set_alpha(self, alpha: float) -> None:
         """Use another weight from now on."""
         self.alpha = mixing.check_weight(alpha)
-        self.model.memory_weight = self.alpha
+        self.model.set_weights([self.alpha for _ in self.model.memories])
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results file says about the model."""

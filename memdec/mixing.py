@@ -1,6 +1,7 @@
 """p(y|x) = alpha * p_mem(y|x) + (1 - alpha) * p_base(y|x) (paper, section 3.3), in float32 log space, in one place."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,16 +33,47 @@ def log_weights(memory_weight: float) -> tuple[float, float]:
     return (math.log(alpha) if alpha else -math.inf, math.log1p(-alpha) if alpha < 1 else -math.inf)
 
 
+def check_weights(weights: Sequence[float], n_memories: int) -> list[float]:
+    """Weights of several memories, each in [0, 1] and together at most 1; the base has the rest.
+
+    Raises:
+        ConfigError: Another number of them, or another sum.
+    """
+    values = [check_weight(weight) for weight in weights]
+    if len(values) != n_memories:
+        raise ConfigError(f"weights: expected one per memory ({n_memories}), found {len(values)}")
+    total = math.fsum(values)
+    if total > 1 + 1e-9:
+        raise ConfigError(f"weights: expected a sum of at most 1 (the base has the rest), found {total:g}; lower them")
+    return values
+
+
+def base_weight(weights: Sequence[float]) -> float:
+    """What the memories leave to the base; rounding of their sum is no weight."""
+    rest = 1.0 - math.fsum(weights)
+    return rest if rest > 1e-9 else 0.0
+
+
 def mix(
-    log_p_base: Float[Tensor, "*shape"], log_p_mem: Float[Tensor, "*shape"], memory_weight: float
+    log_p_base: Float[Tensor, "*shape"] | None,
+    log_p_mems: Sequence[Float[Tensor, "*shape"] | None],
+    weights: Sequence[float],
 ) -> Float[Tensor, "*shape"]:
-    """log(alpha p_mem + (1 - alpha) p_base), float32, of log-probabilities of any equal shape."""
-    if memory_weight == 0.0:
-        return log_p_base.float()
-    if memory_weight == 1.0:
-        return log_p_mem.float()
-    log_a, log_b = log_weights(memory_weight)
-    return torch.logaddexp(log_p_mem.float() + log_a, log_p_base.float() + log_b)
+    """log(sum_i w_i p_mem,i + (1 - sum_i w_i) p_base), float32, of log-probabilities of equal shape.
+
+    What has no weight is not read and may be None; one that has all of it is the result to the bit.
+    """
+    weights = check_weights(weights, len(log_p_mems))
+    parts = [(log_p_base, base_weight(weights)), *zip(log_p_mems, weights, strict=True)]
+    mixed: Tensor | None = None
+    for log_p, weight in parts:
+        if weight == 0.0:
+            continue
+        assert log_p is not None
+        part = log_p.float() if weight == 1.0 else log_p.float() + math.log(weight)
+        mixed = part if mixed is None else torch.logaddexp(mixed, part)
+    assert mixed is not None  # the weights sum to one
+    return mixed
 
 
 def mix_scores(

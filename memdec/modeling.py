@@ -1,50 +1,266 @@
-"""`MemDecForCausalLM`: a frozen base model and a memory decoder that answer as one causal LM.
+"""`MemDecForCausalLM`: a frozen base model and its memory decoders that answer as one causal LM.
 
-`forward` returns log(alpha p_mem + (1 - alpha) p_base) as its logits (float32, normalised), so everything that reads
-logits, `generate` and lm-eval included, sees the mixture. Both models keep their own KV cache; the memory's travels on
-the base model's cache object.
+    model = MemDecForCausalLM.from_parts("Qwen/Qwen2.5-7B", ["Clover-Hill/MemoryDecoder-Qwen-biomed"], [0.6])
+    model.save_pretrained("folder")
+    model = AutoModelForCausalLM.from_pretrained("folder")  # after `import memdec.modeling`
+
+`forward` returns log(sum_i w_i p_i) as its logits (float32, normalised), so everything that reads logits, `generate` and
+lm-eval included, sees the mixture. One cache of the library holds the layers of all models one after the other, so what
+the library does to a cache (beams, cropping, selecting rows) is done to all.
 """
 
 import copy
-from typing import Any
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from memdec import mixing
+from memdec import mixing, tokens
 from memdec.errors import ConfigError, ModelError
+from memdec.models import load, n_positions
+
+FOLDERS = ("base", "memory")  # in a self-contained folder: base, memory-0, memory-1 ...
+
+
+class MemDecConfig(PreTrainedConfig):
+    """What a mixture is made of.
+
+    Args:
+        parts: Of the base and then of each memory: `config` (its own configuration, as a dictionary with `model_type`)
+            and, where its weights are elsewhere, `path` and `revision`.
+        weights: Of each memory; what is missing to 1 is the base's.
+        n_vocab: Tokens of the shared vocabulary.
+    """
+
+    model_type = "memdec"
+
+    def __init__(
+        self,
+        parts: Sequence[dict[str, Any]] | None = None,
+        weights: Sequence[float] | None = None,
+        n_vocab: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.parts = [dict(part) for part in parts or ()]
+        self.weights = [float(weight) for weight in weights or ()]
+        self.n_vocab = n_vocab
+        super().__init__(**kwargs)
+
+    def part_config(self, index: int) -> Any:
+        """Configuration of one part: 0 is the base."""
+        plain = dict(self.parts[index]["config"])
+        return AutoConfig.for_model(plain.pop("model_type"), **plain)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Tokens that all parts can see."""
+        known = [n_positions(self.part_config(i)) for i in range(len(self.parts))]
+        if not any(known):
+            raise AttributeError("max_position_embeddings")
+        return min(n for n in known if n)
+
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
+        """The base's, with the shared vocabulary: what `generate` reads layers, special tokens and sizes from."""
+        if not self.parts:
+            return self
+        config = self.part_config(0).get_text_config(decoder=decoder, encoder=encoder)
+        config.vocab_size = self.n_vocab or config.vocab_size
+        return config
 
 
 class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
-    """p(y|x) = alpha p_mem(y|x) + (1 - alpha) p_base(y|x) (paper, section 3.3).
+    """p(y|x) = sum_i w_i p_mem,i(y|x) + (1 - sum_i w_i) p_base(y|x) (paper, section 3.3, which has one memory).
 
-    Args:
-        base: Any causal LM; stays as it is.
-        memory: The memory decoder, or None for the base alone.
-        memory_weight: alpha, from 0 (base only, the memory does not run) to 1 (memory only).
-        n_vocab: Size of the shared vocabulary; longer (padded) heads are cut to the shorter one.
+    Models of weight 0 do not run. Make one with `from_models` or `from_parts`.
     """
 
+    config_class = MemDecConfig
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
 
-    def __init__(self, base: Any, memory: Any | None, memory_weight: float, n_vocab: int | None = None) -> None:
-        super().__init__(copy.deepcopy(base.config))  # generate() reads layers and special tokens from it
-        self.base = base
-        self.memory = memory
-        self.memory_weight = mixing.check_weight(memory_weight)
-        if memory is None and self.memory_weight:
-            raise ConfigError(f"alpha: expected 0 without a memory, found {memory_weight}; give a memory decoder")
-        heads = [m.get_output_embeddings().weight.shape[0] for m in (base, memory) if m is not None]
-        self.n_vocab = min(heads)
-        if n_vocab is not None and n_vocab > self.n_vocab:
-            raise ModelError(
-                f"expected output heads of at least {n_vocab} tokens, found {self.n_vocab}; use models of one tokenizer"
+    def __init__(self, config: MemDecConfig, base: Any | None = None, memories: Sequence[Any] | None = None) -> None:
+        super().__init__(config)
+        if base is None:
+            base, *memories = (
+                AutoModelForCausalLM.from_config(config.part_config(i)) for i in range(len(config.parts))
             )
-        self.generation_config = base.generation_config
+        memories = list(memories or ())
+        heads = [m.get_output_embeddings().weight.shape[0] for m in (base, *memories)]
+        if config.n_vocab is not None and config.n_vocab > min(heads):
+            raise ModelError(
+                f"expected output heads of at least {config.n_vocab} tokens, found {min(heads)}; use models of one tokenizer"
+            )
+        self.n_vocab = config.n_vocab = min(heads)
+        self.base = base
+        self.memories = nn.ModuleList(memories)
+        self.set_weights(config.weights)
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self._layers = [len(DynamicCache(config=model.config).layers) for model in (base, *memories)]
+        self._tokenizer: Any | None = None
+        self._side: Any | None = None  # the memories' CUDA stream
         self.requires_grad_(False)
+
+    # --- making, saving, loading ----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_models(
+        cls, base: Any, memories: Sequence[Any], weights: Sequence[float], n_vocab: int | None = None
+    ) -> "MemDecForCausalLM":
+        """A mixture of models that are in memory; they are not copied.
+
+        Args:
+            base: Any causal LM; stays as it is.
+            memories: Memory decoders with the base's tokenizer.
+            weights: alpha of each memory; together from 0 (base only) to 1 (memories only).
+            n_vocab: Size of the shared vocabulary, for a check; of padded heads the shortest decides.
+        """
+        parts = [{"config": model.config.to_dict()} for model in (base, *memories)]
+        mixture: MemDecForCausalLM = cls(MemDecConfig(parts=parts, weights=weights, n_vocab=n_vocab), base, memories)
+        mixture.eval()
+        return mixture
+
+    @classmethod
+    def from_parts(
+        cls,
+        base: str | Path,
+        memories: Sequence[str | Path],
+        weights: Sequence[float],
+        *,
+        revisions: Sequence[str | None] | None = None,
+        dtype: str = "float32",
+        memory_dtype: str | None = None,
+        device_map: Any | None = None,
+        memory_device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> "MemDecForCausalLM":
+        """Load base and memories (folders or Hub ids) and prove that their tokenizers are one.
+
+        Args:
+            base: The base model.
+            memories: Memory decoders.
+            weights: alpha of each memory.
+            revisions: Commits of base and memories, for Hub ids.
+            dtype: Weights' type of the base.
+            memory_dtype: The same of the memories; default as the base.
+            device_map: Where the base goes, as `from_pretrained` takes it ("auto": over all GPUs).
+            memory_device: Where the memories go; default the base's (first) device.
+            kwargs: Passed on to the base's `from_pretrained`.
+
+        Raises:
+            ModelError: A model is missing, has another tokenizer, or the memories do not fit on their device.
+        """
+        commits = list(revisions or [None] * (1 + len(memories)))
+        words = tokens.load_tokenizer(str(base), commits[0])
+        for name, commit in zip(memories, commits[1:], strict=True):
+            tokens.check_same_ids(words, tokens.load_tokenizer(str(name), commit), f"{base} with {name}")
+        if device_map is not None:
+            kwargs["device_map"] = device_map
+        lm = load(base, dtype=dtype, revision=commits[0], **kwargs)
+        place = torch.device(memory_device) if memory_device is not None else next(lm.parameters()).device
+        small = []
+        for name, commit in zip(memories, commits[1:], strict=True):
+            model = load(name, dtype=memory_dtype or dtype, revision=commit)
+            check_room(model, place, str(name))
+            small.append(model.to(place))
+        mixture = cls.from_models(lm, small, weights, n_vocab=len(words))
+        mixture._tokenizer = words
+        return mixture
+
+    def save_pretrained(self, save_directory: str | Path, *, by_reference: bool = False, **kwargs: Any) -> None:
+        """Write the mixture as a folder that `from_pretrained` reads.
+
+        Args:
+            save_directory: The folder.
+            by_reference: Write where base and memories came from instead of their weights.
+            kwargs: Passed on to each model's `save_pretrained` (`max_shard_size` ...).
+
+        Raises:
+            ModelError: `by_reference`, and a model did not come from a folder or the Hub.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = []
+        for index, model in enumerate((self.base, *self.memories)):
+            part = {"config": {"model_type": model.config.model_type, **model.config.to_diff_dict()}}
+            if by_reference:
+                part |= _reference(model)
+            else:
+                model.save_pretrained(folder / _folder(index), **kwargs)
+            parts.append(part)
+        saved = MemDecConfig(parts=parts, weights=self.config.weights, n_vocab=self.n_vocab)
+        saved.architectures = [type(self).__name__]
+        saved.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        config: MemDecConfig | None = None,
+        revision: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        memory_dtype: str | torch.dtype | None = None,
+        device_map: Any | None = None,
+        memory_device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> "MemDecForCausalLM":
+        """A mixture that `save_pretrained` wrote, from a folder or the Hub; arguments as for `from_parts`."""
+        name = pretrained_model_name_or_path
+        if config is None:
+            config = MemDecConfig.from_pretrained(name, revision=revision)
+        if not isinstance(config, MemDecConfig) or not config.parts:
+            raise ModelError(f"{name}: expected a model of the type memdec, found {config.model_type}; use from_parts")
+        known = {
+            k: v for k, v in kwargs.items() if k in ("cache_dir", "token", "local_files_only", "attn_implementation")
+        }
+        loaded: list[Any] = []
+        for index, part in enumerate(config.parts):
+            where = (
+                {"revision": part.get("revision")}
+                if "path" in part
+                else {"subfolder": _folder(index), "revision": revision}
+            )
+            wanted = (dtype if index == 0 else memory_dtype or dtype) or "auto"
+            place = {"device_map": device_map} if index == 0 and device_map is not None else {}
+            model = load(part.get("path", name), dtype=wanted, **where, **place, **known)
+            if index:
+                device = torch.device(memory_device) if memory_device is not None else loaded[0].device
+                check_room(model, device, f"memory {index - 1} of {name}")
+                model = model.to(device)
+            loaded.append(model)
+        mixture: MemDecForCausalLM = cls(config, loaded[0], loaded[1:])
+        mixture.name_or_path = str(name)
+        mixture.eval()
+        return mixture
+
+    def set_weights(self, weights: Sequence[float]) -> None:
+        """Use other weights of the memories from now on.
+
+        Raises:
+            ConfigError: One per memory is expected, none negative, together at most 1.
+        """
+        self.config.weights = mixing.check_weights(weights, len(self.memories))
+
+    # --- running --------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -58,28 +274,37 @@ class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
         return self.base.get_input_embeddings()
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Both models were tied when they were loaded."""
+        """All models were tied when they were loaded."""
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(
+            "resize_token_embeddings: the models of a mixture share a vocabulary; resize them before mixing"
+        )
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """Each model makes its own mask of it: their layers may differ."""
+        return attention_mask
 
     def log_probs(
-        self, input_ids: Tensor, *, which: str = "both", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Literal["both", "base", "memory"] = "both", logits_to_keep: int = 0
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p_base, log p_mem) of a batch without padding on the left, each float32 (B, T or logits_to_keep, V).
+
+        p_mem of several memories is their mixture by weight.
 
         Args:
             input_ids: Token ids (B, T).
             which: "base", "memory" or "both".
             logits_to_keep: Only the last so many positions; 0 is all.
         """
-        base = memory = None
-        if which != "memory":
-            base = self._run(self.base, input_ids, logits_to_keep=logits_to_keep)
-        if which != "base" and self.memory is not None:
-            memory = self._run(self.memory, input_ids, logits_to_keep=logits_to_keep)
-        return base, memory
-
-    def _run(self, model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        out = model(input_ids=input_ids.to(model.device), use_cache=False, **kwargs)
-        return mixing.log_softmax(out.logits, self.n_vocab).to(self.device)
+        total = math.fsum(self.config.weights)
+        shares = [w / total if total else 1 / len(self.memories) for w in self.config.weights]
+        running = [0] if which != "memory" else []
+        running += [i for i, share in enumerate(shares, 1) if share and which != "base"]
+        found = self._run(running, input_ids=input_ids, use_cache=False, logits_to_keep=logits_to_keep)
+        memories = [found.get(i) for i in range(1, len(shares) + 1)]
+        return found.get(0), mixing.mix(None, memories, shares) if which != "base" and shares else None
 
     def forward(
         self,
@@ -88,48 +313,147 @@ class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Any | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits = normalised log-probabilities of the mixture, float32 (B, T, V)."""
-        kwargs = {k: v for k, v in kwargs.items() if k in ("cache_position",) and v is not None}
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.base.config)
-        running: dict[str, Any] = {}
-        if self.memory is None or self.memory_weight < 1:
-            running["base"] = self.base
-        if self.memory is not None and self.memory_weight > 0:
-            running["memory"] = self.memory
-        log_p: dict[str, Tensor] = {}
-        for name, model in running.items():
-            cache = self._cache_of(past_key_values, model, alone=len(running) == 1)
-            out = model(
-                input_ids=input_ids.to(model.device) if input_ids is not None else None,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=bool(use_cache),
-                logits_to_keep=logits_to_keep,
-                **kwargs,
-            )
-            log_p[name] = mixing.log_softmax(out.logits, self.n_vocab).to(self.device)
-        first = next(iter(log_p.values()))
-        mixed = mixing.mix(log_p["base"], log_p["memory"], self.memory_weight) if len(log_p) == 2 else first
-        return CausalLMOutputWithPast(logits=mixed, past_key_values=past_key_values)
+        """Logits = normalised log-probabilities of the mixture, float32 (B, T or logits_to_keep, V).
 
-    def _cache_of(self, cache: Any | None, model: Any, alone: bool) -> Any | None:
-        """The base model uses the given cache, the memory one that travels on it (alone, it uses the given one)."""
-        if cache is None or model is self.base or alone:
+        With `labels` (B, T) the loss too, in nats per token, as other causal LMs of the library return it.
+        """
+        weights = [mixing.base_weight(self.config.weights), *self.config.weights]
+        running = [i for i, weight in enumerate(weights) if weight]
+        if use_cache:
+            past_key_values = self._joint(past_key_values)
+        self._check_length(input_ids, past_key_values)
+        found = self._run(
+            running,
+            caches=past_key_values,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=bool(use_cache),
+            logits_to_keep=logits_to_keep,
+            **{k: v for k, v in kwargs.items() if k == "cache_position" and v is not None},
+        )
+        mixed = mixing.mix(found.get(0), [found.get(i) for i in range(1, len(weights))], weights[1:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=mixed, labels=labels, vocab_size=self.n_vocab)
+        return CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=past_key_values)
+
+    def _run(self, running: Sequence[int], caches: Cache | None = None, **inputs: Any) -> dict[int, Tensor]:
+        """log-probabilities of some of the models; on one GPU the memories run beside the base."""
+        side = self._side_stream(running)
+        models = [self.base, *self.memories]
+        found: dict[int, Tensor] = {}
+        for i in sorted(running, reverse=True):  # memories first: they queue up and the base runs over them
+            with torch.cuda.stream(side if i else None):
+                device = models[i].device
+                given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+                if caches is not None:
+                    given["past_key_values"] = _view(caches, self._layers, i)
+                logits = models[i](**given).logits
+                found[i] = mixing.log_softmax(logits, self.n_vocab).to(self.device)
+        if side is not None:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_stream(side)
+            for i in running:
+                found[i].record_stream(now)
+        return found
+
+    def _side_stream(self, running: Sequence[int]) -> Any | None:
+        """A CUDA stream for the memories, in step with the current one; None where nothing can overlap."""
+        if self.device.type != "cuda" or len(running) < 2 or torch.compiler.is_compiling():
+            return None
+        if any(self.memories[i - 1].device != self.device for i in running if i):
+            return None  # another GPU runs beside this one anyway
+        if self._side is None:
+            self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        return self._side
+
+    def _joint(self, cache: Cache | None) -> Cache:
+        """The cache with room for the layers of all models; a fresh one of the base is extended in place.
+
+        Raises:
+            ConfigError: It holds text that only the base has seen.
+        """
+        if cache is None:
+            cache = DynamicCache(config=self.base.config)
+        missing = sum(self._layers) - len(cache.layers)
+        if missing <= 0:
             return cache
-        if not hasattr(cache, "memory"):
-            cache.memory = DynamicCache(config=model.config)
-        return cache.memory
-
-    @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; beams would have to reorder the memory's cache too and are refused."""
-        if kwargs.get("num_beams", 1) not in (1, None):
+        if len(cache.layers) not in (0, self._layers[0]) or cache.get_seq_length() > 0:
             raise ConfigError(
-                f"num_beams: expected 1, found {kwargs['num_beams']}; greedy search and sampling are supported"
+                f"past_key_values: expected a new cache or one of this model ({sum(self._layers)} layers), found one with "
+                f"{len(cache.layers)} layers that is in use; begin without"
             )
-        return super().generate(*args, **kwargs)
+        configs = [model.config for model in (self.base, *self.memories)][bool(cache.layers) :]
+        for config in configs:
+            longest = cache.get_max_length() if isinstance(cache, StaticCache) else None
+            more = StaticCache(config, longest) if longest is not None else DynamicCache(config=config)
+            cache.layers.extend(more.layers)
+        return cache
+
+    def _check_length(self, input_ids: Tensor | None, cache: Cache | None) -> None:
+        """Models fail late or answer nonsense beyond the positions they have."""
+        if input_ids is None or torch.compiler.is_compiling():
+            return
+        limit = n_positions(self.config)
+        length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None and not cache.is_compileable else 0)
+        if limit is not None and length > limit:
+            raise ConfigError(
+                f"expected at most {limit} tokens (positions of the models), found {length}; cut the prompt on the left or "
+                "lower max_new_tokens"
+            )
+
+
+def check_room(model: nn.Module, device: torch.device, name: str) -> None:
+    """A model must fit into what is free on a GPU.
+
+    Raises:
+        ModelError: It does not.
+    """
+    if device.type != "cuda":
+        return
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise ModelError(
+            f"{name}: expected {needed / 1e9:.1f} GB free on {device}, found {free / 1e9:.1f} GB; use memory_dtype=bfloat16, "
+            "memory_device=cpu, or device_map=auto for the base"
+        )
+
+
+def _folder(index: int) -> str:
+    return FOLDERS[0] if index == 0 else f"{FOLDERS[1]}-{index - 1}"
+
+
+def _reference(model: Any) -> dict[str, Any]:
+    """Where a model came from."""
+    name = model.config.name_or_path
+    if not name:
+        raise ModelError(
+            "by_reference: expected models from a folder or the Hub, found one made in memory; save it, or leave "
+            "by_reference out"
+        )
+    path = Path(name)
+    if path.is_dir():
+        return {"path": str(path.resolve())}
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit is None:
+        warnings.warn(f"{name}: no commit is known; the reference follows whatever the Hub has", stacklevel=3)
+    return {"path": name, "revision": commit}
+
+
+def _view(cache: Cache, layers: Sequence[int], index: int) -> Cache:
+    """The layers of one model, as a cache of its own over the same layers."""
+    begin = sum(layers[:index])
+    view = copy.copy(cache)  # its class and where it offloads to
+    view.layers = cache.layers[begin : begin + layers[index]]
+    return view
+
+
+AutoConfig.register(MemDecConfig.model_type, MemDecConfig, exist_ok=True)
+AutoModelForCausalLM.register(MemDecConfig, MemDecForCausalLM, exist_ok=True)

@@ -15,8 +15,9 @@ from memdec.tokens import load_tokenizer
 def load(
     name: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     revision: str | None = None,
+    subfolder: str = "",
     dropout: float | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -26,6 +27,7 @@ def load(
         name: Where it is.
         dtype: Weights' type.
         revision: Commit, for Hub ids.
+        subfolder: Where in the folder or repository.
         dropout: Overrides every dropout rate of the configuration.
         kwargs: Passed on to `from_pretrained`.
 
@@ -34,16 +36,22 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = Path(name)
+    path = Path(name, subfolder)
     if path.is_dir() and (path / artifacts.MARK).exists():
         artifacts.read(path, artifacts.kind_of(path) or "model")
-    check_folder(name)
+    check_folder(path if Path(name).is_dir() else name)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, subfolder=subfolder)
         if dropout is not None:
             set_dropout(config, dropout)
         return AutoModelForCausalLM.from_pretrained(
-            name, config=config, revision=revision, dtype=dtype, use_safetensors=True, **kwargs
+            name,
+            config=config,
+            revision=revision,
+            subfolder=subfolder,
+            dtype=dtype,
+            use_safetensors=True,
+            **kwargs,
         )
     except Exception as error:  # the Hub client raises a dozen unrelated types
         reason = " ".join(str(error).split())[:200]

@@ -176,5 +176,50 @@ def check_same(ours: str, other: str, where: str) -> None:
     if ours != other:
         raise ArtifactError(
             f"{where}: expected one tokenizer, found two (fingerprints {ours[:8]} and {other[:8]}); use models of one "
-            "family, or adapt the memory to the other vocabulary"
+            "family, or move the memory to the other vocabulary with `memdec adapt-vocab`"
         )
+
+
+# Whatever splits tokenizers: contractions, digits, runs of spaces, code, scripts with and without spaces, combining marks.
+SAMPLE = (
+    "It's 3.14159, isn't it?  They'LL pay $1,234,567.89 (or 10^6 EUR) by 2024-02-29.\r\n\n\n\tdef f(x_1):\n        return x_1**2  # "
+    "TODO\n{'a': [1, 2]}; https://example.org/~user?q=%20&z=1 | naïve café, e\u0301, ﬁ, ½, Ⅻ, Straße, ŻÓŁĆ, Ελληνικά, Русский, "
+    "עברית, العربية, हिन्दी, ไทย, 中文字符，日本語テキスト、한국어 \U0001f600\U0001f468\u200d\U0001f469 \u00a0\u3000\u200b end   "
+)
+
+
+def check_same_ids(one: Any, other: Any, where: str) -> None:
+    """Two tokenizers must give the same ids for the same strings.
+
+    Equal fingerprints prove it. Else every token string that both know must have one id, those that only one knows must be
+    control tokens added to it (Qwen2.5 has 19 that Qwen2 lacks), and both must split a sample and the strings of the
+    vocabulary alike.
+
+    Raises:
+        ModelError: They do not; the message names a string.
+    """
+    if fingerprint(one) == fingerprint(other):
+        return
+    ours, theirs = one.get_vocab(), other.get_vocab()
+    control = _control_tokens(one) | _control_tokens(other)
+    differ = (w for w in sorted(ours.keys() | theirs.keys()) if ours.get(w) != theirs.get(w))
+    wrong = next((w for w in differ if (w in ours and w in theirs) or w not in control), None)
+    if wrong is None:
+        some = sorted(set(ours.values()) & set(theirs.values()))[:: max(1, len(ours) // 4096)]
+        for text in (SAMPLE, one.decode(some), *one.batch_decode([[token] for token in some])):
+            ids = [words(text, add_special_tokens=False, verbose=False)["input_ids"] for words in (one, other)]
+            if ids[0] != ids[1]:
+                wrong = text
+                break
+    if wrong is not None:
+        found = [words(wrong, add_special_tokens=False, verbose=False)["input_ids"][:8] for words in (one, other)]
+        raise ModelError(
+            f"{where}: expected one tokenizer, found two: {wrong[:40]!r} has the ids {found[0]} and {found[1]}; use models "
+            "of one family, or move the memory to the other vocabulary with `memdec adapt-vocab`"
+        )
+
+
+def _control_tokens(tokenizer: Any) -> set[str]:
+    """Added tokens that no ordinary text holds: special ones, and those written as `<...>`."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {str(token) for token in added if token.special or (str(token).startswith("<") and str(token).endswith(">"))}

@@ -11,6 +11,7 @@ from memdec import fitting, index, knn, models, objectives
 from memdec.config import IndexSettings
 from memdec.datastore import Datastore
 from memdec.losses import fused_loss
+from memdec.modeling import MemDecForCausalLM
 from memdec.search import Nearest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -105,3 +106,18 @@ def test_a_training_step() -> None:
         grads.append({name: p.grad.cpu() for name, p in model.named_parameters()})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_a_mixture_on_two_streams(where: str) -> None:
+    """The memory runs on a stream of its own beside the base, or on another device."""
+    base, memory = (models.from_scratch(spec(width), 50, 64, 0).eval() for width in (32, 16))
+    ids = torch.randint(1, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+    mixture = MemDecForCausalLM.from_models(base, [memory], [0.4])
+    found = [mixture(input_ids=ids).logits, mixture.generate(ids, max_new_tokens=20, do_sample=False)]
+    base.cuda()
+    memory.to(where)
+    for _ in range(5):  # a race would show sooner or later
+        logits = mixture(input_ids=ids.cuda()).logits.cpu()
+        torch.testing.assert_close(logits, found[0], atol=1e-4, rtol=1e-3)
+        assert torch.equal(mixture.generate(ids.cuda(), max_new_tokens=20, do_sample=False).cpu(), found[1])

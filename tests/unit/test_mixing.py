@@ -15,7 +15,7 @@ from memdec.errors import ConfigError, NumericsError
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_fault_24_bf16_scores_are_mixed_in_float32(alpha: float) -> None:
     base, memory = (torch.randn(4, 9).log_softmax(-1).bfloat16() for _ in range(2))
-    mixed = mixing.mix(base, memory, alpha)
+    mixed = mixing.mix(base, [memory], [alpha])
     assert mixed.dtype == torch.float32
     torch.testing.assert_close(
         mixed.exp(), alpha * memory.float().exp() + (1 - alpha) * base.float().exp(), atol=1e-6, rtol=0
@@ -25,7 +25,7 @@ def test_fault_24_bf16_scores_are_mixed_in_float32(alpha: float) -> None:
 @given(st.floats(0, 1), st.lists(st.tuples(st.floats(-60, 0), st.floats(-60, 0)), min_size=1, max_size=8))
 def test_stored_scores_mix_as_live_ones(alpha: float, pairs: list[tuple[float, float]]) -> None:
     base, memory = np.array(pairs, np.float32).T
-    live = mixing.mix(torch.from_numpy(base.copy()), torch.from_numpy(memory.copy()), alpha)
+    live = mixing.mix(torch.from_numpy(base.copy()), [torch.from_numpy(memory.copy())], [alpha])
     stored = mixing.mix_scores(base, memory, alpha)
     assert stored.dtype == np.float64
     np.testing.assert_allclose(live.numpy(), stored, rtol=1e-6, atol=2e-6)
@@ -36,14 +36,14 @@ def test_stored_scores_mix_as_live_ones(alpha: float, pairs: list[tuple[float, f
 
 def test_both_models_ruling_a_token_out_leaves_it_out() -> None:
     never = torch.tensor([-math.inf])
-    assert mixing.mix(never, never, 0.5).item() == -math.inf
+    assert mixing.mix(never, [never], [0.5]).item() == -math.inf
     assert mixing.mix_scores(never.numpy(), never.numpy(), 0.5).tolist() == [-math.inf]
 
 
 @pytest.mark.parametrize("alpha", [-1e-9, 1.0 + 1e-9, math.nan])
 def test_every_way_of_mixing_refuses_a_weight_outside_0_to_1(alpha: float) -> None:
     with pytest.raises(ConfigError, match="alpha"):
-        mixing.mix(torch.zeros(1), torch.zeros(1), alpha)
+        mixing.mix(torch.zeros(1), [torch.zeros(1)], [alpha])
     with pytest.raises(ConfigError, match="alpha"):
         mixing.mix_scores(np.zeros(1), np.zeros(1), alpha)
 

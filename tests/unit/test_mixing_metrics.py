@@ -16,7 +16,7 @@ from memdec.errors import ConfigError, NumericsError
 def test_mixture_is_a_distribution_and_equals_plain_arithmetic(alpha: float, seed: int) -> None:
     gen = torch.Generator().manual_seed(seed)
     base, memory = (torch.randn(3, 11, generator=gen).double().log_softmax(-1) for _ in range(2))
-    mixed = mixing.mix(base, memory, alpha)
+    mixed = mixing.mix(base, [memory], [alpha])
     plain = alpha * memory.exp() + (1 - alpha) * base.exp()
     assert torch.allclose(mixed.exp(), plain.float(), atol=1e-6)
     stored = mixing.mix_scores(base[0].numpy(), memory[0].numpy(), alpha)
@@ -25,9 +25,9 @@ def test_mixture_is_a_distribution_and_equals_plain_arithmetic(alpha: float, see
 
 def test_ends_are_exact_even_where_the_other_model_is_minus_infinity() -> None:
     base, memory = torch.tensor([-1.0, -math.inf]), torch.tensor([-math.inf, -2.0])
-    assert torch.equal(mixing.mix(base, memory, 0.0), base)
-    assert torch.equal(mixing.mix(base, memory, 1.0), memory)
-    assert mixing.mix(base, memory, 0.5)[0] == pytest.approx(-1 - math.log(2))
+    assert torch.equal(mixing.mix(base, [memory], [0.0]), base)
+    assert torch.equal(mixing.mix(base, [memory], [1.0]), memory)
+    assert mixing.mix(base, [memory], [0.5])[0] == pytest.approx(-1 - math.log(2))
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, "x", None, math.nan])

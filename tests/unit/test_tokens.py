@@ -44,3 +44,30 @@ def test_too_little_text_and_no_tokenizer(corpus_folder: Path, tmp_path: Path) -
         tokens.run_tokenizer(TokenizerSpec(train_on=["made"], vocab_size=9000), tmp_path / "t", [corpus_folder])
     with pytest.raises(ModelError, match="expected a tokenizer folder or Hub id"):
         tokens.load_tokenizer(str(tmp_path))
+
+
+def test_tokenizers_of_one_vocabulary_in_other_files_are_one(tokenizer_folder: Path) -> None:
+    """An extra special token and an unused normaliser change the fingerprint, not the ids of any text."""
+    one, other = (tokens.load_tokenizer(str(tokenizer_folder)) for _ in range(2))
+    other.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    assert tokens.fingerprint(one) != tokens.fingerprint(other)
+    tokens.check_same_ids(one, other, "here")
+    tokens.check_same_ids(other, one, "here")
+
+
+def test_the_same_vocabulary_with_another_split_is_another_tokenizer(tokenizer_folder: Path) -> None:
+    from tokenizers import pre_tokenizers
+
+    one, other = (tokens.load_tokenizer(str(tokenizer_folder)) for _ in range(2))
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert one.get_vocab() == other.get_vocab()
+    with pytest.raises(ModelError, match=r"^here: expected one tokenizer, found two: .* has the ids .* adapt-vocab"):
+        tokens.check_same_ids(one, other, "here")
+
+
+def test_a_word_with_another_id_is_named(tokenizer_folder: Path) -> None:
+    one, other = (tokens.load_tokenizer(str(tokenizer_folder)) for _ in range(2))
+    other.add_tokens(["The matrix"])  # no special token: it changes how text is split
+    assert len(other) == len(one) + 1
+    with pytest.raises(ModelError, match="'The matrix' has the ids"):
+        tokens.check_same_ids(one, other, "here")

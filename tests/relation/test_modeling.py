@@ -1,0 +1,226 @@
+"""The mixture as a model of transformers, against plain loops over the models alone."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from making import CONTEXT, spec
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import memdec.modeling
+from memdec import models, tokens
+from memdec.errors import ConfigError, ModelError
+from memdec.modeling import MemDecForCausalLM
+
+PROMPTS = [
+    "The matrix", "The token 12 returns the", "A", "The vector 7 reads the index of size 4.\nThe", "The kernel 3", "size",
+    "The window of size 9 scales the token 4. The", "\n",
+]  # fmt: skip
+NEW = 7
+
+
+@pytest.fixture(scope="module")
+def words(tokenizer_folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tokenizer_folder, padding_side="left")
+
+
+@pytest.fixture(scope="module")
+def rotary(words: Any) -> Any:
+    """A memory of another architecture and with a padded head."""
+    return models.from_scratch(spec(16, architecture="qwen2"), len(words) + 12, CONTEXT, words.eos_token_id).eval()
+
+
+@pytest.fixture(scope="module")
+def mixture(base_folder: Path, small_folder: Path, rotary: Any, words: Any) -> MemDecForCausalLM:
+    base, small = models.load(base_folder), models.load(small_folder)
+    return MemDecForCausalLM.from_models(base, [small, rotary], [0.3, 0.25], n_vocab=len(words))
+
+
+def plain(mixture: MemDecForCausalLM, ids: Tensor) -> Tensor:
+    """p of every position of one text, without any cache or padding, float64."""
+    weights = [1 - sum(mixture.config.weights), *mixture.config.weights]
+    parts = zip([mixture.base, *mixture.memories], weights, strict=True)
+    with torch.no_grad():
+        return sum(w * m(ids[None]).logits[0, :, : mixture.n_vocab].double().softmax(-1) for m, w in parts)
+
+
+def greedy(mixture: MemDecForCausalLM, ids: list[int], n_new: int, eos: int) -> list[int]:
+    new: list[int] = []
+    while len(new) < n_new and eos not in new:
+        new.append(int(plain(mixture, torch.tensor(ids + new))[-1].argmax()))
+    return new
+
+
+def test_logits_are_the_log_probabilities_of_the_mixture(mixture: MemDecForCausalLM) -> None:
+    ids = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+    out = mixture(input_ids=ids, labels=ids)
+    assert out.logits.dtype == torch.float32
+    expected = torch.stack([plain(mixture, row) for row in ids])
+    torch.testing.assert_close(out.logits.exp().double(), expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(out.logits.exp().sum(-1), torch.ones(3, 20))
+    nll = -expected[:, :-1].log().gather(-1, ids[:, 1:, None]).mean()
+    assert out.loss.item() == pytest.approx(nll.item(), rel=1e-5)
+    torch.testing.assert_close(mixture(input_ids=ids, logits_to_keep=4).logits, out.logits[:, -4:])
+
+
+def test_what_has_no_weight_does_not_run(mixture: MemDecForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, kept = torch.arange(9)[None], list(mixture.config.weights)
+    monkeypatch.setattr(mixture.memories[1], "forward", lambda *_, **__: pytest.fail("ran"))
+    try:
+        mixture.set_weights([1.0, 0.0])
+        monkeypatch.setattr(mixture.base, "forward", lambda *_, **__: pytest.fail("ran"))
+        alone = mixture.memories[0](ids).logits.log_softmax(-1)
+        assert torch.equal(mixture(input_ids=ids).logits, alone)
+    finally:
+        mixture.set_weights(kept)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}], ids=str
+)
+def test_greedy_generation_in_a_left_padded_batch_equals_a_plain_loop(
+    mixture: MemDecForCausalLM, words: Any, how: dict[str, Any]
+) -> None:
+    batch = words(PROMPTS, return_tensors="pt", padding=True)
+    found = mixture.generate(**batch, max_new_tokens=NEW, do_sample=False, **how)[:, batch["input_ids"].shape[1] :]
+    assert found.shape[1] == NEW
+    for prompt, row in zip(PROMPTS, found.tolist(), strict=True):
+        expected = greedy(mixture, words.encode(prompt), NEW, words.eos_token_id)
+        assert row[: len(expected)] == expected
+
+
+def test_beams_move_the_caches_of_all_models(mixture: MemDecForCausalLM, words: Any) -> None:
+    batch = words(PROMPTS[:4], return_tensors="pt", padding=True)
+    with_cache, without = (
+        mixture.generate(
+            **batch, max_new_tokens=NEW, num_beams=4, do_sample=False, use_cache=use_cache,
+            output_scores=True, return_dict_in_generate=True,
+        )
+        for use_cache in (True, False)
+    )  # fmt: skip
+    assert torch.equal(with_cache.sequences, without.sequences)
+    torch.testing.assert_close(with_cache.sequences_scores, without.sequences_scores)
+    alone = mixture.generate(**batch, max_new_tokens=NEW, do_sample=False)
+    assert not torch.equal(alone, with_cache.sequences[:, : alone.shape[1]])  # or beams would prove nothing
+
+
+def test_sampling_follows_the_joint_distribution(mixture: MemDecForCausalLM, words: Any) -> None:
+    from scipy.stats import chisquare
+
+    torch.manual_seed(0)
+    n, ids = 4000, words.encode("The matrix 3 returns the")
+    # Few tokens stay in play, so that each has enough draws; the second one shows that the caches went along.
+    kept = plain(mixture, torch.tensor(ids))[-1].topk(3).indices.tolist()
+    others = [[token] for token in range(mixture.n_vocab) if token not in kept]
+    drawn = mixture.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=2, do_sample=True, top_k=0,
+        num_return_sequences=n, eos_token_id=None, bad_words_ids=others,
+    )[:, len(ids) :]  # fmt: skip
+    expected = []
+    for first in kept:
+        p, q = (plain(mixture, torch.tensor(text))[-1][kept] for text in (ids, [*ids, first]))
+        expected += (n * p[kept.index(first)] / p.sum() * q / q.sum()).tolist()
+    counts = [int((drawn == torch.tensor([a, b])).all(1).sum()) for a in kept for b in kept]
+    assert chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_a_mixture_can_verify_what_its_memory_drafts(mixture: MemDecForCausalLM, words: Any) -> None:
+    for prompt in PROMPTS[:3]:
+        batch = words(prompt, return_tensors="pt")
+        plainly = mixture.generate(**batch, max_new_tokens=NEW, do_sample=False)
+        drafted = mixture.generate(**batch, max_new_tokens=NEW, do_sample=False, assistant_model=mixture.memories[0])
+        assert torch.equal(drafted, plainly)
+
+
+@pytest.mark.parametrize("by_reference", [False, True])
+def test_a_saved_mixture_is_the_same(
+    base_folder: Path, small_folder: Path, tmp_path: Path, by_reference: bool, words: Any
+) -> None:
+    made = MemDecForCausalLM.from_parts(base_folder, [small_folder, base_folder], [0.5, 0.125])
+    made.save_pretrained(tmp_path / "m", by_reference=by_reference)
+    assert bool(list((tmp_path / "m").rglob("*.safetensors"))) != by_reference
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert isinstance(loaded, MemDecForCausalLM)
+    assert loaded.config.weights == [0.5, 0.125]
+    ids = torch.arange(12)[None]
+    assert torch.equal(loaded(input_ids=ids).logits, made(input_ids=ids).logits)
+    kept = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert tokens.fingerprint(kept) == tokens.fingerprint(words)
+    if not by_reference:
+        moved = (tmp_path / "m").rename(tmp_path / "elsewhere")
+        again = MemDecForCausalLM.from_pretrained(moved, memory_dtype="bfloat16")
+        assert {m.dtype for m in again.memories} == {torch.bfloat16}
+        assert again.dtype == torch.float32
+
+
+def test_a_folder_of_another_kind_and_a_model_from_memory_are_refused(
+    base_folder: Path, mixture: MemDecForCausalLM, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="expected a model of the type memdec, found gpt2"):
+        MemDecForCausalLM.from_pretrained(base_folder)
+    with pytest.raises(ModelError, match="found one made in memory"):
+        mixture.save_pretrained(tmp_path / "m", by_reference=True)
+
+
+def test_from_config_has_the_same_shapes(mixture: MemDecForCausalLM) -> None:
+    fresh = AutoModelForCausalLM.from_config(mixture.config)
+    assert [p.shape for p in fresh.parameters()] == [p.shape for p in mixture.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.5], r"expected one per memory \(2\), found 1"),
+        ([0.75, 0.5], r"expected a sum of at most 1 .* found 1\.25"),
+        ([-0.1, 0.5], "expected a number from 0"),
+    ],
+)
+def test_bad_weights(mixture: MemDecForCausalLM, weights: list[float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        mixture.set_weights(weights)
+    assert mixture.config.weights == [0.3, 0.25]
+
+
+def test_weights_that_round_to_one_leave_nothing_to_the_base(mixture: MemDecForCausalLM) -> None:
+    from memdec import mixing
+
+    assert mixing.base_weight([0.1] * 10) == 0.0
+    assert mixing.base_weight([0.7, 0.1, 0.2]) == 0.0
+    assert mixing.base_weight([]) == 1.0
+
+
+def test_too_long_a_text_is_an_error_not_a_crash(mixture: MemDecForCausalLM) -> None:
+    with pytest.raises(ConfigError, match=f"at most {CONTEXT} tokens .*, found {CONTEXT + 1}"):
+        mixture(input_ids=torch.zeros(1, CONTEXT + 1, dtype=torch.long))
+    with pytest.raises(ConfigError, match=f"at most {CONTEXT} tokens"):
+        mixture.generate(torch.zeros(1, CONTEXT - 2, dtype=torch.long), max_new_tokens=NEW, eos_token_id=None)
+
+
+def test_a_cache_that_only_the_base_has_filled_is_refused(mixture: MemDecForCausalLM) -> None:
+    cache = DynamicCache(config=mixture.base.config)
+    mixture.base(torch.arange(4)[None], past_key_values=cache, use_cache=True)
+    with pytest.raises(ConfigError, match="expected a new cache or one of this model"):
+        mixture(input_ids=torch.arange(2)[None], past_key_values=cache, use_cache=True)
+
+
+def test_a_memory_that_does_not_fit_is_named(rotary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
+    with pytest.raises(ModelError, match=r"mem: expected .* GB free on cuda:0, found 0\.0 GB; use memory_dtype"):
+        memdec.modeling.check_room(rotary, torch.device("cuda:0"), "mem")
+    memdec.modeling.check_room(rotary, torch.device("cpu"), "mem")
+
+
+def test_embeddings_are_not_resized(mixture: MemDecForCausalLM) -> None:
+    with pytest.raises(ConfigError, match="resize them before mixing"):
+        mixture.resize_token_embeddings(400)
+
+
+def test_p_joint_is_at_least_alpha_p_mem(mixture: MemDecForCausalLM) -> None:
+    ids = torch.arange(16)[None]
+    joint = mixture(input_ids=ids).logits
+    for memory, weight in zip(mixture.memories, mixture.config.weights, strict=True):
+        log_p = memory(ids).logits[..., : mixture.n_vocab].log_softmax(-1)
+        assert (joint >= log_p + math.log(weight) - 1e-5).all()
