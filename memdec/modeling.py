@@ -69,10 +69,11 @@ class MemDecConfig(PreTrainedConfig):
     @property
     def max_position_embeddings(self) -> int:
         """Tokens that all parts can see."""
-        known = [n_positions(self.part_config(i)) for i in range(len(self.parts))]
-        if not any(known):
+        fields = ("max_position_embeddings", "n_positions")
+        known = [part["config"][field] for part in self.parts for field in fields if part["config"].get(field)]
+        if not known:
             raise AttributeError("max_position_embeddings")
-        return min(n for n in known if n)
+        return min(known)
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
         """The base's, with the shared vocabulary: what `generate` reads layers, special tokens and sizes from."""
@@ -83,10 +84,12 @@ class MemDecConfig(PreTrainedConfig):
         return config
 
 
-class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
-    """p(y|x) = sum_i w_i p_mem,i(y|x) + (1 - sum_i w_i) p_base(y|x) (paper, section 3.3, which has one memory).
+class Wrapper(PreTrainedModel, GenerationMixin):
+    """A causal LM around a frozen base: `forward` gives normalised log-probabilities as logits, float32.
 
-    Models of weight 0 do not run. Make one with `from_models` or `from_parts`.
+    Args:
+        config: Its first part is the base.
+        base: Any causal LM; stays as it is.
     """
 
     config_class = MemDecConfig
@@ -94,12 +97,65 @@ class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
 
-    def __init__(self, config: MemDecConfig, base: Any | None = None, memories: Sequence[Any] | None = None) -> None:
+    def __init__(self, config: MemDecConfig, base: Any) -> None:
         super().__init__(config)
+        self.base = base
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self.n_positions = n_positions(config)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.base.parameters()).device
+        return device
+
+    def get_output_embeddings(self) -> Any:
+        return self.base.get_output_embeddings()
+
+    def get_input_embeddings(self) -> Any:
+        return self.base.get_input_embeddings()
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """All models were tied when they were loaded."""
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(
+            "resize_token_embeddings: the models of a mixture share a vocabulary; resize them before mixing"
+        )
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """Each model makes its own mask of it: their layers may differ."""
+        return attention_mask
+
+    def check_length(self, input_ids: Tensor | None, cache: Cache | None) -> None:
+        """Models fail late or answer nonsense beyond the positions they have.
+
+        Raises:
+            ConfigError: The text is longer.
+        """
+        if input_ids is None or torch.compiler.is_compiling():
+            return
+        limit = self.n_positions
+        length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None and not cache.is_compileable else 0)
+        if limit is not None and length > limit:
+            raise ConfigError(
+                f"expected at most {limit} tokens (positions of the models), found {length}; cut the prompt on the left or "
+                "lower max_new_tokens"
+            )
+
+
+class MemDecForCausalLM(Wrapper):
+    """p(y|x) = sum_i w_i p_mem,i(y|x) + (1 - sum_i w_i) p_base(y|x) (paper, section 3.3, which has one memory).
+
+    Models of weight 0 do not run. Make one with `from_models` or `from_parts`.
+    """
+
+    def __init__(self, config: MemDecConfig, base: Any | None = None, memories: Sequence[Any] | None = None) -> None:
         if base is None:
             base, *memories = (
                 AutoModelForCausalLM.from_config(config.part_config(i)) for i in range(len(config.parts))
             )
+        super().__init__(config, base)
         memories = list(memories or ())
         heads = [m.get_output_embeddings().weight.shape[0] for m in (base, *memories)]
         if config.n_vocab is not None and config.n_vocab > min(heads):
@@ -107,10 +163,8 @@ class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
                 f"expected output heads of at least {config.n_vocab} tokens, found {min(heads)}; use models of one tokenizer"
             )
         self.n_vocab = config.n_vocab = min(heads)
-        self.base = base
         self.memories = nn.ModuleList(memories)
         self.set_weights(config.weights)
-        self.generation_config = copy.deepcopy(base.generation_config)
         self._layers = [len(DynamicCache(config=model.config).layers) for model in (base, *memories)]
         self._tokenizer: Any | None = None
         self._side: Any | None = None  # the memories' CUDA stream
@@ -197,7 +251,7 @@ class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
         folder.mkdir(parents=True, exist_ok=True)
         parts = []
         for index, model in enumerate((self.base, *self.memories)):
-            part = {"config": {"model_type": model.config.model_type, **model.config.to_diff_dict()}}
+            part = {"config": model.config.to_dict()}
             if by_reference:
                 part |= _reference(model)
             else:
@@ -262,30 +316,6 @@ class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
 
     # --- running --------------------------------------------------------------------------------------------------
 
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = next(self.base.parameters()).device
-        return device
-
-    def get_output_embeddings(self) -> Any:
-        return self.base.get_output_embeddings()
-
-    def get_input_embeddings(self) -> Any:
-        return self.base.get_input_embeddings()
-
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """All models were tied when they were loaded."""
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        raise ConfigError(
-            "resize_token_embeddings: the models of a mixture share a vocabulary; resize them before mixing"
-        )
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """Each model makes its own mask of it: their layers may differ."""
-        return attention_mask
-
     def log_probs(
         self, input_ids: Tensor, *, which: Literal["both", "base", "memory"] = "both", logits_to_keep: int = 0
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -325,7 +355,7 @@ class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
         running = [i for i, weight in enumerate(weights) if weight]
         if use_cache:
             past_key_values = self._joint(past_key_values)
-        self._check_length(input_ids, past_key_values)
+        self.check_length(input_ids, past_key_values)
         found = self._run(
             running,
             caches=past_key_values,
@@ -395,18 +425,6 @@ class MemDecForCausalLM(PreTrainedModel, GenerationMixin):
             more = StaticCache(config, longest) if longest is not None else DynamicCache(config=config)
             cache.layers.extend(more.layers)
         return cache
-
-    def _check_length(self, input_ids: Tensor | None, cache: Cache | None) -> None:
-        """Models fail late or answer nonsense beyond the positions they have."""
-        if input_ids is None or torch.compiler.is_compiling():
-            return
-        limit = n_positions(self.config)
-        length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None and not cache.is_compileable else 0)
-        if limit is not None and length > limit:
-            raise ConfigError(
-                f"expected at most {limit} tokens (positions of the models), found {length}; cut the prompt on the left or "
-                "lower max_new_tokens"
-            )
 
 
 def check_room(model: nn.Module, device: torch.device, name: str) -> None:
