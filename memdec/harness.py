@@ -3,27 +3,31 @@
     lm_eval --model memdec-interp --model_args pretrained=BASE,memory=MEMORY,alpha=0.6 --tasks pubmedqa
 
 A subclass of the harness's own `hf` model, so everything that works there works here (batching, chat templates, peft,
-`parallelize`, `accelerate launch`); what differs is that the logits are those of the mixture, and that
-`loglikelihood_rolling` uses the paper's sliding windows and can store per-token scores of both models.
+`parallelize`, `accelerate launch`). What differs: the logits are those of the mixture; they exist only where a
+continuation needs them; `loglikelihood_rolling` uses the paper's sliding windows; and with `scores=FOLDER` the scores of
+both models are kept, so that a run at another alpha computes nothing and loads no model.
 """
 
 import logging
-import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
-from memdec import mixing, tokens
+from memdec import mixing, models, tokens
 from memdec.errors import ConfigError, ModelError, one_line_errors
 from memdec.modeling import MemDecForCausalLM, check_room
-from memdec.models import check_folder, load, n_positions
-from memdec.scores import ScoreStore, TokenScores, model_identity
+from memdec.scores import ScoreStore, TokenScores, model_identity, request_key
 from memdec.windows import Window, windows
 
 log = logging.getLogger(__name__)
@@ -33,6 +37,16 @@ PAPER_BASE = "Qwen/Qwen2.5-7B"
 PAPER_MEMORY = "Clover-Hill/MemoryDecoder-Qwen-biomed"
 DEFAULT_ALPHA = 0.6  # best single value of the paper's Table 7
 DEFAULT_CONTEXT = 1024
+# Arguments of `hf` that change no score of a request, which is named by its token ids.
+_NO_NUMBERS = {
+    "backend", "batch_size", "max_batch_size", "device", "revision", "trust_remote_code", "max_length", "truncation",
+    "logits_cache", "parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan", "tokenizer",
+    "use_fast_tokenizer", "add_bos_token", "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args",
+}  # fmt: skip
+_LOGITS = 1 << 28  # most logits of one model that are held at a time (1 GiB in float32)
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
+Item = tuple[bytes, list[int], list[int]]  # key, what the model reads, what is scored at the end of it
 
 
 class MemDecInterp(HFLM):
@@ -45,7 +59,7 @@ class MemDecInterp(HFLM):
         context: Tokens of a rolling window (default 1024, or what the models hold if that is less).
         stride: Tokens scored per rolling window (default: half the context, as in the paper; `stride=context` gives
             the disjoint windows of lm-eval's `hf`).
-        scores: Folder for per-token scores of rolling texts; at another alpha they are read instead of computed.
+        scores: Folder for per-token scores; at another alpha they are read instead of computed.
         memory_revision: Commit of the memory, for Hub ids.
         memory_dtype: Weights' type of the memory; default as the base's.
         kwargs: As for lm-eval's `hf` (dtype, device, batch_size, peft, parallelize, max_length ...).
@@ -84,17 +98,24 @@ class MemDecInterp(HFLM):
         self.base_name = pretrained
         for name in (pretrained, memory):
             if name is not None:
-                check_folder(name)
+                models.check_folder(name)
         self._check_tokenizers(pretrained, kwargs.get("revision"), kwargs.get("trust_remote_code", False))
-        try:
+        self._load_base: Callable[[], None] | None = None
+        self._configuring = True
+        with _model_errors(pretrained):
             super().__init__(pretrained=pretrained, **kwargs)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"{pretrained}: expected a causal LM, found: {reason}; check the path or the network"
-            ) from error
+            self._n_positions = self._limit()
+        self._configuring = False
         self.context, self.stride = self._windows(context, stride)
         self.store = self._store(scores, kwargs)
+        if self.store is None:
+            self._load()
+        else:
+            log.info(
+                "scores: %d requests known in %s; models load when another one comes",
+                len(self.store),
+                self.store.folder,
+            )
 
     def _check_tokenizers(self, pretrained: str, revision: str | None, trust: bool) -> None:
         base = tokens.load_tokenizer(pretrained, revision, trust_remote_code=trust)
@@ -102,21 +123,60 @@ class MemDecInterp(HFLM):
             memory = tokens.load_tokenizer(self.memory_name, self.memory_revision, trust_remote_code=trust)
             tokens.check_same_ids(base, memory, f"{pretrained} with {self.memory_name}")
 
+    # --- the models, when they are needed ---------------------------------------------------------------------------
+
     def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
-        """Load the base as `hf` does, then put the memory beside it."""
-        super()._create_model(pretrained, *args, **kwargs)
-        base: Any = self._model  # type: ignore[has-type]
+        """Only remember how `hf` would load the base: with stored scores it may not be needed."""
+        self._load_base = partial(super()._create_model, pretrained, *args, **kwargs)
+        # What `hf` asks of a model while it is set up.
+        self._model = SimpleNamespace(to=lambda *_: None, config=self.config)
+
+    def _load(self) -> None:
+        """Load base and memory, once."""
+        if self._load_base is None:
+            return
+        load_base, self._load_base = self._load_base, None
+        start = time.perf_counter()
+        with _model_errors(self.base_name):
+            load_base()
+        base: Any = self._model
+        if not getattr(base, "hf_device_map", None):
+            base.to(self._device)
         memories = []
         if self.memory_name is not None:
             dtype = self.memory_dtype or str(base.dtype).removeprefix("torch.")
-            memory = load(self.memory_name, dtype=dtype, revision=self.memory_revision)
+            memory = models.load(self.memory_name, dtype=dtype, revision=self.memory_revision)
             check_room(memory, base.device, self.memory_name)
             memories = [memory.to(base.device)]
+        base.eval()
         weights = [self.alpha for _ in memories]
         self._model = MemDecForCausalLM.from_models(base, memories, weights, n_vocab=len(self.tokenizer))
+        log.info(
+            "loaded %s in %.1f s",
+            " + ".join(filter(None, (self.base_name, self.memory_name))),
+            time.perf_counter() - start,
+        )
+
+    @property
+    def model(self) -> Any:
+        """The mixture; loads it."""
+        if not self._configuring:
+            self._load()
+        return super().model
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a request that both models can see."""
+        return self._n_positions
+
+    def _limit(self) -> int:
+        limit = int(super().max_length)
+        if self.memory_name is None:
+            return limit
+        return min(limit, models.n_positions(models.config(self.memory_name, self.memory_revision)) or limit)
 
     def _windows(self, context: int | None, stride: int | None) -> tuple[int, int]:
-        limit = min(n_positions(m.config) or sys.maxsize for m in (self.model.base, *self.model.memories))
+        limit = self._n_positions
         if context is not None and int(context) > limit:
             raise ConfigError(f"context: expected at most {limit} (positions of the models), found {context}; lower it")
         size = int(context) if context is not None else min(DEFAULT_CONTEXT, limit)
@@ -127,39 +187,142 @@ class MemDecInterp(HFLM):
     def _store(self, folder: str | None, kwargs: dict[str, Any]) -> ScoreStore | None:
         if folder is None:
             return None
-        from memdec.artifacts import digest
+        named: dict[str, tuple[str | None, str | None]] = {
+            "base": (self.base_name, kwargs.get("revision")),
+            "memory": (self.memory_name, self.memory_revision),
+            "peft": (kwargs.get("peft"), None),
+            "delta": (kwargs.get("delta"), None),
+        }
+        setting = {key: model_identity(name, revision) for key, (name, revision) in named.items() if name}
+        setting["memory_dtype"] = str(self.memory_dtype)
+        numbers = {key: value for key, value in kwargs.items() if key not in (*named, *_NO_NUMBERS)}
+        return ScoreStore(Path(folder), setting | {key: str(value) for key, value in sorted(numbers.items())})
 
-        names = [
-            (self.base_name, kwargs.get("revision")),
-            (self.memory_name, self.memory_revision),
-            (kwargs.get("peft"), None),
-        ]
-        models = [model_identity(name, revision) if name else None for name, revision in names]
-        setting = [models, self.context, self.stride, str(self.model.base.dtype), self.prefix_token_id]
-        return ScoreStore(Path(folder), digest(setting))
+    # --- scoring ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _which(self) -> str:
+        """Models that run. With a store both always do, so that any alpha can be read from it later."""
+        if self.memory_name is None:
+            return "base"
+        return "both" if self.store is not None or 0 < self.alpha < 1 else "memory" if self.alpha else "base"
+
+    def _keep(self, key: bytes, scores: TokenScores) -> None:
+        if self.store is not None:
+            self.store.put(key, scores)
+
+    def _known(self, key: bytes) -> TokenScores | None:
+        return self.store.get(key) if self.store is not None else None
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether it is the greedy choice) of each continuation.
+
+        As in `hf`, but that equal inputs run once, logits exist only from the first scored position of a batch on, and
+        stored scores are read.
+        """
+        items = [self._item(context, continuation) for _, context, continuation in requests]
+        found: dict[bytes, TokenScores] = {}
+        missing: dict[bytes, Item] = {}
+        for item in items:
+            known = self._known(item[0])
+            if known is None:
+                missing[item[0]] = item
+            else:
+                found[item[0]] = known
+        bar = tqdm(
+            total=len(items),
+            desc="score requests",
+            unit="request",
+            disable=disable_tqdm or self.rank != 0,
+            mininterval=2,
+        )
+        bar.update(len(items) - len(missing))
+        for batch in self._request_batches(list(missing.values()), override_bs):
+            for key, scores in self._score_batch(batch):
+                found[key] = scores
+                self._keep(key, scores)
+                bar.update(1)
+        bar.close()
+        if self.store is not None:
+            self.store.flush()
+        answers = []
+        for (strings, _, _), (key, _, _) in zip(requests, items, strict=True):
+            answer = float(found[key].log_p(self.alpha).sum()), found[key].is_greedy(self.alpha)
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
+            answers.append(answer)
+        return answers
+
+    def _item(self, context: list[int], continuation: list[int]) -> Item:
+        """A request as the model sees it: cut on the left to what fits."""
+        if not 0 < len(continuation) <= self.max_length:
+            raise ConfigError(
+                f"loglikelihood: expected a continuation of 1 to {self.max_length} tokens (positions of the models), found "
+                f"{len(continuation)}; shorten it"
+            )
+        whole = (context + continuation)[-(self.max_length + 1) :]
+        labels = whole[-len(continuation) :]
+        return request_key("pair", whole, [len(labels)]), whole[:-1], labels
+
+    def _request_batches(self, items: list[Item], size: int | None) -> Iterator[list[list[Item]]]:
+        """Batches of groups that read the same input, long inputs first; items of a group differ in what is scored."""
+        groups: dict[tuple[int, ...], list[Item]] = {}
+        for item in items:
+            groups.setdefault(tuple(item[1]), []).append(item)
+        ordered = [groups[ids] for ids in sorted(groups, key=lambda ids: (-len(ids), ids))]
+        if not ordered:
+            return
+        if size is None:
+            size = self.batch_size
+        if size == "auto":
+            size = self._detect_batch_size([(None, ordered[0][0][1], ordered[0][0][2])], 0)
+        batch: list[list[Item]] = []
+        for group in ordered:
+            if batch and (len(batch) == size or (len(batch) + 1) * _kept([*batch, group]) * self._n_logits > _LOGITS):
+                yield batch
+                batch = []
+            batch.append(group)
+        yield batch
+
+    @property
+    def _n_logits(self) -> int:
+        return len(self.tokenizer)
+
+    @torch.inference_mode()
+    def _score_batch(self, batch: list[list[Item]]) -> Iterator[tuple[bytes, TokenScores]]:
+        longest, keep = len(batch[0][0][1]), _kept(batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)  # what is behind a text changes nothing before it
+        for row, group in zip(ids, batch, strict=True):
+            row[: len(group[0][1])] = torch.tensor(group[0][1])
+        base, memory = self.model.log_probs(ids, which=self._which, logits_to_keep=keep)
+        for row, group in enumerate(batch):
+            for key, read, scored in group:
+                span = slice(len(read) - len(scored) - (longest - keep), len(read) - (longest - keep))
+                parts = [None if each is None else each[row, span] for each in (base, memory)]
+                yield key, _token_scores(parts[0], parts[1], torch.tensor(scored, device=self.model.device))
 
     # --- rolling log-likelihood -----------------------------------------------------------------------------------
 
     def token_scores(self, text: str, *, disable_tqdm: bool = False) -> TokenScores:
         """Scores of every token of a text, from the store or from the models; see `windows` for the windows."""
-        stored = self.store.get(text) if self.store is not None else None
-        if stored is not None:
-            return stored
         stream = np.asarray(self.tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64)
         if not len(stream):
             raise ConfigError("loglikelihood_rolling: expected a text with at least one token, found an empty one")
-        # With a store both models always run, so that any alpha can be read from it later.
-        which = "both" if self.store is not None or 0 < self.alpha < 1 else "memory" if self.alpha else "base"
-        scores = self._score(stream, which, disable_tqdm)
-        if self.store is not None:
-            self.store.put(text, scores)
+        key = request_key("rolling", stream, [self.context, self.stride, self.prefix_token_id])
+        scores = self._known(key)
+        if scores is None:
+            scores = self._score(stream, disable_tqdm)
+            self._keep(key, scores)
+            if self.store is not None:
+                self.store.flush()
         return scores
 
     @torch.inference_mode()
-    def _score(self, stream: NDArray[np.int64], which: str, disable_tqdm: bool) -> TokenScores:
+    def _score(self, stream: NDArray[np.int64], disable_tqdm: bool) -> TokenScores:
         parts = windows(len(stream), self.context, self.stride)
-        base = np.full(len(stream), np.nan, dtype=np.float32)
-        memory = np.full(len(stream), np.nan, dtype=np.float32) if self.model.memories else None
+        scores: dict[int, NDArray[np.float32]] = {}  # of the models that run: 0 is the base, 1 the memory
         batch_size = self.batch_size_per_gpu if isinstance(self.batch_size_per_gpu, int) else 8
         bar = tqdm(
             total=len(parts), desc="score windows", unit="window", disable=disable_tqdm or self.rank != 0, mininterval=2
@@ -167,28 +330,25 @@ class MemDecInterp(HFLM):
         for batch in _batches(parts, batch_size):
             ids = np.stack([part.inputs(stream, self.prefix_token_id) for part in batch])
             keep = max(part.n_scored for part in batch)
-            log_p = self.model.log_probs(torch.from_numpy(ids), which=which, logits_to_keep=keep)
-            labels = torch.from_numpy(np.stack([stream[part.end - keep : part.end] for part in batch])).to(
-                self.model.device
-            )
-            for out, rows in zip((base, memory), log_p, strict=True):
-                if out is None or rows is None:
+            log_p = self.model.log_probs(torch.from_numpy(ids), which=self._which, logits_to_keep=keep)
+            labels = torch.from_numpy(np.stack([stream[part.end - keep : part.end] for part in batch]))
+            for i, rows in enumerate(log_p):
+                if rows is None:
                     continue
-                gathered = rows.gather(-1, labels[..., None])[..., 0].cpu().numpy()
+                out = scores.setdefault(i, np.full(len(stream), np.nan, np.float32))
+                gathered = rows.gather(-1, labels.to(rows.device)[..., None])[..., 0].cpu().numpy()
                 for part, row in zip(batch, gathered, strict=True):
                     out[part.first : part.end] = row[keep - part.n_scored :]
             bar.update(len(batch))
         bar.close()
-        return TokenScores(base, memory if which != "base" else None)
+        return _both(scores.get(0), scores.get(1))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Total log-probability (nats) of each text under the mixture, every token scored exactly once."""
         results = []
         for request in requests:
             (text,) = request.args
-            scores = self.token_scores(text, disable_tqdm=disable_tqdm)
-            memory = scores.memory if scores.memory is not None else scores.base
-            total = float(mixing.mix_scores(scores.base, memory, self.alpha).sum())
+            total = float(self.token_scores(text, disable_tqdm=disable_tqdm).log_p(self.alpha).sum())
             results.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return results
@@ -196,12 +356,14 @@ class MemDecInterp(HFLM):
     def set_alpha(self, alpha: float) -> None:
         """Use another weight from now on."""
         self.alpha = mixing.check_weight(alpha)
-        self.model.set_weights([self.alpha for _ in self.model.memories])
+        if self._load_base is None:
+            self._model.set_weights([self.alpha for _ in self._model.memories])
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results file says about the model."""
+        loaded = super().get_model_info() if self._load_base is None else {}
         return {
-            **super().get_model_info(),
+            **loaded,
             "pretrained": self.base_name,
             "memory": self.memory_name,
             "alpha": self.alpha,
@@ -222,6 +384,40 @@ class MemDecInterp(HFLM):
         with one_line_errors():
             model: MemDecInterp = super().create_from_arg_obj(*args, **kwargs)
             return model
+
+
+@contextmanager
+def _model_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{name}: expected a causal LM, found: {reason}; check the path or the network") from error
+
+
+def _kept(batch: list[list[Item]]) -> int:
+    """Positions from the first scored one of a batch to the end of its longest input."""
+    longest = max(len(group[0][1]) for group in batch)
+    return longest - min(len(read) - len(scored) for group in batch for _, read, scored in group)
+
+
+def _token_scores(base: Tensor | None, memory: Tensor | None, labels: Tensor) -> TokenScores:
+    """Scores of a continuation from the log-probabilities (n, V) of the models that ran."""
+    one, other = (base, memory) if base is not None else (memory, None)
+    assert one is not None
+    low, high = mixing.greedy_interval(one, other, labels).unbind(-1)
+    log_p = [None if x is None else x.gather(-1, labels[:, None])[:, 0].cpu().numpy() for x in (base, memory)]
+    return _both(log_p[0], log_p[1], (float(low.max()), float(high.min())))
+
+
+def _both(
+    base: NDArray[np.float32] | None, memory: NDArray[np.float32] | None, greedy: tuple[float, float] | None = None
+) -> TokenScores:
+    """Scores where one of the models may not have run."""
+    if base is None:
+        assert memory is not None
+        base = np.full_like(memory, np.nan)
+    return TokenScores(base, memory, greedy)
 
 
 def _batches(parts: list[Window], batch_size: int) -> Iterator[list[Window]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -104,3 +104,27 @@ def log_softmax(logits: Float[Tensor, "*batch V"], n_vocab: int | None = None) -
     if torch.isnan(log_p[..., 0]).any():
         raise NumericsError("logits hold NaN or only infinities; try dtype=float32, or check the model's weights")
     return log_p
+
+
+def greedy_interval(
+    log_p_base: Float[Tensor, "*shape V"],
+    log_p_mem: Float[Tensor, "*shape V"] | None,
+    labels: Int[Tensor, "*shape"],
+) -> Float[Tensor, "*shape 2"]:
+    """(from, to): the label is the most probable token of the mixture for just the alphas in between; empty: (1, 0).
+
+    At alpha the label leads token y by b + alpha (m - b), with b and m what it leads y by in base and memory. So each y
+    rules out one side of alpha = b / (b - m), and what is left is an interval: exact for every alpha, where a stored grid
+    would have to be asked between its points. Without a memory it is [0, 1] or empty.
+    """
+    p = [None if log_p is None else log_p.exp() for log_p in (log_p_base, log_p_mem)]
+    lead = [None if x is None else x.gather(-1, labels[..., None]) - x for x in p]
+    b, m = lead[0], lead[0] if lead[1] is None else lead[1]
+    assert b is not None
+    assert m is not None
+    root = b / (b - m)
+    low = torch.where((b < 0) & (m >= 0), root, 0.0).amax(-1)
+    high = torch.where((b >= 0) & (m < 0), root, 1.0).amin(-1)
+    never = ((b < 0) & (m < 0)).any(-1) | (low > high)
+    interval = torch.stack([low, high], -1)
+    return torch.where(never[..., None], interval.new_tensor([1.0, 0.0]), interval)

@@ -73,7 +73,7 @@ class MemDecConfig(PreTrainedConfig):
         known = [part["config"][field] for part in self.parts for field in fields if part["config"].get(field)]
         if not known:
             raise AttributeError("max_position_embeddings")
-        return min(known)
+        return int(min(known))
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
         """The base's, with the shared vocabulary: what `generate` reads layers, special tokens and sizes from."""

@@ -60,12 +60,12 @@ def load(
         ) from None
 
 
-def config(name: str | Path) -> Any:
-    """Configuration of a model folder."""
+def config(name: str | Path, revision: str | None = None) -> Any:
+    """Configuration of a model folder or Hub id."""
     from transformers import AutoConfig
 
     check_folder(name)
-    return AutoConfig.from_pretrained(name)
+    return AutoConfig.from_pretrained(name, revision=revision)
 
 
 def on_meta(name: str | Path) -> Any:

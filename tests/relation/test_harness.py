@@ -15,8 +15,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from making import CONTEXT, plain_scores, spec
+from transformers import AutoTokenizer
 
-from memdec import HARNESS_TASKS, artifacts, corpora, metrics, mixing, tokens, train
+from memdec import HARNESS_TASKS, artifacts, corpora, metrics, mixing, models, tokens, train
 from memdec.config import TokenizerSpec
 from memdec.errors import ArtifactError, ConfigError, CorpusError, MemDecError, ModelError, NumericsError
 from memdec.harness import MemDecInterp
@@ -113,22 +114,87 @@ def test_generation_equals_a_plain_greedy_loop_in_a_left_padded_batch(base_folde
     assert ours(base_folder, small_folder, alpha=0.0).generate_until(alone) == theirs(base_folder).generate_until(alone)
 
 
-def test_another_alpha_is_read_from_the_score_store(
+ALPHAS = [0.0, 0.05, 0.3, 0.55, 0.8, 1.0]
+
+
+def test_another_alpha_is_read_from_the_store_without_a_model(
     base_folder: Path, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = instances("loglikelihood_rolling", [(TEXT,)])
+    rolling = instances("loglikelihood_rolling", [(TEXT,)])
+    words = AutoTokenizer.from_pretrained(base_folder)
+    context = "The matrix 3"
+    ids = torch.tensor([words.encode(context)])
+    likely = {words.decode(models.load(f)(ids).logits[0, -1].argmax()) for f in (base_folder, small_folder)}
+    pairs = instances("loglikelihood", [*PAIRS, *((context, word) for word in likely)])
+    fresh = {}
+    for alpha in ALPHAS:
+        model = ours(base_folder, small_folder, alpha=alpha, batch_size=3)
+        fresh[alpha] = model.loglikelihood_rolling(rolling), model.loglikelihood(pairs)
     first = ours(base_folder, small_folder, alpha=0.2, scores=str(tmp_path))
-    first.loglikelihood_rolling(request)
-    second = ours(base_folder, small_folder, alpha=0.9, scores=str(tmp_path))
-    fresh = ours(base_folder, small_folder, alpha=0.9).loglikelihood_rolling(request)
-    monkeypatch.setattr(second.model, "log_probs", lambda *_, **__: pytest.fail("the models ran again"))
-    assert second.loglikelihood_rolling(request) == pytest.approx(fresh, rel=2e-6)
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:100])  # cut short: counts as missing
-    again = ours(base_folder, small_folder, alpha=0.9, scores=str(tmp_path))
-    assert again.loglikelihood_rolling(request) == pytest.approx(fresh, rel=2e-6)
-    ours(base_folder, small_folder, alpha=0.9, scores=str(tmp_path), stride=3).loglikelihood_rolling(request)
+    first.loglikelihood_rolling(rolling)
+    first.loglikelihood(pairs)
+    (store,) = tmp_path.iterdir()
+    assert json.loads((store / "manifest.json").read_text())["setting"].keys() >= {"base", "memory"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HFLM, "_create_model", lambda *_, **__: pytest.fail("a model was loaded"))
+        for alpha, (texts, answers) in fresh.items():
+            again = ours(base_folder, small_folder, alpha=alpha, scores=str(tmp_path))
+            assert again.loglikelihood_rolling(rolling) == pytest.approx(texts, rel=2e-6)
+            for (log_p, greedy), (expected, also) in zip(again.loglikelihood(pairs), answers, strict=True):
+                assert log_p == pytest.approx(expected, rel=1e-5)
+                assert greedy == also
+            assert again.get_model_info()["alpha"] == alpha
+    assert len({greedy for _, answers in fresh.values() for _, greedy in answers}) == 2
+
+    other = ours(base_folder, small_folder, alpha=0.9, scores=str(tmp_path), stride=3)  # other windows: other scores
+    assert other.loglikelihood_rolling(rolling) != pytest.approx(fresh[0.8][0], rel=1e-6)
+    assert other.loglikelihood(pairs[:1])[0][0] == pytest.approx(
+        ours(base_folder, small_folder, alpha=0.9).loglikelihood(pairs[:1])[0][0]
+    )
+    assert list(tmp_path.iterdir()) == [store]
+
+
+def test_a_damaged_part_and_other_weights_count_as_no_scores(
+    base_folder: Path, small_folder: Path, tmp_path: Path
+) -> None:
+    request = instances("loglikelihood_rolling", [(TEXT,)])
+    (expected,) = ours(base_folder, small_folder, alpha=0.4, scores=str(tmp_path)).loglikelihood_rolling(request)
+    (part,) = tmp_path.glob("*/*.safetensors")
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="not whole, its scores are made again"):
+        again = ours(base_folder, small_folder, alpha=0.4, scores=str(tmp_path))
+    assert len(again.store or []) == 0
+    assert again.loglikelihood_rolling(request) == [expected]
+    swapped = ours(small_folder, base_folder, alpha=0.4, scores=str(tmp_path))
+    assert swapped.loglikelihood_rolling(request) != [expected]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_equal_inputs_run_once_and_logits_only_where_they_are_scored(
+    base_folder: Path, small_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = "The matrix 3 returns the token of size 4.\nThe"
+    requests = instances("loglikelihood", [(context, f" {word}") for word in ("a", "b", "c", "c")])
+    model = ours(base_folder, small_folder, alpha=0.5, batch_size=8)
+    expected = [ours(base_folder, small_folder, alpha=0.5).loglikelihood([each])[0] for each in requests]
+    seen = []
+    plain = model.model.log_probs
+
+    def spy(ids: torch.Tensor, **kwargs: Any) -> Any:
+        out = plain(ids, **kwargs)
+        seen.append((len(ids), out[0].shape[1]))
+        return out
+
+    monkeypatch.setattr(model.model, "log_probs", spy)
+    found = model.loglikelihood(requests)
+    for (a, x), (b, y) in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+        assert x == y
+    inputs = {tuple(model._item(*model._encode_pair(*each.args))[1]) for each in requests}
+    assert len(inputs) < len(requests)
+    assert [rows for rows, _ in seen] == [len(inputs)]
+    assert all(kept < 4 for _, kept in seen)
 
 
 def test_bf16_base_and_float32_memory_mix_in_float32(base_folder: Path, small_folder: Path) -> None:

@@ -57,3 +57,21 @@ def test_logits_without_a_distribution_are_an_error_in_any_row(row: list[float])
 def test_a_masked_token_is_no_error_and_nan_in_the_padding_is_cut() -> None:
     assert mixing.log_softmax(torch.tensor([[0.0, -math.inf]])).tolist() == [[0.0, -math.inf]]
     assert mixing.log_softmax(torch.tensor([[0.0, math.nan]]), 1).tolist() == [[0.0]]
+
+
+@given(st.integers(0, 10_000), st.integers(2, 9))
+def test_the_greedy_interval_is_where_the_label_is_the_argmax(seed: int, vocab: int) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    base, memory = ((2 * torch.randn(5, vocab, generator=gen)).log_softmax(-1) for _ in range(2))
+    for labels in (base.argmax(-1), memory.argmax(-1), torch.randint(0, vocab, (5,), generator=gen)):
+        interval = mixing.greedy_interval(base, memory, labels)
+        for alpha in torch.linspace(0, 1, 41).tolist():
+            p = alpha * memory.double().exp() + (1 - alpha) * base.double().exp()
+            mine = p.gather(-1, labels[:, None])[:, 0]
+            rest = p.scatter(-1, labels[:, None], -1.0).amax(-1)
+            sure = (mine - rest).abs() > 1e-6
+            inside = (interval[:, 0] <= alpha) & (alpha <= interval[:, 1])
+            assert torch.equal(inside[sure], (mine > rest)[sure])
+    alone = mixing.greedy_interval(base, None, base.argmax(-1))
+    assert torch.equal(alone, torch.tensor([[0.0, 1.0]]).expand(5, 2))
+    assert torch.equal(mixing.greedy_interval(base, None, base.argmin(-1)), torch.tensor([[1.0, 0.0]]).expand(5, 2))
