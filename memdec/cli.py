@@ -319,6 +319,74 @@ def evaluate(
     )
 
 
+AnyModel = Annotated[str, typer.Option(help="model folder or Hub id")]
+AnyMemory = Annotated[str, typer.Option(help="memory folder or Hub id")]
+Alphas = Annotated[list[float], typer.Option("--alpha", help="weight of the memory; repeat (default 0, 0.05 ... 1)")]
+AnySplit = Annotated[str, typer.Option(help="train, valid or test")]
+BatchSize = Annotated[int, typer.Option(help="texts per forward pass")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="weights' type of both models")]
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _split(name: str) -> cfg.Split:
+    if name not in cfg.SPLITS:
+        raise ConfigError(f"--split: expected {', '.join(cfg.SPLITS)}, found {name!r}")
+    return name
+
+
+@stage()
+def sweep(
+    base: AnyModel,
+    memory: AnyMemory,
+    out: Out,
+    task: Annotated[list[str], typer.Option(help="lm-eval task; repeat")],
+    alpha: Alphas = [],
+    corpus: Annotated[Path | None, typer.Option(help="corpus folder, for the task memdec_ppl")] = None,
+    split: AnySplit = "test",
+    limit: Annotated[int | None, typer.Option(help="only the first so many rows of each task")] = None,
+    batch_size: BatchSize = 8,
+    device: Device = "",
+    dtype: Dtype = "auto",
+) -> None:
+    """Tasks of lm-eval at every alpha, from one pass of the models: table and figure."""
+    from memdec import sweep as stage_sweep
+
+    arguments = {"batch_size": batch_size, "device": _device(device), "dtype": dtype}
+    alphas = alpha or stage_sweep.ALPHAS
+    stage_sweep.run(
+        base, memory, task, out, alphas=alphas, corpus=corpus, split=_split(split), limit=limit, **arguments
+    )
+    print(stage_sweep.shown(out))
+
+
+@stage()
+def tune(
+    base: AnyModel,
+    memory: AnyMemory,
+    corpus: Corpus,
+    alpha: Alphas = [],
+    split: AnySplit = "valid",
+    batch_size: BatchSize = 8,
+    device: Device = "",
+    dtype: Dtype = "auto",
+) -> None:
+    """The alpha with the lowest perplexity on a corpus, as JSON."""
+    from memdec import sweep as stage_sweep
+
+    arguments = {"batch_size": batch_size, "device": _device(device), "dtype": dtype}
+    alphas = alpha or stage_sweep.ALPHAS
+    found = stage_sweep.tune(base, memory, corpus, alphas=alphas, split=_split(split), **arguments)
+    best = next(iter(found))
+    sweep = {f"{each:g}": found[each] for each in sorted(found)}
+    print(json.dumps({"alpha": best, "perplexity": found[best], "split": split, "sweep": sweep}))
+
+
 RunConfig = Annotated[Path, typer.Option(help="config of the run, YAML or JSON")]
 Cells = Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:EVALUATION_FOLDER; repeat")]
 TableFile = Annotated[Path, typer.Option(help="CSV file; .md, .tex and .provenance.json are put beside it")]

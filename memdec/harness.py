@@ -20,15 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
-from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from memdec import mixing, models, tokens
 from memdec.errors import ConfigError, ModelError, one_line_errors
 from memdec.modeling import MemDecForCausalLM, check_room
 from memdec.scores import ScoreStore, TokenScores, model_identity, request_key
-from memdec.windows import Window, windows
+from memdec.scoring import Which, score_labels, score_stream
+from memdec.windows import windows
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +200,7 @@ class MemDecInterp(HFLM):
     # --- scoring ----------------------------------------------------------------------------------------------------
 
     @property
-    def _which(self) -> str:
+    def _which(self) -> Which:
         """Models that run. With a store both always do, so that any alpha can be read from it later."""
         if self.memory_name is None:
             return "base"
@@ -301,7 +300,7 @@ class MemDecInterp(HFLM):
             for key, read, scored in group:
                 span = slice(len(read) - len(scored) - (longest - keep), len(read) - (longest - keep))
                 parts = [None if each is None else each[row, span] for each in (base, memory)]
-                yield key, _token_scores(parts[0], parts[1], torch.tensor(scored, device=self.model.device))
+                yield key, score_labels(parts[0], parts[1], torch.tensor(scored, device=self.model.device))
 
     # --- rolling log-likelihood -----------------------------------------------------------------------------------
 
@@ -313,35 +312,16 @@ class MemDecInterp(HFLM):
         key = request_key("rolling", stream, [self.context, self.stride, self.prefix_token_id])
         scores = self._known(key)
         if scores is None:
-            scores = self._score(stream, disable_tqdm)
+            size = self.batch_size_per_gpu if isinstance(self.batch_size_per_gpu, int) else 8
+            parts = windows(len(stream), self.context, self.stride)
+            quiet = disable_tqdm or self.rank != 0
+            scores = score_stream(
+                self.model, stream, parts, self.prefix_token_id, which=self._which, batch_size=size, quiet=quiet
+            )
             self._keep(key, scores)
             if self.store is not None:
                 self.store.flush()
         return scores
-
-    @torch.inference_mode()
-    def _score(self, stream: NDArray[np.int64], disable_tqdm: bool) -> TokenScores:
-        parts = windows(len(stream), self.context, self.stride)
-        scores: dict[int, NDArray[np.float32]] = {}  # of the models that run: 0 is the base, 1 the memory
-        batch_size = self.batch_size_per_gpu if isinstance(self.batch_size_per_gpu, int) else 8
-        bar = tqdm(
-            total=len(parts), desc="score windows", unit="window", disable=disable_tqdm or self.rank != 0, mininterval=2
-        )
-        for batch in _batches(parts, batch_size):
-            ids = np.stack([part.inputs(stream, self.prefix_token_id) for part in batch])
-            keep = max(part.n_scored for part in batch)
-            log_p = self.model.log_probs(torch.from_numpy(ids), which=self._which, logits_to_keep=keep)
-            labels = torch.from_numpy(np.stack([stream[part.end - keep : part.end] for part in batch]))
-            for i, rows in enumerate(log_p):
-                if rows is None:
-                    continue
-                out = scores.setdefault(i, np.full(len(stream), np.nan, np.float32))
-                gathered = rows.gather(-1, labels.to(rows.device)[..., None])[..., 0].cpu().numpy()
-                for part, row in zip(batch, gathered, strict=True):
-                    out[part.first : part.end] = row[keep - part.n_scored :]
-            bar.update(len(batch))
-        bar.close()
-        return _both(scores.get(0), scores.get(1))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Total log-probability (nats) of each text under the mixture, every token scored exactly once."""
@@ -399,37 +379,6 @@ def _kept(batch: list[list[Item]]) -> int:
     """Positions from the first scored one of a batch to the end of its longest input."""
     longest = max(len(group[0][1]) for group in batch)
     return longest - min(len(read) - len(scored) for group in batch for _, read, scored in group)
-
-
-def _token_scores(base: Tensor | None, memory: Tensor | None, labels: Tensor) -> TokenScores:
-    """Scores of a continuation from the log-probabilities (n, V) of the models that ran."""
-    one, other = (base, memory) if base is not None else (memory, None)
-    assert one is not None
-    low, high = mixing.greedy_interval(one, other, labels).unbind(-1)
-    log_p = [None if x is None else x.gather(-1, labels[:, None])[:, 0].cpu().numpy() for x in (base, memory)]
-    return _both(log_p[0], log_p[1], (float(low.max()), float(high.min())))
-
-
-def _both(
-    base: NDArray[np.float32] | None, memory: NDArray[np.float32] | None, greedy: tuple[float, float] | None = None
-) -> TokenScores:
-    """Scores where one of the models may not have run."""
-    if base is None:
-        assert memory is not None
-        base = np.full_like(memory, np.nan)
-    return TokenScores(base, memory, greedy)
-
-
-def _batches(parts: list[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Windows of equal length side by side: nothing is ever padded."""
-    batch: list[Window] = []
-    for part in parts:
-        if batch and (len(batch) == batch_size or part.n_inputs != batch[0].n_inputs):
-            yield batch
-            batch = []
-        batch.append(part)
-    if batch:
-        yield batch
 
 
 __all__ = ["MemDecInterp"]

@@ -1,6 +1,7 @@
 """p(y|x) = alpha * p_mem(y|x) + (1 - alpha) * p_base(y|x) (paper, section 3.3), in float32 log space, in one place."""
 
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,7 +52,7 @@ def check_weights(weights: Sequence[float], n_memories: int) -> list[float]:
 def base_weight(weights: Sequence[float]) -> float:
     """What the memories leave to the base; rounding of their sum is no weight."""
     rest = 1.0 - math.fsum(weights)
-    return rest if rest > 1e-9 else 0.0
+    return rest if rest > (len(weights) - 1) * sys.float_info.epsilon else 0.0
 
 
 def mix(

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import numpy as np
 import pytest
 import torch
@@ -358,3 +359,61 @@ def test_a_half_written_memory_is_refused(base_folder: Path, small_folder: Path,
     (tmp_path / "m" / artifacts.MANIFEST).unlink()
     with pytest.raises(ArtifactError, match="unfinished"):
         ours(base_folder, tmp_path / "m", alpha=0.5)
+
+
+def own_tasks(folder: Path) -> list[str]:
+    """Three of lm-eval's own multiple-choice tasks, on rows of ours."""
+    words = ["matrix", "vector", "window", "kernel", "token"]
+    rows = {
+        "boolq": [
+            {"passage": f"The {w} {i} returns the size.", "question": f"does the {w} return", "label": i % 2}
+            for i, w in enumerate(words * 3)
+        ],
+        "copa": [
+            {"premise": f"The {w} {i} scales.", "question": ["cause", "effect"][i % 2], "choice1": f"It reads {i}.",
+             "choice2": f"The {w} shifts the index of size {i}.", "label": i % 2}
+            for i, w in enumerate(words * 3)
+        ],
+        "arc_easy": [
+            {"question": f"What does the {w} {i} do?", "answerKey": "ABC"[i % 3],
+             "choices": {"text": ["returns", f"reads the {w}", "shifts"], "label": ["A", "B", "C"]}}
+            for i, w in enumerate(words * 3)
+        ],
+    }  # fmt: skip
+    source = Path(lm_eval.__file__).parent / "tasks"
+    theirs = {"boolq": "super_glue/boolq/default", "copa": "super_glue/copa/default", "arc_easy": "arc/arc_easy"}
+    tasks = []
+    for name, docs in rows.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, docs)))
+        files = dict.fromkeys(("train", "validation", "test"), str(folder / f"{name}.jsonl"))
+        task = {"include": f"{source / theirs[name]}.yaml", "task": name, "dataset_path": "json", "dataset_name": None}
+        (folder / f"{name}.yaml").write_text(json.dumps(task | {"dataset_kwargs": {"data_files": files}}))
+        tasks.append(str(folder / f"{name}.yaml"))
+    return tasks
+
+
+def test_at_alpha_0_lm_evals_own_tasks_give_what_hf_gives(
+    base_folder: Path, small_folder: Path, tmp_path: Path
+) -> None:
+    found = []
+    for model, arguments in (
+        ("hf", {"dtype": "float32"}),
+        ("memdec-interp", {"memory": str(small_folder), "alpha": 0.0, "scores": str(tmp_path / "scores")}),
+    ):
+        results = simple_evaluate(
+            model=model, model_args={"pretrained": str(base_folder), "device": "cpu", "batch_size": 4, **arguments},
+            tasks=own_tasks(tmp_path), bootstrap_iters=0, log_samples=True,
+        )  # fmt: skip
+        assert results is not None
+        found.append(results)
+    hf, mixed = found
+    for task in ("boolq", "copa", "arc_easy"):
+        for metric in hf["results"][task]:
+            if metric.startswith("acc"):
+                assert mixed["results"][task][metric] == hf["results"][task][metric]
+        pairs = list(zip(mixed["samples"][task], hf["samples"][task], strict=True))
+        assert len(pairs) == 15
+        for one, other in pairs:
+            for (log_p, greedy), (expected, also) in zip(one["filtered_resps"], other["filtered_resps"], strict=True):
+                assert float(log_p) == pytest.approx(float(expected), abs=1e-4)
+                assert greedy == also

@@ -190,6 +190,7 @@ def test_weights_that_round_to_one_leave_nothing_to_the_base(mixture: MemDecForC
     assert mixing.base_weight([0.1] * 10) == 0.0
     assert mixing.base_weight([0.7, 0.1, 0.2]) == 0.0
     assert mixing.base_weight([]) == 1.0
+    assert mixing.base_weight([1 - 1e-16]) > 0.0  # one weight is what it says
 
 
 def test_too_long_a_text_is_an_error_not_a_crash(mixture: MemDecForCausalLM) -> None:

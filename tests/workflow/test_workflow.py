@@ -184,10 +184,10 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
 LAYERS = [
     {"errors", "resources"},
     {"windows", "mixing", "losses", "objectives", "kernels", "search", "knn", "metrics"},
-    {"config", "provenance", "artifacts", "corpora", "tokens", "models", "keypoints", "scores", "modeling"}
+    {"config", "provenance", "artifacts", "corpora", "tokens", "models", "keypoints", "scores", "scoring", "modeling"}
     | {"flops", "cards"},
     {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"},
-    {"harness", "tasks", "tables", "regression", "cli"},
+    {"harness", "sweep", "tasks", "tables", "regression", "cli"},
 ]
 
 

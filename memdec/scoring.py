@@ -1,0 +1,91 @@
+"""From the distributions of base and memory to the scores of given tokens."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from memdec import mixing
+from memdec.scores import TokenScores
+from memdec.windows import Window
+
+Which = Literal["both", "base", "memory"]
+
+
+@torch.inference_mode()
+def score_stream(
+    model: Any,
+    stream: Int[np.ndarray, " N"],
+    parts: Sequence[Window],
+    prefix: int,
+    *,
+    which: Which = "both",
+    batch_size: int = 8,
+    quiet: bool = False,
+) -> TokenScores:
+    """Scores of every token of a stream, each once, by the window that has most of its past.
+
+    Args:
+        model: What has `log_probs(ids, which=, logits_to_keep=)`.
+        stream: Token ids.
+        parts: Windows over the stream.
+        prefix: Token before the first one.
+        which: Models that run.
+        batch_size: Windows per forward pass.
+        quiet: No progress bar.
+    """
+    scores: dict[int, NDArray[np.float32]] = {}  # of the models that run: 0 is the base, 1 the memory
+    bar = tqdm(total=len(parts), desc="score windows", unit="window", disable=quiet, mininterval=2)
+    for batch in _batches(parts, batch_size):
+        ids = np.stack([part.inputs(stream, prefix) for part in batch])
+        keep = max(part.n_scored for part in batch)
+        log_p = model.log_probs(torch.from_numpy(ids), which=which, logits_to_keep=keep)
+        labels = torch.from_numpy(np.stack([stream[part.end - keep : part.end] for part in batch]).astype(np.int64))
+        for i, rows in enumerate(log_p):
+            if rows is None:
+                continue
+            out = scores.setdefault(i, np.full(len(stream), np.nan, np.float32))
+            gathered = rows.gather(-1, labels.to(rows.device)[..., None])[..., 0].cpu().numpy()
+            for part, row in zip(batch, gathered, strict=True):
+                out[part.first : part.end] = row[keep - part.n_scored :]
+        bar.update(len(batch))
+    bar.close()
+    return _both(scores.get(0), scores.get(1))
+
+
+def score_labels(
+    base: Float[Tensor, "n V"] | None, memory: Float[Tensor, "n V"] | None, labels: Int[Tensor, " n"]
+) -> TokenScores:
+    """Scores of n tokens that follow each other, from the log-probabilities of the models that ran."""
+    one, other = (base, memory) if base is not None else (memory, None)
+    assert one is not None
+    low, high = mixing.greedy_interval(one, other, labels).unbind(-1)
+    log_p = [None if x is None else x.gather(-1, labels[:, None])[:, 0].cpu().numpy() for x in (base, memory)]
+    return _both(log_p[0], log_p[1], (float(low.max()), float(high.min())))
+
+
+def _both(
+    base: NDArray[np.float32] | None, memory: NDArray[np.float32] | None, greedy: tuple[float, float] | None = None
+) -> TokenScores:
+    """Scores where one of the models may not have run."""
+    if base is None:
+        assert memory is not None
+        base = np.full_like(memory, np.nan)
+    return TokenScores(base, memory, greedy)
+
+
+def _batches(parts: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Windows of equal length side by side: nothing is ever padded."""
+    batch: list[Window] = []
+    for part in parts:
+        if batch and (len(batch) == batch_size or part.n_inputs != batch[0].n_inputs):
+            yield batch
+            batch = []
+        batch.append(part)
+    if batch:
+        yield batch

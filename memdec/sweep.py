@@ -1,0 +1,177 @@
+"""Stages `sweep` and `tune`: what alpha does to any task of lm-eval (the paper's Table 7), from one pass of the models.
+
+The first alpha scores base and memory and stores both; all others read the store. Output of a sweep: `sweep.csv` (task,
+metric, alpha, value, stderr), `sweep.png`, `sweep.svg`, `scores/`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memdec import artifacts, metrics, mixing
+from memdec.config import Split
+from memdec.errors import ConfigError
+from memdec.scores import model_identity
+
+ALPHAS = tuple(round(0.05 * i, 2) for i in range(21))
+COLUMNS = ("task", "metric", "alpha", "value", "stderr")
+
+
+def run(
+    base: str,
+    memory: str,
+    tasks: Sequence[str],
+    out: Path,
+    *,
+    alphas: Sequence[float] = ALPHAS,
+    corpus: Path | None = None,
+    split: Split = "test",
+    limit: int | None = None,
+    **model_args: Any,
+) -> None:
+    """Evaluate tasks at every alpha.
+
+    Args:
+        base: Base model, folder or Hub id.
+        memory: Memory decoder.
+        tasks: Names of lm-eval tasks.
+        out: Folder to make.
+        alphas: Weights of the memory.
+        corpus: Corpus folder for the task `memdec_ppl`.
+        split: Its split.
+        limit: Only the first so many rows of each task.
+        model_args: As for `memdec-interp` (dtype, device, batch_size ...).
+    """
+    weights = sorted({mixing.check_weight(alpha) for alpha in alphas})
+    if not weights or not tasks:
+        raise ConfigError("sweep: expected at least one task and one alpha, found none; give --task and --alpha")
+    plain = {"tasks": list(tasks), "alphas": weights, "corpus": str(corpus), "split": split, "limit": limit}
+    settings = plain | {key: str(value) for key, value in model_args.items()}
+    inputs = {"base": model_identity(base), "memory": model_identity(memory)}
+    with artifacts.building(out, "sweep", settings, inputs) as build:
+        if build is None:
+            return
+        metadata = {"corpus": str(corpus), "split": split} if corpus is not None else {}
+        rows, better = _evaluate(base, memory, tasks, out, weights, metadata | {"pretrained": base}, limit, model_args)
+        artifacts.write_text(out / "sweep.csv", _csv(rows))
+        _draw(rows, better, out)
+        build.facts.update(best=[row for row in rows if row == _best(rows, row, better)])
+
+
+def tune(
+    base: str,
+    memory: str,
+    corpus: Path,
+    *,
+    split: Split = "valid",
+    alphas: Sequence[float] = ALPHAS,
+    **model_args: Any,
+) -> dict[float, float]:
+    """Perplexity of the corpus at every alpha, lowest first."""
+    from memdec import corpora
+    from memdec.harness import MemDecInterp
+
+    weights = sorted({mixing.check_weight(alpha) for alpha in alphas})
+    model = MemDecInterp(pretrained=base, memory=memory, alpha=0.5, **model_args)
+    separator = artifacts.read(corpus, "corpus").facts["separator"]
+    scores = model.token_scores(corpora.joined(corpora.load(corpus, split), separator, model.tokenizer.eos_token))
+    found = {alpha: metrics.perplexity(scores.log_p(alpha)) for alpha in weights}
+    return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def shown(out: Path) -> str:
+    """The first metric of each task of a finished sweep: a line per alpha."""
+    import pandas as pd
+
+    table = pd.read_csv(out / "sweep.csv")
+    first = table.groupby("task", sort=False)["metric"].transform("first")
+    wide = table[table["metric"] == first].pivot_table(index="alpha", columns=["task", "metric"], values="value")
+    return wide.to_string(float_format=lambda value: f"{value:.4g}")
+
+
+def _evaluate(
+    base: str,
+    memory: str,
+    tasks: Sequence[str],
+    out: Path,
+    alphas: Sequence[float],
+    metadata: dict[str, Any],
+    limit: int | None,
+    model_args: dict[str, Any],
+) -> tuple[list[dict[str, Any]], dict[tuple[str, str], bool]]:
+    """Rows of the table, and of each (task, metric) whether higher is better."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from memdec import HARNESS_TASKS
+    from memdec.harness import MemDecInterp
+
+    model = MemDecInterp(pretrained=base, memory=memory, scores=str(out / "scores"), **model_args)
+    manager = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata)
+    rows: list[dict[str, Any]] = []
+    better: dict[tuple[str, str], bool] = {}
+    for alpha in alphas:
+        model.set_alpha(alpha)
+        results = simple_evaluate(
+            model=model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+        )
+        assert results is not None
+        for task, values in results["results"].items():
+            for name, value in values.items():
+                metric = name.split(",")[0]
+                if not isinstance(value, int | float) or metric.endswith("_stderr") or "," not in name:
+                    continue
+                stderr = values.get(name.replace(metric, f"{metric}_stderr"))
+                stderr = stderr if isinstance(stderr, int | float) else None
+                rows.append({"task": task, "metric": metric, "alpha": alpha, "value": float(value), "stderr": stderr})
+                better[task, metric] = bool(results["higher_is_better"].get(task, {}).get(metric, True))
+    return rows, better
+
+
+def _best(rows: Sequence[dict[str, Any]], row: dict[str, Any], better: dict[tuple[str, str], bool]) -> dict[str, Any]:
+    """The row of the same task and metric with the best value; of equals that of the smallest alpha."""
+    key = row["task"], row["metric"]
+    same = [each for each in rows if (each["task"], each["metric"]) == key]
+    return max(same, key=lambda each: (each["value"] if better[key] else -each["value"], -each["alpha"]))
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n")
+
+
+def _draw(rows: Sequence[dict[str, Any]], better: dict[tuple[str, str], bool], out: Path) -> None:
+    """A panel per task with its first metric; the line of the base, the best alpha marked."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, str] = {}
+    for task, metric in better:
+        panels.setdefault(task, metric)
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.6 * lines), layout="constrained")
+    for i, (task, metric) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(lines, columns, i)
+        some = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
+        alphas, values = np.array([[row["alpha"], row["value"]] for row in some]).T
+        axes.plot(alphas, values, color="#0072b2", linewidth=1.6)
+        best = _best(rows, some[0], better)
+        axes.plot(best["alpha"], best["value"], "o", color="#d55e00", markersize=5)
+        axes.annotate(
+            f"{best['value']:.4g} at α = {best['alpha']:g}", (best["alpha"], best["value"]), textcoords="offset points",
+            xytext=(0, -12 if better[task, metric] else 8), ha="center", fontsize=8, color="#d55e00",
+        )  # fmt: skip
+        if alphas[0] == 0:
+            axes.axhline(values[0], color="0.6", linewidth=0.9, linestyle="--")
+            axes.annotate("base", (1, values[0]), xycoords=("axes fraction", "data"), xytext=(-3, 3),
+                          textcoords="offset points", ha="right", fontsize=8, color="0.4")  # fmt: skip
+        axes.set_xlabel("α, weight of the memory")
+        axes.set_ylabel(metric.replace("_", " "))
+        axes.set_title(task, fontsize=9)
+        axes.margins(y=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out / "sweep.png", dpi=160)
+    figure.savefig(out / "sweep.svg", metadata={"Date": None})

@@ -1,0 +1,57 @@
+"""Sweeps over alpha against runs at one alpha."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from memdec import cli, sweep
+from memdec.errors import ConfigError
+from memdec.harness import MemDecInterp
+
+ALPHAS = [0.0, 0.35, 1.0]
+
+
+def test_a_sweep_equals_runs_at_each_alpha_and_runs_the_models_once(
+    base_folder: Path, small_folder: Path, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"batch_size": 4, "device": "cpu"}
+    run = (str(base_folder), str(small_folder), ["memdec_ppl"], tmp_path / "s")
+    sweep.run(*run, alphas=ALPHAS, corpus=corpus_folder, **arguments)
+    table = pd.read_csv(tmp_path / "s" / "sweep.csv")
+    found = table[table["metric"] == "token_perplexity"].set_index("alpha")["value"]
+    assert list(found.index) == ALPHAS
+    for alpha in ALPHAS:
+        best = sweep.tune(str(base_folder), str(small_folder), corpus_folder, split="test", alphas=[alpha], **arguments)
+        assert found[alpha] == pytest.approx(best[alpha], rel=2e-6)
+    assert "token_perplexity" in sweep.shown(tmp_path / "s")
+    assert (tmp_path / "s" / "sweep.png").stat().st_size > 5000
+    facts = json.loads((tmp_path / "s" / "manifest.json").read_text())["facts"]
+    (best_row,) = (row for row in facts["best"] if row["metric"] == "token_perplexity")
+    assert best_row["value"] == found.min()
+
+    monkeypatch.setattr(MemDecInterp, "_load", lambda _: pytest.fail("a model was loaded"))
+    (tmp_path / "s" / "manifest.json").unlink()  # as if it had been killed at the end
+    sweep.run(*run, alphas=ALPHAS, corpus=corpus_folder, **arguments)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "s" / "sweep.csv"), table)
+
+
+def test_tune_prints_the_best_alpha(base_folder: Path, small_folder: Path, corpus_folder: Path) -> None:
+    command = ["tune", "--base", base_folder, "--memory", small_folder, "--corpus", corpus_folder, "--device", "cpu"]
+    result = CliRunner().invoke(cli.app, [*map(str, command), "--alpha", "0.2", "--alpha", "0.9", "--alpha", "0"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["sweep"].keys() == {"0", "0.2", "0.9"}
+    assert found["perplexity"] == min(found["sweep"].values()) == found["sweep"][f"{found['alpha']:g}"]
+    assert found["split"] == "valid"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"alphas": []}, "at least one task and one alpha"), ({"alphas": [1.2]}, "expected a number from 0")],
+)
+def test_bad_sweeps(base_folder: Path, tmp_path: Path, change: dict[str, list[float]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sweep.run(str(base_folder), str(base_folder), ["memdec_ppl"], tmp_path / "s", **change)  # type: ignore[arg-type]
