@@ -5,6 +5,7 @@ must agree. It runs outside of the timing.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memdec import artifacts, datastore, fitting, index, models, targets
+from memdec import artifacts, datastore, fitting, index, metrics, models, scoring, targets
 from memdec.config import DatastoreSettings, IndexSettings, TargetSettings
 from memdec.knn import aggregate
 from memdec.losses import block_rows, fused_loss
+from memdec.modeling import MemDecForCausalLM
 from memdec.objectives import Hybrid
 from memdec.search import Nearest
 from memdec.targets import TargetReader
+from memdec.windows import windows
 
 Work = Callable[[], Any]
 
@@ -442,6 +445,36 @@ def _sparse_l2(result: Any) -> tuple[Tensor, ...]:
     return probs[probs > 1e-7], mixed[probs > 1e-7]
 
 
+def alpha_sweep(n: int) -> tuple[Work, Work]:
+    """Perplexity at 10 alphas of two GPT-2s of 4 layers, windows of 1,024, against a pass of both models per alpha."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    base, memory = (GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=4, n_head=4)).eval() for _ in range(2))
+    stream = np.random.default_rng(0).integers(0, V, n)
+    parts, alphas = windows(n, 1024, 512), [k / 10 for k in range(1, 11)]
+    mixture = MemDecForCausalLM.from_models(base, [memory], [0.5])
+
+    def ours() -> tuple[Tensor]:
+        scores = scoring.score_stream(mixture, stream, parts, 0, batch_size=4, quiet=True)
+        return (torch.tensor([metrics.perplexity(scores.log_p(alpha)) for alpha in alphas]),)
+
+    @torch.no_grad()
+    def twin() -> tuple[Tensor]:
+        found = []
+        for alpha in alphas:
+            nll = torch.zeros(())
+            for part in parts:
+                ids = torch.from_numpy(part.inputs(stream, 0))[None]
+                p = alpha * memory(ids).logits.softmax(-1) + (1 - alpha) * base(ids).logits.softmax(-1)
+                labels = torch.from_numpy(stream[part.begin : part.end])
+                nll -= p[0].log().gather(-1, labels[:, None])[part.first - part.begin :].sum()
+            found.append(math.exp(nll / n))
+        return (torch.tensor(found),)
+
+    return ours, twin
+
+
 CASES = [
     Case("keys_write", keys_write, 300_000, 30_000, "tokens/s", "higher", 0.0, _keys),
     Case("keys_read", keys_read, 300_000, 70_000, "tokens/s", "higher", 1e-6, _keys),
@@ -454,4 +487,5 @@ CASES = [
     Case("step_gpt2", partial(step, width=768, layers=12), 1024, 512, "CPU s", "lower", 1e-4),
     Case("loss", loss, 8 * 512, 512, "CPU s", "lower", 2e-6),
     Case("loss_floor", loss_floor, 8 * 512, 512, "CPU s", "lower", float("inf")),
+    Case("alpha_sweep", alpha_sweep, 2048, 1200, "CPU s", "lower", 2e-6),
 ]

@@ -43,7 +43,7 @@ def score_stream(
     bar = tqdm(total=len(parts), desc="score windows", unit="window", disable=quiet, mininterval=2)
     for batch in _batches(parts, batch_size):
         ids = np.stack([part.inputs(stream, prefix) for part in batch])
-        keep = max(part.n_scored for part in batch)
+        keep = batch[0].n_scored
         log_p = model.log_probs(torch.from_numpy(ids), which=which, logits_to_keep=keep)
         labels = torch.from_numpy(np.stack([stream[part.end - keep : part.end] for part in batch]).astype(np.int64))
         for i, rows in enumerate(log_p):
@@ -52,7 +52,7 @@ def score_stream(
             out = scores.setdefault(i, np.full(len(stream), np.nan, np.float32))
             gathered = rows.gather(-1, labels.to(rows.device)[..., None])[..., 0].cpu().numpy()
             for part, row in zip(batch, gathered, strict=True):
-                out[part.first : part.end] = row[keep - part.n_scored :]
+                out[part.first : part.end] = row
         bar.update(len(batch))
     bar.close()
     return _both(scores.get(0), scores.get(1))
@@ -80,10 +80,11 @@ def _both(
 
 
 def _batches(parts: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Windows of equal length side by side: nothing is ever padded."""
+    """Windows of one shape side by side: nothing is padded, and no logits are made where nothing is scored."""
     batch: list[Window] = []
     for part in parts:
-        if batch and (len(batch) == batch_size or part.n_inputs != batch[0].n_inputs):
+        same = batch and (part.n_inputs, part.n_scored) == (batch[0].n_inputs, batch[0].n_scored)
+        if batch and (len(batch) == batch_size or not same):
             yield batch
             batch = []
         batch.append(part)
