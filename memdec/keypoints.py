@@ -63,28 +63,34 @@ class KeyPoint:
 
     @torch.inference_mode()
     def _run(self, ids: Tensor) -> list[Tensor]:
-        decoder = self.model.base_model
-        if self.module is None:
-            return [decoder(input_ids=ids, use_cache=False).last_hidden_state]
-        with _inputs(self.module) as seen:
-            decoder(input_ids=ids, use_cache=False)
+        with self.capture() as seen:
+            self.model.base_model(input_ids=ids, use_cache=False)
         return seen
 
+    @contextmanager
+    def capture(self) -> Iterator[list[Tensor]]:
+        """Collect what is at the point in every pass of the model during the `with` block.
 
-@contextmanager
-def _inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the hidden states that a module is called with during the `with` block, by position or by name."""
-    seen: list[Tensor] = []
+        One tensor per pass, (B, T, D) or (B * T, D), in the model's dtype and on the device of that layer.
+        """
+        seen: list[Tensor] = []
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("hidden_states")
-        seen.append(given if given is not None else next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x)))
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = kwargs.get("hidden_states")
+            tensors = (x for x in (*args, *kwargs.values()) if torch.is_tensor(x))
+            seen.append(given if given is not None else next(tensors))
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+        def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            seen.append(output[0])  # the last hidden state, of a tuple or of an output of transformers
+
+        if self.module is None:
+            handle = self.model.base_model.register_forward_hook(after)
+        else:
+            handle = self.module.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield seen
+        finally:
+            handle.remove()
 
 
 def last_mlp(model: Any) -> nn.Module:
