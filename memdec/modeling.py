@@ -34,6 +34,7 @@ from memdec import mixing, tokens
 from memdec.errors import ConfigError, ModelError
 from memdec.models import load, n_positions
 
+Which = Literal["both", "base", "memory"]
 FOLDERS = ("base", "memory")  # in a self-contained folder: base, memory-0, memory-1 ...
 
 
@@ -127,6 +128,30 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         """Each model makes its own mask of it: their layers may differ."""
         return attention_mask
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise ConfigError(
+            f"save_pretrained: expected a mixture of models, found {type(self).__name__}; make it from its folders again"
+        )
+
+    def log_probs(
+        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(log p, None) of a batch without padding on the left: there is nothing else to weigh.
+
+        Args:
+            input_ids: Token ids (B, T).
+            which: "base"; models with a second distribution know "both" and "memory", too.
+            logits_to_keep: Only the last so many positions; 0 is all.
+        """
+        return self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=logits_to_keep).logits, None
+
+    def output(self, log_p: Tensor, labels: Tensor | None, cache: Cache | None) -> CausalLMOutputWithPast:
+        """What `forward` returns: with `labels` (B, T) the loss too, in nats per token, as other causal LMs give it."""
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=log_p, labels=labels, vocab_size=log_p.shape[-1])
+        return CausalLMOutputWithPast(loss=loss, logits=log_p, past_key_values=cache)
+
     def check_length(self, input_ids: Tensor | None, cache: Cache | None) -> None:
         """Models fail late or answer nonsense beyond the positions they have.
 
@@ -157,12 +182,7 @@ class MemDecForCausalLM(Wrapper):
             )
         super().__init__(config, base)
         memories = list(memories or ())
-        heads = [m.get_output_embeddings().weight.shape[0] for m in (base, *memories)]
-        if config.n_vocab is not None and config.n_vocab > min(heads):
-            raise ModelError(
-                f"expected output heads of at least {config.n_vocab} tokens, found {min(heads)}; use models of one tokenizer"
-            )
-        self.n_vocab = config.n_vocab = min(heads)
+        self.n_vocab = config.n_vocab = shared_vocabulary([base, *memories], config.n_vocab)
         self.memories = nn.ModuleList(memories)
         self.set_weights(config.weights)
         self._layers = [len(DynamicCache(config=model.config).layers) for model in (base, *memories)]
@@ -317,7 +337,7 @@ class MemDecForCausalLM(Wrapper):
     # --- running --------------------------------------------------------------------------------------------------
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Literal["both", "base", "memory"] = "both", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p_base, log p_mem) of a batch without padding on the left, each float32 (B, T or logits_to_keep, V).
 
@@ -347,10 +367,7 @@ class MemDecForCausalLM(Wrapper):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits = normalised log-probabilities of the mixture, float32 (B, T or logits_to_keep, V).
-
-        With `labels` (B, T) the loss too, in nats per token, as other causal LMs of the library return it.
-        """
+        """Logits = normalised log-probabilities of the mixture, float32 (B, T or logits_to_keep, V)."""
         weights = [mixing.base_weight(self.config.weights), *self.config.weights]
         running = [i for i, weight in enumerate(weights) if weight]
         if use_cache:
@@ -367,10 +384,7 @@ class MemDecForCausalLM(Wrapper):
             **{k: v for k, v in kwargs.items() if k == "cache_position" and v is not None},
         )
         mixed = mixing.mix(found.get(0), [found.get(i) for i in range(1, len(weights))], weights[1:])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=mixed, labels=labels, vocab_size=self.n_vocab)
-        return CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=past_key_values)
+        return self.output(mixed, labels, past_key_values)
 
     def _run(self, running: Sequence[int], caches: Cache | None = None, **inputs: Any) -> dict[int, Tensor]:
         """log-probabilities of some of the models; on one GPU the memories run beside the base."""
@@ -425,6 +439,24 @@ class MemDecForCausalLM(Wrapper):
             more = StaticCache(config, longest) if longest is not None else DynamicCache(config=config)
             cache.layers.extend(more.layers)
         return cache
+
+
+def shared_vocabulary(models: Sequence[Any], n_vocab: int | None) -> int:
+    """Tokens that all output heads have: the shortest decides, as some families pad theirs.
+
+    Args:
+        models: Causal LMs.
+        n_vocab: Tokens of the tokenizer, for a check.
+
+    Raises:
+        ModelError: A head is shorter than that.
+    """
+    shortest = min(int(model.get_output_embeddings().weight.shape[0]) for model in models)
+    if n_vocab is not None and n_vocab > shortest:
+        raise ModelError(
+            f"expected output heads of at least {n_vocab} tokens, found {shortest}; use models of one tokenizer"
+        )
+    return shortest
 
 
 def check_room(model: nn.Module, device: torch.device, name: str) -> None:
