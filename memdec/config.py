@@ -362,6 +362,32 @@ class TargetSettings(Settings):
     batch_size: PositiveInt = Field(1024, description="queries per search")
 
 
+class KnnLMSettings(Settings):
+    """The kNN-LM at inference, as a baseline."""
+
+    weight: float = Field(0.25, ge=0, le=1, description="lambda, of p_kNN (paper: 0.25)")
+    temperature: PositiveFloat = Field(
+        1.0,
+        allow_inf_nan=False,
+        description="tau, divides the squared distance (paper: 1 for GPT-2 small and medium, 13 for large and xl)",
+    )
+    neighbours: PositiveInt = Field(1024, description="k (not printed in the paper; as in targets)")
+    nprobe: PositiveInt = Field(32, description="cells of an ivf index that are searched")
+
+
+class PassageSettings(Settings):
+    """Passages of the training text for In-Context RAG."""
+
+    passage: PositiveInt = Field(256, description="most tokens of a passage (not printed; Ram et al. 2023: 256)")
+
+
+class RetrievalSettings(PassageSettings):
+    """In-Context RAG (Ram et al. 2023), as a baseline."""
+
+    query: PositiveInt = Field(32, description="last tokens that make the query (paper: 32)")
+    every: PositiveInt = Field(4, description="tokens between two retrievals (paper: 4)")
+
+
 class EvaluateSettings(Settings):
     """Perplexity through lm-eval, alpha tuned on the valid split."""
 

@@ -186,7 +186,8 @@ LAYERS = [
     {"windows", "mixing", "losses", "objectives", "kernels", "search", "knn", "metrics"},
     {"config", "provenance", "artifacts", "corpora", "tokens", "models", "keypoints", "scores", "scoring", "modeling"}
     | {"flops", "cards"},
-    {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"},
+    {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
+    | {"knnlm"},
     {"harness", "sweep", "tasks", "tables", "regression", "cli"},
 ]
 
