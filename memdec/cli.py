@@ -235,6 +235,14 @@ def targets(
     stage_targets.run(datastore, index, tokens, out, settings, shard=shard, queries=queries)
 
 
+@stage(cfg.PassageSettings)
+def passages(tokens: Tokens, out: Out, settings: cfg.PassageSettings) -> None:
+    """Passages of the training text and their BM25 index, for In-Context RAG."""
+    from memdec import passages as stage_passages
+
+    stage_passages.run(tokens, out, settings)
+
+
 @stage(cfg.TeacherSettings)
 def teacher(
     model: Model,
