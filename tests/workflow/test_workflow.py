@@ -187,7 +187,7 @@ LAYERS = [
     {"config", "provenance", "artifacts", "corpora", "tokens", "models", "keypoints", "scores", "scoring", "modeling"}
     | {"flops", "cards"},
     {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
-    | {"passages", "knnlm", "icrag"},
+    | {"passages", "knnlm", "icrag", "systems"},
     {"harness", "sweep", "tasks", "tables", "regression", "cli"},
 ]
 

@@ -1,0 +1,244 @@
+"""One contract for everything that is compared, and what each system says when it cannot run."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from making import CONTEXT, spec
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from memdec import datastore, index, passages, tokens, train
+from memdec.config import (
+    DatastoreSettings,
+    IndexSettings,
+    KnnLMSettings,
+    LoraSettings,
+    PassageSettings,
+    RetrievalSettings,
+    TokenizerSpec,
+    TrainSettings,
+)
+from memdec.errors import ArtifactError, ConfigError
+from memdec.icrag import IcRagForCausalLM
+from memdec.modeling import Wrapper
+from memdec.systems import SYSTEMS, Parts
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
+NAMES = ["base", "dapt", "lora", "knn-lm", "ic-rag", "memdec", "dapt-interp", "knn-distribution"]
+TUNE = {"epochs": 0.3, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def parts(base_folder: Path, small_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    home = tmp_path_factory.mktemp("systems")
+    for name, folder in (("dapt", base_folder), ("dapt-small", small_folder)):
+        train.run_finetune(folder, token_folder, home / name, TrainSettings(**TUNE), context=CONTEXT, seed=0)
+    train.run_lora(base_folder, token_folder, home / "lora", LoraSettings(rank=2, **TUNE), context=CONTEXT, seed=0)
+    datastore.run(base_folder, token_folder, home / "store", DatastoreSettings(), context=CONTEXT, stride=16)
+    index.run(home / "store", home / "index", IndexSettings())
+    passages.run(token_folder, home / "passages", PassageSettings(passage=12))
+    return Parts(
+        base=base_folder,
+        dapt=home / "dapt",
+        lora=home / "lora",
+        memory=small_folder,
+        dapt_memory=home / "dapt-small",
+        datastore=(home / "store",),
+        index=home / "index",
+        passages=home / "passages",
+        alpha=0.4,
+        knn_lm=KnnLMSettings(temperature=0.5, neighbours=9),
+        retrieval=RetrievalSettings(passage=12, query=8),
+    )
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(name: str, parts: Parts) -> Wrapper:
+    assert SYSTEMS[name].reason(parts) is None
+    return SYSTEMS[name].build(parts)
+
+
+@pytest.fixture(scope="module")
+def texts(token_folder: Path) -> list[Tensor]:
+    stream = tokens.load_stream(token_folder, "test")
+    spans = ((0, 18), (40, 51), (90, 93), (200, 218))
+    return [torch.from_numpy(stream[begin:end].astype("int64")) for begin, end in spans]
+
+
+def p(model: Wrapper, input_ids: Tensor, **how: Any) -> Tensor:
+    return model(input_ids=input_ids, **how).logits.exp()
+
+
+def padded(texts: list[Tensor], side: str, width: int = 20) -> dict[str, Tensor]:
+    """Batch as a tokenizer makes it, with the positions that `generate` gives."""
+    ids, mask = torch.full((len(texts), width), 7), torch.zeros(len(texts), width, dtype=torch.long)
+    for number, text in enumerate(texts):
+        span = slice(width - len(text), width) if side == "left" else slice(0, len(text))
+        ids[number, span], mask[number, span] = text, 1
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def test_all_are_known() -> None:
+    assert list(SYSTEMS) == NAMES
+    assert [system.name for system in SYSTEMS.values()] == NAMES
+
+
+# --- the contract -------------------------------------------------------------------------------------------------
+
+
+def test_probabilities_sum_to_one(model: Wrapper, texts: list[Tensor]) -> None:
+    found = model(input_ids=texts[0][None]).logits
+    assert found.dtype == torch.float32
+    assert found.shape == (1, 18, 300)
+    assert not torch.isnan(found).any()
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(1, 18), atol=1e-5, rtol=0)
+
+
+def test_the_same_call_gives_the_same_bits(name: str, model: Wrapper, parts: Parts, texts: list[Tensor]) -> None:
+    batch = padded(texts, "left")
+    first = model(**batch).logits
+    assert torch.equal(model(**batch).logits, first)
+    assert torch.equal(SYSTEMS[name].build(parts)(**batch).logits, first)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batch_and_padding_change_nothing(model: Wrapper, texts: list[Tensor], side: str) -> None:
+    batch = padded(texts, side)
+    together, last = p(model, **batch), p(model, **batch, logits_to_keep=4)
+    torch.testing.assert_close(last, together[:, -4:], atol=1e-5, rtol=1e-4)
+    for number, text in enumerate(texts):
+        real = batch["attention_mask"][number].bool()
+        torch.testing.assert_close(together[number][real], p(model, text[None])[0], atol=1e-4, rtol=1e-3)
+
+
+def test_what_comes_after_changes_nothing(model: Wrapper, texts: list[Tensor]) -> None:
+    whole = p(model, texts[0][None])
+    torch.testing.assert_close(p(model, texts[0][None, :11]), whole[:, :11], atol=1e-4, rtol=1e-3)
+
+
+def test_generation_in_a_padded_batch_is_that_of_each_text(
+    model: Wrapper, texts: list[Tensor], tokenizer_folder: Path
+) -> None:
+    words = AutoTokenizer.from_pretrained(tokenizer_folder)
+    batch = padded(texts, "left")
+    del batch["position_ids"]
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": words.pad_token_id}
+    together = model.generate(**batch, use_cache=True, **how)[:, 20:]
+    for text, row in zip(texts, together, strict=True):
+        ids = text[None]
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **how)
+        assert torch.equal(alone[0, len(text) :], row)
+    best = p(model, texts[0][None])[0, -1].argmax()
+    assert together[0, 0] == best
+
+
+WITHOUT: dict[str, Callable[[Parts], Wrapper]] = {
+    "memdec": lambda parts: SYSTEMS["memdec"].build(dataclasses.replace(parts, alpha=0.0)),
+    "dapt-interp": lambda parts: SYSTEMS["dapt-interp"].build(dataclasses.replace(parts, alpha=0.0)),
+    "knn-lm": lambda parts: SYSTEMS["knn-lm"].build(
+        dataclasses.replace(parts, knn_lm=parts.knn_lm.model_copy(update={"weight": 0.0}))
+    ),
+    "ic-rag": lambda parts: without_passages(SYSTEMS["ic-rag"].build(parts)),
+}
+
+
+def without_passages(model: Wrapper) -> Wrapper:
+    assert isinstance(model, IcRagForCausalLM)
+    model.passages = 0
+    return model
+
+
+def test_weight_0_is_the_base_to_the_bit(name: str, model: Wrapper, parts: Parts, texts: list[Tensor]) -> None:
+    base = SYSTEMS["base"].build(parts)
+    batch = padded(texts, "left")
+    expected = base(**batch).logits
+    same = WITHOUT[name](parts) if name in WITHOUT else base
+    assert torch.equal(same(**batch).logits, expected)
+    assert torch.equal(model(**batch).logits, expected) == (name == "base")
+
+
+def test_base_dapt_and_lora_are_those_models(parts: Parts, texts: list[Tensor]) -> None:
+    from peft import PeftModel
+
+    ids = texts[0][None]
+    lm = AutoModelForCausalLM.from_pretrained(parts.base)
+    plain = {"base": lm, "dapt": AutoModelForCausalLM.from_pretrained(parts.dapt)}
+    for name, expected in plain.items():
+        assert torch.equal(SYSTEMS[name].build(parts)(input_ids=ids).logits, expected(ids).logits.log_softmax(-1))
+    adapted = PeftModel.from_pretrained(lm, str(parts.lora)).eval()
+    found = p(SYSTEMS["lora"].build(parts), ids)
+    torch.testing.assert_close(found, adapted(ids).logits.softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+# --- what a system says -------------------------------------------------------------------------------------------
+
+
+def test_a_part_that_is_not_given_is_named(name: str, parts: Parts) -> None:
+    system = SYSTEMS[name]
+    for part in system.needs:
+        less = dataclasses.replace(parts, **{part: () if part == "datastore" else None})
+        expected = f"{name}: expected the parts {', '.join(system.needs)}, found no {part}; give its folder"
+        assert system.reason(less) == expected
+        with pytest.raises(ConfigError, match=f"found no {part}"):
+            system.build(less)
+
+
+def test_a_folder_that_is_not_there_is_named(name: str, parts: Parts, tmp_path: Path) -> None:
+    for part in SYSTEMS[name].needs:
+        nowhere: Any = tmp_path / "nowhere"
+        less = dataclasses.replace(parts, **{part: (nowhere,) if part == "datastore" else nowhere})
+        reason = SYSTEMS[name].reason(less)
+        assert reason is not None
+        assert reason.startswith(f"{name}: {nowhere}: expected a ")
+
+
+def test_too_little_memory_is_named(name: str, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memdec.resources.free_memory", lambda: 1000)
+    reason = SYSTEMS[name].reason(parts)
+    assert reason is not None
+    assert reason.startswith(f"{name}: weights in float32: expected ")
+    assert reason.endswith("of free memory, found 1 kB; use another dtype or device")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
+    reason = SYSTEMS[name].reason(dataclasses.replace(parts, device="cuda:0"))
+    assert reason is not None
+    assert "free on cuda:0, found 1 kB" in reason
+
+
+def test_parts_of_another_base_are_named(parts: Parts, small_folder: Path) -> None:
+    other = dataclasses.replace(parts, base=small_folder)
+    for name in ("dapt", "lora"):
+        expected = f"expected what was trained from {small_folder}, found something from another model"
+        assert expected in str(SYSTEMS[name].reason(other))
+    for name in ("knn-lm", "knn-distribution"):
+        assert f"expected keys of {small_folder}, found those of another model" in str(SYSTEMS[name].reason(other))
+    with pytest.raises(ArtifactError):
+        SYSTEMS["lora"].build(other)
+    for name in ("base", "memdec", "dapt-interp", "ic-rag"):
+        assert SYSTEMS[name].reason(other) is None
+
+
+def test_another_tokenizer_is_named(parts: Parts, corpus_folder: Path, tmp_path: Path) -> None:
+    tokens.run_tokenizer(TokenizerSpec(train_on=["made"], vocab_size=320), tmp_path / "w", [corpus_folder])
+    tokens.run_tokens(tmp_path / "w", corpus_folder, tmp_path / "t")
+    train.run_pretrain(spec(16), tmp_path / "w", tmp_path / "t", tmp_path / "foreign", context=CONTEXT)
+    other = dataclasses.replace(parts, base=tmp_path / "foreign")
+    for name in ("memdec", "dapt-interp", "knn-lm", "knn-distribution", "ic-rag"):
+        assert "expected one tokenizer, found two" in str(SYSTEMS[name].reason(other))
+
+
+def test_half_a_model_is_named(parts: Parts, tmp_path: Path) -> None:
+    shutil.copytree(parts.base, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    reason = SYSTEMS["base"].reason(dataclasses.replace(parts, base=tmp_path / "cut"))
+    assert "model.safetensors: expected" in str(reason)
+    assert "found no such file" in str(reason)
