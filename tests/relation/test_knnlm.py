@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from making import CONTEXT, spec
+from making import CONTEXT, spec, write_tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +17,7 @@ from memdec import artifacts, datastore, index, knn, models, targets, tokens
 from memdec.config import DatastoreSettings, IndexSettings, KnnLMSettings, TargetSettings
 from memdec.datastore import Datastore
 from memdec.errors import ArtifactError, ConfigError, MemDecError, ModelError, NumericsError
+from memdec.keypoints import KeyPoint
 from memdec.knnlm import KnnLMForCausalLM
 from memdec.targets import TargetReader
 from memdec.windows import windows
@@ -253,7 +254,16 @@ def loaded(home: Home, base: Any, **changes: Any) -> KnnLMForCausalLM:
     return KnnLMForCausalLM(base, store, index.load(store, home.index), **numbers)
 
 
-def test_keys_of_another_model(home: Home, small_folder: Path, model: KnnLMForCausalLM, tmp_path: Path) -> None:
+def tuned(folder: Path) -> Any:
+    """A model that is not far from the one in the folder."""
+    model = models.load(folder)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.05)
+    return model
+
+
+def test_keys_of_another_model(home: Home, small_folder: Path) -> None:
     with pytest.raises(ArtifactError, match=r"expected keys of .*small, found those of another model"):
         KnnLMForCausalLM.from_folders(small_folder, home.store, home.index, SETTINGS)
     with pytest.raises(ArtifactError, match="width 16 and 300 tokens, found keys of width 24 and 300 tokens"):
@@ -262,12 +272,20 @@ def test_keys_of_another_model(home: Home, small_folder: Path, model: KnnLMForCa
     other = models.from_scratch(spec(24), 300, CONTEXT, 0)
     with pytest.raises(ArtifactError, match=r"expected the keys of this model, found those of another one \(relative"):
         loaded(home, other)
-    tuned = models.load(home.base)
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.mul_(1.05)
     with pytest.raises(ArtifactError, match="found those of another one"):
-        loaded(home, tuned)
+        loaded(home, tuned(home.base))
+
+
+def test_keys_of_one_window_are_compared_too(base_folder: Path, tmp_path: Path) -> None:
+    """Its first input is the prefix, which the tokenizer of the store's model knows."""
+    name = artifacts.read(base_folder, "model").facts["tokenizer_sha256"]
+    stream = write_tokens(tmp_path / "t", np.arange(20, dtype=np.uint16), name)
+    home = made(tmp_path, base_folder, stream, dtype="float32")
+    assert home.model().n_vocab == 300
+    store = Datastore(home.store)
+    assert len(windows(store.n, **WINDOW)) == 1
+    with pytest.raises(ArtifactError, match="found those of another one"):
+        store.check_model(KeyPoint(tuned(base_folder)))
 
 
 def test_the_same_model_in_other_precision_is_the_same(home: Home, model: KnnLMForCausalLM) -> None:

@@ -68,6 +68,8 @@ def test_fault_2_flags_are_what_they_say(
         (["evaluate", "--base", "BASE", "--corpus", "CORPUS", "--out", "out", "--context", "8", "--stride", "4", "--alphas", "1.5"], "alphas.0: Input should be less than or equal to 1, found 1.5"),
         (["datastore", "--model", "CUT", "--tokens", "TOKENS", "--out", "out", "--context", "8", "--stride", "4"], "expected a whole manifest, found one that is cut"),
         (["train", "--model", "BASE", "--tokens", "TOKENS", "--targets", "none", "--out", "out", "--context", "8", "--seed", "0", "--kl-weight", "2"], "kl_weight: Input should be less than or equal to 1, found 2.0"),
+        (["passages", "--tokens", "none", "--out", "out"], "none: expected a folder with a tokens artefact"),
+        (["passages", "--tokens", "TOKENS", "--out", "out", "--passage", "0"], "passage: Input should be greater than 0, found 0"),
         (["index", "--no-such-option"], "No such option"),
         (["check", "none.csv", "--baseline", "none.json"], "none.json: expected a baseline"),
     ],
@@ -106,6 +108,9 @@ def test_a_stage_by_hand(
     before = (out / "manifest.json").stat().st_mtime_ns
     assert memdec(monkeypatch, capsys, *words)[0] == 0  # the same again does nothing
     assert (out / "manifest.json").stat().st_mtime_ns == before
+    words = ["passages", "--tokens", str(out), "--out", str(tmp_path / "passages"), "--passage", "9"]
+    assert memdec(monkeypatch, capsys, *words)[0] == 0
+    assert artifacts.read(tmp_path / "passages", "passages").settings == {"passage": 9}
 
 
 def test_the_whole_evaluation_by_hand(
