@@ -24,7 +24,8 @@ from memdec.config import KnnLMSettings
 from memdec.datastore import Datastore
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.keypoints import KeyPoint
-from memdec.modeling import MemDecConfig, Which, Wrapper, shared_vocabulary
+from memdec.modeling import MemDecConfig, Wrapper, shared_vocabulary
+from memdec.scoring import Which
 
 _QUERIES = 1024  # of a search
 

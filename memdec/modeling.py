@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memdec import mixing, tokens
 from memdec.errors import ConfigError, ModelError
 from memdec.models import load, n_positions
+from memdec.scoring import Which
 
-Which = Literal["both", "base", "memory"]
 FOLDERS = ("base", "memory")  # in a self-contained folder: base, memory-0, memory-1 ...
 
 

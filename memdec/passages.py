@@ -119,7 +119,6 @@ class Passages:
     """The passage that is nearest to a query by BM25.
 
     Attributes:
-        n: Passages.
         longest: Most tokens of a passage.
         facts: Of the manifest.
 
@@ -130,7 +129,7 @@ class Passages:
     def __init__(self, folder: Path) -> None:
         manifest = artifacts.read(folder, "passages")
         self.folder, self.facts = folder, manifest.facts
-        self.n, self.longest = manifest.facts["passages"], manifest.settings["passage"]
+        self.longest: int = manifest.settings["passage"]
         self._text = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
         self._edges = np.load(folder / "edges.npy", allow_pickle=False)
         self._index = bm25s.BM25.load(folder, mmap=True, allow_pickle=False, load_vocab=False)

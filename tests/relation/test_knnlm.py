@@ -19,6 +19,7 @@ from memdec.datastore import Datastore
 from memdec.errors import ArtifactError, ConfigError, MemDecError, ModelError, NumericsError
 from memdec.keypoints import KeyPoint
 from memdec.knnlm import KnnLMForCausalLM
+from memdec.scoring import score_labels, score_stream
 from memdec.targets import TargetReader
 from memdec.windows import windows
 
@@ -123,19 +124,30 @@ def test_the_same_windows_give_what_stored_targets_give(home: Home, model: KnnLM
     digest = artifacts.read(home.stream, "tokens").facts["sha256"]["test"]
     rows = TargetReader([tmp_path / "t"], digest).rows([(0, len(stream))])
     expected = knn.probability_of(rows, np.asarray(stream))
-    found = np.full(len(stream), np.nan)
-    prefix = tokens.prefix_id(tokens.load_tokenizer(str(home.base)))
-    for part in windows(len(stream), **WINDOW):
-        ids = torch.from_numpy(part.inputs(stream, prefix))[None]
-        base, log_p = model.log_probs(ids, logits_to_keep=part.n_scored)
-        labels = torch.from_numpy(stream[part.first : part.end].astype(np.int64))
-        found[part.first : part.end] = log_p[0].exp().gather(1, labels[:, None])[:, 0]
-        mixed = model(input_ids=ids, logits_to_keep=part.n_scored).logits[0].exp()
-        both = SETTINGS.weight * log_p[0].exp() + (1 - SETTINGS.weight) * base[0].exp()
-        torch.testing.assert_close(mixed, both, atol=1e-6, rtol=1e-5)
+    parts, prefix = windows(len(stream), **WINDOW), tokens.prefix_id(tokens.load_tokenizer(str(home.base)))
+    scores = score_stream(model, stream, parts, prefix, quiet=True)
+    assert scores.memory is not None
+    found = np.exp(scores.memory)
     np.testing.assert_allclose(found, expected, atol=2e-4)  # a key may round to the next float16
     assert np.median(np.abs(found - expected)) < 1e-7
     assert 0.05 < expected.mean() < 0.95
+
+
+def test_scores_of_base_and_neighbours_are_those_of_their_mixture_at_any_weight(home: Home) -> None:
+    """What lm-eval's requests are answered from: log-probabilities and greedy choices of a continuation."""
+    model, ids = home.model(), text(home, 40).reshape(4, 10)
+    base, found = model.log_probs(ids)
+    assert base is not None
+    assert found is not None
+    for weight in (0.0, 0.1, 0.6, 0.95):
+        model.set_weight(weight)
+        mixed = model(input_ids=ids).logits
+        for row in range(4):
+            for labels in (ids[row, 1:], mixed[row, :-1].argmax(-1)):
+                scores = score_labels(base[row, :-1], found[row, :-1], labels)
+                expected = mixed[row, :-1].gather(1, labels[:, None])[:, 0]
+                np.testing.assert_allclose(scores.log_p(weight), expected, atol=1e-5)
+                assert scores.is_greedy(weight) == bool((mixed[row, :-1].argmax(-1) == labels).all())
 
 
 def test_weight_0_is_the_base_to_the_bit_and_searches_nothing(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
