@@ -1,7 +1,7 @@
-"""Start-up hook (`memdec_hook.pth`): makes `memdec-interp` and `harness_tasks/` known to the stock `lm_eval`.
+"""Start-up hook (`memdec_hook.pth`): makes the `memdec-*` models and `harness_tasks/` known to the stock `lm_eval`.
 
 Nothing is imported until lm_eval itself imports `lm_eval.models` or `lm_eval.tasks.manager`; other programs pay for one
-small module at start. lm_eval 0.4.13 reads no entry points; a release that does registers the same target by itself,
+small module at start. lm_eval 0.4.13 reads no entry points; a release that does registers the same targets by itself,
 and the hook leaves a name alone that is already there. MEMDEC_NO_HOOK=1 switches it off.
 """
 
@@ -30,11 +30,15 @@ class _Finder:
         return spec
 
 
+_MODELS = {"memdec-interp": "MemDecInterp", "memdec-knnlm": "MemDecKnnLM", "memdec-icrag": "MemDecIcRag"}
+
+
 def _register_models(module):
     from lm_eval.api.registry import model_registry
 
-    if "memdec-interp" not in model_registry:
-        model_registry.register("memdec-interp", target="memdec.harness:MemDecInterp")
+    for name, target in _MODELS.items():
+        if name not in model_registry:
+            model_registry.register(name, target=f"memdec.harness:{target}")
 
 
 def _add_tasks(module):

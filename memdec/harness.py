@@ -1,14 +1,15 @@
-"""`memdec-interp`: base + memory decoder as a model of lm-evaluation-harness.
+"""Models of lm-evaluation-harness: `memdec-interp` (base + memory decoder), `memdec-knnlm` and `memdec-icrag`.
 
     lm_eval --model memdec-interp --model_args pretrained=BASE,memory=MEMORY,alpha=0.6 --tasks pubmedqa
 
-A subclass of the harness's own `hf` model, so everything that works there works here (batching, chat templates, peft,
+Subclasses of the harness's own `hf` model, so everything that works there works here (batching, chat templates, peft,
 `parallelize`, `accelerate launch`). What differs: the logits are those of the mixture; they exist only where a
 continuation needs them; `loglikelihood_rolling` uses the paper's sliding windows; and with `scores=FOLDER` the scores of
-both models are kept, so that a run at another alpha computes nothing and loads no model.
+both distributions are kept, so that a run at another alpha computes nothing and loads no model.
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +23,14 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from memdec import mixing, models, tokens
+from memdec import artifacts, mixing, models, tokens
+from memdec.config import KnnLMSettings, RetrievalSettings, parse
 from memdec.errors import ConfigError, ModelError, one_line_errors
-from memdec.modeling import MemDecForCausalLM, check_room
+from memdec.icrag import IcRagForCausalLM
+from memdec.icrag import check_folders as check_passages
+from memdec.index import load as load_index
+from memdec.knnlm import KnnLMForCausalLM, check_folders
+from memdec.modeling import MemDecForCausalLM, Wrapper, check_room
 from memdec.scores import ScoreStore, TokenScores, model_identity, request_key
 from memdec.scoring import Which, score_labels, score_stream
 from memdec.windows import windows
@@ -48,79 +54,68 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, contex
 Item = tuple[bytes, list[int], list[int]]  # key, what the model reads, what is scored at the end of it
 
 
-class MemDecInterp(HFLM):
-    """The mixture as an lm-eval model; see `--model_args` in the README.
+class WrappedLM(HFLM):
+    """A base and a second distribution that is mixed with it, as an lm-eval model; subclasses say which.
 
     Args:
-        pretrained: Base model, folder or Hub id. Without it and without `memory`: the paper's pair.
-        memory: Memory decoder, folder or Hub id; None is the base alone (alpha 0).
-        alpha: Weight of the memory, from 0 to 1.
+        pretrained: Base model, folder or Hub id.
+        weight: Of the second distribution, from 0 to 1.
         context: Tokens of a rolling window (default 1024, or what the models hold if that is less).
         stride: Tokens scored per rolling window (default: half the context, as in the paper; `stride=context` gives
             the disjoint windows of lm-eval's `hf`).
-        scores: Folder for per-token scores; at another alpha they are read instead of computed.
-        memory_revision: Commit of the memory, for Hub ids.
-        memory_dtype: Weights' type of the memory; default as the base's.
+        scores: Folder for per-token scores; at another weight they are read instead of computed.
         kwargs: As for lm-eval's `hf` (dtype, device, batch_size, peft, parallelize, max_length ...).
     """
 
+    second = True  # whether there is a second distribution
+
     def __init__(
         self,
-        pretrained: str | None = None,
-        memory: str | None = None,
-        alpha: float | None = None,
+        pretrained: str,
+        weight: float,
         context: int | None = None,
         stride: int | None = None,
         scores: str | None = None,
-        memory_revision: str | None = None,
-        memory_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if pretrained is None:
-            if memory is not None:
-                raise ConfigError(
-                    "memdec-interp: expected pretrained=<base model> beside memory=, found none; add it to --model_args"
-                )
-            pretrained, memory = PAPER_BASE, PAPER_MEMORY
-            log.warning(
-                "memdec-interp: no model_args, taking the paper's pair %s + %s, alpha %s",
-                pretrained,
-                memory,
-                DEFAULT_ALPHA,
-            )
-        self.alpha = mixing.check_weight(alpha if alpha is not None else DEFAULT_ALPHA if memory else 0.0)
-        if memory is None and self.alpha:
-            raise ConfigError(
-                f"memdec-interp: expected memory=<memory decoder> for alpha {self.alpha}, found none; add it to --model_args"
-            )
-        self.memory_name, self.memory_revision, self.memory_dtype = memory, memory_revision, memory_dtype
-        self.base_name = pretrained
-        for name in (pretrained, memory):
-            if name is not None:
-                models.check_folder(name)
-        self._check_tokenizers(pretrained, kwargs.get("revision"), kwargs.get("trust_remote_code", False))
+        self.alpha, self.base_name = mixing.check_weight(weight), pretrained
+        models.check_folder(pretrained)
+        self._check(kwargs.get("revision"), kwargs.get("trust_remote_code", False))
         self._load_base: Callable[[], None] | None = None
         self._configuring = True
         with _model_errors(pretrained):
             super().__init__(pretrained=pretrained, **kwargs)
-            self._n_positions = self._limit()
+            self._n_positions = min(int(super().max_length), self._most_positions() or sys.maxsize)
         self._configuring = False
         self.context, self.stride = self._windows(context, stride)
         self.store = self._store(scores, kwargs)
         if self.store is None:
             self._load()
         else:
-            log.info(
-                "scores: %d requests known in %s; models load when another one comes",
-                len(self.store),
-                self.store.folder,
-            )
+            known = len(self.store)
+            log.info("scores: %d requests known in %s; models load when another comes", known, self.store.folder)
 
-    def _check_tokenizers(self, pretrained: str, revision: str | None, trust: bool) -> None:
-        base = tokens.load_tokenizer(pretrained, revision, trust_remote_code=trust)
-        if self.memory_name is not None:
-            memory = tokens.load_tokenizer(self.memory_name, self.memory_revision, trust_remote_code=trust)
-            tokens.check_same_ids(base, memory, f"{pretrained} with {self.memory_name}")
+    # --- what a subclass says ---------------------------------------------------------------------------------------
+
+    def _check(self, revision: str | None, trust: bool) -> None:
+        """Raise where what is mixed does not go together, before anything large is loaded."""
+        raise NotImplementedError
+
+    def _wrap(self, base: Any) -> Wrapper:
+        """The mixture around the loaded base."""
+        raise NotImplementedError
+
+    def _identity(self) -> dict[str, str]:
+        """What decides the second distribution."""
+        raise NotImplementedError
+
+    def _info(self) -> dict[str, Any]:
+        """What the results file says of it."""
+        raise NotImplementedError
+
+    def _most_positions(self) -> int | None:
+        """Tokens that it can see, where the base may see more."""
+        return None
 
     # --- the models, when they are needed ---------------------------------------------------------------------------
 
@@ -141,20 +136,8 @@ class MemDecInterp(HFLM):
         base: Any = self._model
         if not getattr(base, "hf_device_map", None):
             base.to(self._device)
-        memories = []
-        if self.memory_name is not None:
-            dtype = self.memory_dtype or str(base.dtype).removeprefix("torch.")
-            memory = models.load(self.memory_name, dtype=dtype, revision=self.memory_revision)
-            check_room(memory, base.device, self.memory_name)
-            memories = [memory.to(base.device)]
-        base.eval()
-        weights = [self.alpha for _ in memories]
-        self._model = MemDecForCausalLM.from_models(base, memories, weights, n_vocab=len(self.tokenizer))
-        log.info(
-            "loaded %s in %.1f s",
-            " + ".join(filter(None, (self.base_name, self.memory_name))),
-            time.perf_counter() - start,
-        )
+        self._model = self._wrap(base.eval())
+        log.info("loaded %s in %.1f s", self.base_name, time.perf_counter() - start)
 
     @property
     def model(self) -> Any:
@@ -167,12 +150,6 @@ class MemDecInterp(HFLM):
     def max_length(self) -> int:
         """Tokens of a request that both models can see."""
         return self._n_positions
-
-    def _limit(self) -> int:
-        limit = int(super().max_length)
-        if self.memory_name is None:
-            return limit
-        return min(limit, models.n_positions(models.config(self.memory_name, self.memory_revision)) or limit)
 
     def _windows(self, context: int | None, stride: int | None) -> tuple[int, int]:
         limit = self._n_positions
@@ -188,21 +165,19 @@ class MemDecInterp(HFLM):
             return None
         named: dict[str, tuple[str | None, str | None]] = {
             "base": (self.base_name, kwargs.get("revision")),
-            "memory": (self.memory_name, self.memory_revision),
             "peft": (kwargs.get("peft"), None),
             "delta": (kwargs.get("delta"), None),
         }
         setting = {key: model_identity(name, revision) for key, (name, revision) in named.items() if name}
-        setting["memory_dtype"] = str(self.memory_dtype)
-        numbers = {key: value for key, value in kwargs.items() if key not in (*named, *_NO_NUMBERS)}
-        return ScoreStore(Path(folder), setting | {key: str(value) for key, value in sorted(numbers.items())})
+        numbers = {key: str(value) for key, value in kwargs.items() if key not in (*named, *_NO_NUMBERS)}
+        return ScoreStore(Path(folder), setting | self._identity() | numbers)
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
     @property
     def _which(self) -> Which:
         """Models that run. With a store both always do, so that any alpha can be read from it later."""
-        if self.memory_name is None:
+        if not self.second:
             return "base"
         return "both" if self.store is not None or 0 < self.alpha < 1 else "memory" if self.alpha else "base"
 
@@ -337,33 +312,207 @@ class MemDecInterp(HFLM):
         """Use another weight from now on."""
         self.alpha = mixing.check_weight(alpha)
         if self._load_base is None:
-            self._model.set_weights([self.alpha for _ in self._model.memories])
+            self._set_weight()
+
+    def _set_weight(self) -> None:
+        """Tell the loaded model."""
+        raise NotImplementedError
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results file says about the model."""
         loaded = super().get_model_info() if self._load_base is None else {}
-        return {
-            **loaded,
-            "pretrained": self.base_name,
-            "memory": self.memory_name,
-            "alpha": self.alpha,
-            "context": self.context,
-            "stride": self.stride,
-        }
+        windows = {"context": self.context, "stride": self.stride}
+        return {**loaded, "pretrained": self.base_name, **self._info(), "alpha": self.alpha, **windows}
 
     # --- errors ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def create_from_arg_string(cls, *args: Any, **kwargs: Any) -> "MemDecInterp":
+    def create_from_arg_string(cls, *args: Any, **kwargs: Any) -> "WrappedLM":
         with one_line_errors():
-            model: MemDecInterp = super().create_from_arg_string(*args, **kwargs)
+            model: WrappedLM = super().create_from_arg_string(*args, **kwargs)
             return model
 
     @classmethod
-    def create_from_arg_obj(cls, *args: Any, **kwargs: Any) -> "MemDecInterp":
+    def create_from_arg_obj(cls, *args: Any, **kwargs: Any) -> "WrappedLM":
         with one_line_errors():
-            model: MemDecInterp = super().create_from_arg_obj(*args, **kwargs)
+            model: WrappedLM = super().create_from_arg_obj(*args, **kwargs)
             return model
+
+
+class MemDecInterp(WrappedLM):
+    """The base with its memory decoder; see `--model_args` in the README.
+
+    Args:
+        pretrained: Base model, folder or Hub id. Without it and without `memory`: the paper's pair.
+        memory: Memory decoder, folder or Hub id; None is the base alone (alpha 0).
+        alpha: Weight of the memory, from 0 to 1.
+        memory_revision: Commit of the memory, for Hub ids.
+        memory_dtype: Weights' type of the memory; default as the base's.
+        kwargs: As for `WrappedLM`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        memory: str | None = None,
+        alpha: float | None = None,
+        memory_revision: str | None = None,
+        memory_dtype: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if pretrained is None:
+            if memory is not None:
+                raise ConfigError(
+                    "memdec-interp: expected pretrained=<base model> beside memory=, found none; add it to --model_args"
+                )
+            pretrained, memory = PAPER_BASE, PAPER_MEMORY
+            log.warning(
+                "memdec-interp: no model_args, taking the paper's pair %s + %s, alpha %s",
+                pretrained,
+                memory,
+                DEFAULT_ALPHA,
+            )
+        self.memory_name, self.memory_revision, self.memory_dtype = memory, memory_revision, memory_dtype
+        self.second = memory is not None
+        weight = mixing.check_weight(alpha if alpha is not None else DEFAULT_ALPHA if memory else 0.0)
+        if memory is None and weight:
+            raise ConfigError(
+                f"memdec-interp: expected memory=<memory decoder> for alpha {weight}, found none; add it to --model_args"
+            )
+        super().__init__(pretrained, weight, **kwargs)
+
+    def _check(self, revision: str | None, trust: bool) -> None:
+        base = tokens.load_tokenizer(self.base_name, revision, trust_remote_code=trust)
+        if self.memory_name is not None:
+            models.check_folder(self.memory_name)
+            memory = tokens.load_tokenizer(self.memory_name, self.memory_revision, trust_remote_code=trust)
+            tokens.check_same_ids(base, memory, f"{self.base_name} with {self.memory_name}")
+
+    def _most_positions(self) -> int | None:
+        if self.memory_name is None:
+            return None
+        return models.n_positions(models.config(self.memory_name, self.memory_revision))
+
+    def _wrap(self, base: Any) -> Wrapper:
+        memories = []
+        if self.memory_name is not None:
+            dtype = self.memory_dtype or str(base.dtype).removeprefix("torch.")
+            memory = models.load(self.memory_name, dtype=dtype, revision=self.memory_revision)
+            check_room(memory, base.device, self.memory_name)
+            memories = [memory.to(base.device)]
+        weights = [self.alpha for _ in memories]
+        return MemDecForCausalLM.from_models(base, memories, weights, n_vocab=len(self.tokenizer))
+
+    def _set_weight(self) -> None:
+        self._model.set_weights([self.alpha for _ in self._model.memories])
+
+    def _identity(self) -> dict[str, str]:
+        if self.memory_name is None:
+            return {}
+        memory = model_identity(self.memory_name, self.memory_revision)
+        return {"memory": memory, "memory_dtype": str(self.memory_dtype)}
+
+    def _info(self) -> dict[str, Any]:
+        return {"memory": self.memory_name}
+
+
+class MemDecKnnLM(WrappedLM):
+    """The kNN-LM: the base with the neighbours of its own keys.
+
+        lm_eval --model memdec-knnlm --model_args pretrained=BASE,datastore=STORE,index=INDEX,temperature=13 --tasks ...
+
+    Args:
+        pretrained: Base model that made the keys.
+        datastore: Datastore folder; shards are joined by `+`.
+        index: Index folder over it.
+        weight: lambda, of p_kNN (paper: 0.25).
+        temperature: tau, divides the squared distance (paper: 1 for GPT-2 small and medium, 13 for large and xl).
+        neighbours: k.
+        nprobe: Cells of an ivf index that are searched.
+        kwargs: As for `WrappedLM`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        datastore: str,
+        index: str,
+        weight: float = 0.25,
+        temperature: float = 1.0,
+        neighbours: int = 1024,
+        nprobe: int = 32,
+        **kwargs: Any,
+    ) -> None:
+        numbers = {"weight": weight, "temperature": temperature, "neighbours": neighbours, "nprobe": nprobe}
+        self.settings = parse(KnnLMSettings, numbers, "memdec-knnlm")
+        self.folders, self.index_folder = [Path(folder) for folder in datastore.split("+")], Path(index)
+        super().__init__(pretrained, self.settings.weight, **kwargs)
+
+    def _check(self, revision: str | None, trust: bool) -> None:
+        self._keys = check_folders(self.base_name, self.folders, self.index_folder, self.settings)
+
+    def _wrap(self, base: Any) -> Wrapper:
+        searcher = load_index(self._keys, self.index_folder, self.settings.nprobe)
+        return KnnLMForCausalLM(
+            base,
+            self._keys,
+            searcher,
+            weight=self.alpha,
+            temperature=self.settings.temperature,
+            neighbours=self.settings.neighbours,
+            n_vocab=len(self.tokenizer),
+        )
+
+    def _set_weight(self) -> None:
+        self._model.set_weight(self.alpha)
+
+    def _identity(self) -> dict[str, str]:
+        index = artifacts.read(self.index_folder, "index")
+        numbers = self.settings.model_dump(exclude={"weight"})
+        return {"keys": self._keys.recipe, "index": index.recipe, **{key: str(value) for key, value in numbers.items()}}
+
+    def _info(self) -> dict[str, Any]:
+        folders = {"datastore": [str(folder) for folder in self.folders], "index": str(self.index_folder)}
+        return {**folders, **self.settings.model_dump(exclude={"weight"})}
+
+
+class MemDecIcRag(WrappedLM):
+    """In-Context RAG: the base with the best passage of a corpus before the text; nothing is mixed.
+
+        lm_eval --model memdec-icrag --model_args pretrained=BASE,passages=PASSAGES --tasks ...
+
+    Args:
+        pretrained: Base model.
+        passages: Folder that `memdec passages` made.
+        query: Last tokens that make the query (paper: 32).
+        every: Tokens between two retrievals (paper: 4).
+        kwargs: As for `WrappedLM`.
+    """
+
+    second = False
+
+    def __init__(self, pretrained: str, passages: str, query: int = 32, every: int = 4, **kwargs: Any) -> None:
+        self.settings = parse(RetrievalSettings, {"query": query, "every": every}, "memdec-icrag")
+        self.folder = Path(passages)
+        super().__init__(pretrained, 0.0, **kwargs)
+
+    def _check(self, revision: str | None, trust: bool) -> None:
+        self._passages = check_passages(self.base_name, self.folder, self.settings)
+
+    def _wrap(self, base: Any) -> Wrapper:
+        return IcRagForCausalLM(
+            base, self._passages, query=self.settings.query, every=self.settings.every, n_vocab=len(self.tokenizer)
+        )
+
+    def set_alpha(self, alpha: float) -> None:
+        raise ConfigError(f"memdec-icrag: expected no weight, found {alpha}: a passage is read, nothing is mixed")
+
+    def _identity(self) -> dict[str, str]:
+        recipe = artifacts.read(self.folder, "passages").recipe
+        return {"passages": recipe, "query": str(self.settings.query), "every": str(self.settings.every)}
+
+    def _info(self) -> dict[str, Any]:
+        return {"passages": str(self.folder), "query": self.settings.query, "every": self.settings.every}
 
 
 @contextmanager
@@ -381,4 +530,4 @@ def _kept(batch: list[list[Item]]) -> int:
     return longest - min(len(read) - len(scored) for group in batch for _, read, scored in group)
 
 
-__all__ = ["MemDecInterp"]
+__all__ = ["MemDecIcRag", "MemDecInterp", "MemDecKnnLM"]

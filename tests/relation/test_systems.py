@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from making import CONTEXT, spec
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +26,7 @@ from memdec.config import (
     TrainSettings,
 )
 from memdec.errors import ArtifactError, ConfigError
+from memdec.harness import WrappedLM
 from memdec.icrag import IcRagForCausalLM
 from memdec.modeling import Wrapper
 from memdec.systems import SYSTEMS, Parts
@@ -242,3 +245,76 @@ def test_half_a_model_is_named(parts: Parts, tmp_path: Path) -> None:
     reason = SYSTEMS["base"].reason(dataclasses.replace(parts, base=tmp_path / "cut"))
     assert "model.safetensors: expected" in str(reason)
     assert "found no such file" in str(reason)
+
+
+# --- through lm-eval ----------------------------------------------------------------------------------------------
+
+
+def lm(name: str, parts: Parts, **arguments: Any) -> WrappedLM:
+    """A system as the stock lm_eval makes it, by name and a string of arguments."""
+    given = {
+        "knn-lm": ("memdec-knnlm", f"datastore={parts.datastore[0]},index={parts.index},temperature=0.5,neighbours=9"),
+        "ic-rag": ("memdec-icrag", f"passages={parts.passages},query=8"),
+    }
+    model, plain = given[name]
+    pairs = ",".join([f"pretrained={parts.base}", plain, *(f"{key}={value}" for key, value in arguments.items())])
+    made: WrappedLM = get_model(model).create_from_arg_string(pairs, {"device": "cpu", "batch_size": 3})
+    return made
+
+
+def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(arguments)]
+
+
+PAIRS = [
+    ("The matrix 3", " returns the token"),
+    ("The vector", " reads"),
+    ("A token " * 8, "of size 4."),
+    ("The", " end"),
+]
+
+
+@pytest.mark.parametrize("name", ["knn-lm", "ic-rag"], scope="function")
+def test_lm_eval_gets_the_probabilities_of_the_system(name: str, parts: Parts, tmp_path: Path) -> None:
+    harness, model = lm(name, parts, scores=tmp_path), SYSTEMS[name].build(parts)
+    found = harness.loglikelihood(requests("loglikelihood", PAIRS))
+    for (context, continuation), (log_p, greedy) in zip(PAIRS, found, strict=True):
+        before, after = harness._encode_pair(context, continuation)
+        ids = torch.tensor([before + after])
+        rows = model(input_ids=ids).logits[0, len(before) - 1 : -1]
+        labels = torch.tensor(after)
+        assert log_p == pytest.approx(float(rows.gather(-1, labels[:, None]).sum()), abs=1e-4)
+        assert greedy == torch.equal(rows.argmax(-1), labels)
+    (text,) = harness.generate_until(
+        requests("generate_until", [("The matrix 3", {"until": ["@@"], "max_gen_toks": 5})])
+    )
+    ids = torch.tensor([harness.tok_encode("The matrix 3")])
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert text == harness.tokenizer.decode(new, skip_special_tokens=True)
+    (total,) = harness.loglikelihood_rolling(requests("loglikelihood_rolling", [("The matrix 3 returns. " * 6,)]))
+    assert total < 0
+    info = harness.get_model_info()
+    assert info["pretrained"] == str(parts.base)
+    assert info.keys() >= ({"datastore", "neighbours"} if name == "knn-lm" else {"passages", "every"})
+
+
+def test_lambda_of_the_knn_lm_is_read_from_its_scores(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requests("loglikelihood", PAIRS)
+    lm("knn-lm", parts, scores=tmp_path).loglikelihood(asked)
+    fresh = {weight: lm("knn-lm", parts, weight=weight).loglikelihood(asked) for weight in (0.0, 0.6)}
+    monkeypatch.setattr(WrappedLM, "_load", lambda _: pytest.fail("a model was loaded"))
+    for weight, expected in fresh.items():
+        found = lm("knn-lm", parts, weight=weight, scores=tmp_path).loglikelihood(asked)
+        assert [g for _, g in found] == [g for _, g in expected]
+        assert [x for x, _ in found] == pytest.approx([x for x, _ in expected], abs=1e-4)
+
+
+def test_bad_arguments_through_lm_eval(parts: Parts, small_folder: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"expected keys of .*, found those of another model"):
+        lm("knn-lm", dataclasses.replace(parts, base=small_folder))
+    with pytest.raises(ConfigError, match="weight"):
+        lm("knn-lm", parts, weight=1.5)
+    with pytest.raises(ConfigError, match=r"expected no weight, found 0\.5"):
+        lm("ic-rag", parts).set_alpha(0.5)

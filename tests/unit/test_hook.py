@@ -54,13 +54,15 @@ def test_the_task_folder_is_added_whatever_else_is_given(
     assert not manager.TaskManager(include_defaults=False).all_tasks
 
 
-def test_the_model_is_registered_by_name_and_by_entry_point() -> None:
+def test_the_models_are_registered_by_name_and_by_entry_point() -> None:
     from importlib.metadata import entry_points
 
     from lm_eval.api.registry import get_model
 
-    from memdec.harness import MemDecInterp
+    from memdec.harness import MemDecIcRag, MemDecInterp, MemDecKnnLM
 
-    assert get_model("memdec-interp") is MemDecInterp
-    (entry,) = [e for e in entry_points(group="lm_eval.models") if e.name == "memdec-interp"]
-    assert entry.load() is MemDecInterp
+    models = {"memdec-interp": MemDecInterp, "memdec-knnlm": MemDecKnnLM, "memdec-icrag": MemDecIcRag}
+    for name, model in models.items():
+        assert get_model(name) is model
+    found = {e.name: e for e in entry_points(group="lm_eval.models") if e.name in models}
+    assert {name: entry.load() for name, entry in found.items()} == models
