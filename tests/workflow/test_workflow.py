@@ -185,7 +185,7 @@ LAYERS = [
     {"errors", "resources"},
     {"windows", "mixing", "losses", "objectives", "kernels", "search", "knn", "metrics"},
     {"config", "provenance", "artifacts", "corpora", "tokens", "models", "keypoints", "scores", "scoring", "modeling"}
-    | {"flops", "cards"},
+    | {"flops", "cards", "speculative"},
     {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
     | {"passages", "knnlm", "icrag", "systems"},
     {"harness", "sweep", "tasks", "tables", "regression", "cli"},
