@@ -35,6 +35,9 @@ BudgetModel = Annotated[Path | None, typer.Option(help="model whose full trainin
 BudgetEpochs = Annotated[
     float, typer.Option(help="most operations, in epochs of --budget-model (paper: 1 of a 7B model)")
 ]
+BaseName = Annotated[str, typer.Option(help="base model, folder or Hub id")]
+MemoryName = Annotated[str, typer.Option(help="memory decoder, folder or Hub id")]
+Alpha = Annotated[float, typer.Option(help="weight of the memory, from 0 to 1")]
 Stride = Annotated[int, typer.Option(help="tokens scored per window (paper: 512)")]
 
 
@@ -393,6 +396,53 @@ def tune(
     best = next(iter(found))
     sweep = {f"{each:g}": found[each] for each in sorted(found)}
     print(json.dumps({"alpha": best, "perplexity": found[best], "split": split, "sweep": sweep}))
+
+
+@stage(cfg.LatencySettings)
+def latency(
+    base: BaseName,
+    memory: MemoryName,
+    out: Out,
+    settings: cfg.LatencySettings,
+    alpha: Alpha = 0.6,
+    tokens: Annotated[
+        Path | None, typer.Option(help="token folder: prompts are pieces of its test split (default: made up by seed)")
+    ] = None,
+) -> None:
+    """Prefill and decoding speed of base, MemDec and speculative decoding, and their overhead over the base."""
+    from memdec import latency as stage_latency
+
+    systems = stage_latency.systems(base, memory, alpha, settings)
+    inputs = stage_latency.identities(base, memory, alpha)
+    stage_latency.run(systems, out, settings, inputs=inputs, stream=tokens)
+
+
+@stage(cfg.ExplainSettings)
+def explain(
+    base: BaseName,
+    memory: MemoryName,
+    settings: cfg.ExplainSettings,
+    text: Annotated[str, typer.Argument(help="the text, unless --file gives it")] = "",
+    file: Annotated[Path | None, typer.Option(help="UTF-8 file with the text")] = None,
+    alpha: Alpha = 0.6,
+    datastore: Annotated[list[Path], typer.Option(help="datastore folder, for p_kNN; repeat for every shard")] = [],
+    index: Annotated[Path | None, typer.Option(help="index folder over the datastore")] = None,
+    html: Annotated[Path | None, typer.Option(help="page to write: the text as a heat map")] = None,
+) -> None:
+    """What base, memory and their mixture expected at every token of a text."""
+    from memdec import explain as stage_explain
+
+    if text and file is not None:
+        raise ConfigError("memdec explain: expected a text or --file, found both; leave out one")
+    text = _read(file) if file is not None else text
+    stage_explain.run(base, memory, text, settings, alpha=alpha, datastore=datastore, index_folder=index, out=html)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")  # line ends as they are
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: expected a file with UTF-8 text, found {error}") from None
 
 
 RunConfig = Annotated[Path, typer.Option(help="config of the run, YAML or JSON")]

@@ -403,6 +403,35 @@ class EvaluateSettings(Settings):
     )
 
 
+class LatencySettings(Settings):
+    """Speed of prefill and decoding, one text at a time (the paper gives no settings; all are ours)."""
+
+    prompt_tokens: PositiveInt = Field(64, description="length of a prompt")
+    new_tokens: list[Annotated[int, Field(ge=2)]] = Field(
+        [8, 16, 32, 64], min_length=1, description="numbers of generated tokens to measure"
+    )
+    repeats: int = Field(15, ge=2, description="turns, each with a prompt of its own; the median counts")
+    warmup: PositiveInt = Field(2, description="calls of each system before the first turn")
+    n_draft: PositiveInt = Field(4, description="tokens the memory drafts per round of speculative decoding")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights' type of all models")
+    seed: int = Field(0, ge=0, description="of made-up prompts and of the bootstrap")
+    resamples: PositiveInt = Field(2000, description="bootstrap resamples for the 95 % intervals over turns")
+
+
+class ExplainSettings(Settings):
+    """What models expect at every token of a text (paper, Table 6)."""
+
+    top: PositiveInt = Field(3, description="most probable tokens to show of each distribution (ours)")
+    context: PositiveInt | None = Field(
+        None, description="tokens of a window (default: 1024, or what the models hold if that is less)"
+    )
+    stride: PositiveInt | None = Field(None, description="tokens scored per window (default: half of it, as the paper)")
+    neighbours: PositiveInt = Field(1024, description="k of p_kNN (released: 1024)")
+    temperature: PositiveFloat = Field(16.0, allow_inf_nan=False, description="tau of p_kNN (released: 16)")
+    nprobe: PositiveInt = Field(32, description="cells of an ivf index that are searched (released: 32)")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights' type of the models")
+
+
 class Config(Settings):
     """A whole run; `config/mini.yaml` is the default."""
 

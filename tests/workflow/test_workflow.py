@@ -185,9 +185,9 @@ LAYERS = [
     {"errors", "resources"},
     {"windows", "mixing", "losses", "objectives", "kernels", "search", "knn", "metrics"},
     {"config", "provenance", "artifacts", "corpora", "tokens", "models", "keypoints", "scores", "scoring", "modeling"}
-    | {"flops", "cards", "speculative"},
+    | {"flops", "cards", "figures", "speculative"},
     {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
-    | {"passages", "knnlm", "icrag", "systems"},
+    | {"passages", "knnlm", "icrag", "systems", "explain", "latency"},
     {"harness", "sweep", "tasks", "tables", "regression", "cli"},
 ]
 
