@@ -86,7 +86,7 @@ def test_fault_16_means_of_micro_batches_would_be_seen(
     assert farthest(right, trained("means", **changes)) > 1e-5
 
 
-def test_fault_16_two_processes_change_nothing(
+def test_fault_16_and_22_two_processes_change_neither_training_nor_perplexity(
     trained: Train, small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
     arguments = ["--model", small_folder, "--tokens", token_folder, "--targets", rows, "--out", tmp_path / "two"]

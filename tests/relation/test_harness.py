@@ -62,7 +62,7 @@ def test_alpha_0_and_1_are_the_models_alone_on_rolling_texts(base_folder: Path, 
         assert mixed == pytest.approx(single, rel=1e-6, abs=1e-4)
 
 
-def test_the_mixture_equals_a_plain_loop_and_scores_every_token_once(base_folder: Path, small_folder: Path) -> None:
+def test_fault_26_every_token_is_scored_once_with_its_whole_left_context(base_folder: Path, small_folder: Path) -> None:
     model = ours(base_folder, small_folder, alpha=0.3)
     assert (model.context, model.stride) == (CONTEXT, CONTEXT // 2)
     stream = model.tokenizer.encode(TEXT)
@@ -81,7 +81,7 @@ def test_the_mixture_equals_a_plain_loop_and_scores_every_token_once(base_folder
     assert float(mixed.sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_results_do_not_depend_on_the_batch_size(base_folder: Path, small_folder: Path) -> None:
+def test_fault_25_results_do_not_depend_on_the_batch_size(base_folder: Path, small_folder: Path) -> None:
     rolling, pairs = instances("loglikelihood_rolling", [(TEXT,)]), instances("loglikelihood", PAIRS)
     found = []
     for size in (1, 4, 16):
@@ -198,7 +198,7 @@ def test_equal_inputs_run_once_and_logits_only_where_they_are_scored(
     assert all(kept < 4 for _, kept in seen)
 
 
-def test_bf16_base_and_float32_memory_mix_in_float32(base_folder: Path, small_folder: Path) -> None:
+def test_fault_24_bf16_base_and_float32_memory_mix_in_float32(base_folder: Path, small_folder: Path) -> None:
     model = ours(base_folder, small_folder, alpha=0.5, dtype="bfloat16", memory_dtype="float32")
     out = model.model(torch.tensor([[1, 2, 3]])).logits
     assert (model.model.base.dtype, model.model.memories[0].dtype, out.dtype) == (

@@ -150,6 +150,26 @@ def test_scores_of_base_and_neighbours_are_those_of_their_mixture_at_any_weight(
                 assert scores.is_greedy(weight) == bool((mixed[row, :-1].argmax(-1) == labels).all())
 
 
+def test_fault_23_the_temperature_reaches_scores_and_generation_alike(home: Home) -> None:
+    ids = text(home, 12)
+    found = []
+    for temperature in (0.05, 50.0):
+        model = home.model(temperature=temperature, weight=1.0)
+        _, scored = model.log_probs(ids[None], which="memory")
+        out = model.generate(
+            ids[None],
+            max_new_tokens=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            eos_token_id=None,
+        )
+        assert scored is not None
+        torch.testing.assert_close(out.logits[0], scored[:, -1])
+        found.append(scored)
+    assert not torch.allclose(found[0].exp(), found[1].exp(), atol=1e-2)
+
+
 def test_weight_0_is_the_base_to_the_bit_and_searches_nothing(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     model = home.model(weight=0.0)
     monkeypatch.setattr(model._searcher, "search", lambda *_, **__: pytest.fail("searched"))

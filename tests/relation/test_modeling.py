@@ -81,7 +81,7 @@ def test_what_has_no_weight_does_not_run(mixture: MemDecForCausalLM, monkeypatch
 @pytest.mark.parametrize(
     "how", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}], ids=str
 )
-def test_greedy_generation_in_a_left_padded_batch_equals_a_plain_loop(
+def test_fault_27_generation_in_a_left_padded_batch_equals_a_plain_loop(
     mixture: MemDecForCausalLM, words: Any, how: dict[str, Any]
 ) -> None:
     batch = words(PROMPTS, return_tensors="pt", padding=True)
