@@ -7,6 +7,8 @@ STAMP := .venv/.installed
 MEMORIES = . $(BIN)/activate && mkdir -p build/mini build/pretrained && snakemake --cores $(CORES) \
   --workflow-profile profiles/default
 
+PUBLISH = for end in csv md provenance.json; do cp $(1)/results/memories.$$end results/reference/$(2).$$end || exit 1; done
+
 .PHONY: install table3 test check bench bench-search bench-gpu report regression reference ablations
 
 install: $(STAMP)
@@ -56,10 +58,10 @@ regression: $(STAMP)
 ablations: $(STAMP)
 	for name in objectives interpolation vocabulary sizes; do \
 	  $(MEMORIES) --directory build/mini --configfile config/mini.yaml config/$$name.yaml -- results/memories.csv \
-	  && cp build/mini/results/memories.md results/reference/$$name.md || exit 1; done
+	  && $(call PUBLISH,build/mini,$$name) || exit 1; done
 	test -z "$$MEMDEC_TEST_DATA" || { \
 	  $(MEMORIES) --directory build/pretrained --configfile config/pretrained.yaml -- results/memories.csv \
-	  && cp build/pretrained/results/memories.md results/reference/pretrained.md; }
+	  && $(call PUBLISH,build/pretrained,pretrained); }
 	$(BIN)/python -m docs.build
 
 # Publish what the rules wrote: the tables that README.md and docs/ show.
