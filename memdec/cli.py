@@ -408,13 +408,24 @@ def latency(
     tokens: Annotated[
         Path | None, typer.Option(help="token folder: prompts are pieces of its test split (default: made up by seed)")
     ] = None,
+    knn: Annotated[
+        list[str], typer.Option(help="STORE:INDEX of the base's own keys, shards joined by +; repeat for other sizes")
+    ] = [],
+    passages: Annotated[Path | None, typer.Option(help="passages for In-Context RAG")] = None,
 ) -> None:
-    """Prefill and decoding speed of base, MemDec and speculative decoding, and their overhead over the base."""
+    """Prefill and decoding speed of base, MemDec, speculative decoding and, given their folders, kNN-LM and RAG."""
     from memdec import latency as stage_latency
 
-    systems = stage_latency.systems(base, memory, alpha, settings)
-    inputs = stage_latency.identities(base, memory, alpha)
-    stage_latency.run(systems, out, settings, inputs=inputs, stream=tokens)
+    folders = stage_latency.Folders(base, memory, [_store_and_index(each) for each in knn], passages)
+    systems = stage_latency.systems(folders, alpha, settings)
+    stage_latency.run(systems, out, settings, inputs=folders.identities(alpha), stream=tokens)
+
+
+def _store_and_index(text: str) -> tuple[list[Path], Path]:
+    stores, colon, index = text.rpartition(":")
+    if not colon:
+        raise ConfigError(f"--knn: expected STORE:INDEX, found {text!r}")
+    return [Path(folder) for folder in stores.split("+")], Path(index)
 
 
 @stage(cfg.ExplainSettings)

@@ -413,6 +413,8 @@ class LatencySettings(Settings):
     repeats: int = Field(15, ge=2, description="turns, each with a prompt of its own; the median counts")
     warmup: PositiveInt = Field(2, description="calls of each system before the first turn")
     n_draft: PositiveInt = Field(4, description="tokens the memory drafts per round of speculative decoding")
+    neighbours: PositiveInt = Field(1024, description="k of the kNN-LM, at most the keys there are (released: 1024)")
+    nprobe: PositiveInt = Field(32, description="cells of an ivf index that the kNN-LM searches (released: 32)")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights' type of all models")
     seed: int = Field(0, ge=0, description="of made-up prompts and of the bootstrap")
     resamples: PositiveInt = Field(2000, description="bootstrap resamples for the 95 % intervals over turns")

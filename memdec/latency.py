@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from memdec import artifacts, figures, models, provenance, speculative, tokens
-from memdec.config import LatencySettings
+from memdec import artifacts, figures, icrag, index, knnlm, models, provenance, speculative, tokens
+from memdec.config import KnnLMSettings, LatencySettings, RetrievalSettings
+from memdec.datastore import Datastore
 from memdec.errors import ConfigError, ModelError
 from memdec.modeling import MemDecForCausalLM
 from memdec.scores import model_identity
@@ -76,19 +77,69 @@ class Entry:
     size: int | None = None
 
 
-def systems(base: str, memory: str, alpha: float, settings: LatencySettings) -> dict[str, Entry]:
-    """The base as the library runs it, with its memory, and with its memory as the drafter; weights are loaded once."""
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """What systems around one base are made of.
+
+    Attributes:
+        base: Model folder or Hub id.
+        memory: Memory folder or Hub id.
+        knn: Datastore shards and index of each kNN-LM; several show how it grows with the datastore.
+        passages: Folder of passages for In-Context RAG.
+    """
+
+    base: str
+    memory: str
+    knn: Sequence[tuple[Sequence[Path], Path]] = ()
+    passages: Path | None = None
+
+    def identities(self, alpha: float) -> dict[str, str]:
+        """`inputs` of `run`."""
+        found = {"base": model_identity(self.base), "memory": model_identity(self.memory), "alpha": repr(alpha)}
+        for i, (_, index_folder) in enumerate(self.knn):
+            found[f"knn {i}"] = artifacts.read(index_folder, "index").recipe
+        if self.passages is not None:
+            found["passages"] = artifacts.read(self.passages, "passages").recipe
+        return found
+
+
+def systems(folders: Folders, alpha: float, settings: LatencySettings) -> dict[str, Entry]:
+    """The base as the library runs it, and around it every system whose folders are given; weights are loaded once.
+
+    Raises:
+        MemDecError: Folders do not go together; nothing is loaded yet.
+    """
 
     @cache
     def mixture() -> MemDecForCausalLM:
-        model = MemDecForCausalLM.from_parts(base, [memory], [alpha], dtype=settings.dtype)
+        model = MemDecForCausalLM.from_parts(folders.base, [folders.memory], [alpha], dtype=settings.dtype)
         return model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[no-any-return]
 
-    return {
+    found = {
         "base": Entry(lambda: mixture().base),
         "MemDec": Entry(mixture),
         "MemDec, speculative": Entry(mixture, partial(drafted, n_draft=settings.n_draft)),
     }
+    for shards, index_folder in folders.knn:
+        numbers = KnnLMSettings(neighbours=min(settings.neighbours, Datastore(shards).n), nprobe=settings.nprobe)
+        store = knnlm.check_folders(folders.base, shards, index_folder, numbers)
+        name = f"kNN-LM, {store.n:,} keys"
+        make = partial(_knn_lm, mixture, store, index_folder, numbers)
+        found[name] = Entry(make, kind="kNN-LM", size=store.n)
+    if folders.passages is not None:
+        retrieval = RetrievalSettings()
+        passages = icrag.check_folders(folders.base, folders.passages, retrieval)
+        found["In-Context RAG"] = Entry(
+            lambda: icrag.IcRagForCausalLM(mixture().base, passages, query=retrieval.query, every=retrieval.every)
+        )
+    return found
+
+
+def _knn_lm(
+    mixture: Callable[[], MemDecForCausalLM], store: Datastore, index_folder: Path, numbers: KnnLMSettings
+) -> knnlm.KnnLMForCausalLM:
+    searcher = index.load(store, index_folder, numbers.nprobe)
+    return knnlm.KnnLMForCausalLM(mixture().base, store, searcher, **numbers.model_dump(exclude={"nprobe"}))
 
 
 def run(
@@ -123,11 +174,6 @@ def run(
         if figures.kinds(table):
             figures.save(figures.growth(table), out / "growth")
         build.facts.update(where)
-
-
-def identities(base: str, memory: str, alpha: float) -> dict[str, str]:
-    """`inputs` of `run` for `systems`."""
-    return {"base": model_identity(base), "memory": model_identity(memory), "alpha": repr(alpha)}
 
 
 def device() -> str:

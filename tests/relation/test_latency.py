@@ -12,9 +12,9 @@ import pytest
 import torch
 from making import CONTEXT
 
-from memdec import artifacts, cli, figures, latency, speculative, tokens
-from memdec.config import LatencySettings
-from memdec.errors import ConfigError, ModelError
+from memdec import artifacts, cli, datastore, figures, index, latency, passages, speculative, tokens
+from memdec.config import DatastoreSettings, IndexSettings, LatencySettings, PassageSettings
+from memdec.errors import ArtifactError, ConfigError, ModelError
 from memdec.latency import Entry, Timings
 from memdec.modeling import MemDecForCausalLM
 
@@ -88,7 +88,7 @@ def test_a_time_that_may_be_none_has_no_rate() -> None:
 
 @pytest.fixture(scope="module")
 def made(base_folder: Path, small_folder: Path) -> dict[str, Entry]:
-    return latency.systems(str(base_folder), str(small_folder), 0.5, TINY)
+    return latency.systems(latency.Folders(str(base_folder), str(small_folder)), 0.5, TINY)
 
 
 def test_systems_take_turns_with_the_same_prompts(made: dict[str, Entry], token_folder: Path) -> None:
@@ -148,7 +148,7 @@ def test_an_artefact_with_figures(
 ) -> None:
     # Sizes of a kind: the same mixture under other names.
     sizes = {f"kNN-LM {n}": Entry(made["MemDec"].make, kind="kNN-LM", size=n) for n in (100, 10_000)}
-    inputs = latency.identities(str(base_folder), str(small_folder), 0.5)
+    inputs = latency.Folders(str(base_folder), str(small_folder)).identities(0.5)
     out = tmp_path / "latency"
     latency.run(made | sizes, out, TINY, inputs=inputs)
     manifest = artifacts.read(out, "latency")
@@ -196,6 +196,28 @@ def test_the_command(
     assert {key for key, row in rows.items() if row["tokens_per_forward"]} == {
         ("MemDec, speculative", "total", n) for n in (2, 4)
     }
+
+
+def test_the_command_with_neighbours_and_passages(
+    base_folder: Path, small_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "keys"
+    datastore.run(base_folder, token_folder, home / "store", DatastoreSettings(), context=CONTEXT, stride=16)
+    index.run(home / "store", home / "index", IndexSettings())
+    passages.run(token_folder, home / "passages", PassageSettings(passage=8))
+    words = ["--base", base_folder, "--memory", small_folder, "--out", tmp_path / "l", "--passages", home / "passages"]
+    words += ["--prompt-tokens", 5, "--new-tokens", 2, "--repeats", 2, "--warmup", 1, "--neighbours", 7]
+    monkeypatch.setattr(sys, "argv", ["memdec", "latency", *map(str, words), "--knn", f"{home}/store:{home}/index"])
+    cli.main()
+    rows = cells(json.loads((tmp_path / "l" / "records.json").read_text()))
+    n = artifacts.read(home / "store", "datastore").facts["positions"]
+    known = ["base", "MemDec", "MemDec, speculative", f"kNN-LM, {n:,} keys", "In-Context RAG"]
+    assert list(dict.fromkeys(name for name, *_ in rows)) == known
+    assert {row["size"] for (name, *_), row in rows.items() if name == known[3]} == {n}
+    assert {"knn 0", "passages"} <= set(artifacts.read(tmp_path / "l", "latency").inputs)
+    swapped = latency.Folders(str(small_folder), str(base_folder), [([home / "store"], home / "index")])
+    with pytest.raises(ArtifactError, match=r"expected keys of .*, found those of another model"):
+        latency.systems(swapped, 0.5, TINY)
 
 
 def test_without_sizes_there_is_no_growth() -> None:
