@@ -7,7 +7,6 @@ are compared before timing.
 """
 
 import argparse
-import csv
 import statistics
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.cases import ENTRIES, dense_hybrid, loss_inputs
+from benchmarks.run import write
 from memdec import fitting, models
 from memdec.losses import fused_loss
 from memdec.objectives import Hybrid
@@ -127,7 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu needs a CUDA device; found none. On CPU: make bench")
-    rows = []
+    rows: list[dict[str, object]] = []
     for make in (loss, step):
         for vocab, width in tqdm(VOCABULARIES.items(), desc=make.__name__):
             (ours, twin), (ours_gb, twin_gb) = measure(make(vocab, width, WINDOWS * LENGTH, "cuda"), args.repeats)
@@ -144,12 +144,7 @@ def main() -> None:
                     "device": torch.cuda.get_device_name(),
                 }
             )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(args.out.read_text(encoding="utf-8"))
+    write(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,16 @@ def row(case: Case, n: int, repeats: int) -> dict[str, object]:
     }
 
 
+def write(out: Path, columns: list[str], rows: list[dict[str, object]]) -> None:
+    """Rows as a CSV file, printed too."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(out.read_text(encoding="utf-8"))
+
+
 def main() -> None:
     """Measure and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -102,12 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     cases = [case for case in CASES if args.only in (None, case.name)]
     rows = [row(case, case.n_quick if args.quick else case.n, args.repeats) for case in tqdm(cases, desc="benchmarks")]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(args.out.read_text(encoding="utf-8"))
+    write(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":
