@@ -308,10 +308,12 @@ def evaluate(
     name: Annotated[str, typer.Option(help="what the memory is called in the tables")] = cfg.DEFAULT_MEMORY,
     lora: Annotated[Path | None, typer.Option(help="LoRA folder")] = None,
     dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
-    knn: Annotated[Path | None, typer.Option(help="folder with targets of the texts: valid and test")] = None,
+    datastore: Annotated[list[Path], typer.Option(help="the base's own keys; repeat for every shard")] = [],
+    index: Annotated[Path | None, typer.Option(help="index over them; both give the kNN-LM")] = None,
+    passages: Annotated[Path | None, typer.Option(help="passages of the corpus, for In-Context RAG")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Perplexity with and without memory through lm-eval; alpha, or lambda of the kNN-LM, tuned on valid."""
+    """Perplexity with and without memory through lm-eval; alpha, or lambda and tau of the kNN-LM, tuned on valid."""
     from memdec import evaluate as stage_evaluate
 
     stage_evaluate.run(
@@ -326,7 +328,9 @@ def evaluate(
         name=name,
         lora=lora,
         dapt=dapt,
-        knn_folder=knn,
+        datastore=datastore,
+        index=index,
+        passages=passages,
     )
 
 
@@ -476,9 +480,11 @@ def table(
     config: RunConfig,
     cell: Cells,
     out: TableFile,
-    number: Annotated[int, typer.Option(help="3, or 4: models of another tokenizer than the key model's")] = 3,
+    number: Annotated[
+        int, typer.Option(help="1: one domain; 3; or 4: models of another tokenizer than the key model's")
+    ] = 3,
 ) -> None:
-    """Table 3 or 4 from evaluations."""
+    """Table 1, 3 or 4 from evaluations."""
     from memdec import tables
 
     tables.run(tables.numbered(cfg.load(config), number), _cells(cell), out)

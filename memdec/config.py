@@ -30,7 +30,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 DEFAULT_MEMORY = "memdec"  # the memory that 'key_model', 'memory_model' and 'memory' describe
 SYSTEMS = "systems"  # folder of what is evaluated without a memory
 UNTUNED = "-untuned"  # ending of the folder with the keys of a model as it is
-System = Literal["base", "LoRA", "DAPT", "kNN-LM", "MemDec"]
+System = Literal["base", "In-Context RAG", "kNN-LM", "DAPT", "LoRA", "MemDec"]
 
 
 def _expanded(text: str) -> str:
@@ -310,7 +310,7 @@ class ModelSpec(Settings):
 class DatastoreSettings(Settings):
     """Keys of the datastore: a hidden state of each position."""
 
-    split: Split = Field("train", description="split to take; others are queries of the kNN-LM")
+    split: Split = Field("train", description="split to take; targets of others are made with --queries")
     key_point: str = Field(
         "mlp",
         description="input of the last layer's 'mlp' (paper) or 'attention', 'final' hidden state, or path of a module",
@@ -397,6 +397,15 @@ class EvaluateSettings(Settings):
     lambdas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=[0.25], min_length=1, description="candidates for the weight of p_kNN in the kNN-LM (paper: 0.25)"
     )
+    temperatures: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default=[1.0],
+        min_length=1,
+        description="candidates for tau of the kNN-LM (paper: 1 for GPT-2 small and medium, 13 for large and xl)",
+    )
+    neighbours: PositiveInt = Field(1024, description="k of the kNN-LM (not printed in the paper; as in targets)")
+    nprobe: PositiveInt = Field(32, description="cells of an ivf index that the kNN-LM searches (released: 32)")
+    query: PositiveInt = Field(32, description="last tokens that make the query of In-Context RAG (paper: 32)")
+    every: PositiveInt = Field(4, description="tokens between two retrievals of In-Context RAG (paper: 4)")
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
     resamples: PositiveInt = Field(
         2000, description="bootstrap resamples for the 95 % interval over test windows (ours)"
@@ -463,6 +472,7 @@ class Config(Settings):
     memory: MemorySettings = MemorySettings()
     adapt: AdaptSettings = AdaptSettings()
     lora: LoraSettings = LoraSettings()
+    passages: PassageSettings = PassageSettings()
     budget: Budget | None = Field(None, description="for memories, LoRA and DAPT, not for the key model (paper)")
     evaluate: EvaluateSettings = EvaluateSettings()
 
@@ -498,7 +508,7 @@ class Config(Settings):
         )
 
     def memory_for(self, model: str) -> Memory | None:
-        """The first trained memory with the tokenizer of a model: its column in Table 3 or 4, its keys for the kNN-LM."""
+        """The first trained memory with the tokenizer of a model: its row in Table 3 or 4."""
         memories = (self.variant(name) for name in self.memory_names)
         fitting = (m for m in memories if not m.dapt and m.tokenizer == self.models[model].tokenizer)
         return next(fitting, None)
@@ -584,7 +594,7 @@ class Config(Settings):
         return wrong
 
     def _without_memory(self) -> list[str]:
-        if not {"MemDec", "kNN-LM"} & set(self.systems):
+        if "MemDec" not in self.systems:
             return []
         return [
             f"models.{base}.tokenizer: expected the tokenizer of a memory, found {self.models[base].tokenizer}; add a "

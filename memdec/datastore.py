@@ -177,6 +177,7 @@ def run(
             keys_recipe=artifacts.digest({"settings": same, "inputs": inputs}),
             tokens_sha256=source.facts["sha256"][settings.split],
             tokenizer_sha256=source.facts["tokenizer_sha256"],
+            corpus_sha256=source.facts.get("corpus_sha256"),
             vocab_size=forward.point.model.get_input_embeddings().num_embeddings,
             model=os.path.relpath(model_folder.resolve(), out.resolve()),
             tokens=os.path.relpath(stream.resolve(), out.resolve()),

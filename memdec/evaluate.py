@@ -3,11 +3,12 @@
 With a memory: base and memory score the valid and the test text once; the per-token scores are stored. Alpha is the
 candidate with the lowest valid perplexity; the test perplexity at that alpha, and at alpha 0 for the base, are lm-eval
 runs of `memdec-interp` that read the stored scores. Without one: the base alone and, where they are given, its LoRA, its
-DAPT and the kNN-LM, which mixes the base's scores with p_kNN of the very same tokens. Output:
+DAPT, the kNN-LM with the base's own keys (lambda and tau with the lowest valid perplexity) and In-Context RAG. Output:
 `results_<method>_<split>.json` as lm-eval returns them, `scores/`, `records.json`.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memdec import artifacts, knn, metrics, mixing, tokens
+from memdec import artifacts, metrics, mixing
 from memdec.config import DEFAULT_MEMORY, EvaluateSettings, Split
-from memdec.errors import ArtifactError
+from memdec.errors import ArtifactError, ConfigError
 from memdec.scores import TokenScores
-from memdec.targets import TargetReader
 
 TASK = "memdec_ppl"
 _TUNED_ON: tuple[Split, Split] = ("valid", "test")
@@ -38,7 +38,9 @@ def run(
     name: str = DEFAULT_MEMORY,
     lora: Path | None = None,
     dapt: Path | None = None,
-    knn_folder: Path | None = None,
+    datastore: Sequence[Path] = (),
+    index: Path | None = None,
+    passages: Path | None = None,
 ) -> None:
     """Evaluate one base model on one corpus.
 
@@ -54,7 +56,9 @@ def run(
         name: What the memory is called in the records.
         lora: LoRA folder of the base; gives the method LoRA.
         dapt: The base after DAPT; gives the method DAPT.
-        knn_folder: Folder with targets of the valid and the test text, `valid` and `test`; gives the method kNN-LM.
+        datastore: Shards of the base's own keys; with `index` they give the method kNN-LM.
+        index: Index over them.
+        passages: Passages of the corpus's training text; give the method In-Context RAG.
     """
     text = artifacts.read(corpus, "corpus")
     inputs = {"base": artifacts.read(base, "model").recipe, "corpus": text.recipe}
@@ -62,9 +66,14 @@ def run(
     for label, folder, kind in (("memory", memory, memory_kind), ("lora", lora, "lora"), ("dapt", dapt, "model")):
         if folder is not None:
             inputs[label] = _trained_on(folder, kind, corpus, text)
-    if knn_folder is not None:
-        for split in _TUNED_ON:
-            inputs[f"knn {split}"] = artifacts.read(knn_folder / split, "targets").recipe
+    if bool(datastore) != (index is not None):
+        raise ConfigError("memdec evaluate: expected --datastore and --index together, found one of them; give both")
+    if index is not None:
+        for shard in datastore:
+            _trained_on(shard, "datastore", corpus, text)
+        inputs["index"] = artifacts.read(index, "index").recipe
+    if passages is not None:
+        inputs["passages"] = _trained_on(passages, "passages", corpus, text)
     plain = {
         **settings.model_dump(mode="json", exclude={"batch_size"}),
         "context": context,
@@ -81,8 +90,10 @@ def run(
             records.append(session.single("LoRA", peft=str(lora)))
         if dapt is not None:
             records.append(session.single("DAPT", pretrained=str(dapt)))
-        if knn_folder is not None:
-            records.append(session.knn_lm(knn_folder))
+        if index is not None:
+            records.append(session.knn_lm(datastore, index))
+        if passages is not None:
+            records.append(session.in_context_rag(passages))
         artifacts.write_json(out / "records.json", records)
         # All text the numbers depend on: what is scored, and what the base was trained on.
         known = {corpus.name: text.facts["sha256"]}
@@ -96,9 +107,7 @@ def _trained_on(folder: Path, kind: str, corpus: Path, text: artifacts.Manifest)
     """Recipe of something that was trained on the corpus."""
     manifest = artifacts.read(folder, kind)
     if manifest.facts.get("corpus_sha256") != text.facts["sha256"]:
-        raise ArtifactError(
-            f"{folder}: expected a {kind} trained on {corpus}, found one trained on other text; check the paths"
-        )
+        raise ArtifactError(f"{folder}: expected {kind} made from {corpus}, found one from other text; check the paths")
     return manifest.recipe
 
 
@@ -136,31 +145,43 @@ class _Session:
         results = self._lm_eval(model, method, "test")
         return self._record(method, results, self._scores(model, "test").base)
 
-    def knn_lm(self, folder: Path) -> dict[str, Any]:
-        """Record of the base mixed with p_kNN; lambda, like alpha, is the best candidate on valid."""
-        model = self._model(alpha=0.0)
-        (valid, valid_knn), (test, test_knn) = (
-            (self._scores(model, split).base, self._log_p_knn(model, folder, split)) for split in _TUNED_ON
-        )
-        sweep = _sweep(valid, valid_knn, self.settings.lambdas)
-        best = min(sweep, key=sweep.__getitem__)
-        log_p = mixing.mix_scores(test, test_knn, best)
-        results = {"token_perplexity,none": metrics.perplexity(log_p), "tokens,none": len(log_p)}
-        return self._record("kNN-LM", results, log_p) | {"alpha": best, "valid_sweep": sweep, "valid": sweep[best]}
+    def knn_lm(self, datastore: Sequence[Path], index: Path) -> dict[str, Any]:
+        """Record of the base mixed with p_kNN; lambda and tau are the best candidates on valid."""
+        from memdec.harness import MemDecKnnLM
 
-    def _log_p_knn(self, model: Any, folder: Path, split: Split) -> NDArray[np.float64]:
-        """log p_kNN of every token of a split; -inf where no neighbour has it."""
-        stream = model.tokenizer.encode(self._text(model, split), add_special_tokens=False, verbose=False)
-        reader = TargetReader([folder / split], tokens.stream_digest(stream, len(model.tokenizer)))
-        p = knn.probability_of(reader.rows([(0, len(stream))]), np.asarray(stream))
-        log_p = np.full(len(p), -np.inf)
-        np.log(p, out=log_p, where=p > 0)
-        return log_p
+        sweeps: dict[float, dict[float, float]] = {}
+        for temperature in self.settings.temperatures:
+            model = self._knn(MemDecKnnLM, datastore, index, temperature)
+            valid = self._scores(model, "valid")
+            assert valid.memory is not None
+            sweeps[temperature] = _sweep(valid.base, valid.memory, self.settings.lambdas)
+        tau = min(sweeps, key=lambda each: min(sweeps[each].values()))
+        best = min(sweeps[tau], key=sweeps[tau].__getitem__)
+        model = self._knn(MemDecKnnLM, datastore, index, tau)
+        model.set_alpha(best)
+        results = self._lm_eval(model, "kNN-LM", "test")
+        log_p = self._scores(model, "test").log_p(best)
+        tuned = {"alpha": best, "temperature": tau, "valid_sweep": sweeps[tau], "valid": sweeps[tau][best]}
+        return self._record("kNN-LM", results, log_p) | tuned
 
-    def _model(self, **kwargs: Any) -> Any:
+    def _knn(self, kind: Any, datastore: Sequence[Path], index: Path, temperature: float) -> Any:
+        folders = "+".join(str(folder) for folder in datastore)
+        numbers = {"neighbours": self.settings.neighbours, "nprobe": self.settings.nprobe, "temperature": temperature}
+        return self._model(kind, datastore=folders, index=str(index), **numbers)
+
+    def in_context_rag(self, passages: Path) -> dict[str, Any]:
+        """Record of the base with retrieved passages before the text."""
+        from memdec.harness import MemDecIcRag
+
+        numbers = {"query": self.settings.query, "every": self.settings.every}
+        model = self._model(MemDecIcRag, passages=str(passages), **numbers)
+        results = self._lm_eval(model, "In-Context RAG", "test")
+        return self._record("In-Context RAG", results, self._scores(model, "test").base)
+
+    def _model(self, kind: Any = None, **kwargs: Any) -> Any:
         from memdec.harness import MemDecInterp
 
-        return MemDecInterp(
+        return (kind or MemDecInterp)(
             **{"pretrained": str(self.base), **kwargs},
             context=self.context,
             stride=self.stride,

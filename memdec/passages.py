@@ -61,6 +61,7 @@ def run(stream: Path, out: Path, settings: PassageSettings) -> None:
             vocab_size=n_vocab,
             tokens_sha256=source.facts["sha256"]["train"],
             tokenizer_sha256=source.facts["tokenizer_sha256"],
+            corpus_sha256=source.facts["corpus_sha256"],
         )
 
 

@@ -1,7 +1,7 @@
 """Tables as pivots of evaluation records: CSV (the contract), Markdown and LaTeX, with a provenance file beside them.
 
-Tables 3 and 4 of the paper: rows (family, model, method), one column per domain and their mean; 4 has the models of other
-tokenizers. The mini scale adds, per domain, the number of test tokens, the tuned alpha and the 95 % bootstrap interval
+Table 1 of the paper: one domain, a row per method, a column per base model and their mean. Tables 3 and 4: rows (family,
+model, method), one column per domain and their mean; 4 has the models of other tokenizers. The mini scale adds, per domain, the number of test tokens, the tuned alpha and the 95 % bootstrap interval
 over test windows. `memories` has a row for every memory of the config beside every other system, and the standard
 deviation over seeds.
 """
@@ -23,44 +23,57 @@ Cell = tuple[str, str, int, Path]  # domain, model, seed, evaluation folder
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table: which records of which model."""
+    """One line of a table: its labels, and which records are in it (equal in every field that is given)."""
 
-    model: str
-    label: str
-    method: str
-    memory: str | None = None
+    labels: dict[str, str]
+    where: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What is in a table."""
+    """What is in a table.
+
+    Attributes:
+        name: As in file names.
+        config: Of the run.
+        rows: Its lines.
+        columns: Heading and records of each column.
+        best_of: Label whose equal rows are compared, so that the best of them is in bold; None: all rows.
+        extra: Further CSV columns of each column.
+    """
 
     name: str
     config: Config
-    heading: str  # of the labels
     rows: list[Row]
-    extra: tuple[str, ...]  # further CSV columns of each domain
+    columns: dict[str, dict[str, str]]
+    best_of: str | None
+    extra: tuple[str, ...]
 
 
 def numbered(config: Config, number: int) -> Table:
-    """Table 3 (models with the tokenizer of the key model) or 4 (the others), each with the first memory of its tokenizer.
+    """Table 1 (first domain), 3 (models with the tokenizer of the key model) or 4 (the others), each with the first memory
+    of its tokenizer.
 
     Raises:
         ConfigError: Another number.
     """
-    if number not in (3, 4):
+    if number not in (1, 3, 4):
         raise ConfigError(
-            f"--number: expected 3 or 4, found {number}; `memdec memories` makes the table of all memories"
+            f"--number: expected 1, 3 or 4, found {number}; `memdec memories` makes the table of all memories"
         )
     own = config.models[config.key_model].tokenizer
-    models = [name for name in config.bases if (config.models[name].tokenizer == own) == (number == 3)]
-    rows = []
-    for model in models:
-        memory = config.memory_for(model)
-        for method in config.systems:
-            name = memory.name if memory is not None and method == "MemDec" else None
-            rows.append(Row(model, method, method, name))
-    return Table(str(number), config, "method", rows, ("n", "alpha", "low", "high"))
+    models = [name for name in config.bases if (config.models[name].tokenizer == own) == (number != 4)]
+    if number == 1:
+        where = {"domain": config.domains[0]}
+        rows = [Row({"method": method}, where | _method(config, models[0], method)) for method in config.systems]
+        columns = {model: {"model": model} for model in models}
+        return Table("1", config, rows, columns, None, ("n", "alpha", "low", "high"))
+    rows = [
+        _row(config, model, "method", method, _method(config, model, method))
+        for model in models
+        for method in config.systems
+    ]
+    return Table(str(number), config, rows, _domains(config), "model", ("n", "alpha", "low", "high"))
 
 
 def memories(config: Config) -> Table:
@@ -70,10 +83,28 @@ def memories(config: Config) -> Table:
     for model in config.bases:
         for method in config.systems:
             if method != "MemDec":
-                rows.append(Row(model, method, method))
+                rows.append(_row(config, model, "system", method, {"method": method}))
                 continue
-            rows += [Row(model, f"MemDec: {v.name}", method, v.name) for v in variants if model in v.models]
-    return Table("memories", config, "system", rows, ("sd", "alpha"))
+            for v in variants:
+                if model in v.models:
+                    where = {"method": method, "memory": v.name}
+                    rows.append(_row(config, model, "system", f"MemDec: {v.name}", where))
+    return Table("memories", config, rows, _domains(config), "model", ("sd", "alpha"))
+
+
+def _domains(config: Config) -> dict[str, dict[str, str]]:
+    return {domain: {"domain": domain} for domain in config.domains}
+
+
+def _row(config: Config, model: str, heading: str, label: str, where: dict[str, str]) -> Row:
+    labels = {"family": config.models[model].family, "model": model, heading: label}
+    return Row(labels, {"model": model} | where)
+
+
+def _method(config: Config, model: str, method: str) -> dict[str, str]:
+    """Records of a method; of the memories the first one of the model's tokenizer."""
+    memory = config.memory_for(model) if method == "MemDec" else None
+    return {"method": method} | ({"memory": memory.name} if memory is not None else {})
 
 
 def run(table: Table, cells: Sequence[Cell], out: Path) -> None:
@@ -124,21 +155,25 @@ def pivot(table: Table, records: pd.DataFrame) -> pd.DataFrame:
 
 
 def _line(table: Table, row: Row, records: pd.DataFrame) -> dict[str, Any]:
-    config = table.config
-    chosen = records[(records["model"] == row.model) & (records["method"] == row.method)]
-    if row.memory is not None:
-        chosen = chosen[chosen["memory"] == row.memory]
-    by_domain = {domain: chosen[chosen["domain"] == domain] for domain in config.domains}
-    missing = [domain for domain, cell in by_domain.items() if cell.empty]
-    line: dict[str, Any] = {"family": config.models[row.model].family, "model": row.model, table.heading: row.label}
-    for domain, cell in by_domain.items():
-        line[domain] = cell["value"].mean() if len(cell) else None
-    line["Avg"] = None if missing else sum(line[domain] for domain in config.domains) / len(config.domains)
-    for domain, cell in by_domain.items():
-        line |= {f"{domain}_{extra}": _extra(extra, cell) for extra in table.extra}
+    chosen = _where(records, row.where)
+    cells = {column: _where(chosen, where) for column, where in table.columns.items()}
+    missing = [column for column, cell in cells.items() if cell.empty]
+    line: dict[str, Any] = dict(row.labels)
+    for column, cell in cells.items():
+        line[column] = cell["value"].mean() if len(cell) else None
+    line["Avg"] = None if missing else sum(line[column] for column in cells) / len(cells)
+    for column, cell in cells.items():
+        line |= {f"{column}_{extra}": _extra(extra, cell) for extra in table.extra}
     line["seeds"] = " ".join(str(seed) for seed in sorted(set(chosen["seed"])))
     line["note"] = f"not run: {', '.join(missing)}" if missing else ""
     return line
+
+
+def _where(records: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
+    """Records with these values."""
+    for field, value in where.items():
+        records = records[records[field] == value]
+    return records
 
 
 def _extra(name: str, cell: pd.DataFrame) -> Any:
@@ -157,32 +192,35 @@ def _join(values: Sequence[float] | Any) -> str:
 
 
 def _printed(table: Table, records: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Header and cells as a person reads them; the best of a model and domain in bold."""
-    frame, columns = pivot(table, records), [*table.config.domains, "Avg"]
-    best = frame.groupby("model")[columns].min()
-    header = ["Family", "Model", table.heading.capitalize(), *columns]
+    """Header and cells as a person reads them; the best of a group and column in bold."""
+    frame, columns = pivot(table, records), [*table.columns, "Avg"]
+    group = frame[table.best_of] if table.best_of else pd.Series("", index=frame.index)
+    best = frame[columns].astype(float).groupby(group).transform("min")
+    labels = list(table.rows[0].labels)
     rows = []
-    for _, row in frame.iterrows():
-        cells = [str(row["family"]), str(row["model"]), str(row[table.heading])]
+    for (_, row), (_, least) in zip(frame.iterrows(), best.iterrows(), strict=True):
+        cells = [str(row[label]) for label in labels]
         for column in columns:
             value = row[column]
             if pd.isna(value):
                 cells.append("–")
                 continue
-            cells.append(f"**{value:.2f}**" if value == best.loc[row["model"], column] else f"{value:.2f}")
+            cells.append(f"**{value:.2f}**" if value == least[column] else f"{value:.2f}")
         rows.append(cells)
-    return header, rows
+    return [*(label.capitalize() for label in labels), *columns], rows
 
 
 def markdown(table: Table, records: pd.DataFrame) -> str:
     """The table as GitHub Markdown."""
     header, rows = _printed(table, records)
-    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *rows]
+    n_labels = len(table.rows[0].labels)
+    lines = [header, ["---"] * n_labels + ["---:"] * (len(header) - n_labels), *rows]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    config, shown = table.config, records[records["model"].isin({row.model for row in table.rows})]
+    config, shown = table.config, records[_shown(table, records)]
     alphas = sorted({f"{value:g}" for value in shown["alpha"].dropna()})
     seeds = ", ".join(str(seed) for seed in config.seeds)
-    n = ", ".join(f"{domain} {_counts(shown[shown['domain'] == domain]['n'])}" for domain in config.domains)
+    counts = {domain: shown[shown["domain"] == domain]["n"] for domain in config.domains}
+    n = ", ".join(f"{domain} {_counts(counts[domain])}" for domain in config.domains if len(counts[domain]))
     width = ((shown["high"] - shown["low"]) / 2 / shown["value"]).max()
     return (
         f"{text}\n\nTest perplexity per token (lower is better), scale `{config.scale}`, seed {seeds}. "
@@ -190,6 +228,15 @@ def markdown(table: Table, records: pd.DataFrame) -> str:
         f"95 % bootstrap intervals over test windows are within ±{100 * width:.1f} % of each value; they are in the "
         f"{'CSV' if 'low' in table.extra else 'records'}.\n"
     )
+
+
+def _shown(table: Table, records: pd.DataFrame) -> pd.Series:
+    """Which records are in a cell of the table."""
+    shown = pd.Series(False, index=records.index)
+    for row in table.rows:
+        for where in table.columns.values():
+            shown[_where(records, row.where | where).index] = True
+    return shown
 
 
 def _counts(values: Sequence[int] | Any) -> str:
@@ -206,7 +253,8 @@ def latex(table: Table, records: pd.DataFrame) -> str:
         return " & ".join(rf"\textbf{{{c[2:-2]}}}" if c.startswith("**") else c for c in plain) + r" \\"
 
     body = [line(row) for row in rows]
-    columns = "lll" + "r" * (len(header) - 3)
+    n_labels = len(table.rows[0].labels)
+    columns = "l" * n_labels + "r" * (len(header) - n_labels)
     return "\n".join(
         [
             rf"\begin{{tabular}}{{{columns}}}",

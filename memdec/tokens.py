@@ -6,8 +6,6 @@ holds the vocabulary. With separator `eos` every document ends with EOS, so that
 tokenizer makes of the joined text (which is what lm-eval sees).
 """
 
-import hashlib
-import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,13 +81,6 @@ def load_stream(folder: Path, split: Split) -> NDArray[np.integer]:
     artifacts.read(folder, "tokens")
     stream: NDArray[np.integer] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
     return stream
-
-
-def stream_digest(ids: Sequence[int], n_vocab: int) -> str:
-    """What `sha256` of a token artefact says of this stream, without the file."""
-    file = io.BytesIO()
-    np.save(file, np.asarray(ids, np.min_scalar_type(n_vocab - 1)), allow_pickle=False)
-    return hashlib.sha256(file.getbuffer()).hexdigest()[:32]
 
 
 def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:

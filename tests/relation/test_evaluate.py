@@ -7,35 +7,44 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from making import CONTEXT, made_text, plain_scores
 
-from memdec import artifacts, corpora, datastore, evaluate, index, targets, tokens, train
+from memdec import artifacts, corpora, datastore, evaluate, index, passages, targets, tokens, train
 from memdec.config import (
     DatastoreSettings,
     EvaluateSettings,
     FileCorpus,
     IndexSettings,
+    PassageSettings,
+    RetrievalSettings,
     TargetSettings,
     TrainSettings,
 )
-from memdec.errors import ArtifactError
+from memdec.errors import ArtifactError, ConfigError
+from memdec.icrag import IcRagForCausalLM
+from memdec.windows import windows
 
 WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
-SETTINGS = EvaluateSettings(resamples=20, alphas=[0.2, 0.7], lambdas=[0.0, 0.3, 0.6, 0.9, 0.99])
+TAUS = [0.5, 50.0]
+SETTINGS = EvaluateSettings(
+    resamples=20, alphas=[0.2, 0.7], lambdas=[0.0, 0.3, 0.6, 0.9, 0.99], temperatures=TAUS, neighbours=9, query=8
+)
 
 
 @pytest.fixture(scope="module")
 def home(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Keys of the base, p_kNN of the valid and the test text, and the base after DAPT."""
+    """Keys of the base, p_kNN of the valid and the test text for two tau, passages, and the base after DAPT."""
     home = tmp_path_factory.mktemp("home")
     datastore.run(base_folder, token_folder, home / "store", DatastoreSettings(), **WINDOW)
     index.run(home / "store", home / "index", IndexSettings())
     for split in ("valid", "test"):
         queries = home / "queries" / split
         datastore.run(base_folder, token_folder, queries, DatastoreSettings(split=split), **WINDOW)
-        settings = TargetSettings(neighbours=9, temperature=0.5)
-        out = home / "knn" / split
-        targets.run(home / "store", home / "index", token_folder, out, settings, queries=[queries])
+        for tau in TAUS:
+            settings, out = TargetSettings(neighbours=9, temperature=tau), home / f"knn-{tau}" / split
+            targets.run(home / "store", home / "index", token_folder, out, settings, queries=[queries])
+    passages.run(token_folder, home / "passages", PassageSettings(passage=12))
     dapt = TrainSettings(epochs=0.5, learning_rate=1e-2)
     train.run_finetune(base_folder, token_folder, home / "dapt", dapt, context=CONTEXT, seed=0)
     return home
@@ -56,9 +65,9 @@ def plain(folder: Path, token_folder: Path, split: str) -> np.ndarray:
     return plain_scores(folder, stream_of(token_folder, split), prefix, CONTEXT // 2)
 
 
-def plain_knn_lm(home: Path, base: Path, token_folder: Path, split: str, weight: float) -> float:
-    """Perplexity of weight * p_kNN + (1 - weight) * p_base, one token at a time."""
-    folder, total = home / "knn" / split, 0.0
+def plain_knn_lm(home: Path, base: Path, token_folder: Path, split: str, tau: float, weight: float) -> float:
+    """Perplexity of weight * p_kNN + (1 - weight) * p_base, one token at a time, from p_kNN in files."""
+    folder, total = home / f"knn-{tau}" / split, 0.0
     indptr, ids, probs = (np.load(folder / f"{name}.npy").tolist() for name in ("indptr", "tokens", "probs"))
     stream, log_p = stream_of(token_folder, split), plain(base, token_folder, split)
     for position, token in enumerate(stream):
@@ -71,7 +80,8 @@ def plain_knn_lm(home: Path, base: Path, token_folder: Path, split: str, weight:
 def test_knn_lm_and_dapt_equal_plain_loops(
     home: Path, base_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
 ) -> None:
-    found = records_of(tmp_path / "e", base_folder, corpus_folder, dapt=home / "dapt", knn_folder=home / "knn")
+    keys = {"datastore": [home / "store"], "index": home / "index"}
+    found = records_of(tmp_path / "e", base_folder, corpus_folder, dapt=home / "dapt", **keys)
     base, dapt, knn_lm = found
     assert [record["method"] for record in found] == ["base", "DAPT", "kNN-LM"]
     assert [record["memory"] for record in found] == [None, None, None]
@@ -80,15 +90,40 @@ def test_knn_lm_and_dapt_equal_plain_loops(
         assert record["value"] == pytest.approx(math.exp(-log_p.mean()), rel=1e-5)
         assert (record["n"], record["alpha"]) == (len(log_p), None)
     assert base["value"] != pytest.approx(dapt["value"], rel=1e-3)
-    sweep = {weight: plain_knn_lm(home, base_folder, token_folder, "valid", weight) for weight in SETTINGS.lambdas}
-    assert {float(weight): value for weight, value in knn_lm["valid_sweep"].items()} == pytest.approx(sweep, rel=1e-5)
-    best = min(sweep, key=sweep.__getitem__)
+    sweeps = {
+        tau: {w: plain_knn_lm(home, base_folder, token_folder, "valid", tau, w) for w in SETTINGS.lambdas}
+        for tau in TAUS
+    }
+    tau, best = min(((t, w) for t in TAUS for w in SETTINGS.lambdas), key=lambda pair: sweeps[pair[0]][pair[1]])
     assert best not in (SETTINGS.lambdas[0], SETTINGS.lambdas[-1])
-    assert (knn_lm["alpha"], knn_lm["valid"]) == (best, pytest.approx(sweep[best], rel=1e-5))
-    test = plain_knn_lm(home, base_folder, token_folder, "test", best)
-    assert knn_lm["value"] == pytest.approx(test, rel=1e-5)
+    assert knn_lm["temperature"] == tau
+    found_sweep = {float(weight): value for weight, value in knn_lm["valid_sweep"].items()}
+    assert found_sweep == pytest.approx(sweeps[tau], rel=1e-4)
+    assert (knn_lm["alpha"], knn_lm["valid"]) == (best, found_sweep[best])
+    test = plain_knn_lm(home, base_folder, token_folder, "test", tau, best)
+    assert knn_lm["value"] == pytest.approx(test, rel=1e-4)
     assert knn_lm["low"] < knn_lm["value"] < knn_lm["high"]
     assert knn_lm["n"] == base["n"]
+
+
+def test_in_context_rag_is_the_model_of_that_name(
+    home: Path, base_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
+) -> None:
+    base, rag = records_of(tmp_path / "e", base_folder, corpus_folder, passages=home / "passages")
+    settings = RetrievalSettings(passage=12, query=SETTINGS.query, every=SETTINGS.every)
+    model = IcRagForCausalLM.from_folders(base_folder, home / "passages", settings)
+    stream, prefix, total = (
+        stream_of(token_folder, "test"),
+        tokens.prefix_id(tokens.load_tokenizer(str(base_folder))),
+        0.0,
+    )
+    for part in windows(len(stream), **WINDOW):
+        ids = torch.tensor([prefix, *stream])[part.begin : part.end]
+        rows = model(input_ids=ids[None], logits_to_keep=part.n_scored).logits[0]
+        total += float(rows.gather(-1, torch.tensor(stream[part.first : part.end])[:, None]).sum())
+    assert rag["value"] == pytest.approx(math.exp(-total / len(stream)), rel=1e-4)
+    assert (rag["method"], rag["alpha"], rag["n"]) == ("In-Context RAG", None, base["n"])
+    assert rag["value"] != base["value"]
 
 
 def test_a_dapt_model_is_mixed_in_as_a_memory_is(
@@ -104,20 +139,14 @@ def test_a_dapt_model_is_mixed_in_as_a_memory_is(
 
 
 def test_other_text_is_refused(home: Path, base_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "knn").mkdir()
-    for split, source in (("valid", "test"), ("test", "test")):
-        (tmp_path / "knn" / split).symlink_to(home / "knn" / source)
-    with pytest.raises(ArtifactError, match="valid: expected targets for this token stream, found some for another"):
-        records_of(tmp_path / "a", base_folder, corpus_folder, knn_folder=tmp_path / "knn")
+    with pytest.raises(ConfigError, match="expected --datastore and --index together"):
+        records_of(tmp_path / "a", base_folder, corpus_folder, datastore=[home / "store"])
     (tmp_path / "text.txt").write_text(made_text(250, 5))
     corpora.run(FileCorpus(source="files", path=str(tmp_path / "text.txt"), min_bytes=200), tmp_path / "other")
-    with pytest.raises(
-        ArtifactError, match=r"dapt: expected a model trained on .*other, found one trained on other text"
+    for what, message in (
+        ({"dapt": home / "dapt"}, "dapt: expected model made from .*other, found one from other text"),
+        ({"passages": home / "passages"}, "passages: expected passages made from .*other, found one from other text"),
+        ({"datastore": [home / "store"], "index": home / "index"}, "store: expected datastore made from .*other"),
     ):
-        records_of(tmp_path / "b", base_folder, tmp_path / "other", dapt=home / "dapt")
-
-
-def test_the_hash_of_a_stream_is_that_of_its_file(token_folder: Path) -> None:
-    stream, facts = stream_of(token_folder, "test"), artifacts.read(token_folder, "tokens").facts
-    assert tokens.stream_digest(stream, 300) == facts["sha256"]["test"]
-    assert tokens.stream_digest([*stream[:-1], stream[-1] ^ 1], 300) != facts["sha256"]["test"]
+        with pytest.raises(ArtifactError, match=message):
+            records_of(tmp_path / "b", base_folder, tmp_path / "other", **what)

@@ -113,16 +113,43 @@ def test_all_memories_stand_beside_the_systems_with_their_spread() -> None:
     assert "Test tokens: sklearn 77 or 100." in text
 
 
+def test_table_1_has_a_row_per_method_and_a_column_per_model_of_one_domain() -> None:
+    table = tables.numbered(variants(), 1)
+    records = pd.DataFrame(
+        [
+            record("gpt2-S", "base", 90.0),
+            record("gpt2-M", "base", 80.0),
+            record("gpt2-S", "kNN-LM", 60.0),
+            record("gpt2-S", "MemDec", 50.0, memory="memdec"),
+            record("gpt2-S", "MemDec", 10.0, memory="kl"),
+            record("gpt2-M", "MemDec", 40.0, memory="memdec"),
+        ]
+    )
+    frame = tables.pivot(table, records).set_index("method")
+    assert list(frame.index) == ["base", "kNN-LM", "MemDec"]
+    assert frame.loc["MemDec", ["gpt2-S", "gpt2-M", "Avg"]].tolist() == [50.0, 40.0, 45.0]
+    assert frame.loc["kNN-LM", "note"] == "not run: gpt2-M"
+    lines = tables.markdown(table, records).splitlines()
+    assert lines[0] == "| Method | gpt2-S | gpt2-M | Avg |"
+    assert lines[2:5] == [
+        "| base | 90.00 | 80.00 | 85.00 |",
+        "| kNN-LM | 60.00 | – | – |",
+        "| MemDec | **50.00** | **40.00** | **45.00** |",
+    ]
+
+
 def test_other_tokenizers_have_a_table_of_their_own() -> None:
     config = variants()
     first, second = tables.numbered(config, 3), tables.numbered(config, 4)
-    assert {row.model for row in first.rows} == {"gpt2-S", "gpt2-M"}
-    assert [(row.model, row.label, row.memory) for row in second.rows] == [
-        ("n", "base", None), ("n", "kNN-LM", None), ("n", "MemDec", "moved"),
-    ]  # fmt: skip
+    assert {row.labels["model"] for row in first.rows} == {"gpt2-S", "gpt2-M"}
+    assert [row.where for row in second.rows] == [
+        {"model": "n", "method": "base"},
+        {"model": "n", "method": "kNN-LM"},
+        {"model": "n", "method": "MemDec", "memory": "moved"},
+    ]
     records = pd.DataFrame([record("n", "MemDec", 70.0, memory="moved"), record("n", "MemDec", 7.0, memory="kl")])
     assert tables.pivot(second, records).set_index("method").loc["MemDec", "sklearn"] == 70.0
-    with pytest.raises(ConfigError, match="--number: expected 3 or 4, found 5"):
+    with pytest.raises(ConfigError, match="--number: expected 1, 3 or 4, found 5"):
         tables.numbered(config, 5)
 
 

@@ -45,7 +45,8 @@ def planned(text: str) -> dict[str, int]:
 # Jobs per domain of what all of these have: 4 models of one tokenizer, one memory.
 SMALL = {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 4, "finetune": 3, "datastore": 3, "index": 3, "targets": 6}
 SMALL |= {"train": 3, "lora": 12, "evaluate": 12, "evaluate_systems": 12}
-ALL = SMALL | {"dapt": 12, "queries": 6, "knn": 6, "memories": 1}
+# With the kNN-LM every model has keys of its own too.
+ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,9 @@ ALL = SMALL | {"dapt": 12, "queries": 6, "knn": 6, "memories": 1}
         (
             ["mini", "objectives"],
             ["memories"],
-            ALL | {"model": 2, "train": 57, "evaluate": 60, "teacher": 3, "dapt": 6, "lora": 3, "evaluate_systems": 3},
+            ALL
+            | {"model": 2, "train": 57, "evaluate": 60, "teacher": 3, "dapt": 6, "lora": 3, "evaluate_systems": 3}
+            | {"datastore": 6, "index": 6},
         ),
         # 3 seeds, 3 bases: 2 memories with each of them, 2 with one
         (
@@ -65,11 +68,12 @@ ALL = SMALL | {"dapt": 12, "queries": 6, "knn": 6, "memories": 1}
             {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 9, "datastore": 9, "index": 9}
             | {"targets": 18, "train": 27, "dapt": 27, "evaluate": 72, "evaluate_systems": 27, "memories": 1},
         ),
-        # 2 sizes of the memory and 5 other key models, each with all bases; 2 more models are fine-tuned
+        # 2 sizes of the memory and 5 other key models, each with all bases; 2 more models are fine-tuned. Untuned keys of
+        # three models serve the kNN-LM, too.
         (
             ["mini", "sizes"],
             ["memories"],
-            ALL | {"finetune": 9, "datastore": 18, "index": 18, "targets": 36, "train": 24, "evaluate": 96},
+            ALL | {"finetune": 9, "datastore": 21, "index": 21, "targets": 36, "train": 24, "evaluate": 96},
         ),
         # 2 models of another tokenizer with one memory, keys of their own
         (
@@ -83,26 +87,42 @@ ALL = SMALL | {"dapt": 12, "queries": 6, "knn": 6, "memories": 1}
                 "finetune": 6,
                 "dapt": 18,
                 "lora": 18,
-                "datastore": 6,
-                "index": 6,
+                "datastore": 24,
+                "index": 24,
             }
-            | {"targets": 12, "queries": 12, "knn": 12, "adapt": 3, "train": 6, "evaluate": 18, "evaluate_systems": 18}
+            | {"targets": 12, "adapt": 3, "train": 6, "evaluate": 18, "evaluate_systems": 18}
             | {"table3": 1, "table4": 1},
         ),
         # 4 domains, 3 seeds, 2 of 3 models, 2 memories; no LoRA
         (
             ["pretrained"],
             ["memories"],
-            {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 24, "datastore": 12}
-            | {"index": 12, "targets": 12, "queries": 24, "knn": 24, "train": 24, "evaluate": 48}
+            {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 24, "datastore": 36}
+            | {"index": 36, "targets": 12, "train": 24, "evaluate": 48}
             | {"evaluate_systems": 24, "memories": 1},
+        ),
+        # 1 domain, 3 models, every system
+        (
+            ["mini", "table1"],
+            ["table1"],
+            {
+                "corpus": 4,
+                "tokenizer": 1,
+                "tokens": 2,
+                "model": 3,
+                "finetune": 1,
+                "datastore": 4,
+                "index": 4,
+                "targets": 2,
+            }
+            | {"train": 1, "passages": 1, "dapt": 3, "lora": 3, "evaluate": 3, "evaluate_systems": 3, "table1": 1},
         ),
     ],
 )
 def test_dry_run_of_every_config(
     files: list[str], targets: list[str], expected: dict[str, int], tmp_path: Path
 ) -> None:
-    assert len(list((ROOT / "config").glob("*.yaml"))) == 6
+    assert len(list((ROOT / "config").glob("*.yaml"))) == 7
     configs = ["--configfile", *(str(ROOT / "config" / f"{name}.yaml") for name in files)]
     text = snakemake(tmp_path, *(f"results/{name}.csv" for name in targets), "-n", "--cores", "8", *configs)
     assert planned(text) == expected
@@ -137,7 +157,7 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
         },
         "models": {n: {**model, "tokenizer": t} for n, t in (("tiny", "bpe"), ("foreign", "other"))},
         "domains": ["domain"],
-        "systems": ["base", "LoRA", "DAPT", "kNN-LM", "MemDec"],
+        "systems": ["base", "In-Context RAG", "kNN-LM", "DAPT", "LoRA", "MemDec"],
         "key_model": "tiny",
         "memory_model": "tiny",
         "targets": {"neighbours": 8, "shards": 2},
@@ -149,24 +169,25 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
             "moved": {"adapt": "memdec", "key_model": "foreign", "share": 0.5},
         },
         "budget": {"model": "tiny"},
-        "evaluate": {"resamples": 20},
+        "passages": {"passage": 12},
+        "evaluate": {"resamples": 20, "neighbours": 8},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     words = ["--cores", "8", "--configfile", str(tmp_path / "tiny.yaml"), "--", "results/table3.csv"]
-    everything = [*words, "results/table4.csv", "results/memories.csv"]
+    everything = [*words, "results/table1.csv", "results/table4.csv", "results/memories.csv"]
     first = snakemake(tmp_path, *everything)
     table = (tmp_path / "results" / "table3.csv").read_text()
     rows = pd.read_csv(tmp_path / "results" / "memories.csv")
     assert list(zip(rows["model"], rows["system"].str.removeprefix("MemDec: "), strict=True)) == [
-        *[("tiny", system) for system in [*config["systems"][:4], "memdec", "teacher", "ce", "mixed"]],
-        *[("foreign", system) for system in [*config["systems"][:4], "moved"]],
+        *[("tiny", system) for system in [*config["systems"][:5], "memdec", "teacher", "ce", "mixed"]],
+        *[("foreign", system) for system in [*config["systems"][:5], "moved"]],
     ]
     assert rows["domain"].notna().all()
     for number, name in (("3", "tiny"), ("4", "foreign")):
         part = pd.read_csv(tmp_path / "results" / f"table{number}.csv")
         assert list(part["method"]) == config["systems"]
         assert set(part["model"]) == {name}
-    for name, kind in itertools.product(("table3", "table4", "memories"), ("md", "tex", "provenance.json")):
+    for name, kind in itertools.product(("table1", "table3", "table4", "memories"), ("md", "tex", "provenance.json")):
         assert (tmp_path / "results" / f"{name}.{kind}").is_file()
     assert "Nothing to be done" in snakemake(tmp_path, *everything)
     shutil.rmtree(tmp_path / "results" / "tiny" / "domain" / "seed0" / "keys" / "tiny" / "targets" / "1-of-2")

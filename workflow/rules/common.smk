@@ -26,7 +26,8 @@ OWN = [
 OTHERS = [name for name in CONFIG.bases if name not in OWN]
 # A stage whose results change for the same settings gets a new number; its rules then run again.
 STAGE = dict(corpus=1, tokenizer=1, tokens=1, model=2, finetune=2, lora=2, datastore=2)
-STAGE |= dict(index=2, targets=2, teacher=1, adapt=1, train=2, evaluate=1, table=1)
+STAGE |= dict(index=2, targets=2, teacher=1, adapt=1, train=2, passages=1)
+STAGE |= dict(evaluate=2, table=1)
 
 
 wildcard_constraints:
@@ -37,7 +38,6 @@ wildcard_constraints:
     model="[^/]+",
     tokenizer="[^/]+",
     seed="[0-9]+",
-    split="valid|test",
 
 
 # Shards of a stage are folders i-of-n; `--set-scatter targets=8` overrides the config.
@@ -187,7 +187,7 @@ def memory_options(wildcards):
 # --- evaluations ----------------------------------------------------------------------------------------------------
 
 # What is evaluated without a memory; the base alone comes with every evaluation.
-ALONE = SYSTEMS & {"LoRA", "DAPT", "kNN-LM"} or "MemDec" not in SYSTEMS
+ALONE = SYSTEMS - {"base", "MemDec"} or "MemDec" not in SYSTEMS
 
 
 # DAPT without settings or a budget of its own is the training that key models have.
@@ -203,22 +203,28 @@ def evaluated_memory(wildcards):
     )
 
 
-def knn_queries(wildcards):
-    """p_kNN of the valid and the test text, with the keys of the first memory of the model's tokenizer."""
+def own_keys(wildcards):
+    """Datastore and index of the base's own keys, for the kNN-LM."""
     if "kNN-LM" not in SYSTEMS:
+        return {"datastore": [], "index": []}
+    keys = f"{home(wildcards)}/keys/{wildcards.model}{typed.UNTUNED}"
+    return {
+        "datastore": gather.keys(f"{keys}/datastore/{{scatteritem}}/manifest.json"),
+        "index": [manifest(f"{keys}/index")],
+    }
+
+
+def passages_of(wildcards):
+    if "In-Context RAG" not in SYSTEMS:
         return []
-    keys = CONFIG.memory_for(wildcards.model).keys
-    return [
-        manifest(f"{home(wildcards)}/keys/{keys}/knn/{split}")
-        for split in ("valid", "test")
-    ]
+    tokenizer = MODELS[wildcards.model].tokenizer
+    return [manifest(f"{RUN}/passages/{tokenizer}/{wildcards.domain}")]
 
 
-def knn_option(input):
-    """The folder above those of the splits."""
-    return (
-        f"--knn {os.path.dirname(os.path.dirname(input.knn[0]))}" if input.knn else ""
-    )
+def evaluated_parts(input):
+    """What is evaluated beside the base, as command line options."""
+    names = ("lora", "dapt", "datastore", "index", "passages")
+    return " ".join(folders(name, getattr(input, name)) for name in names)
 
 
 def evaluations(models, memories):
@@ -242,8 +248,13 @@ def first_memories(models):
     return list(dict.fromkeys(CONFIG.memory_for(model).name for model in models))
 
 
-# Evaluations of each table.
+# Evaluations of each table; Table 1 has one domain.
 CELLS = {
+    "table1": [
+        cell
+        for cell in evaluations(OWN, first_memories(OWN))
+        if cell[0] == CONFIG.domains[0]
+    ],
     "table3": evaluations(OWN, first_memories(OWN)),
     "table4": evaluations(OTHERS, first_memories(OTHERS)),
     "memories": evaluations(CONFIG.bases, MEMORIES),
@@ -271,8 +282,14 @@ def damaged(table):
         ],
         "model": [f"{RUN}/models/{name}" for name in MODELS],
         "evaluation": [folder for *_, folder in CELLS[table]],
+        "passages": [
+            f"{RUN}/passages/{tokenizer}/{domain}"
+            for tokenizer in CONFIG.tokenizers
+            for domain in CONFIG.domains
+        ],
     }
     keys = {memory.keys for memory in MEMORIES.values()}
+    keys |= {f"{name}{typed.UNTUNED}" for name in CONFIG.bases}
     for domain in CONFIG.domains:
         for seed in CONFIG.seeds:
             for kind, pattern, names in [
@@ -282,11 +299,6 @@ def damaged(table):
                 ("memory", "memory/{}", MEMORIES),
                 ("lora", "lora/{}", MODELS),
                 ("index", "keys/{}/index", keys),
-                *[
-                    ("datastore", f"keys/{{}}/queries/{s}", keys)
-                    for s in ("valid", "test")
-                ],
-                *[("targets", f"keys/{{}}/knn/{s}", keys) for s in ("valid", "test")],
                 *[
                     ("datastore", f"keys/{{}}/datastore/{i}", keys)
                     for i in gather.keys("{scatteritem}")

@@ -26,13 +26,37 @@ rule evaluate:
         "{params.options} {params.window} --seed {wildcards.seed} --out $(dirname {output.manifest}) > {log} 2>&1"
 
 
+rule passages:
+    input:
+        tokens=f"{RUN}/tokens/{{tokenizer}}/{{domain}}/manifest.json",
+    output:
+        manifest=f"{RUN}/passages/{{tokenizer}}/{{domain}}/manifest.json",
+    log:
+        f"{LOG}/passages/{{tokenizer}}-{{domain}}.log",
+    benchmark:
+        f"{BENCHMARK}/passages/{{tokenizer}}-{{domain}}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    params:
+        options=options(section("passages")),
+        stage=STAGE["passages"],
+    shell:
+        "OMP_NUM_THREADS={threads} memdec passages --tokens $(dirname {input.tokens}) {params.options} "
+        "--out $(dirname {output.manifest}) > {log} 2>&1"
+
+
 rule evaluate_systems:
     input:
+        unpack(own_keys),
         base=f"{RUN}/models/{{model}}/manifest.json",
         corpus=f"{RUN}/corpora/{{domain}}/manifest.json",
         lora=[f"{HOME}/lora/{{model}}/manifest.json"] if "LoRA" in SYSTEMS else [],
         dapt=[f"{HOME}/{DAPT}/{{model}}/manifest.json"] if "DAPT" in SYSTEMS else [],
-        knn=knn_queries,
+        passages=passages_of,
     output:
         f"{HOME}/evaluation/systems/{{model}}/records.json",
         manifest=f"{HOME}/evaluation/systems/{{model}}/manifest.json",
@@ -48,12 +72,10 @@ rule evaluate_systems:
         runtime=600,
     params:
         options=options(section("evaluate")),
-        lora=lambda w, input: folders("lora", input.lora),
-        dapt=lambda w, input: folders("dapt", input.dapt),
-        knn=lambda w, input: knn_option(input),
+        parts=lambda w, input: evaluated_parts(input),
         window=WINDOW,
         stage=STAGE["evaluate"],
     shell:
         "OMP_NUM_THREADS={threads} memdec evaluate --base $(dirname {input.base}) "
-        "--corpus $(dirname {input.corpus}) {params.lora} {params.dapt} {params.knn} "
+        "--corpus $(dirname {input.corpus}) {params.parts} "
         "{params.options} {params.window} --seed {wildcards.seed} --out $(dirname {output.manifest}) > {log} 2>&1"

@@ -113,64 +113,6 @@ rule teacher:
         "--out $(dirname {output.manifest}) > {log} 2>&1"
 
 
-# The text that the kNN-LM is evaluated on.
-rule queries:
-    input:
-        model=key_model,
-        tokens=key_tokens,
-    output:
-        manifest=f"{HOME}/keys/{{key}}/queries/{{split}}/manifest.json",
-    log:
-        f"{LOG}/queries/{{domain}}-{{seed}}-{{key}}-{{split}}.log",
-    benchmark:
-        f"{BENCHMARK}/queries/{{domain}}-{{seed}}-{{key}}-{{split}}.tsv"
-    priority: 5
-    conda:
-        "../../environment.yml"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=600,
-    params:
-        options=options(section("datastore"), "shards", "split"),
-        window=WINDOW,
-        stage=STAGE["datastore"],
-    shell:
-        "OMP_NUM_THREADS={threads} memdec datastore --model $(dirname {input.model}) "
-        "--tokens $(dirname {input.tokens}) --split {wildcards.split} {params.options} {params.window} "
-        "--out $(dirname {output.manifest}) > {log} 2>&1"
-
-
-# Whole rows: 'top' and 'threshold' are for what is trained on.
-rule knn:
-    input:
-        datastore=KEYS,
-        index=f"{HOME}/keys/{{key}}/index/manifest.json",
-        tokens=key_tokens,
-        queries=f"{HOME}/keys/{{key}}/queries/{{split}}/manifest.json",
-    output:
-        manifest=f"{HOME}/keys/{{key}}/knn/{{split}}/manifest.json",
-    log:
-        f"{LOG}/knn/{{domain}}-{{seed}}-{{key}}-{{split}}.log",
-    benchmark:
-        f"{BENCHMARK}/knn/{{domain}}-{{seed}}-{{key}}-{{split}}.tsv"
-    priority: 5
-    conda:
-        "../../environment.yml"
-    threads: 1
-    resources:
-        mem_mb=1500,
-        runtime=600,
-    params:
-        options=options(section("targets"), "shards", "top", "threshold"),
-        datastore=lambda w, input: folders("datastore", input.datastore),
-        stage=STAGE["targets"],
-    shell:
-        "OMP_NUM_THREADS={threads} memdec targets {params.datastore} --index $(dirname {input.index}) "
-        "--tokens $(dirname {input.tokens}) --queries $(dirname {input.queries}) {params.options} "
-        "--out $(dirname {output.manifest}) > {log} 2>&1"
-
-
 rule adapt:
     input:
         memory=lambda w: manifest(f"{home(w)}/memory/{MEMORIES[w.memory].adapt}"),

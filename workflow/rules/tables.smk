@@ -43,6 +43,27 @@ rule table3:
         "memdec {params.command} --config {input.config} {params.cells} --out {output.csv} > {log} 2>&1"
 
 
+use rule table3 as table1 with:
+    input:
+        config=config_file("table1"),
+        cells=[manifest(folder) for *_, folder in CELLS["table1"]],
+    output:
+        csv=report(
+            "results/table1.csv", caption="../report/table1.rst", category="Tables"
+        ),
+        markdown="results/table1.md",
+        latex="results/table1.tex",
+        provenance="results/table1.provenance.json",
+    log:
+        f"{LOG}/table1.log",
+    benchmark:
+        f"{BENCHMARK}/table1.tsv"
+    params:
+        command="table --number 1",
+        cells=cells("table1"),
+        stage=STAGE["table"],
+
+
 use rule table3 as memories with:
     input:
         config=config_file("memories"),
