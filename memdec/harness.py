@@ -35,7 +35,7 @@ from memdec.scores import ScoreStore, TokenScores, model_identity, request_key
 from memdec.scoring import Which, score_labels, score_stream
 from memdec.windows import windows
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lm_eval.models.memdec")  # the executable shows what is under lm_eval
 
 # The paper's own cell: Qwen2.5-7B with the released 0.5B memory, biomedical domain (Table 14).
 PAPER_BASE = "Qwen/Qwen2.5-7B"
@@ -87,6 +87,9 @@ class WrappedLM(HFLM):
             super().__init__(pretrained=pretrained, **kwargs)
             self._n_positions = min(int(super().max_length), self._most_positions() or sys.maxsize)
         self._configuring = False
+        if hasattr(self, "accelerator"):
+            # `hf` shares requests out only where a process sees several GPUs, and by the number within a machine.
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.context, self.stride = self._windows(context, stride)
         self.store = self._store(scores, kwargs)
         if self.store is None:
@@ -144,7 +147,7 @@ class WrappedLM(HFLM):
         """The mixture; loads it."""
         if not self._configuring:
             self._load()
-        return super().model
+        return self._model
 
     @property
     def max_length(self) -> int:

@@ -14,7 +14,7 @@ from memdec import artifacts, corpora, tokens
 from memdec.config import SPLITS
 from memdec.errors import ConfigError, CorpusError, one_line_errors
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lm_eval.tasks.memdec")  # the executable shows what is under lm_eval
 
 
 # --- perplexity of a corpus ---------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def load_corpus(**metadata: Any) -> dict[str, Any]:
             )
         manifest = artifacts.read(folder, "corpus")
         tokenizer = _tokenizer(metadata)
-        log.warning("memdec_ppl: %s split of %s (%s)", split, folder, why)
+        log.info("memdec_ppl: %s split of %s (%s)", split, folder, why)
         text = corpora.joined(corpora.load(folder, split), manifest.facts["separator"], tokenizer.eos_token)
         return _one_row(text, tokenizer, source=f"{folder.name} {manifest.facts['sha256']} {split}")
 
@@ -53,7 +53,7 @@ def load_wikitext(**metadata: Any) -> dict[str, Any]:
         else:
             rows = hub_rows("Salesforce/wikitext", "wikitext-103-raw-v1", "test", metadata.get("wikitext_revision"))
             lines, source = list(rows["text"]), "Salesforce/wikitext wikitext-103-raw-v1"
-        log.warning("memdec_wikitext: %d lines of %s", len(lines), source)
+        log.info("memdec_wikitext: %d lines of %s", len(lines), source)
         return _one_row("".join(lines), tokenizer, source=source)
 
 
@@ -140,7 +140,7 @@ def load_adaptllm(**metadata: Any) -> dict[str, Any]:
         else:
             path, revision = str(metadata["adaptllm_path"]), str(metadata["adaptllm_revision"])
             rows, source = hub_rows(path, task, "test", revision), f"{path} {task} at {revision}"
-        log.warning("%s: %d rows of %s", task, len(rows), source)
+        log.info("%s: %d rows of %s", task, len(rows), source)
         for number, row in enumerate(rows):
             _check_choice(row, f"{source}, row {number}")
         tokenizer = _tokenizer(metadata)

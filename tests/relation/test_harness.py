@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from making import CONTEXT, plain_scores, spec
+from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from memdec import HARNESS_TASKS, artifacts, corpora, metrics, mixing, models, tokens, train
 from memdec.config import TokenizerSpec
 from memdec.errors import ArtifactError, ConfigError, CorpusError, MemDecError, ModelError, NumericsError
-from memdec.harness import MemDecInterp
+from memdec.harness import MemDecInterp, WrappedLM
 
 TEXT = "\n".join(f"The kernel {i} scales the window of size {i * 7 % 31}." for i in range(25))
 PAIRS = [
@@ -44,7 +47,7 @@ def theirs(folder: Path, **kwargs: Any) -> HFLM:
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", **kwargs)
 
 
-def test_alpha_0_and_1_are_the_models_alone_on_pairs(base_folder: Path, small_folder: Path) -> None:
+def test_alpha_0_and_1_are_the_both_modelsalone_on_pairs(base_folder: Path, small_folder: Path) -> None:
     requests = instances("loglikelihood", PAIRS)
     for alpha, alone in ((0.0, base_folder), (1.0, small_folder)):
         mixed = ours(base_folder, small_folder, alpha=alpha).loglikelihood(requests)
@@ -54,7 +57,7 @@ def test_alpha_0_and_1_are_the_models_alone_on_pairs(base_folder: Path, small_fo
             assert greedy == expected
 
 
-def test_alpha_0_and_1_are_the_models_alone_on_rolling_texts(base_folder: Path, small_folder: Path) -> None:
+def test_alpha_0_and_1_are_the_both_modelsalone_on_rolling_texts(base_folder: Path, small_folder: Path) -> None:
     requests = instances("loglikelihood_rolling", [(TEXT,), ("The end.",)])
     for alpha, alone in ((0.0, base_folder), (1.0, small_folder)):
         mixed = ours(base_folder, small_folder, alpha=alpha, stride=CONTEXT).loglikelihood_rolling(requests)
@@ -246,7 +249,10 @@ def test_nan_weights_are_an_error(base_folder: Path, small_folder: Path) -> None
         model.loglikelihood_rolling(instances("loglikelihood_rolling", [(TEXT,)]))
 
 
-def test_without_arguments_it_is_the_papers_pair_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_arguments_it_is_the_papers_pair_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)  # lm_eval unsets it
     with caplog.at_level(logging.WARNING), pytest.raises(ModelError, match=r"Qwen/Qwen2\.5-7B: expected") as caught:
         MemDecInterp()
     assert "Clover-Hill/MemoryDecoder-Qwen-biomed" in caplog.text
@@ -417,3 +423,34 @@ def test_at_alpha_0_lm_evals_own_tasks_give_what_hf_gives(
             for (log_p, greedy), (expected, also) in zip(one["filtered_resps"], other["filtered_resps"], strict=True):
                 assert float(log_p) == pytest.approx(float(expected), abs=1e-4)
                 assert greedy == also
+
+
+def test_two_processes_share_the_requests_and_their_scores(
+    base_folder: Path, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"input": f"Question {i}: is {i} even?\nAnswer:", "options": ["No", "Maybe so", "Yes"], "gold_index": i % 3}
+        for i in range(7)
+    ]
+    write_rows(tmp_path / "pubmedqa", rows)
+    monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
+    both_models = {"pretrained": str(base_folder), "memory": str(small_folder)}
+    alone = evaluate("memdec-interp", "pubmedqa", alpha=0.4, **both_models)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # `accelerate launch --cpu` itself starts one process
+    scores, out = tmp_path / "scores", tmp_path / "out"
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lm_eval",
+         "--model", "memdec-interp", "--tasks", "pubmedqa", "--output_path", str(out), "--model_args",
+         f"pretrained={base_folder},memory={small_folder},alpha=0.4,scores={scores}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stderr.count(f"loaded {base_folder}") == 2
+    (file,) = out.rglob("results_*.json")
+    assert json.loads(file.read_text())["results"]["pubmedqa"]["acc,none"] == alone["acc,none"]
+    (store,) = scores.iterdir()
+    assert sorted(len(load_file(part)["keys"]) for part in store.glob("*.safetensors")) == [9, 12]
+    monkeypatch.setattr(WrappedLM, "_load", pytest.fail)  # one process reads what both wrote
+    assert "acc,none" in evaluate(
+        "memdec-interp", "pubmedqa", alpha=0.9, scores=str(scores), device="cpu", **both_models
+    )
