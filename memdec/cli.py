@@ -491,6 +491,21 @@ def table(
 
 
 @app.command()
+def cases(
+    config: RunConfig,
+    base: Annotated[Path, typer.Option(help="base model folder")],
+    memory: Annotated[Path, typer.Option(help="memory decoder folder")],
+    datastore: Annotated[list[Path], typer.Option(help="keys the memory was trained on; repeat for every shard")],
+    index: Annotated[Path, typer.Option(help="index folder over the datastore")],
+    out: TableFile,
+) -> None:
+    """Table 6: what memory, neighbours and base give marked words of the config's texts."""
+    from memdec import cases as stage_cases
+
+    stage_cases.run(cfg.load(config), base, memory, datastore, index, out)
+
+
+@app.command()
 def memories(config: RunConfig, cell: Cells, out: TableFile) -> None:
     """All memories beside all other systems, from evaluations."""
     from memdec import tables

@@ -443,6 +443,21 @@ class ExplainSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights' type of the models")
 
 
+class Case(Settings):
+    """A row of Table 6: a text with one word marked, and what the distributions give that word."""
+
+    group: str = Field("", description="what the row shows, in words")
+    text: str = Field(description="the word stands between [[ and ]]; what is behind it changes nothing")
+
+    @model_validator(mode="after")
+    def _one_word(self) -> "Case":
+        before, *rest = self.text.split("[[")
+        word, *behind = rest[0].split("]]") if len(rest) == 1 else ("",)
+        if not before or not word.strip() or len(behind) != 1:
+            raise ValueError(f"text: expected one word between [[ and ]] after some text, found {self.text!r}")
+        return self
+
+
 class Config(Settings):
     """A whole run; `config/mini.yaml` is the default."""
 
@@ -475,6 +490,7 @@ class Config(Settings):
     passages: PassageSettings = PassageSettings()
     budget: Budget | None = Field(None, description="for memories, LoRA and DAPT, not for the key model (paper)")
     evaluate: EvaluateSettings = EvaluateSettings()
+    cases: list[Case] = Field(default=[], description="rows of Table 6, on the first domain")
 
     @property
     def bases(self) -> list[str]:

@@ -1,9 +1,9 @@
 """Tables as pivots of evaluation records: CSV (the contract), Markdown and LaTeX, with a provenance file beside them.
 
 Table 1 of the paper: one domain, a row per method, a column per base model and their mean. Tables 3 and 4: rows (family,
-model, method), one column per domain and their mean; 4 has the models of other tokenizers. The mini scale adds, per domain, the number of test tokens, the tuned alpha and the 95 % bootstrap interval
-over test windows. `memories` has a row for every memory of the config beside every other system, and the standard
-deviation over seeds.
+model, method), one column per domain and their mean; 4 has the models of other tokenizers. The mini scale adds, per
+domain, the number of test tokens, the tuned alpha and the 95 % bootstrap interval over test windows. `memories` has a row
+for every memory of the config beside every other system, and the standard deviation over seeds.
 """
 
 import json
@@ -48,6 +48,15 @@ class Table:
     columns: dict[str, dict[str, str]]
     best_of: str | None
     extra: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Cells as a person reads them: labels first, then numbers."""
+
+    header: list[str]
+    n_labels: int
+    rows: list[list[str]]
 
 
 def numbered(config: Config, number: int) -> Table:
@@ -113,26 +122,46 @@ def run(table: Table, cells: Sequence[Cell], out: Path) -> None:
     Writes `out` (.csv) and, beside it, .md, .tex and .provenance.json.
     """
     records = load_records(table.config, cells)
-    artifacts.write_text(out, pivot(table, records).to_csv(index=False))
-    artifacts.write_text(out.with_suffix(".md"), markdown(table, records))
-    artifacts.write_text(out.with_suffix(".tex"), latex(table, records))
     manifests = [artifacts.read(folder, "evaluation") for *_, folder in cells]
-    config = table.config.model_dump(mode="json")
     facts = {
-        "table": table.name,
-        "scale": table.config.scale,
-        "config": config,
-        "config_sha256": artifacts.digest(config),
         "corpora_sha256": {name: sha for m in manifests for name, sha in m.facts["corpora_sha256"].items()},
         "evaluations": {
             f"{domain}/{model}/{seed}/{manifest.settings['memory'] or 'systems'}": manifest.recipe
             for (domain, model, seed, _), manifest in zip(cells, manifests, strict=True)
         },
+    }
+    write(out, pivot(table, records), grid(table, records), note(table, records), table.name, table.config, facts)
+
+
+def write(
+    out: Path, frame: pd.DataFrame, shown: Grid, below: str, name: str, config: Config, facts: dict[str, Any]
+) -> None:
+    """Write a table.
+
+    Args:
+        out: CSV file; .md, .tex and .provenance.json are put beside it.
+        frame: All columns, for the CSV.
+        shown: What a person reads.
+        below: Text under the Markdown.
+        name: Of the table.
+        config: Of the run.
+        facts: What the numbers were made from.
+    """
+    artifacts.write_text(out, frame.to_csv(index=False))
+    artifacts.write_text(out.with_suffix(".md"), f"{markdown(shown)}\n\n{below}\n")
+    artifacts.write_text(out.with_suffix(".tex"), latex(shown))
+    settings = config.model_dump(mode="json")
+    provenance_ = {
+        "table": name,
+        "scale": config.scale,
+        "config": settings,
+        "config_sha256": artifacts.digest(settings),
+        **facts,
         "versions": provenance.versions(),
         "machine": provenance.machine(),
         "commit": provenance.git_commit(Path(__file__).parent),
     }
-    artifacts.write_json(out.with_suffix(".provenance.json"), facts)
+    artifacts.write_json(out.with_suffix(".provenance.json"), provenance_)
 
 
 def load_records(config: Config, cells: Sequence[Cell]) -> pd.DataFrame:
@@ -191,31 +220,28 @@ def _join(values: Sequence[float] | Any) -> str:
     return " ".join(dict.fromkeys(f"{value:g}" for value in values))
 
 
-def _printed(table: Table, records: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Header and cells as a person reads them; the best of a group and column in bold."""
+def grid(table: Table, records: pd.DataFrame) -> Grid:
+    """What a person reads: the best of a group and column in bold."""
     frame, columns = pivot(table, records), [*table.columns, "Avg"]
     group = frame[table.best_of] if table.best_of else pd.Series("", index=frame.index)
     best = frame[columns].astype(float).groupby(group).transform("min")
     labels = list(table.rows[0].labels)
     rows = []
     for (_, row), (_, least) in zip(frame.iterrows(), best.iterrows(), strict=True):
-        cells = [str(row[label]) for label in labels]
-        for column in columns:
-            value = row[column]
-            if pd.isna(value):
-                cells.append("–")
-                continue
-            cells.append(f"**{value:.2f}**" if value == least[column] else f"{value:.2f}")
-        rows.append(cells)
-    return [*(label.capitalize() for label in labels), *columns], rows
+        numbers = [(row[column], row[column] == least[column]) for column in columns]
+        rows.append([*(str(row[label]) for label in labels), *(cell(*number) for number in numbers)])
+    return Grid([*(label.capitalize() for label in labels), *columns], len(labels), rows)
 
 
-def markdown(table: Table, records: pd.DataFrame) -> str:
-    """The table as GitHub Markdown."""
-    header, rows = _printed(table, records)
-    n_labels = len(table.rows[0].labels)
-    lines = [header, ["---"] * n_labels + ["---:"] * (len(header) - n_labels), *rows]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def cell(value: float | None, best: bool) -> str:
+    """A number as a table shows it."""
+    if pd.isna(value):
+        return "–"
+    return f"**{value:.2f}**" if best else f"{value:.2f}"
+
+
+def note(table: Table, records: pd.DataFrame) -> str:
+    """What stands below the table."""
     config, shown = table.config, records[_shown(table, records)]
     alphas = sorted({f"{value:g}" for value in shown["alpha"].dropna()})
     seeds = ", ".join(str(seed) for seed in config.seeds)
@@ -223,10 +249,10 @@ def markdown(table: Table, records: pd.DataFrame) -> str:
     n = ", ".join(f"{domain} {_counts(counts[domain])}" for domain in config.domains if len(counts[domain]))
     width = ((shown["high"] - shown["low"]) / 2 / shown["value"]).max()
     return (
-        f"{text}\n\nTest perplexity per token (lower is better), scale `{config.scale}`, seed {seeds}. "
+        f"Test perplexity per token (lower is better), scale `{config.scale}`, seed {seeds}. "
         f"Test tokens: {n}. Alpha tuned on valid (chosen: {', '.join(alphas)}). "
         f"95 % bootstrap intervals over test windows are within ±{100 * width:.1f} % of each value; they are in the "
-        f"{'CSV' if 'low' in table.extra else 'records'}.\n"
+        f"{'CSV' if 'low' in table.extra else 'records'}."
     )
 
 
@@ -244,26 +270,37 @@ def _counts(values: Sequence[int] | Any) -> str:
     return " or ".join(f"{value:,}" for value in sorted({int(value) for value in values}))
 
 
-def latex(table: Table, records: pd.DataFrame) -> str:
+def markdown(shown: Grid) -> str:
+    """The table as GitHub Markdown."""
+    rule = ["---"] * shown.n_labels + ["---:"] * (len(shown.header) - shown.n_labels)
+    rows = ([text.replace("|", r"\|") for text in row] for row in shown.rows)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [shown.header, rule, *rows])
+
+
+def latex(shown: Grid) -> str:
     """The table as a LaTeX tabular (booktabs)."""
-    header, rows = _printed(table, records)
-
-    def line(cells: list[str]) -> str:
-        plain = [cell.replace("_", r"\_").replace("–", "--") for cell in cells]
-        return " & ".join(rf"\textbf{{{c[2:-2]}}}" if c.startswith("**") else c for c in plain) + r" \\"
-
-    body = [line(row) for row in rows]
-    n_labels = len(table.rows[0].labels)
-    columns = "l" * n_labels + "r" * (len(header) - n_labels)
+    columns = "l" * shown.n_labels + "r" * (len(shown.header) - shown.n_labels)
     return "\n".join(
         [
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
-            line(header),
+            _latex_line(shown.header),
             r"\midrule",
-            *body,
+            *(_latex_line(row) for row in shown.rows),
             r"\bottomrule",
             r"\end{tabular}",
             "",
         ]
     )
+
+
+_LATEX = str.maketrans(
+    {c: rf"\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+)
+
+
+def _latex_line(cells: Sequence[str]) -> str:
+    bold = [len(c) > 4 and c.startswith("**") and c.endswith("**") for c in cells]
+    plain = [(c[2:-2] if b else c).translate(_LATEX) for c, b in zip(cells, bold, strict=True)]
+    return " & ".join(rf"\textbf{{{c}}}" if b else c for c, b in zip(plain, bold, strict=True)) + r" \\"

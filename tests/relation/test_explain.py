@@ -15,8 +15,8 @@ import torch
 from making import CONTEXT, plain_scores
 from rich.console import Console
 
-from memdec import artifacts, cli, datastore, explain, index, knn, targets, tokens
-from memdec.config import DatastoreSettings, ExplainSettings, IndexSettings, TargetSettings, TokenizerSpec
+from memdec import artifacts, cases, cli, datastore, explain, index, knn, targets, tokens
+from memdec.config import Case, DatastoreSettings, ExplainSettings, IndexSettings, TargetSettings, TokenizerSpec
 from memdec.errors import ArtifactError, ConfigError
 from memdec.explain import Guess, Neighbours, Prediction, TokenReport
 from memdec.modeling import MemDecForCausalLM
@@ -330,3 +330,39 @@ def test_what_does_not_belong_together_is_refused(
     for model, ids in ((alone, [1]), (mixture, [])):
         with pytest.raises(ConfigError, match=rf"found {len(ids)} tokens and {len(model.memories)} memories"):
             explain.explain(model, words, ids, **WINDOW)
+
+
+# --- Table 6 ------------------------------------------------------------------------------------------------------
+
+
+def test_a_marked_word_has_the_product_of_its_tokens(
+    mixture: MemDecForCausalLM, words: Any, keys: dict[str, Path]
+) -> None:
+    settings = ExplainSettings(neighbours=16, nprobe=1)
+    neighbours = Neighbours([keys["train"]], keys["index"], settings, words)
+    for text, word in (("The [[matrix]] returns.", "matrix"), ("The kernel of [[size 4]]. It", "size 4")):
+        before = text.split("[[")[0]
+        ids = words.encode(before + word)
+        n = len(ids) - len(words.encode(before.rstrip()))
+        row = cases.probabilities(Case(text=text), mixture, words, neighbours)
+        assert (row["target"], row["tokens"]) == (word, n)
+        inputs = torch.tensor([[tokens.prefix_id(words), *ids[:-1]]])
+        for model, name in ((mixture.base, "BaseLM"), (mixture.memories[0], "MemDec")):
+            log_p = model(inputs).logits[0].double().log_softmax(-1)
+            each = [log_p[i, ids[i]] for i in range(len(ids) - n, len(ids))]
+            assert row[name] == pytest.approx(100 * float(torch.stack(each).sum().exp()), rel=1e-5)
+        assert 0 <= row["kNN"] <= 100
+        behind = cases.probabilities(Case(text=f"{text} More"), mixture, words, neighbours)
+        assert [behind[name] for name in ("MemDec", "kNN", "BaseLM")] == [
+            row[name] for name in ("MemDec", "kNN", "BaseLM")
+        ]
+    with pytest.raises(ConfigError, match=f"at most {CONTEXT} tokens"):
+        cases.probabilities(Case(text="word " * 99 + "[[end]]"), mixture, words, neighbours)
+
+
+@pytest.mark.parametrize(
+    "text", ["none", "[[first]] word", "two [[of]] them [[here]]", "an [[ ]] empty one", "open [[one"]
+)
+def test_a_case_marks_one_word(text: str) -> None:
+    with pytest.raises(ValueError, match=r"one word between \[\[ and \]\]"):
+        Case(text=text)

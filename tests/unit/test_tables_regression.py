@@ -62,11 +62,12 @@ def test_cells_are_means_over_seeds_and_gaps_state_their_reason(records: pd.Data
 
 
 def test_markdown_and_latex(records: pd.DataFrame) -> None:
-    text = tables.markdown(TABLE3, records)
+    shown = tables.grid(TABLE3, records)
+    text = tables.markdown(shown) + tables.note(TABLE3, records)
     assert "| GPT-2 | gpt2-S | MemDec | **61.00** | **61.00** |" in text
     assert "| GPT-2 | gpt2-S | LoRA | – | – |" in text
     assert "chosen: 0.6, 0.8" in text
-    assert r"\textbf{61.00}" in tables.latex(TABLE3, records)
+    assert r"\textbf{61.00}" in tables.latex(shown)
 
 
 def variants() -> cfg.Config:
@@ -107,7 +108,7 @@ def test_all_memories_stand_beside_the_systems_with_their_spread() -> None:
     assert (one["sklearn"], one["sklearn_alpha"], one["note"]) == (50.0, "0.9", "")
     assert pd.isna(one["sklearn_sd"])
     assert cells.loc["gpt2-S", "kNN-LM"]["note"] == "not run: sklearn"
-    text = tables.markdown(table, records)
+    text = tables.markdown(tables.grid(table, records)) + tables.note(table, records)
     assert "| GPT-2 | gpt2-S | MemDec: kl | **50.00** | **50.00** |" in text
     assert "| GPT-2 | gpt2-S | MemDec: memdec | 61.00 | 61.00 |" in text
     assert "Test tokens: sklearn 77 or 100." in text
@@ -129,7 +130,7 @@ def test_table_1_has_a_row_per_method_and_a_column_per_model_of_one_domain() -> 
     assert list(frame.index) == ["base", "kNN-LM", "MemDec"]
     assert frame.loc["MemDec", ["gpt2-S", "gpt2-M", "Avg"]].tolist() == [50.0, 40.0, 45.0]
     assert frame.loc["kNN-LM", "note"] == "not run: gpt2-M"
-    lines = tables.markdown(table, records).splitlines()
+    lines = tables.markdown(tables.grid(table, records)).splitlines()
     assert lines[0] == "| Method | gpt2-S | gpt2-M | Avg |"
     assert lines[2:5] == [
         "| base | 90.00 | 80.00 | 85.00 |",

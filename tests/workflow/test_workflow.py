@@ -117,12 +117,19 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
             }
             | {"train": 1, "passages": 1, "dapt": 3, "lora": 3, "evaluate": 3, "evaluate_systems": 3, "table1": 1},
         ),
+        # one memory of one domain
+        (
+            ["mini", "table6"],
+            ["table6"],
+            {"corpus": 4, "tokenizer": 1, "tokens": 2, "model": 2, "finetune": 1, "datastore": 1, "index": 1}
+            | {"targets": 2, "train": 1, "table6": 1},
+        ),
     ],
 )
 def test_dry_run_of_every_config(
     files: list[str], targets: list[str], expected: dict[str, int], tmp_path: Path
 ) -> None:
-    assert len(list((ROOT / "config").glob("*.yaml"))) == 7
+    assert len(list((ROOT / "config").glob("*.yaml"))) == 8
     configs = ["--configfile", *(str(ROOT / "config" / f"{name}.yaml") for name in files)]
     text = snakemake(tmp_path, *(f"results/{name}.csv" for name in targets), "-n", "--cores", "8", *configs)
     assert planned(text) == expected
@@ -171,10 +178,11 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
         "budget": {"model": "tiny"},
         "passages": {"passage": 12},
         "evaluate": {"resamples": 20, "neighbours": 8},
+        "cases": [{"group": "one", "text": "The matrix returns the [[token]] of"}],
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     words = ["--cores", "8", "--configfile", str(tmp_path / "tiny.yaml"), "--", "results/table3.csv"]
-    everything = [*words, "results/table1.csv", "results/table4.csv", "results/memories.csv"]
+    everything = [*words, *(f"results/{name}.csv" for name in ("table1", "table4", "table6", "memories"))]
     first = snakemake(tmp_path, *everything)
     table = (tmp_path / "results" / "table3.csv").read_text()
     rows = pd.read_csv(tmp_path / "results" / "memories.csv")
@@ -187,7 +195,9 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
         part = pd.read_csv(tmp_path / "results" / f"table{number}.csv")
         assert list(part["method"]) == config["systems"]
         assert set(part["model"]) == {name}
-    for name, kind in itertools.product(("table1", "table3", "table4", "memories"), ("md", "tex", "provenance.json")):
+    for name, kind in itertools.product(
+        ("table1", "table3", "table4", "table6", "memories"), ("md", "tex", "provenance.json")
+    ):
         assert (tmp_path / "results" / f"{name}.{kind}").is_file()
     assert "Nothing to be done" in snakemake(tmp_path, *everything)
     shutil.rmtree(tmp_path / "results" / "tiny" / "domain" / "seed0" / "keys" / "tiny" / "targets" / "1-of-2")
@@ -209,7 +219,7 @@ LAYERS = [
     | {"flops", "cards", "figures", "speculative"},
     {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
     | {"passages", "knnlm", "icrag", "systems", "explain", "latency"},
-    {"harness", "sweep", "tasks", "tables", "regression", "cli"},
+    {"harness", "sweep", "tasks", "tables", "cases", "regression", "cli"},
 ]
 
 

@@ -281,7 +281,7 @@ def damaged(table):
             for domain in CONFIG.domains
         ],
         "model": [f"{RUN}/models/{name}" for name in MODELS],
-        "evaluation": [folder for *_, folder in CELLS[table]],
+        "evaluation": [folder for *_, folder in CELLS.get(table, [])],
         "passages": [
             f"{RUN}/passages/{tokenizer}/{domain}"
             for tokenizer in CONFIG.tokenizers

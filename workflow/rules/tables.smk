@@ -106,3 +106,42 @@ if OTHERS:
             command="table --number 4",
             cells=cells("table4"),
             stage=STAGE["table"],
+
+
+if CONFIG.cases:
+    CASE = f"{RUN}/{CONFIG.domains[0]}/seed{CONFIG.seeds[0]}"
+    KEYS_OF_CASE = f"{CASE}/keys/{CONFIG.variant(typed.DEFAULT_MEMORY).keys}"
+
+    rule table6:
+        input:
+            config=config_file("table6"),
+            base=f"{RUN}/models/{CONFIG.key_model}/manifest.json",
+            memory=f"{CASE}/memory/{typed.DEFAULT_MEMORY}/manifest.json",
+            datastore=gather.keys(
+                f"{KEYS_OF_CASE}/datastore/{{scatteritem}}/manifest.json"
+            ),
+            index=f"{KEYS_OF_CASE}/index/manifest.json",
+        output:
+            csv=report(
+                "results/table6.csv", caption="../report/table6.rst", category="Tables"
+            ),
+            markdown="results/table6.md",
+            latex="results/table6.tex",
+            provenance="results/table6.provenance.json",
+        log:
+            f"{LOG}/table6.log",
+        benchmark:
+            f"{BENCHMARK}/table6.tsv"
+        conda:
+            "../../environment.yml"
+        threads: 1
+        resources:
+            mem_mb=2000,
+            runtime=60,
+        params:
+            datastore=lambda w, input: folders("datastore", input.datastore),
+            stage=STAGE["table"],
+        shell:
+            "OMP_NUM_THREADS={threads} memdec cases --config {input.config} --base $(dirname {input.base}) "
+            "--memory $(dirname {input.memory}) {params.datastore} --index $(dirname {input.index}) "
+            "--out {output.csv} > {log} 2>&1"
