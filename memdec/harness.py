@@ -79,6 +79,7 @@ class WrappedLM(HFLM):
         **kwargs: Any,
     ) -> None:
         self.alpha, self.base_name = mixing.check_weight(weight), pretrained
+        self.n_cut = 0  # requests whose left end did not fit
         models.check_folder(pretrained)
         self._check(kwargs.get("revision"), kwargs.get("trust_remote_code", False))
         self._load_base: Callable[[], None] | None = None
@@ -239,6 +240,7 @@ class WrappedLM(HFLM):
                 f"loglikelihood: expected a continuation of 1 to {self.max_length} tokens (positions of the models), found "
                 f"{len(continuation)}; shorten it"
             )
+        self.n_cut += len(context) + len(continuation) > self.max_length + 1
         whole = (context + continuation)[-(self.max_length + 1) :]
         labels = whole[-len(continuation) :]
         return request_key("pair", whole, [len(labels)]), whole[:-1], labels
@@ -325,7 +327,14 @@ class WrappedLM(HFLM):
         """What the results file says about the model."""
         loaded = super().get_model_info() if self._load_base is None else {}
         windows = {"context": self.context, "stride": self.stride}
-        return {**loaded, "pretrained": self.base_name, **self._info(), "alpha": self.alpha, **windows}
+        return {
+            **loaded,
+            "pretrained": self.base_name,
+            **self._info(),
+            "alpha": self.alpha,
+            **windows,
+            "requests_cut": self.n_cut,
+        }
 
     # --- errors ---------------------------------------------------------------------------------------------------
 

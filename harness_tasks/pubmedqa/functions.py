@@ -1,5 +1,6 @@
-"""Functions that the YAML beside this file names; the code is in `memdec.tasks`."""
+"""Functions that the YAML beside this file names; the code is in `memdec.adaptllm` and `memdec.rows`."""
 
-from memdec.tasks import load_adaptllm, token_mean_results
+from memdec.adaptllm import load_choices, token_mean_results
+from memdec.rows import RowsTask
 
-__all__ = ["load_adaptllm", "token_mean_results"]
+__all__ = ["RowsTask", "load_choices", "token_mean_results"]
