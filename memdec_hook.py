@@ -50,7 +50,8 @@ def _add_tasks(module):
     def __init__(self, verbosity=None, include_path=None, include_defaults=True, metadata=None):
         given = [] if include_path is None else [include_path] if isinstance(include_path, str) else include_path
         given = list(given) if isinstance(given, (list, tuple)) else [given]
-        paths = [str(HARNESS_TASKS), *given] if include_defaults and HARNESS_TASKS.is_dir() else given
+        known = str(HARNESS_TASKS) in map(str, given) or not HARNESS_TASKS.is_dir()
+        paths = [str(HARNESS_TASKS), *given] if include_defaults and not known else given
         build(self, verbosity, paths or None, include_defaults, metadata)
 
     __init__.__wrapped__ = build

@@ -23,7 +23,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from memdec import artifacts, mixing, models, tokens
+from memdec import artifacts, mixing, models, rows, tokens
 from memdec.config import KnnLMSettings, RetrievalSettings, parse
 from memdec.errors import ConfigError, ModelError, one_line_errors
 from memdec.icrag import IcRagForCausalLM
@@ -41,6 +41,7 @@ log = logging.getLogger("lm_eval.models.memdec")  # the executable shows what is
 PAPER_BASE = "Qwen/Qwen2.5-7B"
 PAPER_MEMORY = "Clover-Hill/MemoryDecoder-Qwen-biomed"
 DEFAULT_ALPHA = 0.6  # best single value of the paper's Table 7
+TUNE = "tune"
 DEFAULT_CONTEXT = 1024
 # Arguments of `hf` that change no score of a request, which is named by its token ids.
 _NO_NUMBERS = {
@@ -68,6 +69,7 @@ class WrappedLM(HFLM):
     """
 
     second = True  # whether there is a second distribution
+    remembers = False  # whether scores are kept while the process lives, without a folder
 
     def __init__(
         self,
@@ -97,7 +99,8 @@ class WrappedLM(HFLM):
             self._load()
         else:
             known = len(self.store)
-            log.info("scores: %d requests known in %s; models load when another comes", known, self.store.folder)
+            place = self.store.folder or "memory"
+            log.info("scores: %d requests known in %s; models load when another comes", known, place)
 
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
@@ -165,7 +168,7 @@ class WrappedLM(HFLM):
         return size, step
 
     def _store(self, folder: str | None, kwargs: dict[str, Any]) -> ScoreStore | None:
-        if folder is None:
+        if folder is None and not self.remembers:
             return None
         named: dict[str, tuple[str | None, str | None]] = {
             "base": (self.base_name, kwargs.get("revision")),
@@ -174,7 +177,7 @@ class WrappedLM(HFLM):
         }
         setting = {key: model_identity(name, revision) for key, (name, revision) in named.items() if name}
         numbers = {key: str(value) for key, value in kwargs.items() if key not in (*named, *_NO_NUMBERS)}
-        return ScoreStore(Path(folder), setting | self._identity() | numbers)
+        return ScoreStore(Path(folder) if folder is not None else None, setting | self._identity() | numbers)
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
@@ -357,7 +360,8 @@ class MemDecInterp(WrappedLM):
     Args:
         pretrained: Base model, folder or Hub id. Without it and without `memory`: the paper's pair.
         memory: Memory decoder, folder or Hub id; None is the base alone (alpha 0).
-        alpha: Weight of the memory, from 0 to 1.
+        alpha: Weight of the memory, from 0 to 1. None is the paper's for the tasks that declare one (Table 11), else its
+            best single value; "tune" is the best of 0, 0.05 … 1 on the split that a task declares for it.
         memory_revision: Commit of the memory, for Hub ids.
         memory_dtype: Weights' type of the memory; default as the base's.
         kwargs: As for `WrappedLM`.
@@ -367,11 +371,14 @@ class MemDecInterp(WrappedLM):
         self,
         pretrained: str | None = None,
         memory: str | None = None,
-        alpha: float | None = None,
+        alpha: float | str | None = None,
         memory_revision: str | None = None,
         memory_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
+        self._choose = self._tuned if alpha == TUNE else self._no_choice if alpha is not None else self._declared
+        self.remembers = alpha == TUNE
+        self._chosen: dict[str, dict[str, Any]] = {}
         if pretrained is None:
             if memory is not None:
                 raise ConfigError(
@@ -386,7 +393,12 @@ class MemDecInterp(WrappedLM):
             )
         self.memory_name, self.memory_revision, self.memory_dtype = memory, memory_revision, memory_dtype
         self.second = memory is not None
-        weight = mixing.check_weight(alpha if alpha is not None else DEFAULT_ALPHA if memory else 0.0)
+        usual = DEFAULT_ALPHA if memory else 0.0
+        weight = mixing.check_weight(usual if alpha is None or isinstance(alpha, str) else alpha)
+        if isinstance(alpha, str) and (alpha != TUNE or memory is None):
+            raise ConfigError(
+                f"alpha: expected a number, or {TUNE} with memory=, found {alpha!r}; correct --model_args"
+            )
         if memory is None and weight:
             raise ConfigError(
                 f"memdec-interp: expected memory=<memory decoder> for alpha {weight}, found none; add it to --model_args"
@@ -418,6 +430,65 @@ class MemDecInterp(WrappedLM):
     def _set_weight(self) -> None:
         self._model.set_weights([self.alpha for _ in self._model.memories])
 
+    # --- alpha of each task -----------------------------------------------------------------------------------------
+
+    def set_alpha(self, alpha: float) -> None:
+        self._choose = self._no_choice
+        super().set_alpha(alpha)
+
+    def _no_choice(self, task: str) -> float:
+        return self.alpha
+
+    def _declared(self, task: str) -> float:
+        """The paper's alpha, where the task has one."""
+        value = rows.DECLARED.get(task, {}).get("paper_alpha")
+        if value is None or not self.second:
+            return self.alpha
+        self._chosen[task] = {"alpha": float(value), "source": "paper"}
+        return float(value)
+
+    def _tuned(self, task: str) -> float:
+        """The best alpha on the task's own split for that; scored once, on every process alike."""
+        from memdec.sweep import best_alpha
+
+        if task not in self._chosen:
+            metadata = rows.DECLARED.get(task, {})
+            split = metadata.get("tune_split")
+            if split is None:
+                raise ConfigError(
+                    f"alpha=tune: expected a task with a split to tune on, found {task}; give alpha a number"
+                )
+            processes, choose, cut = (self._rank, self._world_size), self._choose, self.n_cut
+            self._rank, self._world_size = 0, 1
+            log.info("%s: alpha is tuned on %s", task, split)
+            given = {key: value for key, value in metadata.items() if key != "rows"}
+            found = best_alpha(self, task, given | {"split": split})
+            (self._rank, self._world_size), self._choose, self.n_cut = processes, choose, cut
+            self._chosen[task] = {**found, "source": f"tuned on {split}"}
+        return float(self._chosen[task]["alpha"])
+
+    def _by_task(self, score: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
+        """Answers to requests, those of each task at its own alpha."""
+        usual = self.alpha
+        names = list(dict.fromkeys(request.task_name for request in requests))
+        alphas = {name: self.alpha if name is None else self._choose(name) for name in names}
+        answers: dict[int, Any] = {}
+        for alpha in dict.fromkeys(alphas.values()):
+            numbers = [i for i, request in enumerate(requests) if alphas[request.task_name] == alpha]
+            super().set_alpha(alpha)
+            answers.update(zip(numbers, score([requests[i] for i in numbers]), strict=True))
+        super().set_alpha(usual)
+        return [answers[i] for i in range(len(requests))]
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return self._by_task(partial(super().loglikelihood, disable_tqdm=disable_tqdm), requests)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        return self._by_task(partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm), requests)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return self._by_task(partial(super().generate_until, disable_tqdm=disable_tqdm), requests)
+
     def _identity(self) -> dict[str, str]:
         if self.memory_name is None:
             return {}
@@ -425,7 +496,7 @@ class MemDecInterp(WrappedLM):
         return {"memory": memory, "memory_dtype": str(self.memory_dtype)}
 
     def _info(self) -> dict[str, Any]:
-        return {"memory": self.memory_name}
+        return {"memory": self.memory_name} | ({"alphas": self._chosen} if self._chosen else {})
 
 
 class MemDecKnnLM(WrappedLM):

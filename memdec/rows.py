@@ -157,11 +157,19 @@ def check_label(rows: Rows, number: int, label: int, options: Sequence[str]) -> 
         )
 
 
+# Metadata of every task that was built, by name: a model sees of a request only the name of its task.
+DECLARED: dict[str, dict[str, Any]] = {}
+
+
 class RowsTask(ConfigurableTask):
-    """Task of lm-eval whose `custom_dataset` gives `Rows` by split; sources and counts stand in the results' config."""
+    """Task of lm-eval whose `custom_dataset` gives `Rows` by split; sources and counts stand in the results' config.
+
+    Metadata: `paper_alpha`, the paper's weight of the memory; `tune_split`, what alpha may be tuned on.
+    """
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__(config={key: value for key, value in (config or {}).items() if key != "class"})
+        DECLARED[self.config.task] = self.config.metadata
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         with one_line_errors():

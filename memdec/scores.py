@@ -72,15 +72,17 @@ class ScoreStore:
     """The scores of one setting.
 
     Args:
-        folder: Where stores of all settings are.
+        folder: Where stores of all settings are; None keeps scores in memory alone.
         setting: What decides scores besides the request; written to `manifest.json` in clear.
     """
 
-    def __init__(self, folder: Path, setting: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None, setting: Mapping[str, Any]) -> None:
         self.setting = dict(setting)
-        self.folder = folder / artifacts.digest([_FORMAT, self.setting])
         self._known: dict[bytes, TokenScores] = {}
         self._new: dict[bytes, TokenScores] = {}
+        self.folder = None if folder is None else folder / artifacts.digest([_FORMAT, self.setting])
+        if self.folder is None:
+            return
         for path in sorted(self.folder.glob("*.safetensors")):
             self._known.update(_read(path))
 
@@ -93,13 +95,16 @@ class ScoreStore:
 
     def put(self, key: bytes, scores: TokenScores) -> None:
         """Keep scores; they are on disk after `flush`, which happens by itself now and then."""
-        self._known[key] = self._new[key] = scores
+        self._known[key] = scores
+        if self.folder is None:
+            return
+        self._new[key] = scores
         if sum(len(each.base) for each in self._new.values()) >= _FLUSH:
             self.flush()
 
     def flush(self) -> None:
         """Write what is new as one part."""
-        if not self._new:
+        if not self._new or self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         data = save(_pack(self._new))

@@ -53,8 +53,11 @@ def run(
     with artifacts.building(out, "sweep", settings, inputs) as build:
         if build is None:
             return
+        from memdec.harness import MemDecInterp
+
         metadata = {"corpus": str(corpus), "split": split} if corpus is not None else {}
-        rows, better = _evaluate(base, memory, tasks, out, weights, metadata | {"pretrained": base}, limit, model_args)
+        model = MemDecInterp(pretrained=base, memory=memory, alpha=0.5, scores=str(out / "scores"), **model_args)
+        rows, better = _evaluate(model, tasks, weights, metadata | {"pretrained": base}, limit)
         artifacts.write_text(out / "sweep.csv", _csv(rows))
         _draw(rows, better, out)
         build.facts.update(best=[row for row in rows if row == _best(rows, row, better)])
@@ -91,24 +94,32 @@ def shown(out: Path) -> str:
     return wide.to_string(float_format=lambda value: f"{value:.4g}")
 
 
+def best_alpha(model: Any, task: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The alpha with the best value of a task's first metric: alpha, metric, value, and all values by alpha.
+
+    Args:
+        model: `memdec-interp` with a score store.
+        task: Name of the task.
+        metadata: Of the task; says the split.
+    """
+    rows, better = _evaluate(model, [task], ALPHAS, metadata, None)
+    first = [row for row in rows if row["metric"] == rows[0]["metric"]]
+    best = _best(first, first[0], better)
+    return {
+        **{key: best[key] for key in ("alpha", "metric", "value")},
+        "sweep": {f"{row['alpha']:g}": row["value"] for row in first},
+    }
+
+
 def _evaluate(
-    base: str,
-    memory: str,
-    tasks: Sequence[str],
-    out: Path,
-    alphas: Sequence[float],
-    metadata: dict[str, Any],
-    limit: int | None,
-    model_args: dict[str, Any],
+    model: Any, tasks: Sequence[str], alphas: Sequence[float], metadata: dict[str, Any], limit: int | None
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, str], bool]]:
     """Rows of the table, and of each (task, metric) whether higher is better."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from memdec import HARNESS_TASKS
-    from memdec.harness import MemDecInterp
 
-    model = MemDecInterp(pretrained=base, memory=memory, scores=str(out / "scores"), **model_args)
     manager = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata)
     rows: list[dict[str, Any]] = []
     better: dict[tuple[str, str], bool] = {}

@@ -21,7 +21,7 @@ from making import CONTEXT, plain_scores, spec
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
-from memdec import HARNESS_TASKS, artifacts, corpora, metrics, mixing, models, tokens, train
+from memdec import HARNESS_TASKS, artifacts, corpora, metrics, mixing, models, rows, sweep, tokens, train
 from memdec.config import TokenizerSpec
 from memdec.errors import ArtifactError, ConfigError, CorpusError, MemDecError, ModelError, NumericsError
 from memdec.harness import MemDecInterp, WrappedLM
@@ -454,3 +454,40 @@ def test_two_processes_share_the_requests_and_their_scores(
     assert "acc,none" in evaluate(
         "memdec-interp", "pubmedqa", alpha=0.9, scores=str(scores), device="cpu", **both_models
     )
+
+
+def test_tasks_may_declare_their_alpha(base_folder: Path, small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rows.DECLARED, "declares", {"paper_alpha": 0.05})
+    model = ours(base_folder, small_folder)
+    named = [
+        Instance("loglikelihood", {}, pair, i, ("declares" if i % 2 else "does not", i, 1))
+        for i, pair in enumerate(PAIRS)
+    ]
+    found = model.loglikelihood(named)
+    for alpha, some in ((0.6, slice(0, None, 2)), (0.05, slice(1, None, 2))):
+        plain = ours(base_folder, small_folder, alpha=alpha).loglikelihood(instances("loglikelihood", PAIRS[some]))
+        assert found[some] == pytest.approx(np.array(plain), rel=1e-5)
+    assert model.alpha == 0.6
+    assert model.get_model_info()["alphas"] == {"declares": {"alpha": 0.05, "source": "paper"}}
+    given = ours(base_folder, small_folder, alpha=0.3)
+    assert given.loglikelihood(named) == given.loglikelihood(instances("loglikelihood", PAIRS))
+
+
+def test_alpha_is_tuned_on_the_split_that_a_task_declares(
+    base_folder: Path, small_folder: Path, corpus_folder: Path
+) -> None:
+    best = next(iter(sweep.tune(str(base_folder), str(small_folder), corpus_folder, device="cpu")))
+    model = ours(base_folder, small_folder, alpha="tune")
+    arguments = {"pretrained": str(base_folder), "corpus": str(corpus_folder)}
+    manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=arguments)
+    results = simple_evaluate(model=model, tasks=["memdec_ppl"], task_manager=manager, bootstrap_iters=0)
+    assert results is not None
+    (chosen,) = results["config"]["alphas"].values()
+    assert (chosen["alpha"], chosen["source"], len(chosen["sweep"])) == (best, "tuned on valid", 21)
+    at_best = evaluate("memdec-interp", "memdec_ppl", pretrained=str(base_folder), memory=str(small_folder), alpha=best)
+    assert results["results"]["memdec_ppl"]["token_perplexity,none"] == pytest.approx(at_best["token_perplexity,none"])
+    with pytest.raises(ConfigError, match="a split to tune on, found declares none"):
+        model.loglikelihood([Instance("loglikelihood", {}, PAIRS[0], 0, ("declares none", 0, 1))])
+    for wrong in ({"alpha": "best", "memory": small_folder}, {"alpha": "tune"}):
+        with pytest.raises(ConfigError, match="alpha: expected a number"):
+            ours(base_folder, **wrong)
