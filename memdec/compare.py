@@ -198,6 +198,8 @@ def _compare_metric(
     row |= {"task": task, "metric": name if filtered == "none" else metric, "n": len(a)}
     row |= {"a": run_a.reported[metric], "b": run_b.reported[metric]}
     row["difference"] = row["b"] - row["a"]
+    if len(a) < 2:
+        return row | {"test": "none: one row"}
     if not (_is_mean(a, row["a"]) and _is_mean(b, row["b"])):
         return row | {"test": "none: not the mean of its rows"}
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
