@@ -103,11 +103,19 @@ FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A file and what was found; `status` is "ok", "missing" or what is wrong."""
+    """A file and what was found.
+
+    Attributes:
+        file: What it should be.
+        rows: How many it has; None where that cannot be told.
+        status: "ok", "missing" or what is wrong.
+        commit: That it was fetched from; None for a file of another origin, whose rows may be others of the same number.
+    """
 
     file: DataFile
     rows: int | None
     status: str
+    commit: str | None = None
 
 
 def chosen(tasks: Sequence[str]) -> list[DataFile]:
@@ -199,7 +207,7 @@ def wrong(found: Sequence[Checked], all_needed: bool) -> bool:
 
 
 def shown(found: Sequence[Checked]) -> str:
-    """A line per file: task, file, rows, expected rows, status."""
+    """A line per file: task, file, rows, expected rows, origin, status."""
     import pandas as pd
 
     lines = [
@@ -208,6 +216,7 @@ def shown(found: Sequence[Checked]) -> str:
             "file": each.file.file,
             "rows": "-" if each.rows is None else str(each.rows),
             "expected": "any" if each.file.rows is None else str(each.file.rows),
+            "origin": f"Hub {each.commit[:7]}" if each.commit else "-" if each.status == "missing" else "own file",
             "status": each.status,
         }
         for each in found
@@ -238,7 +247,9 @@ def _check(folder: Path, file: DataFile, entries: dict[str, dict[str, Any]]) -> 
         found = _rows(path)
     except (CorpusError, pa.ArrowException) as error:
         return Checked(file, None, f"not whole: {' '.join(str(error).removeprefix(f'{path}, ').split())[:80]}")
-    return Checked(file, len(found), _fault(path, file, found, entries.get(file.file)) or "ok")
+    entry = entries.get(file.file)
+    commit = str(entry["revision"]) if entry is not None and "revision" in entry else None
+    return Checked(file, len(found), _fault(path, file, found, entry) or "ok", commit)
 
 
 def _fault(path: Path, file: DataFile, found: list[dict[str, Any]], entry: dict[str, Any] | None) -> str | None:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
 
 _HELD = 1 << 22  # random numbers that are held at a time (32 MiB)
 
@@ -68,6 +67,8 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
     Raises:
         ValueError: Other numbers than 0 and 1, or not as many.
     """
+    from scipy.stats import binomtest  # takes a second to import
+
     first, second = _pairs(a, b)
     if not is_binary(first) or not is_binary(second):
         raise ValueError("mcnemar: expected outcomes 0 and 1, found others")
@@ -80,7 +81,7 @@ def sign_flips(a: ArrayLike, b: ArrayLike, *, n_resamples: int = 10_000, seed: i
 
     If they are exchangeable, every difference is as likely with the other sign. Where the 2^n choices of signs (n: items
     that differ) are no more than `n_resamples`, all are counted and p is exact; else p = (1 + hits) / (1 + R) of R random
-    ones, never 0 (Phipson and Smyth 2010, doi:10.2202/1544-6115.1585, eq. 2).
+    ones, never 0 (Phipson and Smyth 2010, doi:10.2202/1544-6115.1585).
 
     Returns:
         The two-sided p-value; 1 where they never differ.

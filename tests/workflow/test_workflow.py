@@ -261,7 +261,7 @@ def test_imports_point_one_way() -> None:
         assert not any(name.split(".")[0] == "snakemake" for name in imported(tree)), path.name
         if layer[path.stem] == 1:
             outside = {name.split(".")[0] for name in imported(top)} - {"memdec"} - set(sys.stdlib_module_names)
-            assert outside <= {"numpy", "scipy", "torch", "jaxtyping", "numba", "llvmlite"}, path.name
+            assert outside <= {"numpy", "torch", "jaxtyping", "numba", "llvmlite"}, path.name
 
 
 def test_nothing_unsafe_is_loaded() -> None:
