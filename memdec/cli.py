@@ -534,6 +534,63 @@ def check(
         raise SystemExit(1)
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Files that the tasks read.")
+app.add_typer(data_app, name="data")
+DataTasks = Annotated[list[str], typer.Option(help="folder of a task, e.g. pubmedqa; repeat (default: all)")]
+
+
+@data_app.command("fetch")
+def data_fetch(
+    task: DataTasks = [],
+    out: Annotated[Path | None, typer.Option(envvar="MEMDEC_DATA", help="folder to fill")] = None,
+) -> None:
+    """Bring what the Hub has into a folder, with sources.json; what is there and right stays."""
+    from memdec import data
+
+    _show_files(data.fetch(_data_folder(out, "--out"), task), True)
+
+
+@data_app.command("verify")
+def data_verify(
+    folder: Annotated[Path | None, typer.Argument(envvar="MEMDEC_DATA", help="folder with the files")] = None,
+    task: DataTasks = [],
+) -> None:
+    """Check the files of a folder: exit 1 where one is not whole, has other rows or was changed."""
+    from memdec import data
+
+    _show_files(data.verify(_data_folder(folder, "FOLDER"), task), bool(task))
+
+
+def _data_folder(folder: Path | None, name: str) -> Path:
+    if folder is None:
+        raise ConfigError(f"memdec data: expected {name} or MEMDEC_DATA, found neither; give one")
+    return folder
+
+
+def _show_files(found: list[Any], all_needed: bool) -> None:
+    from memdec import data
+
+    print(data.shown(found))
+    if data.wrong(found, all_needed):
+        raise SystemExit(1)
+
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="folder or results file of lm_eval with --log_samples")],
+    run_b: Annotated[Path, typer.Argument(help="the other one")],
+    csv: Annotated[Path | None, typer.Option(help="file to write the rows to, with more columns")] = None,
+) -> None:
+    """Two runs of lm_eval on the same rows: differences with 95 % intervals and p-values."""
+    from memdec import artifacts
+    from memdec import compare as stage_compare
+
+    rows = stage_compare.compare(run_a, run_b)
+    print(stage_compare.shown(rows))
+    if csv is not None:
+        artifacts.write_text(csv, rows.to_csv(index=False, lineterminator="\n"))
+
+
 @app.command()
 def schema(
     out: Annotated[Path, typer.Argument(help="file to write, e.g. workflow/schemas/config.schema.json")],

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from memdec import artifacts, mixing, models, rows, tokens
@@ -315,6 +316,20 @@ class WrappedLM(HFLM):
             results.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return results
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """As in `hf`: greedy or sampled text from the mixture; prompts are cut on the left to what fits."""
+        for request in requests:
+            prompt, settings = request.args
+            n_new = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            if n_new >= self.max_length:
+                raise ConfigError(
+                    f"generate_until: expected fewer than {self.max_length} new tokens (positions of the models), found "
+                    f"{n_new}; set max_gen_toks"
+                )
+            self.n_cut += len(self.tok_encode(prompt)) > self.max_length - n_new
+        texts: list[str] = super().generate_until(requests, disable_tqdm)
+        return texts
 
     def set_alpha(self, alpha: float) -> None:
         """Use another weight from now on."""

@@ -5,6 +5,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from memdec import statistics
+
 
 def perplexity(log_p: NDArray[np.floating]) -> float:
     """exp of the mean negative log-probability (nats) of N tokens, summed in float64."""
@@ -28,8 +30,4 @@ def bootstrap_perplexity(
     sum(log p) / tokens, so a shorter last block is weighted right.
     """
     sums, counts = window_sums(log_p, window)
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(sums), size=(n_resamples, len(sums)))
-    ppl = np.exp(-sums[draws].sum(1) / counts[draws].sum(1))
-    low, high = np.quantile(ppl, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return statistics.percentiles(np.exp(-statistics.resampled_ratios(sums, counts, n_resamples, seed)), level)

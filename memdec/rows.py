@@ -8,11 +8,13 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+from huggingface_hub import HfApi
 from lm_eval.api.task import ConfigurableTask
 
 from memdec import tokens
@@ -23,15 +25,21 @@ log = logging.getLogger("lm_eval.tasks.memdec")  # the executable shows what is 
 
 @dataclass(frozen=True, slots=True)
 class HubRows:
-    """Rows on the Hub: data set, config, split and commit."""
+    """Rows on the Hub: data set, config, split and commit (or its first digits)."""
 
     path: str
     config: str | None
     split: str
     revision: str
+    files: str | None = None  # pattern of the split's files; only these are downloaded
+
+    @property
+    def name(self) -> str:
+        """Data set, config or files, split."""
+        return " ".join(part for part in (self.path, self.config or self.files, self.split) if part)
 
     def __str__(self) -> str:
-        return f"{self.path} {self.config or ''} {self.split} at {self.revision}".replace("  ", " ")
+        return f"{self.name} at {self.revision}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +84,7 @@ def load(task: str, file: str, hub: HubRows | None = None, *, adapt: Callable[[A
     if path is not None:
         rows = Rows(_read(path), str(path))
     elif hub is not None:
+        hub = pinned(hub)
         found = hub_rows(hub)
         rows = Rows(found.map(adapt, desc=task) if adapt is not None else found, str(hub))
     else:
@@ -90,8 +99,26 @@ def load(task: str, file: str, hub: HubRows | None = None, *, adapt: Callable[[A
 
 
 def _read(path: Path) -> datasets.Dataset:
+    try:
+        return datasets.Dataset.from_list(read_lines(path))
+    except pa.ArrowException as error:
+        raise CorpusError(
+            f"{path}: expected fields that have one type in all rows, found: {' '.join(str(error).split())}; check the file"
+        ) from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON lines file.
+
+    Raises:
+        CorpusError: Names the file and the row that is none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON leaves other separators in texts
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: expected UTF-8 text, found {error}; get the file again") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(lines if lines[-1] else lines[:-1]):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -101,7 +128,27 @@ def _read(path: Path) -> datasets.Dataset:
         if not isinstance(row, dict):
             raise CorpusError(f"{path}, row {number}: expected a JSON object, found {row!r}; get the file again")
         rows.append(row)
-    return datasets.Dataset.from_list(rows)
+    return rows
+
+
+def pinned(hub: HubRows) -> HubRows:
+    """The same rows by their whole commit, which the Hub asks for.
+
+    Raises:
+        CorpusError: The commit cannot be had.
+    """
+    if len(hub.revision) == 40 or Path(hub.path).is_dir():
+        return hub
+    try:
+        commits = [each.commit_id for each in HfApi().list_repo_commits(hub.path, repo_type="dataset")]
+    except Exception as error:  # as below
+        raise _unreachable(hub, error) from None
+    found = [each for each in commits if each.startswith(hub.revision)]
+    if len(found) != 1:
+        raise CorpusError(
+            f"{hub}: expected one commit that begins so, found {len(found)} of {len(commits)}; put files under MEMDEC_DATA"
+        )
+    return replace(hub, revision=found[0])
 
 
 def hub_rows(hub: HubRows) -> datasets.Dataset:
@@ -111,12 +158,17 @@ def hub_rows(hub: HubRows) -> datasets.Dataset:
         CorpusError: They cannot be had.
     """
     try:
-        return datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision)
+        files = {hub.split: hub.files} if hub.files is not None else None
+        return datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, data_files=files)
     except Exception as error:  # the Hub client raises a dozen unrelated types
-        reason = " ".join(str(error).split())[:160]
-        raise CorpusError(
-            f"{hub}: expected rows from the Hub, found: {reason}; put files under MEMDEC_DATA, or check the network"
-        ) from None
+        raise _unreachable(hub, error) from None
+
+
+def _unreachable(hub: HubRows, error: Exception) -> CorpusError:
+    reason = " ".join(str(error).split())[:160]
+    return CorpusError(
+        f"{hub}: expected rows from the Hub, found: {reason}; put files under MEMDEC_DATA, or check the network"
+    )
 
 
 def tokenizer(metadata: Mapping[str, Any]) -> Any:

@@ -36,7 +36,8 @@ def load_wikitext(**metadata: Any) -> dict[str, Rows]:
 
         lines, source = pq.read_table(file)["text"].to_pylist(), str(file)
     else:
-        hub = HubRows("Salesforce/wikitext", "wikitext-103-raw-v1", "test", str(metadata["wikitext_revision"]))
+        revision, files = str(metadata["wikitext_revision"]), "wikitext-103-raw-v1/test-*.parquet"
+        hub = HubRows("Salesforce/wikitext", None, "test", revision, files)  # not the training files
         lines, source = list(rows.hub_rows(hub)["text"]), str(hub)
     rows.log.info("memdec_wikitext: %d lines of %s", len(lines), source)
     return _one_row("".join(lines), rows.tokenizer(metadata), source=source)

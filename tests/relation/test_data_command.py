@@ -1,0 +1,261 @@
+"""`memdec data` on small repositories in the Hub's format: what is fetched, resumed, refused and found wrong."""
+
+import hashlib
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from memdec import HARNESS_TASKS, artifacts, cli, data, rows
+from memdec.data import DataFile
+from memdec.errors import CorpusError
+from memdec.rows import HubRows
+
+COMMIT = "0" * 39 + "1"
+CHOICES = [
+    {"id": i, "input": f"Is {i}\u2028even?\nAnswer:", "options": ["No", "Yes"], "gold_index": i % 2} for i in range(4)
+]
+ENTITIES = [{"id": i, "input": f"Sentence {i}:", "label": f"Ann{i} (person)"} for i in range(3)]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A set of JSON files with two configs, and one of parquet files, as the Hub has them; the registry points there."""
+    folder = tmp_path / "hub"
+    (folder / "json").mkdir(parents=True)
+    (folder / "json" / "pubmed.json").write_text(json.dumps(CHOICES))
+    (folder / "json" / "ner.json").write_text("\n".join(json.dumps(row) for row in ENTITIES))
+    configs = [("PubMedQA", "pubmed.json"), ("NER", "ner.json")]
+    lines = [f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {file}\n" for name, file in configs]
+    (folder / "json" / "README.md").write_text("---\nconfigs:\n" + "".join(lines) + "---\n")
+    (folder / "text" / "raw").mkdir(parents=True)
+    pd.DataFrame({"text": ["", " = T = \n", " Words . \n"]}).to_parquet(folder / "text/raw/test-00000-of-00001.parquet")
+    (folder / "text/raw/train-00000-of-00001.parquet").write_text("never read")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    choice, label = ("input", "options", "gold_index"), ("input", "label")
+    text = HubRows(str(folder / "text"), None, "test", COMMIT, "raw/test-*.parquet")
+    registry = (
+        DataFile(
+            "pubmedqa/adaptllm_schema.jsonl", 4, choice, HubRows(str(folder / "json"), "PubMedQA", "test", COMMIT)
+        ),
+        DataFile("ner/adaptllm_schema.jsonl", 3, label, HubRows(str(folder / "json"), "NER", "test", COMMIT)),
+        DataFile("wikitext/raw/test.parquet", 3, ("text",), text),
+        DataFile("nq/validation.jsonl", 2, ("question", "answer")),
+        DataFile("mr/validation.jsonl", None, ("text", "label")),
+    )
+    monkeypatch.setattr(data, "FILES", registry)
+    return folder
+
+
+def memdec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["memdec", "data", *words])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return code, *capsys.readouterr()
+
+
+def test_fetched_files_are_the_rows_with_their_sources(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert [(each.rows, each.status) for each in data.fetch(out)] == [(4, "ok"), (3, "ok"), (3, "ok")]
+    entries = json.loads((out / data.SOURCES).read_text())
+    assert {file: entry["rows"] for file, entry in entries.items()} == {
+        "ner/adaptllm_schema.jsonl": 3, "pubmedqa/adaptllm_schema.jsonl": 4, "wikitext/raw/test.parquet": 3,
+    }  # fmt: skip
+    for file, entry in entries.items():
+        assert entry["sha256"] == hashlib.sha256((out / file).read_bytes()).hexdigest()
+        assert entry["revision"] == COMMIT
+    assert entries["ner/adaptllm_schema.jsonl"]["origin"] == f"{hub / 'json'} NER test"
+    assert list(pd.read_parquet(out / "wikitext/raw/test.parquet")["text"]) == ["", " = T = \n", " Words . \n"]
+    monkeypatch.setenv("MEMDEC_DATA", str(out))
+    assert list(rows.load("t", "pubmedqa/adaptllm_schema.jsonl").rows) == CHOICES
+    assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [
+        "adaptllm_schema.jsonl", "adaptllm_schema.jsonl", "sources.json", "test.parquet",
+    ]  # fmt: skip
+    checked = data.verify(out)
+    assert [each.status for each in checked] == ["ok", "ok", "ok", "missing", "missing"]
+    assert not data.wrong(checked, all_needed=False)
+
+
+def test_a_killed_fetch_goes_on_and_what_is_right_stays(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    written, write = [], artifacts.write_bytes
+
+    def die(path: Path, content: bytes) -> None:
+        if path.name != data.SOURCES:
+            if len(written) == 1:
+                raise KeyboardInterrupt
+            written.append(path)
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "write_bytes", die)
+        with pytest.raises(KeyboardInterrupt):
+            data.fetch(out)
+    # The entry of the second file is there, the file is not.
+    assert len(json.loads((out / data.SOURCES).read_text())) == 2
+    assert [each.status for each in data.verify(out)][:3] == ["ok", "missing", "missing"]
+    stamp = (out / "pubmedqa/adaptllm_schema.jsonl").stat().st_mtime_ns
+    asked, load = [], rows.hub_rows
+    monkeypatch.setattr(rows, "hub_rows", lambda hub: (asked.append(hub.config), load(hub))[1])
+    assert {each.status for each in data.fetch(out)} == {"ok"}
+    assert asked == ["NER", None]
+    assert (out / "pubmedqa/adaptllm_schema.jsonl").stat().st_mtime_ns == stamp
+    assert data.fetch(out, ["ner"])[0].status == "ok"
+    assert len(asked) == 2
+
+
+def test_a_changed_file_of_ours_is_fetched_again_and_a_strange_one_is_not_touched(hub: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data.fetch(out, ["ner"])
+    file = out / "ner/adaptllm_schema.jsonl"
+    whole = file.read_text()
+    file.write_text(whole.replace("Ann1", "Bob1"))
+    assert data.verify(out, ["ner"])[0].status == "not what sources.json says"
+    data.fetch(out, ["ner"])
+    assert file.read_text() == whole
+    own = out / "pubmedqa/adaptllm_schema.jsonl"
+    own.parent.mkdir()
+    own.write_text(json.dumps(CHOICES[0]) + "\n")
+    with pytest.raises(CorpusError, match=r"pubmedqa/adaptllm_schema\.jsonl: expected a right file .* move it"):
+        data.fetch(out)
+    assert own.read_text() == json.dumps(CHOICES[0]) + "\n"
+    own.write_text("".join(json.dumps(row) + "\n" for row in CHOICES))  # right, if not from here: stays
+    assert [each.status for each in data.fetch(out)] == ["ok"] * 3
+    assert data.shown(data.verify(out, ["pubmedqa"])).split()[-3:] == ["own", "file", "ok"]
+    assert "pubmedqa/adaptllm_schema.jsonl" not in json.loads((out / data.SOURCES).read_text())
+
+
+def test_another_commit_in_the_registry_is_fetched(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data.fetch(tmp_path / "out", ["ner"])
+    ner = data.FILES[1]
+    assert ner.hub is not None
+    monkeypatch.setattr(data, "FILES", (replace(ner, hub=replace(ner.hub, revision="f" * 40)),))
+    assert data.verify(tmp_path / "out")[0].status == f"of another commit than {'f' * 40}"
+    assert data.fetch(tmp_path / "out")[0].status == "ok"
+    assert (
+        json.loads((tmp_path / "out" / data.SOURCES).read_text())["ner/adaptllm_schema.jsonl"]["revision"] == "f" * 40
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "status"),
+    [
+        ("nq/validation.jsonl", '{"question": "who", "answer": ["x"]}\n', "other number of rows"),
+        ("nq/validation.jsonl", '{"question": "who", "answer": ["x"]}\n{"question": "w', "not whole: row 1: expected a JSON object"),
+        ("nq/validation.jsonl", '{"question": "who", "answer": ["x"]}\n{"question": "why"}\n', "row 1: no 'answer'"),
+        ("nq/validation.jsonl", '{"question": "\udcff"}\n', "not whole"),
+        ("mr/validation.jsonl", "", "other number of rows"),
+        ("wikitext/raw/test.parquet", "PAR1 cut", "not whole"),
+    ],
+)  # fmt: skip
+def test_verify_finds_what_is_wrong(
+    file: str, content: str, status: str, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = tmp_path / "folder" / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    code, _, _ = memdec(monkeypatch, capsys, "verify", str(tmp_path / "folder"))
+    assert code == 1
+    (found,) = [each for each in data.verify(tmp_path / "folder") if each.status != "missing"]
+    assert (found.file.file, found.status[: len(status)]) == (file, status)
+
+
+def test_the_commands_say_what_is_there(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    code, text, _ = memdec(monkeypatch, capsys, "fetch", "--out", out, "--task", "ner", "--task", "wikitext")
+    assert code == 0
+    assert [line.split() for line in text.splitlines()] == [
+        ["task", "file", "rows", "expected", "origin", "status"],
+        ["ner", "ner/adaptllm_schema.jsonl", "3", "3", "Hub", "0000000", "ok"],
+        ["wikitext", "wikitext/raw/test.parquet", "3", "3", "Hub", "0000000", "ok"],
+    ]
+    monkeypatch.setenv("MEMDEC_DATA", out)
+    code, text, _ = memdec(monkeypatch, capsys, "verify")
+    assert (code, text.count(" ok"), text.count(" missing")) == (0, 2, 3)
+    code, text, _ = memdec(monkeypatch, capsys, "verify", "--task", "nq")
+    assert (code, text.count(" ok"), text.count(" missing")) == (1, 0, 1)
+    for words, message in (
+        (("fetch", "--task", "nq"), "nq/validation.jsonl: expected a task that the Hub has"),
+        (("fetch", "--task", "nqq"), "--task: expected one of mr, ner, nq, pubmedqa, wikitext, found 'nqq'"),
+        (("verify", str(tmp_path / "none")), "expected a folder in the layout of MEMDEC_DATA, found none"),
+    ):
+        code, _, err = memdec(monkeypatch, capsys, *words)
+        assert code == 2
+        assert message in err
+    (tmp_path / "out" / data.SOURCES).write_text('{"ner')
+    code, _, err = memdec(monkeypatch, capsys, "verify")
+    assert (code, "sources.json: expected a JSON object" in err) == (2, True)
+    monkeypatch.delenv("MEMDEC_DATA")
+    code, _, err = memdec(monkeypatch, capsys, "fetch")
+    assert (code, "expected --out or MEMDEC_DATA, found neither" in err) == (2, True)
+
+
+def test_no_network_is_one_error_and_keeps_what_came(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pubmedqa, ner, *_ = data.FILES
+    assert ner.hub is not None
+    away = replace(ner, hub=replace(ner.hub, path="AdaptLLM/no-such-set"))
+    monkeypatch.setattr(data, "FILES", (pubmedqa, away))
+    with pytest.raises(CorpusError, match=r"AdaptLLM/no-such-set NER test at 0+1: expected rows from the Hub, found"):
+        data.fetch(tmp_path / "out")
+    assert [each.status for each in data.verify(tmp_path / "out")] == ["ok", "missing"]
+
+
+def test_a_short_commit_becomes_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = HubRows("AdaptLLM/some-set", "NER", "test", "48d43d2")
+    commits = ["48d43d2" + "a" * 33, "9" * 40]
+    api = SimpleNamespace(list_repo_commits=lambda *_, **__: [SimpleNamespace(commit_id=each) for each in commits])
+    monkeypatch.setattr(rows, "HfApi", lambda: api)
+    assert rows.pinned(hub).revision == commits[0]
+    assert rows.pinned(replace(hub, revision=COMMIT)).revision == COMMIT
+    with pytest.raises(CorpusError, match="expected one commit that begins so, found 0 of 2"):
+        rows.pinned(replace(hub, revision="48d43d3"))
+
+
+def test_the_registry_has_every_task_once_and_the_pins_of_the_yaml_files() -> None:
+    names = [each.file for each in data.FILES]
+    assert len(set(names)) == len(names)
+    assert sum(each.hub is not None for each in data.FILES) == 14
+    pins: dict[str, Any] = {each.file: each.hub for each in data.FILES}
+    seen = 0
+    for path in HARNESS_TASKS.rglob("*.yaml"):
+        found = dict(re.findall(r"^ *(adaptllm_\w+|wikitext_revision): *(\S+)", path.read_text(), re.MULTILINE))
+        if "adaptllm_config" in found and "adaptllm_revision" in found:
+            hub = pins[f"{found['adaptllm_config'].lower()}/adaptllm_schema.jsonl"]
+            assert (hub.path, hub.config, hub.revision) == tuple(
+                found[f"adaptllm_{k}"] for k in ("path", "config", "revision")
+            )
+            seen += 1
+        if "wikitext_revision" in found:
+            assert pins["wikitext/wikitext-103-raw-v1/test.parquet"].revision == found["wikitext_revision"]
+            seen += 1
+    assert seen >= 2
+
+
+def test_the_real_rows_that_are_complete(shared_data: Path) -> None:
+    found = {each.file.file: each for each in data.verify(shared_data / "tasks")}
+    for task in ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte"):
+        assert found[f"{task}/test.jsonl"].status == "ok"
+    assert found["ner/adaptllm_schema.jsonl"].status == "ok"
+    assert found["nq/validation.jsonl"].status == "other number of rows"
+    assert found["yahoo/test.jsonl"].status == "missing"
+    assert not [each for each in found.values() if each.status.startswith(("row", "not"))]
