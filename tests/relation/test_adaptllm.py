@@ -22,10 +22,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memdec import HARNESS_TASKS, adaptllm, mixing, models, train
 from memdec import adaptllm_metrics as am
+from memdec.config import TrainSettings
 from memdec.errors import CorpusError
 
 ALPHA = 0.4
-POSITIONS = 384
+POSITIONS = 160
 LOADERS = {
     "ChemProt": adaptllm.load_choices, "MQP": adaptllm.load_choices, "PubMedQA": adaptllm.load_choices,
     "RCT": adaptllm.load_choices, "USMLE": adaptllm.load_choices, "FiQA_SA": adaptllm.load_choices,
@@ -47,8 +48,8 @@ ORACLES = ["mqp", "fiqa_sa", "headline", "ner", "convfinqa", "scotus", "casehold
 def pair(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Base and memory that see more than the 100 tokens of an answer."""
     folder = tmp_path_factory.mktemp("pair")
-    for name, seed in (("base", 0), ("memory", 1)):
-        made = spec(16, seed=seed, layers=1)
+    for name, seed, epochs in (("base", 0, 6), ("memory", 1, 2)):
+        made = spec(24, seed=seed, layers=1, train=TrainSettings(epochs=epochs, learning_rate=1e-2))
         train.run_pretrain(made, tokenizer_folder, token_folder, folder / name, context=POSITIONS)
     return folder / "base", folder / "memory"
 
@@ -70,23 +71,23 @@ def write(folder: Path, task: str, rows: list[dict[str, Any]], file: str = "adap
 
 def made_rows() -> dict[str, list[dict[str, Any]]]:
     """Rows of each kind, with options of different lengths."""
-    options = ["returns", "scales the window of the model", "shifts it"]
+    options = ["returns", "scales the window of size 4", "shifts it"]
     choices = [
-        {"input": f"The matrix {i} reads the token.\nQuestion: what does it?\nAnswer:", "options": options,
-         "gold_index": i % 3} for i in range(9)
+        {"input": f"Question: what does the token {i}?\nThe token {i}", "options": options[i % 3 :] + options[: i % 3],
+         "gold_index": i * i % 3} for i in range(9)
     ]  # fmt: skip
     completions = [{"input": f"The vector {i} reads the window.\nThe" + " kernel" * (i % 3)} for i in range(4)]
     return {
         "usmle": choices,
         "fpb": choices,
         "headline": [row | {"gold_index": i % 2, "class_id": i % 9} for i, row in enumerate(choices * 2)],
-        "unfair_tos": [row | {"gold_index": [i % 3, 2]} for i, row in enumerate(choices)],
+        "unfair_tos": [row | {"gold_index": sorted({i % 2, i % 3})} for i, row in enumerate(choices)],
         "casehold": [
             {"input_options": [f"The index {i} writes (holding that {o}" + " " * (i == 2) for o in options],
-             "output": f") and reads the token {i}.", "gold_index": i % 3} for i in range(18)
+             "output": f") and reads the token {i}.", "gold_index": i * i % 3} for i in range(18)
         ],
         "ner": [row | {"label": "The kernel (organization), Bond (person)"} for row in completions],
-        "convfinqa": [row | {"label": f"{7 * i}"} for i, row in enumerate(completions)],
+        "convfinqa": [row | {"label": ["12", "7"][i % 2]} for i, row in enumerate(completions)],
     }  # fmt: skip
 
 
@@ -126,24 +127,27 @@ class Plain:
             return [self.mean_log_p(prompt, row["output"]) for prompt in row["input_options"]]
         return [self.mean_log_p(row["input"], " " + option) for option in row["options"]]
 
-    def line(self, prompt: str) -> str:
-        """Greedy, at most 100 tokens, to the end of the line; the prompt is cut on the left."""
-        ids = torch.tensor([self.words.encode(prompt)[-(POSITIONS - 100) :]])
-        written: list[int] = []
-        pasts = [None, None]
-        with torch.no_grad():
-            while len(written) < 100 and "\n" not in self.words.decode(written):
-                outs = [
-                    model(ids, past_key_values=past, use_cache=True)
-                    for model, past in zip(self.both, pasts, strict=True)
-                ]
-                pasts = [out.past_key_values for out in outs]
-                base, memory = (out.logits[0, -1].softmax(-1) for out in outs)
-                ids = (ALPHA * memory + (1 - ALPHA) * base).argmax().reshape(1, 1)
-                if int(ids) == self.words.eos_token_id:
-                    break
-                written.append(int(ids))
-        return self.words.decode(written).split("\n")[0]
+    def lines(self, prompts: list[str]) -> list[str]:
+        """Greedy, 100 tokens, then cut at the end of the line; prompts are cut on the left, equal lengths go together."""
+        cut = [self.words.encode(prompt)[-(POSITIONS - 100) :] for prompt in prompts]
+        found = {}
+        for length in {len(ids) for ids in cut}:
+            members = [i for i, ids in enumerate(cut) if len(ids) == length]
+            ids = torch.tensor([cut[i] for i in members])
+            written, pasts = [], [None, None]
+            with torch.no_grad():
+                for _ in range(100):
+                    outs = [
+                        m(ids, past_key_values=past, use_cache=True) for m, past in zip(self.both, pasts, strict=True)
+                    ]
+                    pasts = [out.past_key_values for out in outs]
+                    base, memory = (out.logits[:, -1:].softmax(-1) for out in outs)
+                    ids = (ALPHA * memory + (1 - ALPHA) * base).argmax(-1)
+                    written.append(ids)
+            for i, answer in zip(members, torch.cat(written, 1), strict=True):
+                text = self.words.decode(answer).split(self.words.eos_token)[0]
+                found[i] = text.split("\n")[0]
+        return [found[i] for i in range(len(prompts))]
 
 
 def plain_f1(pairs: list[tuple[int, int]], weighted: bool) -> float:
@@ -224,7 +228,7 @@ def check_run(found: dict[str, Any], plain: Plain, tasks: list[str]) -> None:
         samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
         rows = [sample["doc"] for sample in samples]
         if "label" in rows[0]:
-            answers: list[Any] = [plain.line(row["input"]) for row in rows]
+            answers: list[Any] = plain.lines([row["input"] for row in rows])
             assert [sample["filtered_resps"][0] for sample in samples] == answers, task
         else:
             means = [plain.means(row) for row in rows]
@@ -233,6 +237,9 @@ def check_run(found: dict[str, Any], plain: Plain, tasks: list[str]) -> None:
                 per_token = [total / n for total, n in zip(sums, sample["doc"]["option_tokens"], strict=True)]
                 assert per_token == pytest.approx(expected, abs=1e-5), (task, sample["doc_id"])
             answers = [int(np.argmax(each)) for each in means]
+            golds = [row["gold_index"] if isinstance(row["gold_index"], list) else [row["gold_index"]] for row in rows]
+            hits = [answer in right for answer, right in zip(answers, golds, strict=True)]
+            assert [sample["acc"] for sample in samples] == hits, task
         expected_scores = plain_scores(task, rows, answers)
         values = found["results"][task]
         for metric, value in expected_scores.items():
@@ -250,8 +257,11 @@ def test_made_rows_of_each_kind_equal_a_plain_script(
     tasks = [f"memdec_{name}" for name in made]
     found = evaluate("memdec-interp", tasks, pretrained=str(pair[0]), memory=str(pair[1]), alpha=ALPHA)
     check_run(found, Plain(pair), tasks)
+    # The models tell something: answers end with their line, and dividing by tokens changes what is chosen.
+    words = AutoTokenizer.from_pretrained(pair[0])
     answers = [sample["filtered_resps"][0] for sample in found["samples"]["memdec_convfinqa"]]
-    assert all("\n" not in answer for answer in answers)
+    assert min(len(words.encode(answer)) for answer in answers) < 90
+    assert found["results"]["memdec_usmle"]["acc,none"] != found["results"]["memdec_usmle"]["acc_sum,none"]
 
 
 def test_real_rows_of_every_task_equal_a_plain_script(
