@@ -1,0 +1,39 @@
+"""Functions that the YAML beside this file names; the code is in `memdec.adaptllm` and `memdec.rows`."""
+
+from memdec.adaptllm import (
+    entity_results,
+    headline_results,
+    load_casehold,
+    load_choices,
+    load_entities,
+    load_headlines,
+    load_multi_gold,
+    load_numbers,
+    micro_macro_results,
+    number_results,
+    token_mean_results,
+    weighted_f1_results,
+)
+from memdec.adaptllm_metrics import headline_f1, macro_f1, micro_f1, micro_macro_mean, weighted_f1
+from memdec.rows import RowsTask
+
+__all__ = [
+    "RowsTask",
+    "entity_results",
+    "headline_f1",
+    "headline_results",
+    "load_casehold",
+    "load_choices",
+    "load_entities",
+    "load_headlines",
+    "load_multi_gold",
+    "load_numbers",
+    "macro_f1",
+    "micro_f1",
+    "micro_macro_mean",
+    "micro_macro_results",
+    "number_results",
+    "token_mean_results",
+    "weighted_f1",
+    "weighted_f1_results",
+]
