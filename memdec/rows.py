@@ -91,17 +91,21 @@ def load(task: str, file: str, hub: HubRows | None = None, *, adapt: Callable[[A
 
 def _read(path: Path) -> datasets.Dataset:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorpusError(
-                f"{path}, row {number}: expected a JSON object, found {error}; get the file again"
-            ) from None
-        if not isinstance(row, dict):
-            raise CorpusError(f"{path}, row {number}: expected a JSON object, found {row!r}; get the file again")
-        rows.append(row)
-    return datasets.Dataset.from_list(rows)
+    with path.open(encoding="utf-8") as file:  # `splitlines` would also part a text at U+0085 or U+2028
+        for number, line in enumerate(file):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise CorpusError(
+                    f"{path}, row {number}: expected a JSON object, found {error}; get the file again"
+                ) from None
+            if not isinstance(row, dict):
+                raise CorpusError(f"{path}, row {number}: expected a JSON object, found {row!r}; get the file again")
+            rows.append(row)
+    try:
+        return datasets.Dataset.from_list(rows)
+    except (TypeError, ValueError) as error:
+        raise CorpusError(f"{path}: expected one type per field in all rows, found: {error}; check the file") from None
 
 
 def hub_rows(hub: HubRows) -> datasets.Dataset:

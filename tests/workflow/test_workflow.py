@@ -219,7 +219,20 @@ LAYERS = [
     | {"flops", "cards", "figures", "speculative"},
     {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
     | {"passages", "knnlm", "icrag", "systems", "explain", "latency"},
-    {"harness", "sweep", "rows", "tasks", "adaptllm", "tables", "cases", "regression", "cli"},
+    {
+        "harness",
+        "sweep",
+        "rows",
+        "tasks",
+        "adaptllm",
+        "dcpmi",
+        "dcpmi_rows",
+        "verbalizers",
+        "tables",
+        "cases",
+        "regression",
+        "cli",
+    },
 ]
 
 
