@@ -475,6 +475,61 @@ def alpha_sweep(n: int) -> tuple[Work, Work]:
     return ours, twin
 
 
+def dcpmi(n: int) -> tuple[Work, Work]:
+    """DCPMI of 4 labels with 150 words each on n texts of about 60 tokens, a GPT-2 of 4 layers, batches of 32.
+
+    As the task does it, from texts on; against one plain forward per row, padded on the right, logits of its last
+    position only, from token ids on.
+    """
+    from lm_eval.api.instance import Instance
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    from memdec.dcpmi import EPSILON, LabelWords, label_scores
+    from memdec.harness import MemDecInterp
+
+    folder, rng = _scratch() / "model", np.random.default_rng(0)
+    names = [":", "<end>", *(f"w{i}" for i in range(2, V))]
+    split = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<end>"))
+    split.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=split, eos_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=4, n_head=4, eos_token_id=1)).save_pretrained(folder)
+    rows = [rng.integers(2, V, max(5, length)).tolist() for length in rng.gamma(9, 6.5, n).astype(int)]
+    ids = rng.choice(np.arange(2, V), 600, replace=False)
+    words = LabelWords(tuple(f" w{i}" for i in ids), tuple(np.arange(600).reshape(4, 150)), np.arange(4))
+    premise = [7, 8]
+    lm = MemDecInterp(pretrained=str(folder), device="cpu", batch_size=32)
+    plain = GPT2LMHeadModel.from_pretrained(folder).eval()
+
+    def ours() -> tuple[Tensor]:
+        texts = [" ".join(f"w{i}" for i in row) for row in (premise, *rows)]
+        prior, *found = lm.label_word_probs(
+            [Instance("label_word_probs", {}, (text, words.texts), i) for i, text in enumerate(texts)],
+            disable_tqdm=True,
+        )
+        return (torch.tensor([label_scores(log_p, prior, words)["acc"] for log_p in found]),)
+
+    @torch.inference_mode()
+    def twin() -> tuple[Tensor]:
+        order = sorted(range(n), key=lambda i: -len(rows[i]))
+        wanted, out = torch.from_numpy(ids), torch.zeros(n, 4)
+        prior = plain(torch.tensor([premise])).logits[0, -1].softmax(-1)[wanted]
+        for first in range(0, n, 32):
+            batch = order[first : first + 32]
+            lengths = torch.tensor([len(rows[i]) for i in batch])
+            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True)
+            hidden = plain.transformer(padded).last_hidden_state[torch.arange(len(batch)), lengths - 1]
+            p = plain.lm_head(hidden).softmax(-1)[:, wanted]
+            ratios = (p + EPSILON).log() - (prior + EPSILON).log()
+            out[batch] = ratios.reshape(-1, 4, 150).sum(-1)
+        return (out,)
+
+    return ours, twin
+
+
 CASES = [
     Case("keys_write", keys_write, 300_000, 30_000, "tokens/s", "higher", 0.0, _keys),
     Case("keys_read", keys_read, 300_000, 70_000, "tokens/s", "higher", 1e-6, _keys),
@@ -488,4 +543,5 @@ CASES = [
     Case("loss", loss, 8 * 512, 512, "CPU s", "lower", 2e-6),
     Case("loss_floor", loss_floor, 8 * 512, 512, "CPU s", "lower", float("inf")),
     Case("alpha_sweep", alpha_sweep, 2048, 1200, "CPU s", "lower", 2e-6),
+    Case("dcpmi", dcpmi, 2000, 200, "CPU s", "lower", 1e-4),
 ]

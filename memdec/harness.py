@@ -11,12 +11,13 @@ both distributions are kept, so that a run at another alpha computes nothing and
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from memdec.index import load as load_index
 from memdec.knnlm import KnnLMForCausalLM, check_folders
 from memdec.modeling import MemDecForCausalLM, Wrapper, check_room
 from memdec.scores import ScoreStore, TokenScores, model_identity, request_key
-from memdec.scoring import Which, score_labels, score_stream
+from memdec.scoring import Which, score_labels, score_stream, score_words
 from memdec.windows import windows
 
 log = logging.getLogger("lm_eval.models.memdec")  # the executable shows what is under lm_eval
@@ -54,6 +55,8 @@ _LOGITS = 1 << 28  # most logits of one model that are held at a time (1 GiB in 
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
 Item = tuple[bytes, list[int], list[int]]  # key, what the model reads, what is scored at the end of it
+WordItem = tuple[bytes, tuple[int, ...], torch.Tensor]  # key, what the model reads, tokens that may come next
+AnyItem = TypeVar("AnyItem", Item, WordItem)
 
 
 class WrappedLM(HFLM):
@@ -205,8 +208,26 @@ class WrappedLM(HFLM):
         stored scores are read.
         """
         items = [self._item(context, continuation) for _, context, continuation in requests]
+
+        def score(missing: list[Item]) -> Iterator[tuple[bytes, TokenScores]]:
+            for batch in self._request_batches(missing, override_bs):
+                yield from self._score_batch(batch)
+
+        found = self._scores(items, score, disable_tqdm)
+        answers = []
+        for (strings, _, _), (key, _, _) in zip(requests, items, strict=True):
+            answer = float(found[key].log_p(self.alpha).sum()), found[key].is_greedy(self.alpha)
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
+            answers.append(answer)
+        return answers
+
+    def _scores(
+        self, items: list[AnyItem], score: Callable[[list[AnyItem]], Iterator[tuple[bytes, TokenScores]]], quiet: bool
+    ) -> dict[bytes, TokenScores]:
+        """Scores of items by key (their first entry): stored ones are read, of equal ones one is scored."""
         found: dict[bytes, TokenScores] = {}
-        missing: dict[bytes, Item] = {}
+        missing: dict[bytes, AnyItem] = {}
         for item in items:
             known = self._known(item[0])
             if known is None:
@@ -217,25 +238,18 @@ class WrappedLM(HFLM):
             total=len(items),
             desc="score requests",
             unit="request",
-            disable=disable_tqdm or self.rank != 0,
+            disable=quiet or self.rank != 0,
             mininterval=2,
         )
         bar.update(len(items) - len(missing))
-        for batch in self._request_batches(list(missing.values()), override_bs):
-            for key, scores in self._score_batch(batch):
-                found[key] = scores
-                self._keep(key, scores)
-                bar.update(1)
+        for key, scores in score(list(missing.values())):
+            found[key] = scores
+            self._keep(key, scores)
+            bar.update(1)
         bar.close()
         if self.store is not None:
             self.store.flush()
-        answers = []
-        for (strings, _, _), (key, _, _) in zip(requests, items, strict=True):
-            answer = float(found[key].log_p(self.alpha).sum()), found[key].is_greedy(self.alpha)
-            if strings is not None:
-                self.cache_hook.add_partial("loglikelihood", strings, answer)
-            answers.append(answer)
-        return answers
+        return found
 
     def _item(self, context: list[int], continuation: list[int]) -> Item:
         """A request as the model sees it: cut on the left to what fits."""
@@ -258,9 +272,7 @@ class WrappedLM(HFLM):
         if not ordered:
             return
         if size is None:
-            size = self.batch_size
-        if size == "auto":
-            size = self._detect_batch_size([(None, ordered[0][0][1], ordered[0][0][2])], 0)
+            size = self._rows_at_once(ordered[0][0][1], ordered[0][0][2])
         batch: list[list[Item]] = []
         for group in ordered:
             if batch and (len(batch) == size or (len(batch) + 1) * _kept([*batch, group]) * self._n_logits > _LOGITS):
@@ -268,6 +280,11 @@ class WrappedLM(HFLM):
                 batch = []
             batch.append(group)
         yield batch
+
+    def _rows_at_once(self, longest: Sequence[int], scored: Sequence[int]) -> int:
+        """The batch size; "auto" is found with the longest input."""
+        size = self.batch_size
+        return int(self._detect_batch_size([(None, list(longest), list(scored))], 0) if size == "auto" else size)
 
     @property
     def _n_logits(self) -> int:
@@ -279,12 +296,76 @@ class WrappedLM(HFLM):
         ids = torch.zeros(len(batch), longest, dtype=torch.long)  # what is behind a text changes nothing before it
         for row, group in zip(ids, batch, strict=True):
             row[: len(group[0][1])] = torch.tensor(group[0][1])
-        base, memory = self.model.log_probs(ids, which=self._which, logits_to_keep=keep)
+        base, memory = self._last(ids, keep)
         for row, group in enumerate(batch):
             for key, read, scored in group:
                 span = slice(len(read) - len(scored) - (longest - keep), len(read) - (longest - keep))
                 parts = [None if each is None else each[row, span] for each in (base, memory)]
                 yield key, score_labels(parts[0], parts[1], torch.tensor(scored, device=self.model.device))
+
+    def _last(self, ids: torch.Tensor, keep: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(log p_base, log p_mem) of the last positions of a batch, each (B, keep, V)."""
+        # Positions instead of their number: of a slice, which is not contiguous, torch takes the product with the head
+        # row by row on a CPU (32 rows of 256 x 50,257: 146 ms, of a copy 13 ms).
+        positions = torch.arange(ids.shape[1] - keep, ids.shape[1])
+        found: tuple[torch.Tensor | None, torch.Tensor | None]
+        found = self.model.log_probs(ids, which=self._which, logits_to_keep=positions)
+        return found
+
+    # --- words that may come next -----------------------------------------------------------------------------------
+
+    def label_word_probs(self, requests: list[Any], disable_tqdm: bool = False) -> list[list[float]]:
+        """log-probability (nats) of each of the words as the next token; requests are (context, words).
+
+        A word is the text of one token, with its space. A context is read once, whatever number of requests and words;
+        one that is too long is cut on the left.
+
+        Raises:
+            ConfigError: A word is not one token.
+        """
+        ids = {words: self._word_ids(words) for words in {request.args[1] for request in requests}}
+        contexts: dict[str, tuple[int, ...]] = {}
+        items = []
+        for request in requests:
+            context, words = request.args
+            if context not in contexts:
+                contexts[context] = tuple(self.tok_encode(context) or [self.prefix_token_id])
+            self.n_cut += len(contexts[context]) > self.max_length
+            read = contexts[context][-self.max_length :]
+            items.append((request_key("words", read, ids[words]), read, ids[words]))
+        found = self._scores(items, self._score_words, disable_tqdm)
+        answers = {key: scores.log_p(self.alpha).tolist() for key, scores in found.items()}
+        return [answers[key] for key, _, _ in items]
+
+    def _word_ids(self, words: tuple[str, ...]) -> torch.Tensor:
+        rows = tokens.behind(self.tokenizer, words)
+        for word, ids in zip(words, rows, strict=True):
+            if len(ids) != 1:
+                raise ConfigError(
+                    f"label_word_probs: expected words of one token, found {word!r} of {len(ids)}; the task has another "
+                    "tokenizer than the model: give it with --metadata '{\"tokenizer\": ...}'"
+                )
+        return torch.tensor([ids[0] for ids in rows])
+
+    @torch.inference_mode()
+    def _score_words(self, items: list[WordItem]) -> Iterator[tuple[bytes, TokenScores]]:
+        """Inputs of one length side by side: nothing is padded, and only the last position has logits."""
+        groups: dict[tuple[int, ...], list[WordItem]] = {}
+        for item in items:
+            groups.setdefault(item[1], []).append(item)
+        ordered = sorted(groups, key=lambda read: (-len(read), read))
+        if not ordered:
+            return
+        size = min(self._rows_at_once(ordered[0], [0]), max(1, _LOGITS // self._n_logits))
+        for _, same in groupby(ordered, key=len):
+            rows = list(same)
+            for first in range(0, len(rows), size):
+                batch = rows[first : first + size]
+                log_p = self._last(torch.tensor(batch), 1)
+                for row, read in enumerate(batch):
+                    base, memory = (None if each is None else each[row, -1] for each in log_p)
+                    for key, _, words in groups[read]:
+                        yield key, score_words(base, memory, words)
 
     # --- rolling log-likelihood -----------------------------------------------------------------------------------
 
@@ -500,6 +581,9 @@ class MemDecInterp(WrappedLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         return self._by_task(partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm), requests)
+
+    def label_word_probs(self, requests: list[Any], disable_tqdm: bool = False) -> list[list[float]]:
+        return self._by_task(partial(super().label_word_probs, disable_tqdm=disable_tqdm), requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         return self._by_task(partial(super().generate_until, disable_tqdm=disable_tqdm), requests)

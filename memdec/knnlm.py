@@ -107,14 +107,14 @@ class KnnLMForCausalLM(Wrapper):
         self.weight = mixing.check_weight(weight)
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int | Tensor = 0
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p_base, log p_kNN) of a batch without padding on the left, each float32 (B, T or logits_to_keep, V).
 
         Args:
             input_ids: Token ids (B, T).
             which: "base", "memory" (p_kNN) or "both".
-            logits_to_keep: Only the last so many positions; 0 is all.
+            logits_to_keep: Only the last so many positions; 0 is all; or the positions.
         """
         base, found, _ = self._run(
             which != "base", input_ids.to(self.device), None, logits_to_keep=logits_to_keep, use_cache=False

@@ -134,14 +134,14 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         )
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int | Tensor = 0
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p, None) of a batch without padding on the left: there is nothing else to weigh.
 
         Args:
             input_ids: Token ids (B, T).
             which: "base"; models with a second distribution know "both" and "memory", too.
-            logits_to_keep: Only the last so many positions; 0 is all.
+            logits_to_keep: Only the last so many positions; 0 is all; or the positions.
         """
         return self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=logits_to_keep).logits, None
 
@@ -337,7 +337,7 @@ class MemDecForCausalLM(Wrapper):
     # --- running --------------------------------------------------------------------------------------------------
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int | Tensor = 0
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p_base, log p_mem) of a batch without padding on the left, each float32 (B, T or logits_to_keep, V).
 
@@ -346,7 +346,7 @@ class MemDecForCausalLM(Wrapper):
         Args:
             input_ids: Token ids (B, T).
             which: "base", "memory" or "both".
-            logits_to_keep: Only the last so many positions; 0 is all.
+            logits_to_keep: Only the last so many positions; 0 is all; or the positions.
         """
         total = math.fsum(self.config.weights)
         shares = [w / total if total else 1 / len(self.memories) for w in self.config.weights]

@@ -69,6 +69,14 @@ def score_labels(
     return _both(log_p[0], log_p[1], (float(low.max()), float(high.min())))
 
 
+def score_words(
+    base: Float[Tensor, " V"] | None, memory: Float[Tensor, " V"] | None, words: Int[Tensor, " n"]
+) -> TokenScores:
+    """Scores of n words that may each come next, from one distribution of the models that ran."""
+    log_p = [None if x is None else x[words.to(x.device)].cpu().numpy() for x in (base, memory)]
+    return _both(log_p[0], log_p[1])
+
+
 def _both(
     base: NDArray[np.float32] | None, memory: NDArray[np.float32] | None, greedy: tuple[float, float] | None = None
 ) -> TokenScores:

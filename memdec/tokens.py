@@ -112,6 +112,23 @@ def prefix_id(tokenizer: Any) -> int:
     return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
 
 
+def behind(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids that each text (a word with its space) adds behind another text.
+
+    Not the ids of the text alone: SentencePiece puts an empty token before a leading space.
+    """
+    before = ":"
+    n_before = len(tokenizer.encode(before, add_special_tokens=False))
+    rows: list[list[int]] = tokenizer([before + text for text in texts], add_special_tokens=False)["input_ids"]
+    return [ids[n_before:] for ids in rows]
+
+
+def text_behind(tokenizer: Any, token: int) -> str:
+    """What a token adds behind another text, its space included."""
+    before = tokenizer.encode(":", add_special_tokens=False)
+    return str(tokenizer.decode([*before, token])).removeprefix(str(tokenizer.decode(before)))
+
+
 def fingerprint(tokenizer: Any) -> str:
     """Hash of what decides the ids of a string: vocabulary, merges, normaliser, special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
