@@ -24,7 +24,8 @@ from transformers import AutoTokenizer
 from memdec import HARNESS_TASKS, artifacts, corpora, metrics, mixing, models, rows, sweep, tokens, train
 from memdec.config import TokenizerSpec
 from memdec.errors import ArtifactError, ConfigError, CorpusError, MemDecError, ModelError, NumericsError
-from memdec.harness import MemDecInterp, WrappedLM
+from memdec.harness import MemDecInterp
+from memdec.wrapped import WrappedLM
 
 TEXT = "\n".join(f"The kernel {i} scales the window of size {i * 7 % 31}." for i in range(25))
 PAIRS = [

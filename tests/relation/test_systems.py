@@ -26,10 +26,10 @@ from memdec.config import (
     TrainSettings,
 )
 from memdec.errors import ArtifactError, ConfigError
-from memdec.harness import WrappedLM
 from memdec.icrag import IcRagForCausalLM
 from memdec.modeling import Wrapper
 from memdec.systems import SYSTEMS, Parts
+from memdec.wrapped import WrappedLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
 NAMES = ["base", "dapt", "lora", "knn-lm", "ic-rag", "memdec", "dapt-interp", "knn-distribution"]

@@ -219,7 +219,7 @@ LAYERS = [
     | {"flops", "cards", "figures", "speculative"},
     {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
     | {"passages", "knnlm", "icrag", "systems", "explain", "latency"},
-    {"harness", "sweep", "rows", "tasks", "adaptllm", "adaptllm_metrics", "closed_book", "data", "compare"}
+    {"wrapped", "harness", "sweep", "rows", "tasks", "adaptllm", "adaptllm_metrics", "closed_book", "data", "compare"}
     | {"dcpmi", "dcpmi_rows", "verbalizers", "tables", "cases", "regression", "cli"},
 ]
 
