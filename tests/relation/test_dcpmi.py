@@ -271,7 +271,8 @@ def test_hf_gives_what_memdec_interp_gives_at_alpha_0(
     for task in tasks:
         for one, other in zip(scores_of(ours, task, tokenizer), scores_of(hf, task, tokenizer), strict=True):
             for rule in ("acc", "acc_mean", "acc_lm", "acc_pmi"):
-                assert one[rule] == pytest.approx(other[rule], rel=1e-5, abs=1e-4)
+                # a sum over some 300 words, each exact to about 1e-6
+                assert one[rule] == pytest.approx(other[rule], rel=1e-5, abs=3e-4)
         for metric in ours["results"][task]:
             assert ours["results"][task][metric] == hf["results"][task][metric]
 
