@@ -306,8 +306,8 @@ class WrappedLM(HFLM):
     def label_word_probs(self, requests: list[Any], disable_tqdm: bool = False) -> list[list[float]]:
         """log-probability (nats) of each of the words as the next token; requests are (context, words).
 
-        A word is the text of one token, with its space. A context is read once, whatever number of requests and words;
-        one that is too long is cut on the left.
+        A word is the text of one token, with its space; a context ends without one. Each context is read once, for any
+        number of requests and words; one that is too long is cut on the left.
 
         Raises:
             ConfigError: A word is not one token.

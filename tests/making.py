@@ -109,8 +109,8 @@ def plain_scores(folder: Path, stream: list[int], prefix: int, stride: int) -> n
     return np.array(scores)
 
 
-def launch(n_processes: int, *arguments: object, **environment: str) -> None:
-    """Run a script, or `-m module`, in several processes that know of each other, as `torchrun` does."""
+def launch(n_processes: int, *arguments: object, **environment: str) -> str:
+    """Run a script, or `-m module`, in several processes that know of each other, as `torchrun` does; their stderr."""
     command = [
         sys.executable,
         "-m",
@@ -124,3 +124,4 @@ def launch(n_processes: int, *arguments: object, **environment: str) -> None:
     plain = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=plain)
     assert done.returncode == 0, done.stderr
+    return done.stderr

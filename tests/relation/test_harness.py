@@ -4,8 +4,6 @@ import json
 import logging
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from making import CONTEXT, plain_scores, spec
+from making import CONTEXT, launch, plain_scores, spec
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
@@ -437,16 +435,11 @@ def test_two_processes_share_the_requests_and_their_scores(
     monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
     both_models = {"pretrained": str(base_folder), "memory": str(small_folder)}
     alone = evaluate("memdec-interp", "pubmedqa", alpha=0.4, **both_models)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # `accelerate launch --cpu` itself starts one process
     scores, out = tmp_path / "scores", tmp_path / "out"
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lm_eval",
-         "--model", "memdec-interp", "--tasks", "pubmedqa", "--output_path", str(out), "--model_args",
-         f"pretrained={base_folder},memory={small_folder},alpha=0.4,scores={scores}"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stderr.count(f"loaded {base_folder}") == 2
+    arguments = f"pretrained={base_folder},memory={small_folder},alpha=0.4,scores={scores}"
+    words = ["--model", "memdec-interp", "--tasks", "pubmedqa", "--output_path", out, "--model_args", arguments]
+    text = launch(2, "-m", "lm_eval", *words, ACCELERATE_USE_CPU="true")  # `accelerate launch --cpu` starts one process
+    assert text.count(f"loaded {base_folder}") == 2
     (file,) = out.rglob("results_*.json")
     assert json.loads(file.read_text())["results"]["pubmedqa"]["acc,none"] == alone["acc,none"]
     (store,) = scores.iterdir()
