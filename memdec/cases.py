@@ -10,7 +10,7 @@ import pandas as pd
 from memdec import artifacts, tables, tokens
 from memdec.config import Case, Config, ExplainSettings
 from memdec.errors import ConfigError
-from memdec.explain import Neighbours, TokenReport, explain
+from memdec.explain import Neighbours, TokenReport, explain, percent
 from memdec.modeling import MemDecForCausalLM
 
 _COLUMNS = {"memory": "MemDec", "knn": "kNN", "base": "BaseLM"}  # as the paper names them
@@ -71,7 +71,9 @@ def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], ind
     for _, row in frame.iterrows():
         numbers = [row[title] for title in _COLUMNS.values()]
         text = str(row["text"]).replace("[[", "[").replace("]]", "]")
-        rows.append([str(row["group"]), text, *(tables.cell(p, p == max(numbers)) for p in numbers)])
+        shown = [percent(p / 100) for p in numbers]
+        best = numbers.index(max(numbers))
+        rows.append([str(row["group"]), text, *(f"**{p}**" if i == best else p for i, p in enumerate(shown))])
     grid = tables.Grid(["Group", "Text", *_COLUMNS.values()], 2, rows)
     note = (
         f"Probability in percent of the word in brackets, scale `{config.scale}`: memory, kNN distribution that it was "

@@ -238,7 +238,7 @@ def test_the_registry_has_every_task_once_and_the_pins_of_the_yaml_files() -> No
     pins: dict[str, Any] = {each.file: each.hub for each in data.FILES}
     seen = 0
     for path in HARNESS_TASKS.rglob("*.yaml"):
-        found = dict(re.findall(r"^ *(adaptllm_\w+|wikitext_revision): *(\S+)", path.read_text(), re.MULTILINE))
+        found = dict(re.findall(r'^ *(adaptllm_\w+|wikitext_revision): *"?([^\s"]+)', path.read_text(), re.MULTILINE))
         if "adaptllm_config" in found and "adaptllm_revision" in found:
             hub = pins[f"{found['adaptllm_config'].lower()}/adaptllm_schema.jsonl"]
             assert (hub.path, hub.config, hub.revision) == tuple(
