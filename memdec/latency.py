@@ -4,8 +4,8 @@ Systems take turns: in each, every system continues the same prompt greedily by 
 so a machine that is busy is busy for all. One new token is the prefill; what more tokens take longer is decoding. All
 statistics are medians over the turns with bootstrap intervals; ratios are taken within each turn.
 
-Output: `records.json` and `latency.csv` (one row per system, phase and number of tokens), `seconds.json` (every single
-measurement) and the figures `latency` and, where several systems of one kind have a size, `growth` (.png and .svg).
+Output: `records.json` and `latency.csv` (one row per system, phase and number of tokens), `latency.md` (a row per system),
+`seconds.json` (every single measurement) and the figures `latency` and, where several systems of one kind have a size, `growth` (.png and .svg).
 Timings depend on the machine: its name is among the inputs, and on another one the artefact is made again.
 """
 
@@ -170,6 +170,7 @@ def run(
         artifacts.write_json(out / "seconds.json", timings.plain())
         table = pd.DataFrame(rows).astype(dict.fromkeys(_MEASURED, float))
         artifacts.write_text(out / "latency.csv", table.to_csv(index=False))
+        artifacts.write_text(out / "latency.md", markdown(table))
         figures.save(figures.latency(table), out / "latency")
         if figures.kinds(table):
             figures.save(figures.growth(table), out / "growth")
@@ -320,6 +321,40 @@ def records(given: Mapping[str, Entry], timings: Timings, settings: LatencySetti
         for i, name in enumerate(timings.names)
         for j, (phase, n) in enumerate(phases)
     ]
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A line per system, at the largest number of new tokens: medians with their 95 % intervals."""
+    last = table["n_tokens"][table["phase"] == "total"].max()
+    head = [
+        "System",
+        "Prefill, tokens/s",
+        "Decoding, tokens/s",
+        "Time, ratio to base",
+        "Tokens per forward",
+        "Acceptance",
+    ]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for name, rows in table.groupby("system", sort=False):
+        prefill, decode, total = (
+            rows[(rows["phase"] == phase) & rows["n_tokens"].isin([n])].iloc[0]
+            for phase, n in (("prefill", rows["prompt_tokens"].iloc[0]), ("decode", last), ("total", last))
+        )
+        cells = [(prefill, "tokens_per_s", "low", "high", ",.0f"), (decode, "tokens_per_s", "low", "high", ",.0f")]
+        cells.append((total, "ratio_to_base", "ratio_low", "ratio_high", ".2f"))
+        shown = [
+            "–" if pd.isna(row[value]) else f"{row[value]:{form}} ({row[low]:{form}}–{row[high]:{form}})"
+            for row, value, low, high, form in cells
+        ]
+        drafts = ["–" if pd.isna(total[key]) else f"{total[key]:.2f}" for key in ("tokens_per_forward", "acceptance")]
+        lines.append([str(name), *shown, *drafts])
+    turns, prompt = table["turns"].iloc[0], table["prompt_tokens"].iloc[0]
+    where = f"{table['machine'].iloc[0]}, {table['device'].iloc[0]}, {table['threads'].iloc[0]} threads"
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (
+        f"{text}\n\nOne text at a time: {prompt} tokens of prompt, {last} new ones, greedy; medians of {turns} turns and their "
+        f"95 % intervals. {where}.\n"
+    )
 
 
 def _median(

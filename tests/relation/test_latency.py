@@ -153,13 +153,17 @@ def test_an_artefact_with_figures(
     latency.run(made | sizes, out, TINY, inputs=inputs)
     manifest = artifacts.read(out, "latency")
     assert {"base", "memory", "alpha", "machine", "device"} <= set(manifest.inputs)
-    names = {"records.json", "latency.csv", "seconds.json"}
+    names = {"records.json", "latency.csv", "latency.md", "seconds.json"}
     assert set(manifest.files) == names | {f"{f}.{e}" for f in ("latency", "growth") for e in ("png", "svg")}
     assert (out / "latency.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     rows = json.loads((out / "records.json").read_text())
     table = pd.read_csv(out / "latency.csv")
     assert len(rows) == len(table) == 5 * 5
     assert table["seconds"].tolist() == [row["seconds"] for row in rows]
+    lines = (out / "latency.md").read_text().splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:7]] == [*made, *sizes]
+    best = table[(table["system"] == "MemDec") & (table["phase"] == "total")]["ratio_to_base"].iloc[-1]
+    assert f"| {best:.2f} (" in lines[3]
     seconds = json.loads((out / "seconds.json").read_text())
     total = table[(table["system"] == "MemDec") & (table["phase"] == "total") & (table["n_tokens"] == 9)]
     assert total["seconds"].item() == np.median(seconds["MemDec"]["9"])
