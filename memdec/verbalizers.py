@@ -57,8 +57,8 @@ def read_verbalizer(metadata: Mapping[str, Any]) -> list[list[str]]:
     path = rows.local_file(f"verbalizers/{name}.json")
     if path is None:
         raise CorpusError(
-            f"verbalizer {name}: expected MEMDEC_DATA/verbalizers/{name}.json, found no such file; "
-            "harness_tasks/dcpmi/README.md says where it comes from"
+            f"verbalizer {name}: expected MEMDEC_DATA/verbalizers/{name}.json, found no such file; run `memdec data fetch "
+            "--task verbalizers`"
         )
     words = read_words(path)
     found = fingerprint(words)
