@@ -544,10 +544,12 @@ def data_fetch(
     task: DataTasks = [],
     out: Annotated[Path | None, typer.Option(envvar="MEMDEC_DATA", help="folder to fill")] = None,
 ) -> None:
-    """Bring what the Hub has into a folder, with sources.json; what is there and right stays."""
+    """Bring what the Hub and GitHub have into a folder, with sources.json; what is there and right stays."""
     from memdec import data
 
-    _show_files(data.fetch(_data_folder(out, "--out"), task), True)
+    folder = _data_folder(out, "--out")
+    print(data.origins_line(data.to_fetch(task)), file=sys.stderr)
+    _show_files(data.fetch(folder, task), True)
 
 
 @data_app.command("verify")

@@ -1,12 +1,14 @@
-"""`memdec data`: the files that the tasks read, where the Hub has them, and whether those in a folder are right.
+"""`memdec data`: the files that the tasks read, where the Hub or GitHub has them, and whether those in a folder are right.
 
-`FILES` is the one list of what exists. A folder made by `fetch` is a MEMDEC_DATA folder with `sources.json`, which tells
-of each file its origin, commit, number of rows and sha256. A file is written whole or not at all, after its entry.
+`datafiles.FILES` is the one list of what exists. A folder made by `fetch` is a MEMDEC_DATA folder with `sources.json`,
+which tells of each file its origin, commit, number of rows and sha256. A file is written whole or not at all, after its
+entry.
 """
 
 import hashlib
 import io
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,89 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from memdec import artifacts, rows
+from memdec import artifacts, origins, rows, verbalizers
+from memdec.datafiles import FILES, DataFile
+from memdec.dcpmi_rows import SETS
 from memdec.errors import CorpusError
-from memdec.rows import HubRows
+from memdec.origins import GitHubFile
 
 SOURCES = "sources.json"
-_MEDICINE = ("AdaptLLM/medicine-tasks", "68afee8d7be55335ba0e34deacc23120233161f6")
-_FINANCE = ("AdaptLLM/finance-tasks", "48d43d2")
-_LAW = ("AdaptLLM/law-tasks", "9833f318db11941509f2b56a29b423757f8acbd9")
-
-
-@dataclass(frozen=True, slots=True)
-class DataFile:
-    """A file under MEMDEC_DATA that a task reads.
-
-    Attributes:
-        file: Its name there; the first folder is the task.
-        rows: How many the complete file has; None where no number is published.
-        columns: What every row must have.
-        hub: Where `fetch` has it from; None where no commit is known or the Hub has other rows.
-    """
-
-    file: str
-    rows: int | None
-    columns: tuple[str, ...]
-    hub: HubRows | None = None
-
-    @property
-    def task(self) -> str:
-        """Name for `--task`."""
-        return self.file.split("/")[0]
-
-
-def _adaptllm(source: tuple[str, str], name: str, n_rows: int, *columns: str) -> DataFile:
-    path, revision = source
-    kinds = columns or ("input", "options", "gold_index")
-    return DataFile(f"{name.lower()}/adaptllm_schema.jsonl", n_rows, kinds, HubRows(path, name, "test", revision))
-
-
-FILES = (
-    _adaptllm(_MEDICINE, "ChemProt", 500),
-    _adaptllm(_MEDICINE, "MQP", 610),
-    _adaptllm(_MEDICINE, "PubMedQA", 1000),
-    _adaptllm(_MEDICINE, "RCT", 2000),
-    _adaptllm(_MEDICINE, "USMLE", 1273),
-    _adaptllm(_FINANCE, "FPB", 970),
-    _adaptllm(_FINANCE, "FiQA_SA", 235),
-    _adaptllm(_FINANCE, "Headline", 20547, "input", "options", "gold_index", "class_id"),
-    _adaptllm(_FINANCE, "NER", 98, "input", "label"),
-    _adaptllm(_FINANCE, "ConvFinQA", 1490, "input", "label"),
-    _adaptllm(_LAW, "SCOTUS", 60),
-    _adaptllm(_LAW, "CaseHOLD", 3549, "input_options", "output", "gold_index"),
-    _adaptllm(_LAW, "UNFAIR_ToS", 1607),
-    DataFile(
-        "wikitext/wikitext-103-raw-v1/test.parquet",
-        4358,
-        ("text",),
-        HubRows(
-            "Salesforce/wikitext",
-            None,
-            "test",
-            "b08601e04326c79dfdd32d625aee71d233d685c3",
-            files="wikitext-103-raw-v1/test-*.parquet",
-        ),
-    ),
-    DataFile("nq/validation.jsonl", 3610, ("question", "answer")),
-    DataFile("hotpotqa/validation.jsonl", 7405, ("question", "answer")),
-    DataFile("sst2/test.jsonl", 1821, ("text", "label")),
-    DataFile("sst2/validation.jsonl", 872, ("text", "label")),
-    DataFile("mr/test.jsonl", 2000, ("text", "label")),
-    DataFile("mr/validation.jsonl", None, ("text", "label")),
-    DataFile("cr/test.jsonl", 2000, ("text", "label")),
-    DataFile("rt/test.jsonl", 1066, ("input", "output")),
-    DataFile("rt/validation.jsonl", None, ("input", "output")),
-    DataFile("hyp/test.jsonl", 516, ("text", "label")),
-    DataFile("hyp/validation.jsonl", 65, ("text", "label")),
-    DataFile("cb/test.jsonl", 56, ("premise", "hypothesis", "label")),
-    DataFile("cb/validation.jsonl", 250, ("premise", "hypothesis", "label")),
-    DataFile("rte/test.jsonl", 277, ("premise", "hypothesis", "label")),
-    DataFile("rte/validation.jsonl", 2490, ("premise", "hypothesis", "label")),
-    DataFile("agn/test.jsonl", 7600, ("Class Index", "Title", "Description")),
-    DataFile("agn/validation.jsonl", None, ("Class Index", "Title", "Description")),
-    DataFile("yahoo/test.jsonl", 3000, ("topic", "question_title", "question_content", "best_answer")),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +35,7 @@ class Checked:
         file: What it should be.
         rows: How many it has; None where that cannot be told.
         status: "ok", "missing" or what is wrong.
-        commit: That it was fetched from; None for a file of another origin, whose rows may be others of the same number.
+        commit: That it was fetched from; None for a file of your own.
     """
 
     file: DataFile
@@ -131,8 +57,34 @@ def chosen(tasks: Sequence[str]) -> list[DataFile]:
     return [each for each in FILES if not tasks or each.task in tasks]
 
 
+def to_fetch(tasks: Sequence[str] = ()) -> list[DataFile]:
+    """Files of these tasks that `fetch` brings.
+
+    Raises:
+        CorpusError: There is no such task, or all its files are put there by hand.
+    """
+    files = [each for each in chosen(tasks) if each.origin is not None]
+    for task in tasks:
+        if task not in {each.task for each in files}:
+            raise CorpusError(
+                f"{task}: expected a task whose rows the Hub or GitHub has at a known commit, found one whose files are put "
+                "there by hand; see harness_tasks/README.md"
+            )
+    return files
+
+
+def origins_line(files: Sequence[DataFile]) -> str:
+    """The data sets and repositories that files are from, each with its tasks, as one line."""
+    tasks: dict[str, list[str]] = {}
+    for each in files:
+        if each.task not in tasks.setdefault(each.publisher, []):
+            tasks[each.publisher].append(each.task)
+    listed = "; ".join(f"{name}: {', '.join(each)}" for name, each in tasks.items())
+    return f"data of third parties, under the licences of their origins (harness_tasks/README.md). {listed}"
+
+
 def fetch(out: Path, tasks: Sequence[str] = ()) -> list[Checked]:
-    """Bring what the Hub has into a folder; what is there and right stays as it is.
+    """Bring what the Hub and GitHub have into a folder; what is there and right stays as it is.
 
     Args:
         out: Folder in the layout of MEMDEC_DATA.
@@ -142,18 +94,11 @@ def fetch(out: Path, tasks: Sequence[str] = ()) -> list[Checked]:
         How each file is now.
 
     Raises:
-        CorpusError: A named task is not on the Hub, the Hub cannot be reached, or a wrong file is in the way that is not
-            from here.
+        CorpusError: A named task is not to be had, an origin cannot be reached or gives other rows than it should, or a
+            wrong file is in the way that is not from here.
     """
-    files = chosen(tasks)
-    for each in files:
-        if tasks and each.hub is None:
-            raise CorpusError(
-                f"{each.file}: expected a task that the Hub has at a known commit, found one that is put there by hand; see "
-                "harness_tasks/README.md"
-            )
     found = []
-    for file in tqdm([each for each in files if each.hub is not None], desc="fetch", unit="file"):
+    for file in tqdm(to_fetch(tasks), desc="fetch", unit="file"):
         now = _check(out, file, _sources(out))
         if now.status != "ok":
             if (out / file.file).exists() and file.file not in _sources(out):
@@ -168,23 +113,52 @@ def fetch(out: Path, tasks: Sequence[str] = ()) -> list[Checked]:
 
 
 def _fetch(out: Path, file: DataFile) -> None:
-    assert file.hub is not None
-    hub = rows.pinned(file.hub)
-    found = rows.hub_rows(hub)
+    found: Any
+    if isinstance(file.origin, GitHubFile):
+        origin = file.origin
+        found = origins.github_rows(origin)
+        fault = _row_fault(file, found) or _set_fault(file, found)
+        if fault is not None:
+            raise CorpusError(f"{origin}: expected the rows of {file.file}, found: {fault}; put the file there by hand")
+        entry = {"origin": f"github.com/{origin.repository}", "path": origin.path, "revision": origin.revision}
+    else:
+        assert file.origin is not None
+        hub = rows.pinned(file.origin)
+        found = rows.hub_rows(hub)
+        entry = {"origin": hub.name, "revision": hub.revision}
     if file.file.endswith(".parquet"):
         buffer = io.BytesIO()
         found.to_parquet(buffer)
         data = buffer.getvalue()
+    elif file.file.endswith(".json"):
+        data = (json.dumps({"labels": found}, ensure_ascii=False, indent=1) + "\n").encode()
     else:
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found).encode()
-    entry = {
-        "origin": hub.name,
-        "revision": hub.revision,
-        "rows": len(found),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    artifacts.write_json(out / SOURCES, dict(sorted({**_sources(out), file.file: entry}.items())))
+    known = {"rows": len(found), "sha256": hashlib.sha256(data).hexdigest()}
+    artifacts.write_json(out / SOURCES, dict(sorted({**_sources(out), file.file: entry | known}.items())))
     artifacts.write_bytes(out / file.file, data)
+
+
+def content(file: DataFile, found: Sequence[dict[str, Any]]) -> str:
+    """sha256 over what the task reads of rows, in their order: the texts and the label's index, or the words by label.
+
+    Other fields and other spellings of the same label make no difference.
+
+    Raises:
+        CorpusError: A label that the task does not know, or a `gold` that is not its index.
+    """
+    if file.task == "verbalizers":
+        return verbalizers.fingerprint({each["name"]: each["words"] for each in found})
+    digest = hashlib.sha256()
+    for number, row in enumerate(found):
+        kept = {name: row[name] for name in file.columns}
+        if (kind := SETS.get(file.task)) is not None:
+            label = kept.pop(kind.label)
+            kept["gold"] = kind.values.get(label)
+            if kept["gold"] is None or row.get("gold") not in (None, kept["gold"]):
+                raise CorpusError(f"row {number}: {kind.label!r} {label!r}, gold {row.get('gold')!r}")
+        digest.update((json.dumps(kept, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    return digest.hexdigest()
 
 
 def verify(folder: Path, tasks: Sequence[str] = ()) -> list[Checked]:
@@ -216,12 +190,18 @@ def shown(found: Sequence[Checked]) -> str:
             "file": each.file.file,
             "rows": "-" if each.rows is None else str(each.rows),
             "expected": "any" if each.file.rows is None else str(each.file.rows),
-            "origin": f"Hub {each.commit[:7]}" if each.commit else "-" if each.status == "missing" else "own file",
+            "origin": _shown_origin(each),
             "status": each.status,
         }
         for each in found
     ]
     return pd.DataFrame(lines).to_string(index=False)
+
+
+def _shown_origin(found: Checked) -> str:
+    if found.commit is None:
+        return "-" if found.status == "missing" else "own file"
+    return f"{'GitHub' if isinstance(found.file.origin, GitHubFile) else 'Hub'} {found.commit[:7]}"
 
 
 def _sources(folder: Path) -> dict[str, dict[str, Any]]:
@@ -246,26 +226,45 @@ def _check(folder: Path, file: DataFile, entries: dict[str, dict[str, Any]]) -> 
     try:
         found = _rows(path)
     except (CorpusError, pa.ArrowException) as error:
-        return Checked(file, None, f"not whole: {' '.join(str(error).removeprefix(f'{path}, ').split())[:80]}")
+        reason = str(error).removeprefix(str(path)).lstrip(",: ")
+        return Checked(file, None, f"not whole: {' '.join(reason.split())[:80]}")
     entry = entries.get(file.file)
     commit = str(entry["revision"]) if entry is not None and "revision" in entry else None
     return Checked(file, len(found), _fault(path, file, found, entry) or "ok", commit)
 
 
 def _fault(path: Path, file: DataFile, found: list[dict[str, Any]], entry: dict[str, Any] | None) -> str | None:
+    fault = _row_fault(file, found)
+    if fault is None and entry is not None:
+        if entry.get("sha256") != hashlib.sha256(path.read_bytes()).hexdigest():
+            return f"not what {SOURCES} says"
+        if file.origin is not None and not str(entry.get("revision")).startswith(file.origin.revision):
+            return f"of another commit than {file.origin.revision}"
+    return fault or _set_fault(file, found)
+
+
+def _row_fault(file: DataFile, found: Sequence[dict[str, Any]]) -> str | None:
     for number, row in enumerate(found):
         for column in file.columns:
             if row.get(column) is None:
                 return f"row {number}: no {column!r}"
-    if entry is not None:
-        if entry.get("sha256") != hashlib.sha256(path.read_bytes()).hexdigest():
-            return f"not what {SOURCES} says"
-        if file.hub is not None and not str(entry.get("revision")).startswith(file.hub.revision):
-            return f"of another commit than {file.hub.revision}"
-    if not found or file.rows not in (None, len(found)):
-        return "other number of rows"
     return None
 
 
+def _set_fault(file: DataFile, found: Sequence[dict[str, Any]]) -> str | None:
+    if not found or file.rows not in (None, len(found)):
+        return "other number of rows"
+    if file.sha256 is None:
+        return None
+    if file.drawn is not None:
+        found = [found[number] for number in sorted(random.Random(0).sample(range(len(found)), file.drawn))]
+    try:
+        return None if content(file, found) == file.sha256 else "other rows"
+    except (CorpusError, ValueError, TypeError) as error:
+        return f"other rows: {error}"
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".json":
+        return [{"name": name, "words": words} for name, words in verbalizers.read_words(path).items()]
     return pq.read_table(path).to_pylist() if path.suffix == ".parquet" else rows.read_lines(path)

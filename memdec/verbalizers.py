@@ -57,10 +57,10 @@ def read_verbalizer(metadata: Mapping[str, Any]) -> list[list[str]]:
     path = rows.local_file(f"verbalizers/{name}.json")
     if path is None:
         raise CorpusError(
-            f"verbalizer {name}: expected MEMDEC_DATA/verbalizers/{name}.json, found no such file; "
-            "harness_tasks/dcpmi/README.md says where it comes from"
+            f"verbalizer {name}: expected MEMDEC_DATA/verbalizers/{name}.json, found no such file; run `memdec data fetch "
+            "--task verbalizers`"
         )
-    words = _read(path)
+    words = read_words(path)
     found = fingerprint(words)
     if found != SHA256[name]:
         raise CorpusError(
@@ -70,7 +70,12 @@ def read_verbalizer(metadata: Mapping[str, Any]) -> list[list[str]]:
     return list(words.values())
 
 
-def _read(path: Path) -> dict[str, list[str]]:
+def read_words(path: Path) -> dict[str, list[str]]:
+    """Words by label of a file of ours.
+
+    Raises:
+        CorpusError: It has another form.
+    """
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
         return {str(label["name"]): [str(word) for word in label["words"]] for label in labels}

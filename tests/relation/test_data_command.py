@@ -15,6 +15,7 @@ import pytest
 from memdec import HARNESS_TASKS, artifacts, cli, data, rows
 from memdec.data import DataFile
 from memdec.errors import CorpusError
+from memdec.origins import GitHubFile
 from memdec.rows import HubRows
 
 COMMIT = "0" * 39 + "1"
@@ -143,8 +144,8 @@ def test_a_changed_file_of_ours_is_fetched_again_and_a_strange_one_is_not_touche
 def test_another_commit_in_the_registry_is_fetched(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data.fetch(tmp_path / "out", ["ner"])
     ner = data.FILES[1]
-    assert ner.hub is not None
-    monkeypatch.setattr(data, "FILES", (replace(ner, hub=replace(ner.hub, revision="f" * 40)),))
+    assert isinstance(ner.origin, HubRows)
+    monkeypatch.setattr(data, "FILES", (replace(ner, origin=replace(ner.origin, revision="f" * 40)),))
     assert data.verify(tmp_path / "out")[0].status == f"of another commit than {'f' * 40}"
     assert data.fetch(tmp_path / "out")[0].status == "ok"
     assert (
@@ -180,8 +181,12 @@ def test_the_commands_say_what_is_there(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "out")
-    code, text, _ = memdec(monkeypatch, capsys, "fetch", "--out", out, "--task", "ner", "--task", "wikitext")
+    code, text, err = memdec(monkeypatch, capsys, "fetch", "--out", out, "--task", "ner", "--task", "wikitext")
     assert code == 0
+    assert (
+        f"under the licences of their origins (harness_tasks/README.md). {hub / 'json'}: ner; {hub / 'text'}: wiki"
+        in err
+    )
     assert [line.split() for line in text.splitlines()] == [
         ["task", "file", "rows", "expected", "origin", "status"],
         ["ner", "ner/adaptllm_schema.jsonl", "3", "3", "Hub", "0000000", "ok"],
@@ -193,7 +198,7 @@ def test_the_commands_say_what_is_there(
     code, text, _ = memdec(monkeypatch, capsys, "verify", "--task", "nq")
     assert (code, text.count(" ok"), text.count(" missing")) == (1, 0, 1)
     for words, message in (
-        (("fetch", "--task", "nq"), "nq/validation.jsonl: expected a task that the Hub has"),
+        (("fetch", "--task", "nq"), "nq: expected a task whose rows the Hub or GitHub has"),
         (("fetch", "--task", "nqq"), "--task: expected one of mr, ner, nq, pubmedqa, wikitext, found 'nqq'"),
         (("verify", str(tmp_path / "none")), "expected a folder in the layout of MEMDEC_DATA, found none"),
     ):
@@ -212,8 +217,8 @@ def test_no_network_is_one_error_and_keeps_what_came(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pubmedqa, ner, *_ = data.FILES
-    assert ner.hub is not None
-    away = replace(ner, hub=replace(ner.hub, path="AdaptLLM/no-such-set"))
+    assert isinstance(ner.origin, HubRows)
+    away = replace(ner, origin=replace(ner.origin, path="AdaptLLM/no-such-set"))
     monkeypatch.setattr(data, "FILES", (pubmedqa, away))
     with pytest.raises(CorpusError, match=r"AdaptLLM/no-such-set NER test at 0+1: expected rows from the Hub, found"):
         data.fetch(tmp_path / "out")
@@ -234,8 +239,9 @@ def test_a_short_commit_becomes_the_whole_one(monkeypatch: pytest.MonkeyPatch) -
 def test_the_registry_has_every_task_once_and_the_pins_of_the_yaml_files() -> None:
     names = [each.file for each in data.FILES]
     assert len(set(names)) == len(names)
-    assert sum(each.hub is not None for each in data.FILES) == 14
-    pins: dict[str, Any] = {each.file: each.hub for each in data.FILES}
+    pins: dict[str, Any] = {each.file: each.origin for each in data.FILES}
+    assert [sum(isinstance(each, kind) for each in pins.values()) for kind in (HubRows, GitHubFile)] == [14, 14]
+    assert all(re.fullmatch("[0-9a-f]{40}", each.revision) for each in pins.values() if isinstance(each, GitHubFile))
     seen = 0
     for path in HARNESS_TASKS.rglob("*.yaml"):
         found = dict(re.findall(r'^ *(adaptllm_\w+|wikitext_revision): *"?([^\s"]+)', path.read_text(), re.MULTILINE))
@@ -255,7 +261,9 @@ def test_the_real_rows_that_are_complete(shared_data: Path) -> None:
     found = {each.file.file: each for each in data.verify(shared_data / "tasks")}
     for task in ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte"):
         assert found[f"{task}/test.jsonl"].status == "ok"
+    for name in ("sentiment", "agn", "yahoo"):
+        assert found[f"verbalizers/{name}.json"].status == "ok"
     assert found["ner/adaptllm_schema.jsonl"].status == "ok"
     assert found["nq/validation.jsonl"].status == "other number of rows"
     assert found["yahoo/test.jsonl"].status == "missing"
-    assert not [each for each in found.values() if each.status.startswith(("row", "not"))]
+    assert not [each for each in found.values() if each.status.startswith(("row", "not", "other rows"))]

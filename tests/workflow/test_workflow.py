@@ -220,7 +220,7 @@ LAYERS = [
     {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
     | {"passages", "knnlm", "icrag", "systems", "explain", "latency"},
     {"wrapped", "harness", "sweep", "rows", "tasks", "adaptllm", "adaptllm_metrics", "closed_book", "data", "compare"}
-    | {"dcpmi", "dcpmi_rows", "verbalizers", "tables", "cases", "regression", "cli"},
+    | {"dcpmi", "dcpmi_rows", "verbalizers", "origins", "datafiles", "tables", "cases", "regression", "cli"},
 ]
 
 
