@@ -44,6 +44,18 @@ def _expanded(text: str) -> str:
     return text
 
 
+def portable(value: Any) -> Any:
+    """The same settings with `${MEMDEC_TEST_DATA}` where they name that folder: equal on every machine."""
+    folder = os.environ.get("MEMDEC_TEST_DATA")
+    if isinstance(value, dict):
+        return {key: portable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [portable(each) for each in value]
+    if isinstance(value, str) and folder and (value == folder or value.startswith(f"{folder}/")):
+        return "${MEMDEC_TEST_DATA}" + value.removeprefix(folder)
+    return value
+
+
 Place = Annotated[str, AfterValidator(_expanded)]
 
 

@@ -117,7 +117,7 @@ def json_list(text: str) -> list[Row]:
 
 def word_lines(*names: str) -> Parser:
     """Parser of a word list with a line per label, in the order of these names; cut to the shortest list."""
-    return lambda text: _labels(verbalizers.parse_text(text, names, cut=True))
+    return lambda text: _labels(verbalizers.parse_text(text, names))
 
 
 def word_object(text: str) -> list[Row]:

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from memdec import artifacts, provenance
-from memdec.config import Config
+from memdec.config import Config, portable
 from memdec.errors import ArtifactError, ConfigError
 
 Cell = tuple[str, str, int, Path]  # domain, model, seed, evaluation folder
@@ -150,7 +150,7 @@ def write(
     artifacts.write_text(out, frame.to_csv(index=False))
     artifacts.write_text(out.with_suffix(".md"), f"{markdown(shown)}\n\n{below}\n")
     artifacts.write_text(out.with_suffix(".tex"), latex(shown))
-    settings = config.model_dump(mode="json")
+    settings = portable(config.model_dump(mode="json"))
     provenance_ = {
         "table": name,
         "scale": config.scale,

@@ -21,13 +21,14 @@ SHA256 = {
 }
 
 
-def parse_text(text: str, names: Sequence[str], *, cut: bool) -> dict[str, list[str]]:
+def parse_text(text: str, names: Sequence[str]) -> dict[str, list[str]]:
     """Words by label from a `knowledgeable_verbalizer.txt`: one line per label, words parted by commas.
+
+    As many words are left in each list as the shortest one has (before any token is looked at).
 
     Args:
         text: Of the file.
         names: Of the labels, in the order of the lines.
-        cut: Leave as many words in each list as the shortest one has (before any token is looked at).
 
     Raises:
         CorpusError: Another number of lines.
@@ -35,7 +36,7 @@ def parse_text(text: str, names: Sequence[str], *, cut: bool) -> dict[str, list[
     lines = [[word.strip() for word in line.split(",")] for line in text.splitlines() if line.strip()]
     if len(lines) != len(names):
         raise CorpusError(f"verbalizer: expected {len(names)} lines, one per label, found {len(lines)}; check the file")
-    size = min(map(len, lines)) if cut else None
+    size = min(map(len, lines))
     return {name: words[:size] for name, words in zip(names, lines, strict=True)}
 
 

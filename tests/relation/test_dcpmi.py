@@ -482,13 +482,12 @@ def test_bad_verbalizers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_raw_word_lists_are_parsed_and_cut() -> None:
     text = "bad, awful,poor \ngood,one-hundred percent,great,fine\n\n"
-    found = verbalizers.parse_text(text, ["negative", "positive"], cut=True)
+    found = verbalizers.parse_text(text, ["negative", "positive"])
     assert found == {"negative": ["bad", "awful", "poor"], "positive": ["good", "one-hundred percent", "great"]}
-    assert len(verbalizers.parse_text(text, ["negative", "positive"], cut=False)["positive"]) == 4
     assert verbalizers.fingerprint(found) == verbalizers.fingerprint({k: v[::-1] for k, v in found.items()})
     assert verbalizers.fingerprint(found) != verbalizers.fingerprint(dict(reversed(found.items())))
     with pytest.raises(CorpusError, match="expected 3 lines, one per label, found 2"):
-        verbalizers.parse_text(text, ["a", "b", "c"], cut=True)
+        verbalizers.parse_text(text, ["a", "b", "c"])
 
 
 def test_of_all_of_yahoo_the_3000_rows_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,7 +240,7 @@ def test_a_drawn_part_decides_where_only_that_is_known(served: Served, tmp_path:
 
 def test_word_lists_are_those_that_the_tasks_expect(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     (real,) = [each for each in FILES if each.file == "verbalizers/sentiment.json"]
-    words = verbalizers.parse_text(WORDS, ["negative", "positive"], cut=True)
+    words = verbalizers.parse_text(WORDS, ["negative", "positive"])
     monkeypatch.setitem(verbalizers.SHA256, "sentiment", verbalizers.fingerprint(words))
     monkeypatch.setattr(data, "FILES", (replace(real, sha256=verbalizers.SHA256["sentiment"]),))
     served.put(real, WORDS.replace("poor", "weak").encode())

@@ -68,3 +68,11 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match="not valid YAML"):
         cfg.load(tmp_path / "b.yaml")
+
+
+def test_portable_settings_name_no_folder_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMDEC_TEST_DATA", "/some/data")
+    plain = {"paths": ["/some/data/train.txt", "/some/database"], "model": "/some/data", "n": 3}
+    assert cfg.portable(plain) == {
+        "paths": ["${MEMDEC_TEST_DATA}/train.txt", "/some/database"], "model": "${MEMDEC_TEST_DATA}", "n": 3
+    }  # fmt: skip
