@@ -12,22 +12,39 @@ import datasets
 
 from memdec import rows
 from memdec.errors import CorpusError
-from memdec.rows import Rows
+from memdec.rows import HubRows, Rows
 
+FIELDS = ("question", "answer")
+NQ = HubRows(
+    "google-research-datasets/nq_open",
+    None,
+    "validation",
+    "5dd9790a83002ad084ddeb7c420dc716852c6f28",
+    files="nq_open/validation-*.parquet",
+    columns=FIELDS,
+)
+HOTPOTQA = HubRows(
+    "hotpotqa/hotpot_qa",
+    None,
+    "validation",
+    "1908d6afbbead072334abe2965f91bd2709910ab",
+    files="distractor/validation-*.parquet",
+    columns=FIELDS,
+)
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _FLAGS = ("yes", "no", "noanswer")
 
 
 def load_nq(**_: Any) -> dict[str, Rows]:
     """Rows of `memdec_nq`: question and answers; those with an answer ")" are left out."""
-    found = rows.load("memdec_nq", "nq/validation.jsonl")
+    found = rows.load("memdec_nq", "nq/validation.jsonl", NQ)
     rows.check(found, {"question": str, "answer": list})
     return _checked(found, [row["answer"] for row in found.rows], drop=")")
 
 
 def load_hotpotqa(**_: Any) -> dict[str, Rows]:
     """Rows of `memdec_hotpotqa`: question and its one answer; passages are not used."""
-    found = rows.load("memdec_hotpotqa", "hotpotqa/validation.jsonl")
+    found = rows.load("memdec_hotpotqa", "hotpotqa/validation.jsonl", HOTPOTQA)
     rows.check(found, {"question": str, "answer": str})
     return _checked(found, [[row["answer"]] for row in found.rows])
 

@@ -115,17 +115,18 @@ def fetch(out: Path, tasks: Sequence[str] = ()) -> list[Checked]:
 def _fetch(out: Path, file: DataFile) -> None:
     found: Any
     if isinstance(file.origin, GitHubFile):
-        origin = file.origin
+        origin: Any = file.origin
         found = origins.github_rows(origin)
-        fault = _row_fault(file, found) or _set_fault(file, found)
-        if fault is not None:
-            raise CorpusError(f"{origin}: expected the rows of {file.file}, found: {fault}; put the file there by hand")
         entry = {"origin": f"github.com/{origin.repository}", "path": origin.path, "revision": origin.revision}
     else:
         assert file.origin is not None
-        hub = rows.pinned(file.origin)
-        found = rows.hub_rows(hub)
-        entry = {"origin": hub.name, "revision": hub.revision}
+        origin = rows.pinned(file.origin)
+        found = rows.hub_rows(origin)
+        entry = {"origin": origin.name, "revision": origin.revision}
+    listed = list(found)
+    fault = _row_fault(file, listed) or _set_fault(file, listed)
+    if fault is not None:
+        raise CorpusError(f"{origin}: expected the rows of {file.file}, found: {fault}; put the file there by hand")
     if file.file.endswith(".parquet"):
         buffer = io.BytesIO()
         found.to_parquet(buffer)
@@ -238,8 +239,9 @@ def _fault(path: Path, file: DataFile, found: list[dict[str, Any]], entry: dict[
     if fault is None and entry is not None:
         if entry.get("sha256") != hashlib.sha256(path.read_bytes()).hexdigest():
             return f"not what {SOURCES} says"
-        if file.origin is not None and not str(entry.get("revision")).startswith(file.origin.revision):
-            return f"of another commit than {file.origin.revision}"
+        pin = None if file.origin is None or file.origin.revision == rows.NEWEST else file.origin.revision
+        if pin is not None and not str(entry.get("revision")).startswith(pin):
+            return f"of another commit than {pin}"
     return fault or _set_fault(file, found)
 
 

@@ -6,7 +6,7 @@ the three of which only a drawn part was, the hash is of that part.
 
 from dataclasses import dataclass
 
-from memdec import origins, verbalizers
+from memdec import closed_book, dcpmi_rows, origins, verbalizers
 from memdec.dcpmi_rows import SETS
 from memdec.origins import GitHubFile
 from memdec.rows import HubRows
@@ -25,7 +25,7 @@ class DataFile:
         file: Its name there; the first folder is the task.
         rows: How many the complete file has; None where no number is published. The rows of a word list are its labels.
         columns: What every row must have.
-        origin: Where `fetch` has it from; None where no commit is known or only other rows are to be had.
+        origin: Where `fetch` has it from; None where only other rows are to be had.
         sha256: Of what the task reads of the rows (`content`); None where no complete set was at hand.
         drawn: The sha256 is of so many rows, those that `random.Random(0).sample` draws, in their order; None: of all.
     """
@@ -98,27 +98,16 @@ FILES = (
     DataFile(
         "nq/validation.jsonl",
         3610,
-        ("question", "answer"),
-        GitHubFile(
-            "google-research-datasets/natural-questions",
-            "a7d6452c0905c7772e9fbbb9a20b5fcab07c668f",
-            "nq_open/NQ-open.dev.jsonl",
-            origins.json_lines,
-        ),
+        closed_book.FIELDS,
+        closed_book.NQ,
         "1e0d7f4adfdcd8e18211325cf29682c9db0f9180629e70e7dc8f2940e5aac263",
         drawn=2000,
     ),
     DataFile(
         "hotpotqa/validation.jsonl",
         7405,
-        ("question", "answer"),
-        # A copy of the file of ysymyth/ReAct, none of whose commits is known to have it.
-        GitHubFile(
-            "SamiraMalek/Deap-Learning-for-NLP",
-            "6f85d9ffef790847abd4c9ed9cc028c043dbfe49",
-            "data/hotpot_dev_v1_simplified.json",
-            origins.json_list,
-        ),
+        closed_book.FIELDS,
+        closed_book.HOTPOTQA,
         "1057662ad563d4adcb8e3bf7c52e0160cb1cf42d440fc72c0cbbd2aacd77a34d",
         drawn=2000,
     ),
@@ -202,7 +191,12 @@ FILES = (
         drawn=2000,
     ),
     DataFile("agn/validation.jsonl", None, ("Class Index", "Title", "Description")),
-    DataFile("yahoo/test.jsonl", 60_000, ("topic", "question_title", "question_content", "best_answer")),
+    DataFile(
+        "yahoo/test.jsonl",
+        dcpmi_rows.YAHOO_TEST,
+        (*SETS["yahoo"].texts, SETS["yahoo"].label),
+        SETS["yahoo"].hub["test"],
+    ),
     _words(
         "sentiment",
         2,

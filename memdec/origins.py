@@ -110,11 +110,6 @@ def json_lines(text: str) -> list[Row]:
     return _numbered([json.loads(line) for line in _lines(text)])
 
 
-def json_list(text: str) -> list[Row]:
-    """A JSON list of objects."""
-    return _numbered(json.loads(text))
-
-
 def word_lines(*names: str) -> Parser:
     """Parser of a word list with a line per label, in the order of these names; cut to the shortest list."""
     return lambda text: _labels(verbalizers.parse_text(text, names))

@@ -22,16 +22,19 @@ from memdec.errors import CorpusError, one_line_errors
 
 log = logging.getLogger("lm_eval.tasks.memdec")  # the executable shows what is under lm_eval
 
+NEWEST = "main"  # revision of a data set of which no commit is known
+
 
 @dataclass(frozen=True, slots=True)
 class HubRows:
-    """Rows on the Hub: data set, config, split and commit (or its first digits)."""
+    """Rows on the Hub: data set, config, split and commit, or its first digits, or `main`: the newest one."""
 
     path: str
     config: str | None
     split: str
     revision: str
     files: str | None = None  # pattern of the split's files; only these are downloaded
+    columns: tuple[str, ...] | None = None  # of parquet files; others are not read
 
     @property
     def name(self) -> str:
@@ -143,10 +146,11 @@ def pinned(hub: HubRows) -> HubRows:
         commits = [each.commit_id for each in HfApi().list_repo_commits(hub.path, repo_type="dataset")]
     except Exception as error:  # as below
         raise _unreachable(hub, error) from None
-    found = [each for each in commits if each.startswith(hub.revision)]
+    found = commits[:1] if hub.revision == NEWEST else [each for each in commits if each.startswith(hub.revision)]
     if len(found) != 1:
         raise CorpusError(
-            f"{hub}: expected one commit that begins so, found {len(found)} of {len(commits)}; put files under MEMDEC_DATA"
+            f"{hub}: expected one commit that begins so, found {len(found)} of {len(commits)}; put "
+            "the files under MEMDEC_DATA"
         )
     return replace(hub, revision=found[0])
 
@@ -158,8 +162,10 @@ def hub_rows(hub: HubRows) -> datasets.Dataset:
         CorpusError: They cannot be had.
     """
     try:
-        files = {hub.split: hub.files} if hub.files is not None else None
-        return datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, data_files=files)
+        options: dict[str, Any] = {"data_files": {hub.split: hub.files}} if hub.files is not None else {}
+        if hub.columns is not None:
+            options["columns"] = list(hub.columns)
+        return datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, **options)
     except Exception as error:  # the Hub client raises a dozen unrelated types
         raise _unreachable(hub, error) from None
 
@@ -167,7 +173,8 @@ def hub_rows(hub: HubRows) -> datasets.Dataset:
 def _unreachable(hub: HubRows, error: Exception) -> CorpusError:
     reason = " ".join(str(error).split())[:160]
     return CorpusError(
-        f"{hub}: expected rows from the Hub, found: {reason}; put files under MEMDEC_DATA, or check the network"
+        f"{hub}: expected rows from the Hub, found: {reason}; check the network, or set MEMDEC_DATA to a folder that "
+        "`memdec data fetch` filled elsewhere"
     )
 
 

@@ -2,9 +2,11 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from lm_eval import simple_evaluate
@@ -202,7 +204,9 @@ def test_bad_rows_are_named(
 
 def test_no_rows_and_no_room(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
-    with pytest.raises(CorpusError, match=r"expected rows in MEMDEC_DATA/nq/validation\.jsonl, found no such file"):
+    with pytest.raises(
+        CorpusError, match=r"nq_open/validation-\*\.parquet validation at 5dd9790.*: expected rows from the Hub"
+    ):
         closed_book.load_nq()
     write(tmp_path, "nq", [{"question": "who", "answer": [")"]}])
     with pytest.raises(CorpusError, match=r"found only such with the answer '\)'"):
@@ -223,3 +227,19 @@ def test_the_real_rows_have_what_the_specification_counts(shared_data: Path, mon
         answers = [json.loads(line)["answer"] for line in lines]
         assert len(rows) == sum(")" not in each if file == "nq" else True for each in answers)
         assert all(closed_book.prompt(row).endswith("?\nAnswer:") for row in rows)
+
+
+def test_without_files_the_rows_are_those_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small repositories in the form of the two on the Hub."""
+    for name, hub, answer in (("nq", closed_book.NQ, ["x", "x", "y"]), ("hotpotqa", closed_book.HOTPOTQA, "yes")):
+        assert hub.files is not None
+        file = tmp_path / name / hub.files.replace("*", "00000-of-00001")
+        file.parent.mkdir(parents=True)
+        pd.DataFrame({"id": [1], "question": ["who"], "answer": [answer], "context": [["long"]]}).to_parquet(file)
+        monkeypatch.setattr(closed_book, name.upper(), replace(hub, path=str(tmp_path / name)))
+    monkeypatch.delenv("MEMDEC_DATA", raising=False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    found = closed_book.load_nq()["validation"]
+    assert list(found.rows) == [{"question": "who", "answers": ["x", "y"]}]
+    assert found.source.endswith("nq_open/validation-*.parquet validation at 5dd9790a83002ad084ddeb7c420dc716852c6f28")
+    assert list(closed_book.load_hotpotqa()["validation"].rows) == [{"question": "who", "answers": ["yes"]}]

@@ -23,6 +23,22 @@ CHOICES = [
     {"id": i, "input": f"Is {i}\u2028even?\nAnswer:", "options": ["No", "Yes"], "gold_index": i % 2} for i in range(4)
 ]
 ENTITIES = [{"id": i, "input": f"Sentence {i}:", "label": f"Ann{i} (person)"} for i in range(3)]
+# As on the Hub: two configs, none of them the default, and sizes of splits that are not read.
+CARD = """---
+dataset_info:
+- config_name: raw
+  features: [{name: text, dtype: string}]
+  splits: [{name: test, num_bytes: 9, num_examples: 3}, {name: train, num_bytes: 99, num_examples: 33}]
+- config_name: other
+  features: [{name: text, dtype: string}]
+  splits: [{name: test, num_bytes: 9, num_examples: 3}]
+configs:
+- config_name: raw
+  data_files: [{split: test, path: raw/test-*}, {split: train, path: raw/train-*}]
+- config_name: other
+  data_files: [{split: test, path: other/test-*}]
+---
+"""
 
 
 @pytest.fixture
@@ -38,6 +54,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "text" / "raw").mkdir(parents=True)
     pd.DataFrame({"text": ["", " = T = \n", " Words . \n"]}).to_parquet(folder / "text/raw/test-00000-of-00001.parquet")
     (folder / "text/raw/train-00000-of-00001.parquet").write_text("never read")
+    (folder / "text" / "README.md").write_text(CARD)
+    (folder / "text" / "other").mkdir()
+    pd.DataFrame({"text": ["other"]}).to_parquet(folder / "text/other/test-00000-of-00001.parquet")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     choice, label = ("input", "options", "gold_index"), ("input", "label")
@@ -236,12 +255,53 @@ def test_a_short_commit_becomes_the_whole_one(monkeypatch: pytest.MonkeyPatch) -
         rows.pinned(replace(hub, revision="48d43d3"))
 
 
+def test_the_newest_commit_where_none_is_known(monkeypatch: pytest.MonkeyPatch, hub: Path, tmp_path: Path) -> None:
+    text = data.FILES[2]
+    assert isinstance(text.origin, HubRows)
+    newest = replace(text, origin=replace(text.origin, revision=rows.NEWEST))
+    away = HubRows("community/set", None, "test", rows.NEWEST)
+    api = SimpleNamespace(
+        list_repo_commits=lambda *_, **__: [SimpleNamespace(commit_id=each) for each in ("b" * 40, "c" * 40)]
+    )
+    monkeypatch.setattr(rows, "HfApi", lambda: api)
+    assert rows.pinned(away).revision == "b" * 40
+    monkeypatch.setattr(rows, "pinned", lambda hub: replace(hub, revision="b" * 40))
+    monkeypatch.setattr(data, "FILES", (newest,))
+    assert [(each.status, each.commit) for each in data.fetch(tmp_path / "out")] == [("ok", "b" * 40)]
+    assert data.verify(tmp_path / "out")[0].status == "ok"
+
+
+def test_rows_of_the_hub_that_are_not_those_of_the_task_are_not_written(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices, _, text, *_ = data.FILES
+    for file, fault in (
+        (replace(choices, rows=5), "other number of rows"),
+        (replace(choices, columns=("input", "label")), "row 0: no 'label'"),
+        (replace(text, sha256="0" * 64), "other rows"),
+    ):
+        monkeypatch.setattr(data, "FILES", (file,))
+        with pytest.raises(CorpusError, match=f"at 0+1: expected the rows of {file.file}, found: {fault}"):
+            data.fetch(tmp_path / "out")
+        assert not list(tmp_path.glob("out/*"))
+
+
+def test_only_the_columns_that_are_asked_for_are_read(hub: Path, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"question": ["who"], "answer": ["x"], "context": [{"sentences": [["long"]]}]})
+    frame.to_parquet(hub / "text/raw/test-00000-of-00001.parquet")
+    found = rows.hub_rows(
+        HubRows(str(hub / "text"), None, "test", COMMIT, "raw/test-*.parquet", ("question", "answer"))
+    )
+    assert list(found) == [{"question": "who", "answer": "x"}]
+
+
 def test_the_registry_has_every_task_once_and_the_pins_of_the_yaml_files() -> None:
     names = [each.file for each in data.FILES]
     assert len(set(names)) == len(names)
     pins: dict[str, Any] = {each.file: each.origin for each in data.FILES}
-    assert [sum(isinstance(each, kind) for each in pins.values()) for kind in (HubRows, GitHubFile)] == [14, 14]
+    assert [sum(isinstance(each, kind) for each in pins.values()) for kind in (HubRows, GitHubFile)] == [17, 12]
     assert all(re.fullmatch("[0-9a-f]{40}", each.revision) for each in pins.values() if isinstance(each, GitHubFile))
+    assert [file for file, each in pins.items() if each and each.revision == rows.NEWEST] == ["yahoo/test.jsonl"]
     seen = 0
     for path in HARNESS_TASKS.rglob("*.yaml"):
         found = dict(re.findall(r'^ *(adaptllm_\w+|wikitext_revision): *"?([^\s"]+)', path.read_text(), re.MULTILINE))

@@ -23,7 +23,7 @@ SST = "__label__4\tGood\u2028fun .\n__label__3\tIt is .\r\n__label__1\tBad Næs 
 MR = 'label,text\n0,"dull , and "" flat ""."\n1, . . . so good\n1,"two\nlines"\n'
 CR = '{"label": "1", "text": "a\\u2028b"}\n{"label": "0", "text": "no"}\n'
 HYP = '{"": "0", "text": "x", "id": "0", "label": "1"}\n'
-HOTPOT = '[{"question": "Who?", "answer": "yes", "type": "bridge"}, {"question": "Why?", "answer": "9", "type": "b"}]'
+NQ = '{"question": "who", "answer": ["yes"]}\n{"question": "why", "answer": ["9"]}\n'
 WORDS = "bad,poor\ngood, fine,nice\n"
 
 
@@ -40,9 +40,9 @@ WORDS = "bad,poor\ngood, fine,nice\n"
         (origins.json_lines, CR, [{"row": 0, "label": 1, "text": "a\u2028b"}, {"row": 1, "label": 0, "text": "no"}]),
         (origins.json_lines, HYP, [{"row": 0, "text": "x", "id": "0", "label": 1}]),
         (origins.json_lines, '{"label": "neutral"}', [{"row": 0, "label": "neutral"}]),
-        (origins.json_list, HOTPOT, [
-            {"row": 0, "question": "Who?", "answer": "yes", "type": "bridge"},
-            {"row": 1, "question": "Why?", "answer": "9", "type": "b"},
+        (origins.json_lines, NQ, [
+            {"row": 0, "question": "who", "answer": ["yes"]},
+            {"row": 1, "question": "why", "answer": ["9"]},
         ]),
         (origins.word_lines("no", "yes"), WORDS, [{"name": "no", "words": ["bad", "poor"]}, {"name": "yes", "words": ["good", "fine"]}]),
         (origins.word_object, '{"A & B": ["x"], "C": ["y", "z"]}', [{"name": "A & B", "words": ["x"]}, {"name": "C", "words": ["y", "z"]}]),
@@ -106,11 +106,11 @@ def made(file: str, text: str, parse: origins.Parser, columns: tuple[str, ...]) 
 def small(served: Served, monkeypatch: pytest.MonkeyPatch) -> dict[str, DataFile]:
     """Three files on the server, in the registry."""
     labelled = ("text", "label")
-    texts = {"sst2/test.jsonl": SST, "mr/test.jsonl": MR, "hotpotqa/validation.jsonl": HOTPOT}
+    texts = {"sst2/test.jsonl": SST, "mr/test.jsonl": MR, "nq/validation.jsonl": NQ}
     registry = {
         "sst2": made("sst2/test.jsonl", SST, origins.sst_lines, labelled),
         "mr": made("mr/test.jsonl", MR, origins.csv_records, labelled),
-        "hotpotqa": made("hotpotqa/validation.jsonl", HOTPOT, origins.json_list, ("question", "answer")),
+        "nq": made("nq/validation.jsonl", NQ, origins.json_lines, ("question", "answer")),
     }
     for each in registry.values():
         served.files[f"/some/repo/{COMMIT}/data/{each.file}%20x"] = texts[each.file].encode()
@@ -139,7 +139,7 @@ def test_fetched_once_with_origin_commit_and_path(
     assert data.shown(data.verify(tmp_path, ["mr"])).splitlines()[1].split()[-3:] == ["GitHub", "aaaaaaa", "ok"]
     monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
     assert dcpmi_rows.load_rows(set="sst2", paper_rows=2)["test"].rows["gold"] == [1, 0]
-    assert closed_book.load_hotpotqa()["validation"].rows["answers"] == [["yes"], ["9"]]
+    assert closed_book.load_nq()["validation"].rows["answers"] == [["yes"], ["9"]]
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,6 @@ def test_a_second_try_and_no_server(
         (origins.sst_lines, "__label__6\tx\n"),
         (origins.sst_lines, "4\tx\n"),
         (origins.json_lines, '{"a": 1}\n[2]\n'),
-        (origins.json_list, '{"a": 1}'),
-        (origins.json_list, '[{"a": 1}'),
         (origins.word_lines("a", "b"), "x,y\n"),
         (origins.word_object, '["x"]'),
     ],
