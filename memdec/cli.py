@@ -580,15 +580,15 @@ def _show_files(found: list[Any], all_needed: bool) -> None:
 @app.command()
 def compare(
     run_a: Annotated[Path, typer.Argument(help="folder or results file of lm_eval with --log_samples")],
-    run_b: Annotated[Path, typer.Argument(help="the other one")],
+    run_b: Annotated[Path | None, typer.Argument(help="the other one")] = None,
     csv: Annotated[Path | None, typer.Option(help="file to write the rows to, with more columns")] = None,
 ) -> None:
-    """Two runs of lm_eval on the same rows: differences with 95 % intervals and p-values."""
+    """Two runs of lm_eval on the same rows: differences with 95 % intervals and p-values; of one run its intervals."""
     from memdec import artifacts
     from memdec import compare as stage_compare
 
-    rows = stage_compare.compare(run_a, run_b)
-    print(stage_compare.shown(rows))
+    rows = stage_compare.compare(run_a, run_b or run_a)
+    print(stage_compare.shown(rows) if run_b is not None else stage_compare.shown_alone(rows))
     if csv is not None:
         artifacts.write_text(csv, rows.to_csv(index=False, lineterminator="\n"))
 

@@ -5,7 +5,8 @@ task is compared only where both runs had the same documents and version.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from memdec import artifacts, statistics
+from memdec import artifacts, paired
 from memdec.errors import CorpusError, IncomparableError
+from memdec.paired import Average, Paired
 
 COLUMNS = (
     "task", "metric", "a", "a_low", "a_high", "b", "b_low", "b_high", "difference", "low", "high", "p", "test", "n",
 )  # fmt: skip
+
+# Aggregations over a whole set, by the name of their function: F1 of (right, predicted), or of (question, right, predicted).
+_F1: dict[str, tuple[Average, ...]] = {
+    "weighted_f1": ("weighted",),
+    "micro_f1": ("micro",),
+    "macro_f1": ("macro",),
+    "micro_macro_mean": ("micro", "macro"),
+    "headline_f1": ("weighted",),
+}
+# And those of (log-likelihood, units): ours, and lm-eval's own.
+_RATIOS: dict[str, Callable[[Any], Any]] = {
+    "perplexity_of_sums": lambda mean: np.exp(-mean),
+    "bits_of_sums": lambda mean: -mean / np.log(2),
+    "weighted_perplexity": lambda mean: np.exp(-mean),
+    "bits_per_byte": lambda mean: -mean / np.log(2),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +47,13 @@ class TaskRun:
         file: Its samples.
         version: Of the task.
         reported: Metric with filter (`acc,none`) to the value of the results file.
+        aggregations: Metric to the name of the function that makes the value of the rows.
     """
 
     file: Path
     version: Any
     reported: Mapping[str, float]
+    aggregations: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +68,12 @@ class Sample:
 def compare(run_a: Path, run_b: Path) -> pd.DataFrame:
     """Every metric of every task that both runs have; columns `COLUMNS`.
 
-    The difference is B - A. Interval and p-value are empty where the metric is not the mean of its rows (perplexity, F1
-    over a whole set): `test` says so. Outcomes 0 and 1 are tested by McNemar, others by sign flips.
+    The difference is B - A. Intervals and p-values are those of `memdec.paired` for means, F1 and perplexities; where a
+    value is made of its rows in another way, they are empty and `test` says so.
 
     Args:
         run_a: Results file, or folder with results files at any depth.
-        run_b: The other one.
+        run_b: The other one; the same for intervals of one run alone.
 
     Raises:
         CorpusError: Something is missing or cannot be read; names file and row.
@@ -67,6 +87,21 @@ def compare(run_a: Path, run_b: Path) -> pd.DataFrame:
         )
     table = [row for task in common for row in _compare_task(task, first[task], second[task])]
     return pd.DataFrame(table, columns=list(COLUMNS))
+
+
+def shown_alone(rows: pd.DataFrame) -> str:
+    """The rows of one run for a terminal."""
+    lines = [
+        {
+            "task": row["task"],
+            "metric": row["metric"],
+            "value": f"{row['a']:.4g}",
+            "95 %": "-" if np.isnan(row["a_low"]) else f"{row['a_low']:.4g} to {row['a_high']:.4g}",
+            "n": row["n"],
+        }
+        for row in rows.to_dict("records")
+    ]
+    return pd.DataFrame(lines).to_string(index=False)
 
 
 def shown(rows: pd.DataFrame) -> str:
@@ -108,13 +143,21 @@ def read_run(path: Path) -> dict[str, TaskRun]:
                     f"{path}: expected one run of {task}, found {found[task].file.name} and {samples.name}; give the results file"
                 )
             numbers = {key: float(value) for key, value in values.items() if _is_number(value)}
-            found[task] = TaskRun(samples, results.get("versions", {}).get(task), numbers)
+            listed = results.get("configs", {}).get(task, {}).get("metric_list") or []
+            names = {each["metric"]: _function(each.get("aggregation") or "mean") for each in listed}
+            found[task] = TaskRun(samples, results.get("versions", {}).get(task), numbers, names)
     if not found:
         raise CorpusError(
             f"{path}: expected results of lm_eval with samples beside them, found none; run it with --output_path and "
             "--log_samples"
         )
     return found
+
+
+def _function(aggregation: str) -> str:
+    """Name of an aggregation, of which lm-eval writes the name or, of a function of a task, the source."""
+    match = re.match(r"def (\w+)\(", aggregation)
+    return match[1] if match else aggregation
 
 
 def _results(file: Path, needed: bool) -> dict[str, Any]:
@@ -186,7 +229,7 @@ def _compare_task(task: str, run_a: TaskRun, run_b: TaskRun) -> list[dict[str, A
 def _values(
     metric: str, a: Mapping[tuple[str, int], Sample], b: Mapping[tuple[str, int], Sample]
 ) -> tuple[list[Any], list[Any]]:
-    keys = [key for key, sample in a.items() if metric in sample.values and metric in b[key].values]
+    keys = [key for key, sample in sorted(a.items()) if metric in sample.values and metric in b[key].values]
     return [a[key].values[metric] for key in keys], [b[key].values[metric] for key in keys]
 
 
@@ -200,22 +243,31 @@ def _compare_metric(
     row["difference"] = row["b"] - row["a"]
     if len(a) < 2:
         return row | {"test": "none: one row"}
-    if not (_is_mean(a, row["a"]) and _is_mean(b, row["b"])):
-        return row | {"test": "none: not the mean of its rows"}
-    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    row["a_low"], row["a_high"] = statistics.mean_interval(first)
-    row["b_low"], row["b_high"] = statistics.mean_interval(second)
-    row["low"], row["high"] = statistics.mean_interval(second - first)
-    if statistics.is_binary(first) and statistics.is_binary(second):
-        return row | {"test": "McNemar", "p": statistics.mcnemar(first, second)}
-    return row | {"test": "sign flips", "p": statistics.sign_flips(first, second)}
+    names = {run.aggregations.get(name, "mean") for run in (run_a, run_b)}
+    found = _paired(names.pop(), a, b) if len(names) == 1 else None
+    if found is None or not np.allclose([found.a, found.b], [row["a"], row["b"]], rtol=1e-6, atol=1e-9):
+        return row | {"test": "none: no test for values of this kind"}
+    row["a_low"], row["a_high"] = found.a_interval
+    row["b_low"], row["b_high"] = found.b_interval
+    row["low"], row["high"] = found.interval
+    return row | {"p": found.p, "test": found.test}
+
+
+def _paired(aggregation: str, a: list[Any], b: list[Any]) -> Paired | None:
+    """The comparison that belongs to an aggregation; None where there is none for these values."""
+    if aggregation == "mean" and all(_is_number(value) for value in [*a, *b]):
+        return paired.means(a, b)
+    try:
+        first, second = np.asarray(a, np.float64).T, np.asarray(b, np.float64).T
+        if aggregation in _RATIOS and (first[1] == second[1]).all():
+            return paired.ratios(first[0], second[0], first[1], _RATIOS[aggregation])
+        if aggregation in _F1 and (first[:-1] == second[:-1]).all():
+            *groups, gold = first[:-1]
+            return paired.f1(gold, first[-1], second[-1], _F1[aggregation], *groups)
+    except (ValueError, IndexError):  # not as many numbers in every row
+        pass
+    return None
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and bool(np.isfinite(value))
-
-
-def _is_mean(values: list[Any], reported: float) -> bool:
-    return all(_is_number(value) for value in values) and bool(
-        np.isclose(np.mean(values), reported, rtol=1e-6, atol=1e-9)
-    )

@@ -19,14 +19,14 @@ from memdec import HARNESS_TASKS, cli, closed_book, compare, statistics
 from memdec.errors import CorpusError, IncomparableError
 from memdec.harness import MemDecInterp
 
-TASKS = ["pubmedqa", "memdec_nq", "memdec_ppl"]
+TASKS = ["pubmedqa", "memdec_nq", "memdec_ppl", "memdec_fpb", "memdec_headline"]
 
 
 @pytest.fixture(scope="module")
 def runs(
     base_folder: Path, small_folder: Path, corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """The same three tasks by the base and by the memory, as `lm_eval --output_path --log_samples` writes them."""
+    """The same tasks by the base and by the memory, as `lm_eval --output_path --log_samples` writes them."""
     folder = tmp_path_factory.mktemp("runs")
     words = ["returns the matrix", "scales", "of size 4.", "the window", "reads the token", "9", "kernel"]
     rows = [
@@ -40,7 +40,11 @@ def runs(
         [Instance(request_type="generate_until", doc={}, arguments=each, idx=0) for each in prompts]
     )  # with one more word the base has a part of the answer
     questions = [{"question": q, "answer": [f"{text} indeed"]} for q, text in zip(asked, said, strict=True)]
-    for task, file, docs in (("pubmedqa", "adaptllm_schema", rows), ("nq", "validation", questions)):
+    headlines = [row | {"class_id": i % 3} for i, row in enumerate(rows)]
+    for task, file, docs in (
+        ("pubmedqa", "adaptllm_schema", rows), ("fpb", "adaptllm_schema", rows),
+        ("headline", "adaptllm_schema", headlines), ("nq", "validation", questions),
+    ):  # fmt: skip
         (folder / "data" / task).mkdir(parents=True)
         (folder / "data" / task / f"{file}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     metadata = {"pretrained": str(base_folder), "corpus": str(corpus_folder)}
@@ -96,6 +100,17 @@ def test_two_runs_equal_plain_arithmetic_on_their_samples(runs: tuple[Path, Path
             assert row["p"] == pytest.approx(binomtest(int((gaps > 0).sum()), int((gaps != 0).sum())).pvalue)
         else:
             assert row["p"] == pytest.approx(statistics.sign_flips(a, b))
+    for task, metric in (
+        ("memdec_fpb", "weighted_f1"),
+        ("memdec_headline", "headline_f1"),
+        ("memdec_headline", "score"),
+    ):
+        row = rows.loc[task, metric]
+        assert row["test"] == "exchanged predictions"
+        assert row["a_low"] <= row["a"] <= row["a_high"]
+        assert row["low"] <= row["difference"] <= row["high"]
+        assert 0 < row["p"] <= 1
+        assert row["a"] != rows.loc[task, "acc"]["a"]
     alone = rows.loc["memdec_ppl", "token_perplexity"]
     assert (alone["n"], alone["test"]) == (1, "none: one row")
     assert np.isnan([alone["low"], alone["p"]]).all()
@@ -143,13 +158,45 @@ def test_other_rows_are_refused(
         compare.compare(runs[0], other)
 
 
-def test_a_metric_that_is_not_the_mean_of_its_rows_is_shown_without_a_test(
-    runs: tuple[Path, Path], tmp_path: Path
-) -> None:
-    other = edited(runs[1], tmp_path / "o", "pubmedqa", lambda lines: [line.update(acc=[1, 2]) for line in lines])
-    rows = compare.compare(runs[0], other).set_index(["task", "metric"])
-    assert rows.loc[("pubmedqa", "acc"), "test"] == "none: not the mean of its rows"
-    assert rows.loc[("pubmedqa", "acc_sum"), "test"] == "McNemar"
+def test_a_value_that_its_rows_do_not_give_is_shown_without_a_test(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    changes: list[tuple[str, str, Any]] = [
+        ("pubmedqa", "acc", [1, 2]), ("pubmedqa", "acc", 0.3), ("pubmedqa", "acc", None),
+        ("memdec_fpb", "weighted_f1", [1, 1]), ("memdec_fpb", "weighted_f1", [1]), ("memdec_headline", "headline_f1", [1, 1]),
+    ]  # fmt: skip
+    for number, (task, metric, value) in enumerate(changes):
+
+        def change(lines: list[dict[str, Any]], metric: str = metric, value: Any = value) -> None:
+            for line in lines:
+                line[metric] = value
+
+        other = edited(runs[1], tmp_path / str(number), task, change)
+        rows = compare.compare(runs[0], other).set_index(["task", "metric"])
+        assert rows.loc[(task, metric), "test"] == "none: no test for values of this kind"
+        assert rows.loc[(task, "acc_sum"), "test"] == "McNemar"
+
+
+def test_perplexity_of_several_documents(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """As lm-eval's own wikitext has them: a row per document."""
+    copies = []
+    for name, run, steps in (("a", runs[0], (0.0, 1.0, -2.0)), ("b", runs[1], (3.0, -1.0, 0.0))):
+        (line,) = lines_of(run, "memdec_ppl")
+        total, count = line["token_perplexity"]
+        docs = [line | {"doc_id": i, "token_perplexity": [total + step, count]} for i, step in enumerate(steps)]
+
+        def several(lines: list[dict[str, Any]], docs: list[dict[str, Any]] = docs) -> None:
+            lines[:] = docs
+
+        copy = edited(run, tmp_path / name, "memdec_ppl", several)
+        (file,) = copy.glob("results_*.json")
+        results = json.loads(file.read_text())
+        value = float(np.exp(-(3 * total + sum(steps)) / (3 * count)))
+        results["results"]["memdec_ppl"]["token_perplexity,none"] = value
+        file.write_text(json.dumps(results))
+        copies.append((copy, value))
+    rows = compare.compare(copies[0][0], copies[1][0]).set_index(["task", "metric"])
+    row = rows.loc["memdec_ppl", "token_perplexity"]
+    assert (row["test"], row["n"], row["a"], row["b"]) == ("sign flips", 3, copies[0][1], copies[1][1])
+    assert row["low"] <= row["difference"] <= row["high"]
 
 
 def test_runs_that_cannot_be_read_or_do_not_belong_together(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -193,6 +240,11 @@ def test_the_command_prints_and_writes_the_rows(
     assert tuple(table.columns) == compare.COLUMNS
     assert len(lines) == len(table) + 1
     assert lines[0].split() == ["task", "metric", "A", "B", "B", "-", "A", "95", "%", "p", "n", "test"]
+    monkeypatch.setattr(sys, "argv", ["memdec", "compare", str(runs[0])])
+    cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["task", "metric", "value", "95", "%", "n"]
+    assert len(lines) == len(table) + 1
     other = edited(runs[1], tmp_path / "o", "pubmedqa", lambda lines: lines.pop())
     monkeypatch.setattr(sys, "argv", ["memdec", "compare", str(runs[0]), str(other)])
     with pytest.raises(SystemExit) as stop:

@@ -214,7 +214,7 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
 # Layer of each module; a module imports, at its top level, only from its own layer or below.
 LAYERS = [
     {"errors", "resources"},
-    {"windows", "mixing", "losses", "objectives", "kernels", "search", "knn", "metrics", "statistics"},
+    {"windows", "mixing", "losses", "objectives", "kernels", "search", "knn", "metrics", "statistics"} | {"paired"},
     {"config", "provenance", "artifacts", "corpora", "tokens", "models", "keypoints", "scores", "scoring", "modeling"}
     | {"flops", "cards", "figures", "speculative"},
     {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
