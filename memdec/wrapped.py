@@ -273,7 +273,15 @@ class WrappedLM(HFLM):
     def _rows_at_once(self, longest: Sequence[int], scored: Sequence[int]) -> int:
         """The batch size; "auto" is found with the longest input."""
         size = self.batch_size
-        return int(self._detect_batch_size([(None, list(longest), list(scored))], 0) if size == "auto" else size)
+        return self._detect_batch_size([(None, list(longest), list(scored))]) if size == "auto" else int(size)
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        """As in `hf`, but every process for itself: with stored scores some have nothing to ask."""
+        processes, self._world_size = self._world_size, 1
+        try:
+            return int(super()._detect_batch_size(requests, pos))
+        finally:
+            self._world_size = processes
 
     @property
     def _n_logits(self) -> int:

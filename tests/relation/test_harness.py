@@ -431,15 +431,19 @@ def test_two_processes_share_the_requests_and_their_scores(
         {"input": f"Question {i}: is {i} even?\nAnswer:", "options": ["No", "Maybe so", "Yes"], "gold_index": i % 3}
         for i in range(7)
     ]
+    scores, out = tmp_path / "scores", tmp_path / "out"
+    both_models = {"pretrained": str(base_folder), "memory": str(small_folder)}
+    write_rows(tmp_path / "some" / "pubmedqa", rows[::2])
+    monkeypatch.setenv("MEMDEC_DATA", str(tmp_path / "some"))
+    evaluate("memdec-interp", "pubmedqa", scores=str(scores), **both_models)  # the rows that the first process gets
     write_rows(tmp_path / "pubmedqa", rows)
     monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
-    both_models = {"pretrained": str(base_folder), "memory": str(small_folder)}
     alone = evaluate("memdec-interp", "pubmedqa", alpha=0.4, **both_models)
-    scores, out = tmp_path / "scores", tmp_path / "out"
     arguments = f"pretrained={base_folder},memory={small_folder},alpha=0.4,scores={scores}"
     words = ["--model", "memdec-interp", "--tasks", "pubmedqa", "--output_path", out, "--model_args", arguments]
+    words += ["--batch_size", "auto"]  # which only the other process has to find
     text = launch(2, "-m", "lm_eval", *words, ACCELERATE_USE_CPU="true")  # `accelerate launch --cpu` starts one process
-    assert text.count(f"loaded {base_folder}") == 2
+    assert text.count(f"loaded {base_folder}") == 1
     (file,) = out.rglob("results_*.json")
     assert json.loads(file.read_text())["results"]["pubmedqa"]["acc,none"] == alone["acc,none"]
     (store,) = scores.iterdir()
