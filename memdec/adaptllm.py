@@ -7,6 +7,8 @@ Rows: MEMDEC_DATA/<task>/adaptllm_schema.jsonl, else the AdaptLLM set on the Hub
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from memdec import adaptllm_metrics, rows
 from memdec.errors import CorpusError
 from memdec.rows import HubRows, Rows
@@ -16,6 +18,7 @@ HEADLINE_QUESTIONS = 9
 # that all of these tasks score the same rows.
 HELD_OUT = 16
 PLACEHOLDER = "<HOLDING>"
+_ROWS = 256  # rows that are tokenized at a time
 CASEHOLD_PROMPT = "Complete the following excerpt from a US court opinion:\n"
 
 Pair = tuple[str, str]  # what is read, what is scored after it
@@ -236,14 +239,21 @@ def _counted(found: Rows, pairs: Callable[[dict[str, Any]], list[Pair]], metadat
     """Adds `option_tokens`: tokens of each option that the model is asked for."""
     words = rows.tokenizer(metadata)
     counts = []
-    for number, row in enumerate(found.rows):
+    bar = tqdm(total=len(found.rows), desc=f"{metadata['adaptllm_config']}: tokens of options", unit="row", delay=2)
+    for first in range(0, len(found.rows), _ROWS):
+        part = [pairs(row) for row in found.rows.select(range(first, min(first + _ROWS, len(found.rows))))]
         # Space at the end of what is read counts, as lm-eval scores it, too.
-        read = {before: len(words.encode(before.rstrip(), verbose=False)) for before, _ in pairs(row)}
-        sizes = [len(words.encode(before + after, verbose=False)) - read[before] for before, after in pairs(row)]
-        if min(sizes) < 1:
-            raise CorpusError(
-                f"{found.where(number)}: expected at least one token in every option, found none in option "
-                f"{sizes.index(min(sizes))} under the tokenizer {words.name_or_path}; use another or leave the row out"
-            )
-        counts.append(sizes)
+        texts = {text for row in part for before, after in row for text in (before.rstrip(), before + after)}
+        listed = list(texts)
+        n_tokens = dict(zip(listed, map(len, words(listed, verbose=False)["input_ids"]), strict=True))
+        for number, row in enumerate(part, first):
+            sizes = [n_tokens[before + after] - n_tokens[before.rstrip()] for before, after in row]
+            if min(sizes) < 1:
+                raise CorpusError(
+                    f"{found.where(number)}: expected at least one token in every option, found none in option "
+                    f"{sizes.index(min(sizes))} under the tokenizer {words.name_or_path}; use another or leave the row out"
+                )
+            counts.append(sizes)
+        bar.update(len(part))
+    bar.close()
     return Rows(found.rows.add_column("option_tokens", counts), found.source)
