@@ -24,7 +24,7 @@ from memdec.config import KnnLMSettings
 from memdec.datastore import Datastore
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.keypoints import KeyPoint
-from memdec.modeling import MemDecConfig, Wrapper, shared_vocabulary
+from memdec.modeling import MemDecConfig, Wrapper, last_positions, shared_vocabulary
 from memdec.scoring import Which
 
 _QUERIES = 1024  # of a search
@@ -107,17 +107,18 @@ class KnnLMForCausalLM(Wrapper):
         self.weight = mixing.check_weight(weight)
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int | Tensor = 0
+        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p_base, log p_kNN) of a batch without padding on the left, each float32 (B, T or logits_to_keep, V).
 
         Args:
             input_ids: Token ids (B, T).
             which: "base", "memory" (p_kNN) or "both".
-            logits_to_keep: Only the last so many positions; 0 is all; or the positions.
+            logits_to_keep: Only the last so many positions; 0 is all.
         """
+        kept = last_positions(input_ids.shape[1], logits_to_keep)
         base, found, _ = self._run(
-            which != "base", input_ids.to(self.device), None, logits_to_keep=logits_to_keep, use_cache=False
+            which != "base", input_ids.to(self.device), None, logits_to_keep=kept, use_cache=False
         )
         return base if which != "memory" else None, found
 

@@ -31,7 +31,7 @@ def score_stream(
     """Scores of every token of a stream, each once, by the window that has most of its past.
 
     Args:
-        model: What has `log_probs(ids, which=, logits_to_keep=)`, of positions.
+        model: What has `log_probs(ids, which=, logits_to_keep=)`.
         stream: Token ids.
         parts: Windows over the stream.
         prefix: Token before the first one.
@@ -44,7 +44,7 @@ def score_stream(
     for batch in _batches(parts, batch_size):
         ids = np.stack([part.inputs(stream, prefix) for part in batch])
         keep = batch[0].n_scored
-        log_p = model.log_probs(torch.from_numpy(ids), which=which, logits_to_keep=last_positions(ids.shape[1], keep))
+        log_p = model.log_probs(torch.from_numpy(ids), which=which, logits_to_keep=keep)
         labels = torch.from_numpy(np.stack([stream[part.end - keep : part.end] for part in batch]).astype(np.int64))
         for i, rows in enumerate(log_p):
             if rows is None:
@@ -56,15 +56,6 @@ def score_stream(
         bar.update(len(batch))
     bar.close()
     return _both(scores.get(0), scores.get(1))
-
-
-def last_positions(n: int, keep: int) -> Int[Tensor, " keep"]:
-    """The last `keep` of n positions, for `logits_to_keep`.
-
-    Positions instead of their number: of a slice, which is not contiguous, torch takes the product with the head row by row
-    on a CPU (32 rows of 256 x 50,257: 146 ms, of a copy 13 ms).
-    """
-    return torch.arange(n - keep, n)
 
 
 def score_labels(

@@ -28,7 +28,7 @@ from memdec import mixing, models, tokens
 from memdec.errors import ConfigError, ModelError, one_line_errors
 from memdec.modeling import Wrapper
 from memdec.scores import ScoreStore, TokenScores, model_identity, request_key
-from memdec.scoring import Which, last_positions, score_labels, score_stream, score_words
+from memdec.scoring import Which, score_labels, score_stream, score_words
 from memdec.windows import windows
 
 log = logging.getLogger("lm_eval.models.memdec")  # the executable shows what is under lm_eval
@@ -303,7 +303,7 @@ class WrappedLM(HFLM):
     def _last(self, ids: torch.Tensor, keep: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(log p_base, log p_mem) of the last positions of a batch, each (B, keep, V)."""
         found: tuple[torch.Tensor | None, torch.Tensor | None]
-        found = self.model.log_probs(ids, which=self._which, logits_to_keep=last_positions(ids.shape[1], keep))
+        found = self.model.log_probs(ids, which=self._which, logits_to_keep=keep)
         return found
 
     # --- words that may come next -----------------------------------------------------------------------------------

@@ -149,6 +149,8 @@ def test_a_saved_mixture_is_the_same(
     assert torch.equal(loaded(input_ids=ids).logits, made(input_ids=ids).logits)
     kept = AutoTokenizer.from_pretrained(tmp_path / "m")
     assert tokens.fingerprint(kept) == tokens.fingerprint(words)
+    loaded.save_pretrained(tmp_path / "twice", by_reference=by_reference)
+    assert tokens.fingerprint(AutoTokenizer.from_pretrained(tmp_path / "twice")) == tokens.fingerprint(words)
     if not by_reference:
         moved = (tmp_path / "m").rename(tmp_path / "elsewhere")
         again = MemDecForCausalLM.from_pretrained(moved, memory_dtype="bfloat16")
