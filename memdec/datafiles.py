@@ -6,7 +6,7 @@ the three of which only a drawn part was, the hash is of that part.
 
 from dataclasses import dataclass
 
-from memdec import closed_book, dcpmi_rows, origins, verbalizers
+from memdec import closed_book, dcpmi_rows, origins, tasks, verbalizers
 from memdec.dcpmi_rows import SETS
 from memdec.origins import GitHubFile
 from memdec.rows import HubRows
@@ -83,18 +83,8 @@ FILES = (
     _adaptllm(_LAW, "SCOTUS", 60),
     _adaptllm(_LAW, "CaseHOLD", 3549, "input_options", "output", "gold_index"),
     _adaptllm(_LAW, "UNFAIR_ToS", 1607),
-    DataFile(
-        "wikitext/wikitext-103-raw-v1/test.parquet",
-        4358,
-        ("text",),
-        HubRows(
-            "Salesforce/wikitext",
-            None,
-            "test",
-            "b08601e04326c79dfdd32d625aee71d233d685c3",
-            files="wikitext-103-raw-v1/test-*.parquet",
-        ),
-    ),
+    DataFile(f"{tasks.WIKITEXT_FOLDER}/test.parquet", 4358, ("text",), tasks.WIKITEXT["test"]),
+    DataFile(f"{tasks.WIKITEXT_FOLDER}/validation.parquet", 3760, ("text",), tasks.WIKITEXT["validation"]),
     DataFile(
         "nq/validation.jsonl",
         3610,

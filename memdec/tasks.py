@@ -10,6 +10,18 @@ from memdec.config import SPLITS
 from memdec.errors import ConfigError, CorpusError
 from memdec.rows import HubRows, Rows
 
+WIKITEXT_FOLDER = "wikitext/wikitext-103-raw-v1"  # under MEMDEC_DATA
+WIKITEXT = {
+    split: HubRows(
+        "Salesforce/wikitext",
+        None,
+        split,
+        "b08601e04326c79dfdd32d625aee71d233d685c3",
+        files=f"wikitext-103-raw-v1/{split}-*.parquet",  # not the training files
+    )
+    for split in ("test", "validation")
+}
+
 
 def load_corpus(**metadata: Any) -> dict[str, Rows]:
     """Rows of `memdec_ppl`: one row with the whole split of a corpus folder.
@@ -29,18 +41,40 @@ def load_corpus(**metadata: Any) -> dict[str, Rows]:
 
 
 def load_wikitext(**metadata: Any) -> dict[str, Rows]:
-    """Rows of `memdec_wikitext`: WikiText-103 raw, one row with the whole test split, lines joined as they are."""
-    file = rows.local_file("wikitext/wikitext-103-raw-v1/test.parquet")
-    if file is not None:
-        import pyarrow.parquet as pq
+    """Rows of `memdec_wikitext`: WikiText-103 raw, one row with a whole split, lines joined as they are.
 
-        lines, source = pq.read_table(file)["text"].to_pylist(), str(file)
+    Metadata `split` (test, or validation to choose alpha on) says which; either way lm-eval calls it test.
+    """
+    split = metadata.get("split", "test")
+    if split not in WIKITEXT:
+        raise ConfigError(
+            f"memdec_wikitext: expected split test or validation, found {split!r}; set it with --metadata"
+        )
+    file = rows.local_file(f"{WIKITEXT_FOLDER}/{split}.parquet")
+    if file is not None:
+        lines, source = _lines(file), str(file)
     else:
-        revision, files = str(metadata["wikitext_revision"]), "wikitext-103-raw-v1/test-*.parquet"
-        hub = HubRows("Salesforce/wikitext", None, "test", revision, files)  # not the training files
+        hub = WIKITEXT[split]
         lines, source = list(rows.hub_rows(hub)["text"]), str(hub)
     rows.log.info("memdec_wikitext: %d lines of %s", len(lines), source)
     return _one_row("".join(lines), rows.tokenizer(metadata), source=source)
+
+
+def _lines(file: Path) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        column = pq.read_table(file)["text"]
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise CorpusError(
+            f"{file}: expected a parquet file with the field 'text', found {' '.join(str(error).split())}; get it again"
+        ) from None
+    lines: list[str] = column.to_pylist()
+    for number, line in enumerate(lines):
+        if not isinstance(line, str):
+            raise CorpusError(f"{file}, row {number}: expected 'text' of type str, found {line!r}; get the file again")
+    return lines
 
 
 def _one_row(text: str, words: Any, source: str) -> dict[str, Rows]:

@@ -299,22 +299,19 @@ def test_the_registry_has_every_task_once_and_the_pins_of_the_yaml_files() -> No
     names = [each.file for each in data.FILES]
     assert len(set(names)) == len(names)
     pins: dict[str, Any] = {each.file: each.origin for each in data.FILES}
-    assert [sum(isinstance(each, kind) for each in pins.values()) for kind in (HubRows, GitHubFile)] == [17, 12]
+    assert [sum(isinstance(each, kind) for each in pins.values()) for kind in (HubRows, GitHubFile)] == [18, 12]
     assert all(re.fullmatch("[0-9a-f]{40}", each.revision) for each in pins.values() if isinstance(each, GitHubFile))
     assert [file for file, each in pins.items() if each and each.revision == rows.NEWEST] == ["yahoo/test.jsonl"]
     seen = 0
     for path in HARNESS_TASKS.rglob("*.yaml"):
-        found = dict(re.findall(r'^ *(adaptllm_\w+|wikitext_revision): *"?([^\s"]+)', path.read_text(), re.MULTILINE))
+        found = dict(re.findall(r'^ *(adaptllm_\w+): *"?([^\s"]+)', path.read_text(), re.MULTILINE))
         if "adaptllm_config" in found and "adaptllm_revision" in found:
             hub = pins[f"{found['adaptllm_config'].lower()}/adaptllm_schema.jsonl"]
             assert (hub.path, hub.config, hub.revision) == tuple(
                 found[f"adaptllm_{k}"] for k in ("path", "config", "revision")
             )
             seen += 1
-        if "wikitext_revision" in found:
-            assert pins["wikitext/wikitext-103-raw-v1/test.parquet"].revision == found["wikitext_revision"]
-            seen += 1
-    assert seen >= 2
+    assert seen == 16
 
 
 def test_the_real_rows_that_are_complete(shared_data: Path) -> None:

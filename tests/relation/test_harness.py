@@ -19,7 +19,7 @@ from making import CONTEXT, launch, plain_scores, spec
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
-from memdec import HARNESS_TASKS, artifacts, corpora, metrics, mixing, models, rows, sweep, tokens, train
+from memdec import HARNESS_TASKS, artifacts, corpora, metrics, mixing, models, rows, sweep, tasks, tokens, train
 from memdec.config import TokenizerSpec
 from memdec.errors import ArtifactError, ConfigError, CorpusError, MemDecError, ModelError, NumericsError
 from memdec.harness import MemDecInterp
@@ -290,7 +290,9 @@ def test_memdec_ppl_by_name_equals_hf_and_the_stream(
         evaluate("memdec-interp", "memdec_ppl", pretrained=str(base_folder))
 
 
-def test_wikitext_from_local_parquet(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wikitext_from_local_parquet(
+    base_folder: Path, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pandas as pd
 
     folder = tmp_path / "wikitext" / "wikitext-103-raw-v1"
@@ -300,6 +302,21 @@ def test_wikitext_from_local_parquet(base_folder: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
     found = evaluate("memdec-interp", "memdec_wikitext", pretrained=str(base_folder))
     assert found["tokens,none"] == len(ours(base_folder).tokenizer.encode("".join(lines)))
+    assert found["word_perplexity,none"] == pytest.approx(found["token_perplexity,none"] ** (found["tokens,none"] / 8))
+    pd.DataFrame({"text": ["The matrix returns the window .\n"]}).to_parquet(folder / "validation.parquet")
+    tuned = evaluate(
+        "memdec-interp", "memdec_wikitext", alpha="tune", pretrained=str(base_folder), memory=str(small_folder)
+    )
+    assert tuned["tokens,none"] == found["tokens,none"]
+    for frame, message in (
+        ({"text": ["x", None]}, r"test\.parquet, row 1: expected 'text' of type str, found None"),
+        ({"lines": ["x"]}, r"test\.parquet: expected a parquet file with the field 'text', found"),
+    ):
+        pd.DataFrame(frame).to_parquet(folder / "test.parquet")
+        with pytest.raises(CorpusError, match=message):
+            tasks.load_wikitext(tokenizer=str(base_folder))
+    with pytest.raises(ConfigError, match="expected split test or validation, found 'train'"):
+        tasks.load_wikitext(tokenizer=str(base_folder), split="train")
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
