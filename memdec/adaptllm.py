@@ -73,7 +73,7 @@ def load_casehold(**metadata: Any) -> dict[str, Rows]:
         _check_texts(found, number, "output", [row["output"]])
         if len(row["input_options"]) != size:
             raise _bad(found, number, f"{size} 'input_options' as in row 0", len(row["input_options"]))
-        rows.check_label(found, number, row["gold_index"], [f"prompt {each}" for each in range(size)])
+        rows.check_label(found, number, "gold_index", row["gold_index"], "input_options", size)
     shots = int(metadata.get("shots", 0))
     if shots:
         found = _with_demonstrations(found, shots)
@@ -118,7 +118,7 @@ def _check_choices(found: Rows, number: int, row: dict[str, Any], golds: Iterabl
     _check_texts(found, number, "input", [row["input"]])
     _check_texts(found, number, "options", row["options"])
     for gold in golds:
-        rows.check_label(found, number, gold, row["options"])
+        rows.check_label(found, number, "gold_index", gold, "options", len(row["options"]))
 
 
 def _check_texts(found: Rows, number: int, field: str, texts: Sequence[Any]) -> None:
@@ -162,7 +162,7 @@ def _completed(train: Rows, shots: int) -> list[str]:
     rows.check(train, {"context": str, "endings": list, "label": int})
     texts = []
     for number, row in enumerate(train.rows):
-        rows.check_label(train, number, row["label"], row["endings"])
+        rows.check_label(train, number, "label", row["label"], "endings", len(row["endings"]))
         if row["context"].count(PLACEHOLDER) == 1:
             texts.append(CASEHOLD_PROMPT + row["context"].replace(PLACEHOLDER, row["endings"][row["label"]]))
         if len(texts) == shots:

@@ -192,7 +192,7 @@ def shown(found: Sequence[Checked]) -> str:
             "rows": "-" if each.rows is None else str(each.rows),
             "expected": "any" if each.file.rows is None else str(each.file.rows),
             "origin": _shown_origin(each),
-            "status": each.status,
+            "status": "ok, by number" if each.status == "ok" and each.file.sha256 is None else each.status,
         }
         for each in found
     ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from memdec import artifacts, mixing, models, rows, tokens
 from memdec.config import KnnLMSettings, RetrievalSettings, parse
-from memdec.errors import ConfigError
+from memdec.errors import ConfigError, one_line_errors
 from memdec.icrag import IcRagForCausalLM
 from memdec.icrag import check_folders as check_passages
 from memdec.index import load as load_index
@@ -35,7 +35,8 @@ class MemDecInterp(WrappedLM):
         pretrained: Base model, folder or Hub id. Without it and without `memory`: the paper's pair.
         memory: Memory decoder, folder or Hub id; None is the base alone (alpha 0).
         alpha: Weight of the memory, from 0 to 1. None is the paper's for the tasks that declare one (Table 11), else its
-            best single value; "tune" is the best of 0, 0.05 … 1 on the split that a task declares for it.
+            best single value; "tune" is the best of 0, 0.05 … 1 on the split that a task declares for it (the paper's
+            where it declares none).
         memory_revision: Commit of the memory, for Hub ids.
         memory_dtype: Weights' type of the memory; default as the base's.
         kwargs: As for `WrappedLM`.
@@ -53,6 +54,7 @@ class MemDecInterp(WrappedLM):
         self._choose = self._tuned if alpha == TUNE else self._no_choice if alpha is not None else self._declared
         self.remembers = alpha == TUNE
         self._chosen: dict[str, dict[str, Any]] = {}
+        self._uses_default = False  # whether a task has no alpha of its own
         if pretrained is None:
             if memory is not None:
                 raise ConfigError(
@@ -118,20 +120,21 @@ class MemDecInterp(WrappedLM):
         value = rows.DECLARED.get(task, {}).get("paper_alpha")
         if value is None or not self.second:
             return self.alpha
-        self._chosen[task] = {"alpha": float(value), "source": "paper"}
+        if task not in self._chosen:
+            self._chosen[task] = {"alpha": float(value), "source": "paper"}
+            log.info("%s: alpha %g (paper)", task, value)
         return float(value)
 
     def _tuned(self, task: str) -> float:
         """The best alpha on the task's own split for that; scored once, on every process alike."""
         from memdec.sweep import best_alpha
 
-        if task not in self._chosen:
-            metadata = rows.DECLARED.get(task, {})
-            split = metadata.get("tune_split")
-            if split is None:
-                raise ConfigError(
-                    f"alpha=tune: expected a task with a split to tune on, found {task}; give alpha a number"
-                )
+        metadata = rows.DECLARED.get(task, {})
+        split = metadata.get("tune_split")
+        if task not in self._chosen and split is None:
+            self._chosen[task] = {"alpha": float(metadata["paper_alpha"]), "source": "paper; no split to tune on"}
+            log.warning("%s: alpha %g (paper): there is no split to tune on", task, metadata["paper_alpha"])
+        elif task not in self._chosen:
             processes, choose, cut = (self._rank, self._world_size), self._choose, self.n_cut
             self._rank, self._world_size = 0, 1
             log.info("%s: alpha is tuned on %s", task, split)
@@ -139,13 +142,22 @@ class MemDecInterp(WrappedLM):
             found = best_alpha(self, task, given | {"split": split})
             (self._rank, self._world_size), self._choose, self.n_cut = processes, choose, cut
             self._chosen[task] = {**found, "source": f"tuned on {split}"}
+            log.info("%s: alpha %g, %s %.4g on %s", task, *(found[key] for key in ("alpha", "metric", "value")), split)
         return float(self._chosen[task]["alpha"])
 
     def _by_task(self, score: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
         """Answers to requests, those of each task at its own alpha."""
         usual = self.alpha
         names = list(dict.fromkeys(request.task_name for request in requests))
+        if self._choose == self._tuned:
+            wrong = [name for name in names if not {"tune_split", "paper_alpha"} & set(rows.DECLARED.get(name, {}))]
+            if wrong:
+                raise ConfigError(
+                    f"alpha=tune: expected tasks with a split to tune on or an alpha of the paper, found {', '.join(map(str, wrong))}; "
+                    "give alpha a number"
+                )
         alphas = {name: self.alpha if name is None else self._choose(name) for name in names}
+        self._uses_default |= any(name not in self._chosen for name in names)
         answers: dict[int, Any] = {}
         for alpha in dict.fromkeys(alphas.values()):
             numbers = [i for i, request in enumerate(requests) if alphas[request.task_name] == alpha]
@@ -154,15 +166,19 @@ class MemDecInterp(WrappedLM):
         super().set_alpha(usual)
         return [answers[i] for i in range(len(requests))]
 
+    @one_line_errors()
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._by_task(partial(super().loglikelihood, disable_tqdm=disable_tqdm), requests)
 
+    @one_line_errors()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         return self._by_task(partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm), requests)
 
+    @one_line_errors()
     def label_word_probs(self, requests: list[Any], disable_tqdm: bool = False) -> list[list[float]]:
         return self._by_task(partial(super().label_word_probs, disable_tqdm=disable_tqdm), requests)
 
+    @one_line_errors()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         return self._by_task(partial(super().generate_until, disable_tqdm=disable_tqdm), requests)
 
@@ -174,6 +190,10 @@ class MemDecInterp(WrappedLM):
 
     def _info(self) -> dict[str, Any]:
         return {"memory": self.memory_name} | ({"alphas": self._chosen} if self._chosen else {})
+
+    def get_model_info(self) -> dict[str, Any]:
+        own = {"alpha": None} if self._chosen and not self._uses_default else {}  # no task was at `alpha`
+        return super().get_model_info() | own
 
 
 class MemDecKnnLM(WrappedLM):

@@ -36,10 +36,7 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = Path(name, subfolder)
-    if path.is_dir() and (path / artifacts.MARK).exists():
-        artifacts.read(path, artifacts.kind_of(path) or "model")
-    check_folder(path if Path(name).is_dir() else name)
+    check_folder(Path(name, subfolder) if Path(name).is_dir() else name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, subfolder=subfolder)
         if dropout is not None:
@@ -77,8 +74,10 @@ def on_meta(name: str | Path) -> Any:
 
 
 def check_folder(name: str | Path) -> None:
-    """A path that looks local must exist: the Hub client's own message for it speaks of repository names."""
+    """A path that looks local must exist, whole: the Hub client's own message for it speaks of repository names."""
     path = Path(name)
+    if path.is_dir() and (path / artifacts.MARK).exists():
+        artifacts.read(path, artifacts.kind_of(path) or "model")
     looks_local = path.is_absolute() or len(path.parts) > 2 or str(name).startswith(".") or path.exists()
     if looks_local and not (path / "config.json").is_file():
         raise ModelError(

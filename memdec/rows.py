@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,13 @@ def load(task: str, file: str, hub: HubRows | None = None, *, adapt: Callable[[A
     if path is not None:
         rows = Rows(_read(path), str(path))
     elif hub is not None:
-        hub = pinned(hub)
-        found = hub_rows(hub)
+        try:
+            hub = pinned(hub)
+            found = hub_rows(hub)
+        except CorpusError as error:
+            raise CorpusError(
+                f"{task}: expected rows in MEMDEC_DATA/{file} or on the Hub, found neither; {error}"
+            ) from None
         rows = Rows(found.map(adapt, desc=task) if adapt is not None else found, str(hub))
     else:
         raise CorpusError(
@@ -102,12 +107,25 @@ def load(task: str, file: str, hub: HubRows | None = None, *, adapt: Callable[[A
 
 
 def _read(path: Path) -> datasets.Dataset:
+    listed = read_lines(path)
+    first: dict[str, tuple[int, Any]] = {}  # of each field: the first row with a value, that value
+    for number, row in enumerate(listed):
+        for field, value in row.items():
+            if value is None:
+                continue
+            row_of, known = first.setdefault(field, (number, value))
+            kinds = {type(known), type(value)}
+            if kinds == {list}:
+                kinds = {type(each) for each in (*known, *value)}
+            if len(kinds) > 1:
+                raise CorpusError(
+                    f"{path}, row {number}: expected {field!r} of one type in all rows, found {value!r} here and {known!r} in row "
+                    f"{row_of}; check the file"
+                )
     try:
-        return datasets.Dataset.from_list(read_lines(path))
+        return datasets.Dataset.from_list(listed)
     except pa.ArrowException as error:
-        raise CorpusError(
-            f"{path}: expected fields that have one type in all rows, found: {' '.join(str(error).split())}; check the file"
-        ) from None
+        raise CorpusError(f"{path}: expected rows that make a table, found: {' '.join(str(error).split())}") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -117,19 +135,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         CorpusError: Names the file and the row that is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON leaves other separators in texts
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # not splitlines: JSON leaves other separators in texts
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: expected UTF-8 text, found {error}; get the file again") from None
+        raise CorpusError(f"{path}: expected UTF-8 text, found {error}; check the file") from None
+    while lines and not lines[-1].strip():  # at the end only: rows are counted
+        lines.pop()
     rows = []
-    for number, line in enumerate(lines if lines[-1] else lines[:-1]):
+    for number, line in enumerate(lines):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
+            shown = f"{line[:40]!r} ({error})" if line.strip() else "an empty line"
             raise CorpusError(
-                f"{path}, row {number}: expected a JSON object, found {error}; get the file again"
+                f"{path}, row {number}: expected a JSON object on one line, found {shown}; check the file"
             ) from None
         if not isinstance(row, dict):
-            raise CorpusError(f"{path}, row {number}: expected a JSON object, found {row!r}; get the file again")
+            raise CorpusError(
+                f"{path}, row {number}: expected a JSON object on one line, found {line[:40]!r}; check the file"
+            )
         rows.append(row)
     return rows
 
@@ -204,16 +229,19 @@ def check(rows: Rows, fields: Mapping[str, type | tuple[type, ...]]) -> None:
                 )
 
 
-def check_label(rows: Rows, number: int, label: int, options: Sequence[str]) -> None:
-    """A label is the number of one of at least two options.
+def check_label(rows: Rows, number: int, field: str, label: int, options: str, n_options: int) -> None:
+    """A label is the number of one of at least two options; `field` and `options` are the names of both in the row.
 
     Raises:
-        CorpusError: Names file and row.
+        CorpusError: Names file, row and field.
     """
-    if len(options) < 2 or not 0 <= label < len(options):
-        raise CorpusError(
-            f"{rows.where(number)}: expected at least two options and the label among them, found {list(options)} and {label}"
-        )
+    if n_options < 2:
+        wanted, found = f"at least two {options!r}", n_options
+    elif not 0 <= label < n_options:
+        wanted, found = f"{field!r} from 0 to {n_options - 1} (the number of one of {options!r})", label
+    else:
+        return
+    raise CorpusError(f"{rows.where(number)}: expected {wanted}, found {found}; check the file or revision")
 
 
 # Metadata of every task that was built, by name: a model sees of a request only the name of its task.
@@ -229,6 +257,11 @@ class RowsTask(ConfigurableTask):
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__(config={key: value for key, value in (config or {}).items() if key != "class"})
         DECLARED[self.config.task] = self.config.metadata
+
+    def dump_config(self) -> dict[str, Any]:
+        """As lm-eval's; demonstrations that stand in the rows count as shots."""
+        config: dict[str, Any] = super().dump_config()
+        return config | {"num_fewshot": self.config.metadata.get("shots", config.get("num_fewshot"))}
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         with one_line_errors():

@@ -4,7 +4,9 @@ The first alpha scores base and memory and stores both; all others read the stor
 metric, alpha, value, stderr), `sweep.png`, `sweep.svg`, `scores/`.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from memdec.errors import ConfigError
 from memdec.scores import model_identity
 
 ALPHAS = tuple(round(0.05 * i, 2) for i in range(21))
+_FEWSHOT_SEED = 1234  # lm-eval's default
 COLUMNS = ("task", "metric", "alpha", "value", "stderr")
 
 
@@ -115,19 +118,22 @@ def _evaluate(
     model: Any, tasks: Sequence[str], alphas: Sequence[float], metadata: dict[str, Any], limit: int | None
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, str], bool]]:
     """Rows of the table, and of each (task, metric) whether higher is better."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
     from lm_eval.tasks import TaskManager
 
     from memdec import HARNESS_TASKS
 
-    manager = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata)
+    loaded = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata).load(list(tasks))
     rows: list[dict[str, Any]] = []
     better: dict[tuple[str, str], bool] = {}
-    for alpha in alphas:
+    for number, alpha in enumerate(alphas):
         model.set_alpha(alpha)
-        results = simple_evaluate(
-            model=model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
-        )
+        for task in loaded["tasks"].values():  # as `simple_evaluate` does, for every alpha alike
+            if task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+        with _quiet(number > 0):
+            results = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
         assert results is not None
         for task, values in results["results"].items():
             for name, value in values.items():
@@ -139,6 +145,19 @@ def _evaluate(
                 rows.append({"task": task, "metric": metric, "alpha": alpha, "value": float(value), "stderr": stderr})
                 better[task, metric] = bool(results["higher_is_better"].get(task, {}).get(metric, True))
     return rows, better
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Without what lm-eval logs of every run."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    if quiet:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _best(rows: Sequence[dict[str, Any]], row: dict[str, Any], better: dict[tuple[str, str], bool]) -> dict[str, Any]:

@@ -88,12 +88,8 @@ class WrappedLM(HFLM):
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.context, self.stride = self._windows(context, stride)
         self.store = self._store(scores, kwargs)
-        if self.store is None:
-            self._load()
-        else:
-            known = len(self.store)
-            place = self.store.folder or "memory"
-            log.info("scores: %d requests known in %s; models load when another comes", known, place)
+        if self.store is not None:
+            log.info("scores: %d requests known in %s", len(self.store), self.store.folder or "memory")
 
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
@@ -126,7 +122,7 @@ class WrappedLM(HFLM):
         self._model = SimpleNamespace(to=lambda *_: None, config=self.config)
 
     def _load(self) -> None:
-        """Load base and memory, once."""
+        """Load base and memory, once: when a request comes that needs them, so that a fault in the rows is found before."""
         if self._load_base is None:
             return
         load_base, self._load_base = self._load_base, None
@@ -308,11 +304,12 @@ class WrappedLM(HFLM):
 
     # --- words that may come next -----------------------------------------------------------------------------------
 
+    @one_line_errors()
     def label_word_probs(self, requests: list[Any], disable_tqdm: bool = False) -> list[list[float]]:
-        """log-probability (nats) of each of the words as the next token; requests are (context, words).
+        """log-probability (nats) of each of the words as the next token; requests are (context, words, limit).
 
         A word is the text of one token, with its space; a context ends without one. Each context is read once, for any
-        number of requests and words; one that is too long is cut on the left.
+        number of requests and words; one of more tokens than the limit or the models hold is cut on the left.
 
         Raises:
             ConfigError: A word is not one token.
@@ -321,11 +318,12 @@ class WrappedLM(HFLM):
         contexts: dict[str, tuple[int, ...]] = {}
         items = []
         for request in requests:
-            context, words = request.args
+            context, words, limit = request.args
+            limit = min(limit, self.max_length)
             if context not in contexts:
                 contexts[context] = tuple(self.tok_encode(context) or [self.prefix_token_id])
-            self.n_cut += len(contexts[context]) > self.max_length
-            read = contexts[context][-self.max_length :]
+            self.n_cut += len(contexts[context]) > limit
+            read = contexts[context][-limit:]
             items.append((request_key("words", read, ids[words]), read, ids[words]))
         found = self._scores(items, self._score_words, disable_tqdm)
         answers = {key: scores.log_p(self.alpha).tolist() for key, scores in found.items()}
@@ -382,6 +380,13 @@ class WrappedLM(HFLM):
                 self.store.flush()
         return scores
 
+    @one_line_errors()
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As in `hf`."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        return found
+
+    @one_line_errors()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Total log-probability (nats) of each text under the mixture, every token scored exactly once."""
         results = []
@@ -392,6 +397,7 @@ class WrappedLM(HFLM):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return results
 
+    @one_line_errors()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As in `hf`: greedy or sampled text from the mixture; prompts are cut on the left to what fits."""
         for request in requests:

@@ -418,18 +418,31 @@ WHERE = r"adaptllm_schema\.jsonl, row 1: expected .*"
         ("USMLE", CHOICE, {"input": None}, "'input' of type str, found None"),
         ("USMLE", CHOICE, {"input": " "}, "text in 'input', found ' '"),
         ("USMLE", CHOICE, {"gold_index": None}, "'gold_index' of type int, found None"),
-        ("USMLE", CHOICE, {"gold_index": 2}, "at least two options and the label among them"),
-        ("USMLE", CHOICE, {"options": ["Yes"], "gold_index": 0}, "at least two options"),
+        (
+            "USMLE",
+            CHOICE,
+            {"gold_index": 2},
+            r"'gold_index' from 0 to 1 \(the number of one of 'options'\), found 2; check",
+        ),
+        ("USMLE", CHOICE, {"gold_index": "1"}, "'gold_index' of one type in all rows, found '1' here and 1 in row 0"),
+        ("USMLE", CHOICE, {"gold_index": [1]}, "'gold_index' of one type in all rows"),
+        ("USMLE", CHOICE, {"options": ["Yes"], "gold_index": 0}, "at least two 'options', found 1; check"),
+        ("USMLE", CHOICE, {"options": ["Yes", 3]}, r"'options' of one type in all rows, found \['Yes', 3\] here"),
         ("USMLE", CHOICE, {"options": ["Yes", ""]}, "text in 'options', found ''"),
         ("USMLE", CHOICE, {"options": ["Yes", "\u200b"]}, "at least one token in every option, found none in option 1"),
         ("Headline", CHOICE | {"class_id": 0}, {"class_id": 9}, "'class_id' from 0 to 8, found 9"),
         ("Headline", CHOICE | {"class_id": 0}, {"class_id": None}, "'class_id' of type int, found None"),
         ("UNFAIR_ToS", CHOICE | {"gold_index": [0]}, {"gold_index": []}, r"of one or more options, found \[\]"),
-        ("UNFAIR_ToS", CHOICE | {"gold_index": [0]}, {"gold_index": [0, 2]}, "the label among them"),
-        ("UNFAIR_ToS", CHOICE | {"gold_index": [0]}, {"gold_index": [None]}, r"of one or more options, found \[None\]"),
+        ("UNFAIR_ToS", CHOICE | {"gold_index": [0]}, {"gold_index": [0, 2]}, "'gold_index' from 0 to 1 .*, found 2"),
+        ("UNFAIR_ToS", CHOICE | {"gold_index": [0]}, {"gold_index": [None]}, r"one type in all rows, found \[None\]"),
         ("CaseHOLD", HOLDING, {"input_options": ["a", "b", "c"]}, "2 'input_options' as in row 0, found 3"),
         ("CaseHOLD", HOLDING, {"output": ""}, "text in 'output', found ''"),
-        ("CaseHOLD", HOLDING, {"gold_index": -1}, "the label among them"),
+        (
+            "CaseHOLD",
+            HOLDING,
+            {"gold_index": -1},
+            r"'gold_index' from 0 to 1 \(the number of one of 'input_options'\), found -1",
+        ),
         ("NER", COMPLETION, {"label": None}, "'label' of type str, found None"),
         ("NER", COMPLETION, {"label": "Bond"}, "'label' with entities such as"),
         ("ConvFinQA", COMPLETION, {"label": "none"}, "'label' with a number in its first line"),
@@ -529,5 +542,5 @@ def test_demonstrations_are_the_first_training_rows_where_there_are_some(
     with pytest.raises(CorpusError, match=r"train\.jsonl: expected 8 rows with one <HOLDING> in 'context', found 5"):
         load_shots(8)
     write(tmp_path, "casehold", [train_rows[0], train_rows[2] | {"label": 2}], "train.jsonl")
-    with pytest.raises(CorpusError, match=r"train\.jsonl, row 1: expected at least two options"):
+    with pytest.raises(CorpusError, match=r"train\.jsonl, row 1: expected 'label' from 0 to 1"):
         load_shots(4)

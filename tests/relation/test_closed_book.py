@@ -185,10 +185,10 @@ def test_only_the_first_line_counts_and_the_question_takes_its_form() -> None:
         ("nq", {"question": "q", "answer": []}, r"row 1: expected texts in 'answer', found \[\]"),
         ("nq", {"question": "q", "answer": ["x", ""]}, r"row 1: expected texts in 'answer'"),
         ("nq", {"question": " ", "answer": ["x"]}, r"row 1: expected a 'question', found ' '"),
-        ("nq", {"question": "q", "answer": "x"}, "expected fields that have one type in all rows"),
+        ("nq", {"question": "q", "answer": "x"}, "row 1: expected 'answer' of one type in all rows"),
         ("hotpotqa", {"question": "q"}, r"row 1: expected 'answer' of type str, found None"),
         ("hotpotqa", {"question": "q", "answer": " "}, r"row 1: expected texts in 'answer'"),
-        ("hotpotqa", {"question": "q", "answer": 3}, "expected fields that have one type in all rows"),
+        ("hotpotqa", {"question": "q", "answer": 3}, "row 1: expected 'answer' of one type in all rows"),
     ],
 )
 def test_bad_rows_are_named(

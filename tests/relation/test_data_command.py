@@ -156,7 +156,7 @@ def test_a_changed_file_of_ours_is_fetched_again_and_a_strange_one_is_not_touche
     assert own.read_text() == json.dumps(CHOICES[0]) + "\n"
     own.write_text("".join(json.dumps(row) + "\n" for row in CHOICES))  # right, if not from here: stays
     assert [each.status for each in data.fetch(out)] == ["ok"] * 3
-    assert data.shown(data.verify(out, ["pubmedqa"])).split()[-3:] == ["own", "file", "ok"]
+    assert data.shown(data.verify(out, ["pubmedqa"])).split()[-5:] == ["own", "file", "ok,", "by", "number"]
     assert "pubmedqa/adaptllm_schema.jsonl" not in json.loads((out / data.SOURCES).read_text())
 
 
@@ -208,8 +208,8 @@ def test_the_commands_say_what_is_there(
     )
     assert [line.split() for line in text.splitlines()] == [
         ["task", "file", "rows", "expected", "origin", "status"],
-        ["ner", "ner/adaptllm_schema.jsonl", "3", "3", "Hub", "0000000", "ok"],
-        ["wikitext", "wikitext/raw/test.parquet", "3", "3", "Hub", "0000000", "ok"],
+        ["ner", "ner/adaptllm_schema.jsonl", "3", "3", "Hub", "0000000", "ok,", "by", "number"],
+        ["wikitext", "wikitext/raw/test.parquet", "3", "3", "Hub", "0000000", "ok,", "by", "number"],
     ]
     monkeypatch.setenv("MEMDEC_DATA", out)
     code, text, _ = memdec(monkeypatch, capsys, "verify")

@@ -200,7 +200,7 @@ def plain_scores(
 
     @torch.no_grad()
     def next_token(context: str) -> list[float]:
-        ids = torch.tensor([words.encode(context)[-models[0].config.n_positions :]])
+        ids = torch.tensor([words.encode(context)[-min(1024, models[0].config.n_positions) :]])
         base, memory = (model(ids, logits_to_keep=1).logits[0, -1].double().softmax(-1) for model in models)
         return (ALPHA * memory + (1 - ALPHA) * base).tolist()
 
@@ -270,7 +270,7 @@ def test_hf_gives_what_memdec_interp_gives_at_alpha_0(
     hf = evaluate("hf", tasks, limit=6, pretrained=str(base), dtype="float32", batch_size=4)
     for task in tasks:
         for one, other in zip(scores_of(ours, task, tokenizer), scores_of(hf, task, tokenizer), strict=True):
-            for rule in ("acc_mean", "acc_lm", "acc_pmi"):
+            for rule in ("acc_mean", "acc_lm", "acc_canonical"):
                 assert one[rule] == pytest.approx(other[rule], rel=1e-5, abs=2e-6)
         for metric in ours["results"][task]:
             assert ours["results"][task][metric] == hf["results"][task][metric]
@@ -286,7 +286,7 @@ class Constant(LM):
     def label_word_probs(self, requests: list[Instance]) -> list[list[float]]:
         return [
             [-3.0 if context in self.premises else -2.0 if word in self.words else -4.0 for word in words]
-            for context, words in (request.args for request in requests)
+            for context, words, _ in (request.args for request in requests)
         ]
 
     loglikelihood = loglikelihood_rolling = generate_until = None
@@ -352,7 +352,7 @@ def test_a_context_is_read_once_and_only_its_last_position_has_logits(
     lists = [(" the", " is"), (" is", " a", " of")]
     words = [tuple(word for word in each if len(model.tokenizer.encode(word)) == 1) for each in lists]
     requests = [
-        Instance("label_word_probs", {}, (text, each), i)
+        Instance("label_word_probs", {}, (text, each, 60), i)
         for i, (text, each) in enumerate((text, each) for each in words for text in [*texts, " is"])
     ]
     seen: list[tuple[int, int]] = []
@@ -367,10 +367,10 @@ def test_a_context_is_read_once_and_only_its_last_position_has_logits(
     found = model.label_word_probs(requests)
     assert sum(rows for rows, _ in seen) == len({tuple(model.tok_encode(text)) for text in texts})
     assert {kept for _, kept in seen} == {1}
-    assert model.n_cut == 2
+    assert model.n_cut == 2  # of more than 60 tokens, and of more than the model holds
     pairs = [
         Instance("loglikelihood", {}, (context, word), 0)
-        for context, each in (r.args for r in requests)
+        for context, each, _ in (r.args for r in requests)
         for word in each
     ]
     expected = iter(model.loglikelihood(pairs))
@@ -378,7 +378,7 @@ def test_a_context_is_read_once_and_only_its_last_position_has_logits(
         for value in row:
             assert value == pytest.approx(next(expected)[0], abs=1e-5)
     with pytest.raises(ConfigError, match="expected words of one token, found ' the matrix the matrix'"):
-        model.label_word_probs([Instance("label_word_probs", {}, ("A", (" the matrix the matrix",)), 0)])
+        model.label_word_probs([Instance("label_word_probs", {}, ("A", (" the matrix the matrix",), 9), 0)])
 
 
 COUNTS = {
@@ -421,13 +421,14 @@ def test_a_token_that_two_words_share_counts_twice(tokenizer_folder: Path) -> No
     words = dcpmi.label_words([["zq1", "zq2"], ["the"]], ["zq1", "the"], "first_token", tokenizer)
     assert words.labels[0][0] == words.labels[0][1] == words.canonical[0]
     p, prior = [math.log(0.5), math.log(0.1)], [math.log(0.25), math.log(0.2)]
-    found = dcpmi.label_scores(p, prior, words)
+    found = dcpmi.label_scores(p, prior, [math.log(0.125), math.log(0.1)], words)
     assert found["acc"] == pytest.approx([2 * math.log(2), -math.log(2)])
     assert found["acc_mean"] == pytest.approx([math.log(2), -math.log(2)])
     assert found["acc_lm"] == pytest.approx([1.0, 0.1])
-    assert found["acc_pmi"] == pytest.approx([math.log(2), -math.log(2)])
+    assert found["acc_pmi"] == pytest.approx([4 * math.log(2), 0], abs=1e-8)
+    assert found["acc_canonical"] == pytest.approx([math.log(2), -math.log(2)])
     none = dcpmi.label_words([["zq1"], ["the"]], ["the", "the"], "single_token", tokenizer)
-    assert dcpmi.label_scores([0.0], [0.0], none)["acc_mean"][0] == 0
+    assert dcpmi.label_scores([0.0], [0.0], [0.0], none)["acc_mean"][0] == 0
 
 
 @pytest.mark.parametrize(
@@ -436,7 +437,12 @@ def test_a_token_that_two_words_share_counts_twice(tokenizer_folder: Path) -> No
         ("mr", {"label": None}, r"mr/test\.jsonl, row 1: expected 'label' of type int or str, found None"),
         ("mr", {"label": 7}, r"row 1: expected 'label' to be one of \[0, 1\], found 7"),
         ("cb", {"label": "maybe"}, r"row 1: expected 'label' to be one of .*, found 'maybe'"),
-        ("mr", {"label": "x"}, r"mr/test\.jsonl: expected fields that have one type in all rows, found"),
+        (
+            "mr",
+            {"label": "x"},
+            r"mr/test\.jsonl, row 1: expected 'label' of one type in all rows, found 'x' here and 0 in row 0; check",
+        ),
+        ("mr", {"label": 1.0}, r"row 1: expected 'label' of one type in all rows, found 1\.0 here and 0 in row 0"),
         ("agn", {"Title": None}, "row 1: expected 'Title' of type str, found None"),
         ("yahoo", {"gold": 9}, "row 1: expected gold 1 for 'topic' 1, found 9"),
     ],
@@ -511,3 +517,78 @@ def test_rotten_tomatoes_of_the_hub_get_the_fields_of_the_file(monkeypatch: pyte
     monkeypatch.setattr("memdec.rows.hub_rows", lambda _: hub)
     rows = dcpmi_rows.load_rows(set="rt", paper_rows=1066)["test"].rows
     assert [(row["input"], row["gold"]) for row in rows] == [("a fine film", 1), ("a dull one", 0)]
+
+
+@pytest.mark.parametrize("model", ["memdec-interp", "hf"])
+def test_a_prompt_is_read_from_its_last_1024_tokens_whatever_the_model_holds(
+    model: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=1500, initializer_range=0.2
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "long")
+    tokenizer.save_pretrained(tmp_path / "long")
+    monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
+    text = " ".join(f"the matrix {i} of" for i in range(400))
+    rows = [made_row("hyp", 0) | {"text": f"{start} {text}"} for start in ("alpha", "beta")]
+    write_rows(tmp_path, "hyp", rows)
+    assert len(tokenizer.encode(rows[0]["text"])) > 1024
+    arguments = {"pretrained": str(tmp_path / "long")} | ({"dtype": "float32"} if model == "hf" else {})
+    results = evaluate(model, ["dcpmi_hyp_kl"], **arguments)
+    first, second = results["samples"]["dcpmi_hyp_kl"]
+    assert first["filtered_resps"] == second["filtered_resps"]  # what is different was cut
+    lists = results["configs"]["dcpmi_hyp_kl"]["metadata"]["words"]
+    folder = tmp_path / "long"
+    (expected,) = plain_scores((folder, folder), rows[:1], PROMPTS["hyp"][1], lists, "kl")
+    (found, _) = scores_of(results, "dcpmi_hyp_kl", tokenizer)
+    assert found["acc"] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    if model != "hf":
+        assert results["config"]["requests_cut"] == 2
+        metadata = {**arguments, "max_context": 1400}
+        manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=metadata)
+        longer = simple_evaluate(
+            model, {"device": "cpu", **arguments}, ["dcpmi_hyp_kl"], task_manager=manager, bootstrap_iters=0
+        )
+        assert longer is not None
+        assert longer["samples"]["dcpmi_hyp_kl"][0]["filtered_resps"] != first["filtered_resps"]
+
+
+def test_a_chat_template_is_put_around_the_premise_too(made_data: Path, base_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    tokenizer.save_pretrained(tmp_path)
+    model = MemDecInterp(pretrained=str(base_folder), tokenizer=str(tmp_path), device="cpu")
+    manager = TaskManager(
+        include_path=str(HARNESS_TASKS), include_defaults=False, metadata={"tokenizer": str(base_folder)}
+    )
+    results = simple_evaluate(
+        model=model, tasks=["dcpmi_mr_kp"], task_manager=manager, limit=2, bootstrap_iters=0, apply_chat_template=True,
+        system_instruction="Be brief.",
+    )  # fmt: skip
+    assert results is not None
+    for sample in results["samples"]["dcpmi_mr_kp"]:
+        prompt, premise, colon = (
+            (each["arg_0"] for each in sample["arguments"].values())
+            if isinstance(sample["arguments"], dict)
+            else (each[0] for each in sample["arguments"])
+        )
+        assert prompt.startswith("<system>Be brief.")
+        assert prompt.endswith("It was<answer>")
+        assert premise == "<system>Be brief.<user> It was<answer>"
+        assert colon == "<system>Be brief.<user>:<answer>"
+
+
+def test_without_metrics_nothing_is_scored(made_data: Path, base_folder: Path) -> None:
+    """`--predict_only`."""
+    manager = TaskManager(
+        include_path=str(HARNESS_TASKS), include_defaults=False, metadata={"pretrained": str(base_folder)}
+    )
+    results = simple_evaluate(
+        model="memdec-interp", model_args={"pretrained": str(base_folder), "device": "cpu"}, tasks=["dcpmi_cb_kl"],
+        task_manager=manager, limit=2, predict_only=True,
+    )  # fmt: skip
+    assert results is not None
+    assert [len(sample["filtered_resps"]) for sample in results["samples"]["dcpmi_cb_kl"]] == [3, 3]
+    assert not any(key.startswith("acc") for key in results["results"]["dcpmi_cb_kl"])

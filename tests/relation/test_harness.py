@@ -376,6 +376,24 @@ def test_bad_rows_are_named(
         evaluate("memdec-interp", "pubmedqa", pretrained=str(base_folder))
 
 
+def test_models_load_when_the_first_request_comes(
+    base_folder: Path, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a fault in the rows is found before."""
+    monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
+    write_rows(tmp_path / "pubmedqa", [{"input": "Q", "options": ["No", "Yes"], "gold_index": 2}])
+    with monkeypatch.context() as patch:
+        patch.setattr(WrappedLM, "_load", pytest.fail)
+        with pytest.raises(
+            CorpusError,
+            match=r"row 0: expected 'gold_index' from 0 to 1 \(the number of one of 'options'\), found 2; check",
+        ):
+            evaluate("memdec-interp", "pubmedqa", pretrained=str(base_folder), memory=str(small_folder))
+    model = ours(base_folder, small_folder)
+    assert model.get_model_info()["pretrained"] == str(base_folder)
+    assert isinstance(model.model.base, torch.nn.Module)
+
+
 def test_a_half_written_memory_is_refused(base_folder: Path, small_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(small_folder, tmp_path / "m")
     (tmp_path / "m" / artifacts.MANIFEST).unlink()
@@ -483,13 +501,17 @@ def test_tasks_may_declare_their_alpha(base_folder: Path, small_folder: Path, mo
         plain = ours(base_folder, small_folder, alpha=alpha).loglikelihood(instances("loglikelihood", PAIRS[some]))
         assert found[some] == pytest.approx(np.array(plain), rel=1e-5)
     assert model.alpha == 0.6
-    assert model.get_model_info()["alphas"] == {"declares": {"alpha": 0.05, "source": "paper"}}
+    info = model.get_model_info()
+    assert (info["alpha"], info["alphas"]) == (0.6, {"declares": {"alpha": 0.05, "source": "paper"}})
+    alone = ours(base_folder, small_folder)
+    alone.loglikelihood(named[1::2])
+    assert alone.get_model_info()["alpha"] is None  # no task was at 0.6
     given = ours(base_folder, small_folder, alpha=0.3)
     assert given.loglikelihood(named) == given.loglikelihood(instances("loglikelihood", PAIRS))
 
 
 def test_alpha_is_tuned_on_the_split_that_a_task_declares(
-    base_folder: Path, small_folder: Path, corpus_folder: Path
+    base_folder: Path, small_folder: Path, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = next(iter(sweep.tune(str(base_folder), str(small_folder), corpus_folder, device="cpu")))
     model = ours(base_folder, small_folder, alpha="tune")
@@ -501,8 +523,14 @@ def test_alpha_is_tuned_on_the_split_that_a_task_declares(
     assert (chosen["alpha"], chosen["source"], len(chosen["sweep"])) == (best, "tuned on valid", 21)
     at_best = evaluate("memdec-interp", "memdec_ppl", pretrained=str(base_folder), memory=str(small_folder), alpha=best)
     assert results["results"]["memdec_ppl"]["token_perplexity,none"] == pytest.approx(at_best["token_perplexity,none"])
-    with pytest.raises(ConfigError, match="a split to tune on, found declares none"):
+    with pytest.raises(ConfigError, match="a split to tune on or an alpha of the paper, found declares none; give"):
         model.loglikelihood([Instance("loglikelihood", {}, PAIRS[0], 0, ("declares none", 0, 1))])
+    monkeypatch.setitem(rows.DECLARED, "has one of the paper", {"paper_alpha": 0.05})
+    model.loglikelihood([Instance("loglikelihood", {}, PAIRS[0], 0, ("has one of the paper", 0, 1))])
+    assert model.get_model_info()["alphas"]["has one of the paper"] == {
+        "alpha": 0.05,
+        "source": "paper; no split to tune on",
+    }
     for wrong in ({"alpha": "best", "memory": small_folder}, {"alpha": "tune"}):
         with pytest.raises(ConfigError, match="alpha: expected a number"):
             ours(base_folder, **wrong)

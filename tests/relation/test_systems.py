@@ -286,7 +286,7 @@ def test_lm_eval_gets_the_probabilities_of_the_system(name: str, parts: Parts, t
         assert log_p == pytest.approx(float(rows.gather(-1, labels[:, None]).sum()), abs=1e-4)
         assert greedy == torch.equal(rows.argmax(-1), labels)
         word = tokens.text_behind(harness.tokenizer, after[0])
-        ((next_log_p,),) = harness.label_word_probs(requests("label_word_probs", [(context.rstrip(), (word,))]))
+        ((next_log_p,),) = harness.label_word_probs(requests("label_word_probs", [(context.rstrip(), (word,), 1024)]))
         assert next_log_p == pytest.approx(float(rows[0, after[0]]), abs=1e-4)
     (text,) = harness.generate_until(
         requests("generate_until", [("The matrix 3", {"until": ["@@"], "max_gen_toks": 5})])
