@@ -223,7 +223,7 @@ class WrappedLM(HFLM):
             total=len(items),
             desc="score requests",
             unit="request",
-            disable=quiet or self.rank != 0,
+            disable=quiet or self.rank != 0 or not missing,
             mininterval=2,
         )
         bar.update(len(items) - len(missing))
