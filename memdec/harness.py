@@ -135,12 +135,13 @@ class MemDecInterp(WrappedLM):
             self._chosen[task] = {"alpha": float(metadata["paper_alpha"]), "source": "paper; no split to tune on"}
             log.warning("%s: alpha %g (paper): there is no split to tune on", task, metadata["paper_alpha"])
         elif task not in self._chosen:
-            processes, choose, cut = (self._rank, self._world_size), self._choose, self.n_cut
+            processes, choose, counted = (self._rank, self._world_size), self._choose, (self.n_cut, self._uses_default)
             self._rank, self._world_size = 0, 1
             log.info("%s: alpha is tuned on %s", task, split)
             given = {key: value for key, value in metadata.items() if key != "rows"}
             found = best_alpha(self, task, given | {"split": split})
-            (self._rank, self._world_size), self._choose, self.n_cut = processes, choose, cut
+            (self._rank, self._world_size), self._choose = processes, choose
+            self.n_cut, self._uses_default = counted
             self._chosen[task] = {**found, "source": f"tuned on {split}"}
             log.info("%s: alpha %g, %s %.4g on %s", task, *(found[key] for key in ("alpha", "metric", "value")), split)
         return float(self._chosen[task]["alpha"])

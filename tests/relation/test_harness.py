@@ -520,6 +520,7 @@ def test_alpha_is_tuned_on_the_split_that_a_task_declares(
     results = simple_evaluate(model=model, tasks=["memdec_ppl"], task_manager=manager, bootstrap_iters=0)
     assert results is not None
     (chosen,) = results["config"]["alphas"].values()
+    assert results["config"]["alpha"] is None
     assert (chosen["alpha"], chosen["source"], len(chosen["sweep"])) == (best, "tuned on valid", 21)
     at_best = evaluate("memdec-interp", "memdec_ppl", pretrained=str(base_folder), memory=str(small_folder), alpha=best)
     assert results["results"]["memdec_ppl"]["token_perplexity,none"] == pytest.approx(at_best["token_perplexity,none"])
