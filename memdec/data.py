@@ -192,11 +192,18 @@ def shown(found: Sequence[Checked]) -> str:
             "rows": "-" if each.rows is None else str(each.rows),
             "expected": "any" if each.file.rows is None else str(each.file.rows),
             "origin": _shown_origin(each),
-            "status": "ok, by number" if each.status == "ok" and each.file.sha256 is None else each.status,
+            "status": _shown_status(each),
         }
         for each in found
     ]
     return pd.DataFrame(lines).to_string(index=False)
+
+
+def _shown_status(found: Checked) -> str:
+    """The status, and what stands behind an "ok" that no hash could give."""
+    if found.status != "ok" or found.file.sha256 is not None:
+        return found.status
+    return "ok, by fields" if found.file.rows is None else "ok, by number"
 
 
 def _shown_origin(found: Checked) -> str:

@@ -314,6 +314,17 @@ def test_the_registry_has_every_task_once_and_the_pins_of_the_yaml_files() -> No
     assert seen == 16
 
 
+def test_an_ok_says_what_it_rests_on() -> None:
+    file = data.DataFile("t/test.jsonl", 3, ("text",))
+    files = [replace(file, sha256="0" * 64), file, replace(file, rows=None)]
+    lines = data.shown([data.Checked(each, 3, "ok") for each in files]).splitlines()[1:]
+    assert [line.split("own file")[-1].split("-")[-1].strip() for line in lines] == [
+        "ok",
+        "ok, by number",
+        "ok, by fields",
+    ]
+
+
 def test_the_real_rows_that_are_complete(shared_data: Path) -> None:
     found = {each.file.file: each for each in data.verify(shared_data / "tasks")}
     for task in ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte"):
