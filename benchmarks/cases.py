@@ -506,11 +506,14 @@ def dcpmi(n: int) -> tuple[Work, Work]:
 
     def ours() -> tuple[Tensor]:
         texts = [" ".join(f"w{i}" for i in row) for row in (premise, *rows)]
-        prior, *found = lm.label_word_probs(
-            [Instance("label_word_probs", {}, (text, words.texts, 1024), i) for i, text in enumerate(texts)],
+        prior, colon, *found = lm.label_word_probs(
+            [
+                Instance("label_word_probs", {}, (text, words.texts, 1024), i)
+                for i, text in enumerate((texts[0], ":", *texts[1:]))
+            ],
             disable_tqdm=True,
         )
-        return (torch.tensor([label_scores(log_p, prior, prior, words)["acc"] for log_p in found]),)
+        return (torch.tensor([label_scores(log_p, prior, colon, words)["acc"] for log_p in found]),)
 
     @torch.inference_mode()
     def twin() -> tuple[Tensor]:

@@ -67,7 +67,7 @@ def to_fetch(tasks: Sequence[str] = ()) -> list[DataFile]:
     for task in tasks:
         if task not in {each.task for each in files}:
             raise CorpusError(
-                f"{task}: expected a task whose rows the Hub or GitHub has at a known commit, found one whose files are put "
+                f"{task}: expected a task whose rows the Hub or GitHub has, found one whose files are put "
                 "there by hand; see harness_tasks/README.md"
             )
     return files

@@ -201,14 +201,15 @@ def _log_p_texts(lm: Any, asked: Sequence[Asked]) -> Any:
 
 
 def _log_p_tokens(lm: TemplateLM, asked: Sequence[Asked]) -> Any:
-    """As the model's own `loglikelihood`, but that a context is cut, and that a word's tokens are made once."""
+    """As the model's own `loglikelihood`, but that a context is cut, that space at its end (of a chat template) is read and
+    not scored, and that a word's tokens are made once."""
     tokens_of: dict[str, list[int]] = {}
     pairs = []
     for context, words, limit in asked:
-        read, _ = lm._encode_pair(context, words[0])
+        read = lm.tok_encode(context)
         for word in words:
             if word not in tokens_of:
-                tokens_of[word] = lm._encode_pair(context, word)[1]
+                tokens_of[word] = lm.tok_encode(context + word)[len(read) :]
             pairs.append(((context, word), read[-limit:], tokens_of[word]))
     return lm._loglikelihood_tokens(pairs)
 

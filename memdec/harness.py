@@ -51,10 +51,8 @@ class MemDecInterp(WrappedLM):
         memory_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self._choose = self._tuned if alpha == TUNE else self._no_choice if alpha is not None else self._declared
         self.remembers = alpha == TUNE
         self._chosen: dict[str, dict[str, Any]] = {}
-        self._uses_default = False  # whether a task has no alpha of its own
         if pretrained is None:
             if memory is not None:
                 raise ConfigError(
@@ -69,6 +67,8 @@ class MemDecInterp(WrappedLM):
             )
         self.memory_name, self.memory_revision, self.memory_dtype = memory, memory_revision, memory_dtype
         self.second = memory is not None
+        by_paper = alpha is None and self.second
+        self._choose = self._tuned if alpha == TUNE else self._declared if by_paper else self._no_choice
         usual = DEFAULT_ALPHA if memory else 0.0
         weight = mixing.check_weight(usual if alpha is None or isinstance(alpha, str) else alpha)
         if isinstance(alpha, str) and (alpha != TUNE or memory is None):
@@ -117,13 +117,12 @@ class MemDecInterp(WrappedLM):
 
     def _declared(self, task: str) -> float:
         """The paper's alpha, where the task has one."""
-        value = rows.DECLARED.get(task, {}).get("paper_alpha")
-        if value is None or not self.second:
-            return self.alpha
         if task not in self._chosen:
-            self._chosen[task] = {"alpha": float(value), "source": "paper"}
-            log.info("%s: alpha %g (paper)", task, value)
-        return float(value)
+            value = rows.DECLARED.get(task, {}).get("paper_alpha")
+            alpha, source = (self.alpha, "default") if value is None else (float(value), "paper")
+            self._chosen[task] = {"alpha": alpha, "source": source}
+            log.info("%s: alpha %g (%s)", task, alpha, source)
+        return float(self._chosen[task]["alpha"])
 
     def _tuned(self, task: str) -> float:
         """The best alpha on the task's own split for that; scored once, on every process alike."""
@@ -135,13 +134,12 @@ class MemDecInterp(WrappedLM):
             self._chosen[task] = {"alpha": float(metadata["paper_alpha"]), "source": "paper; no split to tune on"}
             log.warning("%s: alpha %g (paper): there is no split to tune on", task, metadata["paper_alpha"])
         elif task not in self._chosen:
-            processes, choose, counted = (self._rank, self._world_size), self._choose, (self.n_cut, self._uses_default)
+            processes, choose, cut = (self._rank, self._world_size), self._choose, self.n_cut
             self._rank, self._world_size = 0, 1
             log.info("%s: alpha is tuned on %s", task, split)
             given = {key: value for key, value in metadata.items() if key != "rows"}
             found = best_alpha(self, task, given | {"split": split})
-            (self._rank, self._world_size), self._choose = processes, choose
-            self.n_cut, self._uses_default = counted
+            (self._rank, self._world_size), self._choose, self.n_cut = processes, choose, cut
             self._chosen[task] = {**found, "source": f"tuned on {split}"}
             log.info("%s: alpha %g, %s %.4g on %s", task, *(found[key] for key in ("alpha", "metric", "value")), split)
         return float(self._chosen[task]["alpha"])
@@ -158,7 +156,6 @@ class MemDecInterp(WrappedLM):
                     "give alpha a number"
                 )
         alphas = {name: self.alpha if name is None else self._choose(name) for name in names}
-        self._uses_default |= any(name not in self._chosen for name in names)
         answers: dict[int, Any] = {}
         for alpha in dict.fromkeys(alphas.values()):
             numbers = [i for i, request in enumerate(requests) if alphas[request.task_name] == alpha]
@@ -190,11 +187,15 @@ class MemDecInterp(WrappedLM):
         return {"memory": memory, "memory_dtype": str(self.memory_dtype)}
 
     def _info(self) -> dict[str, Any]:
-        return {"memory": self.memory_name} | ({"alphas": self._chosen} if self._chosen else {})
+        return {"memory": self.memory_name}
 
     def get_model_info(self) -> dict[str, Any]:
-        own = {"alpha": None} if self._chosen and not self._uses_default else {}  # no task was at `alpha`
-        return super().get_model_info() | own
+        """As of any model of ours; `alpha` is None where tasks were at several, `alphas` says which were at what."""
+        info = super().get_model_info()
+        if self._choose == self._no_choice or not self._chosen:
+            return info
+        values = {each["alpha"] for each in self._chosen.values()}
+        return info | {"alpha": values.pop() if len(values) == 1 else None, "alphas": self._chosen}
 
 
 class MemDecKnnLM(WrappedLM):

@@ -135,9 +135,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         CorpusError: Names the file and the row that is none.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # not splitlines: JSON leaves other separators in texts
+        # Not splitlines: JSON leaves other separators in texts.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: expected UTF-8 text, found {error}; check the file") from None
     while lines and not lines[-1].strip():  # at the end only: rows are counted

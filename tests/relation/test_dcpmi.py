@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -578,6 +579,26 @@ def test_a_chat_template_is_put_around_the_premise_too(made_data: Path, base_fol
         assert prompt.endswith("It was<answer>")
         assert premise == "<system>Be brief.<user> It was<answer>"
         assert colon == "<system>Be brief.<user>:<answer>"
+
+
+def test_space_at_the_end_of_a_template_is_read_by_hf_too(made_data: Path, base_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_folder, tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}\n"
+    tokenizer.save_pretrained(tmp_path / "m")
+    manager = TaskManager(
+        include_path=str(HARNESS_TASKS), include_defaults=False, metadata={"pretrained": str(tmp_path / "m")}
+    )
+    found = []
+    for model in ("memdec-interp", "hf"):
+        results = simple_evaluate(
+            model, {"pretrained": str(tmp_path / "m"), "device": "cpu", "dtype": "float32"}, ["dcpmi_cb_kl"], limit=4,
+            task_manager=manager, bootstrap_iters=0, apply_chat_template=True,
+        )  # fmt: skip
+        assert results is not None
+        found.append([each for sample in results["samples"]["dcpmi_cb_kl"] for each in sample["filtered_resps"]])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_without_metrics_nothing_is_scored(made_data: Path, base_folder: Path) -> None:

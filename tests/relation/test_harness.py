@@ -502,10 +502,12 @@ def test_tasks_may_declare_their_alpha(base_folder: Path, small_folder: Path, mo
         assert found[some] == pytest.approx(np.array(plain), rel=1e-5)
     assert model.alpha == 0.6
     info = model.get_model_info()
-    assert (info["alpha"], info["alphas"]) == (0.6, {"declares": {"alpha": 0.05, "source": "paper"}})
+    assert (info["alpha"], info["alphas"]) == (
+        None, {"declares": {"alpha": 0.05, "source": "paper"}, "does not": {"alpha": 0.6, "source": "default"}}
+    )  # fmt: skip
     alone = ours(base_folder, small_folder)
     alone.loglikelihood(named[1::2])
-    assert alone.get_model_info()["alpha"] is None  # no task was at 0.6
+    assert alone.get_model_info()["alpha"] == 0.05  # of all tasks
     given = ours(base_folder, small_folder, alpha=0.3)
     assert given.loglikelihood(named) == given.loglikelihood(instances("loglikelihood", PAIRS))
 
@@ -520,7 +522,7 @@ def test_alpha_is_tuned_on_the_split_that_a_task_declares(
     results = simple_evaluate(model=model, tasks=["memdec_ppl"], task_manager=manager, bootstrap_iters=0)
     assert results is not None
     (chosen,) = results["config"]["alphas"].values()
-    assert results["config"]["alpha"] is None
+    assert results["config"]["alpha"] == best
     assert (chosen["alpha"], chosen["source"], len(chosen["sweep"])) == (best, "tuned on valid", 21)
     at_best = evaluate("memdec-interp", "memdec_ppl", pretrained=str(base_folder), memory=str(small_folder), alpha=best)
     assert results["results"]["memdec_ppl"]["token_perplexity,none"] == pytest.approx(at_best["token_perplexity,none"])
