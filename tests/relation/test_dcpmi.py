@@ -584,7 +584,7 @@ def test_a_chat_template_is_put_around_the_premise_too(made_data: Path, base_fol
 def test_space_at_the_end_of_a_template_is_read_by_hf_too(made_data: Path, base_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(base_folder, tmp_path / "m")
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}\n"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '\\n' }}"
     tokenizer.save_pretrained(tmp_path / "m")
     manager = TaskManager(
         include_path=str(HARNESS_TASKS), include_defaults=False, metadata={"pretrained": str(tmp_path / "m")}
@@ -597,6 +597,7 @@ def test_space_at_the_end_of_a_template_is_read_by_hf_too(made_data: Path, base_
         )  # fmt: skip
         assert results is not None
         found.append([each for sample in results["samples"]["dcpmi_cb_kl"] for each in sample["filtered_resps"]])
+    assert found[0]
     for ours, theirs in zip(*found, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
