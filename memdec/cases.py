@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from memdec import artifacts, tables, tokens
+from memdec import artifacts, devices, tables, tokens
 from memdec.config import Case, Config, ExplainSettings
 from memdec.errors import ConfigError
 from memdec.explain import Neighbours, TokenReport, explain, percent
@@ -64,7 +64,9 @@ def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], ind
     recipes = {name: artifacts.read(folder, kind).recipe for name, (folder, kind) in folders.items()}
     same = {name: getattr(config.targets, name) for name in ("neighbours", "temperature", "nprobe")}
     tokenizer = tokens.load_tokenizer(str(base))
-    model = MemDecForCausalLM.from_parts(base, [memory], [0.5])  # the weight is not used: nothing is mixed
+    dtype = devices.precision(config.compute)
+    model = MemDecForCausalLM.from_parts(base, [memory], [0.5], dtype=dtype)  # the weight is not used: nothing is mixed
+    model.to(devices.pick(config.compute))
     neighbours = Neighbours(datastore, index_folder, ExplainSettings(**same), tokenizer)
     frame = pd.DataFrame([probabilities(case, model, tokenizer, neighbours) for case in config.cases])
     rows = []

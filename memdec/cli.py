@@ -42,23 +42,35 @@ Stride = Annotated[int, typer.Option(help="tokens scored per window (paper: 512)
 
 
 def stage(settings: type[BaseModel] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command; the fields of `settings` become its options and arrive as one object `settings`."""
+    """Register a command; the fields of `settings` become its options and arrive as one object `settings`.
+
+    A command with a parameter `compute` gets the options of `config.Compute` likewise.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(function).parameters.values() if p.name != "settings"]
-        fields = settings.model_fields if settings is not None else {}
-        options = [_option(name, field) for name, field in fields.items()]
+        name = function.__name__.strip("_").replace("_", "-")
+        takes = inspect.signature(function).parameters.values()
+        own = [p for p in takes if p.name not in ("settings", "compute")]
+        typed = {"settings": settings} if settings is not None else {}
+        typed |= {"compute": cfg.Compute} if len(own) + len(typed) < len(takes) else {}
+        options = [_option(field, info) for kind in typed.values() for field, info in kind.model_fields.items()]
 
         def command(**values: Any) -> None:
+            from memdec import devices
+
             _limit_threads()
             arguments = {p.name: values.pop(p.name) for p in own}
-            if settings is not None:
-                arguments["settings"] = cfg.parse(settings, values, f"memdec {function.__name__.strip('_')}")
-            function(**arguments)
+            for argument, kind in typed.items():
+                given = {field: values[field] for field in kind.model_fields}
+                arguments[argument] = cfg.parse(kind, given, f"memdec {name}")
+            if "compute" in arguments:
+                devices.pick(arguments["compute"])  # a GPU that is not there is an error before anything is read
+            with devices.one_line_when_full(f"memdec {name}", arguments.get("settings")):
+                function(**arguments)
 
         command.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
         command.__doc__ = function.__doc__
-        app.command(function.__name__.strip("_").replace("_", "-"))(command)
+        app.command(name)(command)
         return function
 
     return register
@@ -136,13 +148,14 @@ def model(
     out: Out,
     tokens: Annotated[Path | None, typer.Option(help="token folder, for a model from scratch")] = None,
     context: Context = 1024,
+    compute: cfg.Compute = cfg.AUTO,
 ) -> None:
-    """A base model: links to a pretrained one, or one trained from scratch."""
+    """A base model: a pretrained one (linked, or converted from GGUF), or one trained from scratch."""
     entry: cfg.ModelSpec = cfg.parse(cfg.ModelSpec, _json(spec, "--spec"), "--spec")
     if entry.pretrained is not None:
         from memdec import models
 
-        models.run_link(entry, tokenizer, out)
+        models.run_pretrained(entry, tokenizer, out)
         return
     if tokens is None:
         raise ConfigError(
@@ -150,7 +163,7 @@ def model(
         )
     from memdec import train
 
-    train.run_pretrain(entry, tokenizer, tokens, out, context=context)
+    train.run_pretrain(entry, tokenizer, tokens, out, context=context, compute=compute)
 
 
 def _budget(model: Path | None, epochs: float) -> tuple[Path, float] | None:
@@ -169,12 +182,13 @@ def finetune(
     settings: cfg.TrainSettings,
     budget_model: BudgetModel = None,
     budget_epochs: BudgetEpochs = 1,
+    compute: cfg.Compute = cfg.AUTO,
 ) -> None:
     """All weights of a model on a domain (DAPT; the model that gives the keys)."""
     from memdec import train
 
     budget = _budget(budget_model, budget_epochs)
-    train.run_finetune(model, tokens, out, settings, context=context, seed=seed, budget=budget)
+    train.run_finetune(model, tokens, out, settings, context=context, seed=seed, budget=budget, compute=compute)
 
 
 @stage(cfg.LoraSettings)
@@ -188,12 +202,15 @@ def lora(
     match: Annotated[Path | None, typer.Option(help="model whose number of parameters the rank is chosen by")] = None,
     budget_model: BudgetModel = None,
     budget_epochs: BudgetEpochs = 1,
+    compute: cfg.Compute = cfg.AUTO,
 ) -> None:
     """A LoRA adapter of a model on a domain."""
     from memdec import train
 
     budget = _budget(budget_model, budget_epochs)
-    train.run_lora(model, tokens, out, settings, context=context, seed=seed, budget=budget, match=match)
+    train.run_lora(
+        model, tokens, out, settings, context=context, seed=seed, budget=budget, match=match, compute=compute
+    )
 
 
 @stage(cfg.DatastoreSettings)
@@ -205,11 +222,12 @@ def datastore(
     stride: Stride,
     settings: cfg.DatastoreSettings,
     shard: Shard = 0,
+    compute: cfg.Compute = cfg.AUTO,
 ) -> None:
     """Keys of every position of a split."""
     from memdec import datastore as stage_datastore
 
-    stage_datastore.run(model, tokens, out, settings, context=context, stride=stride, shard=shard)
+    stage_datastore.run(model, tokens, out, settings, context=context, stride=stride, shard=shard, compute=compute)
 
 
 @stage(cfg.IndexSettings)
@@ -255,11 +273,12 @@ def teacher(
     stride: Stride,
     settings: cfg.TeacherSettings,
     shard: Shard = 0,
+    compute: cfg.Compute = cfg.AUTO,
 ) -> None:
     """Next-token distributions of a model itself, as targets: the control for those of its neighbours."""
     from memdec import teacher as stage_teacher
 
-    stage_teacher.run(model, tokens, out, settings, context=context, stride=stride, shard=shard)
+    stage_teacher.run(model, tokens, out, settings, context=context, stride=stride, shard=shard, compute=compute)
 
 
 @stage(cfg.MemorySettings)
@@ -274,12 +293,24 @@ def train(
     base: Annotated[list[Path], typer.Option(help="base model to mix with at evaluations; repeat")] = [],
     budget_model: BudgetModel = None,
     budget_epochs: BudgetEpochs = 1,
+    compute: cfg.Compute = cfg.AUTO,
 ) -> None:
     """The memory decoder."""
     from memdec import train as stage_train
 
     budget = _budget(budget_model, budget_epochs)
-    stage_train.run_train(model, tokens, targets, out, settings, context=context, seed=seed, budget=budget, bases=base)
+    stage_train.run_train(
+        model,
+        tokens,
+        targets,
+        out,
+        settings,
+        context=context,
+        seed=seed,
+        budget=budget,
+        bases=base,
+        compute=compute,
+    )
 
 
 @stage(cfg.AdaptSettings)
@@ -312,6 +343,7 @@ def evaluate(
     index: Annotated[Path | None, typer.Option(help="index over them; both give the kNN-LM")] = None,
     passages: Annotated[Path | None, typer.Option(help="passages of the corpus, for In-Context RAG")] = None,
     seed: Seed = 0,
+    compute: cfg.Compute = cfg.AUTO,
 ) -> None:
     """Perplexity with and without memory through lm-eval; alpha, or lambda and tau of the kNN-LM, tuned on valid."""
     from memdec import evaluate as stage_evaluate
@@ -331,6 +363,7 @@ def evaluate(
         datastore=datastore,
         index=index,
         passages=passages,
+        compute=compute,
     )
 
 
@@ -339,14 +372,14 @@ AnyMemory = Annotated[str, typer.Option(help="memory folder or Hub id")]
 Alphas = Annotated[list[float], typer.Option("--alpha", help="weight of the memory; repeat (default 0, 0.05 ... 1)")]
 AnySplit = Annotated[str, typer.Option(help="train, valid or test")]
 BatchSize = Annotated[int, typer.Option(help="texts per forward pass")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str, typer.Option(help="weights' type of both models")]
 
 
-def _device(asked: str) -> str:
-    import torch
+def _model_arguments(batch_size: int, compute: cfg.Compute) -> dict[str, Any]:
+    """As lm-eval's models take them."""
+    from memdec import devices
 
-    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(devices.pick(compute))
+    return {"batch_size": batch_size, "device": device, "dtype": devices.precision(compute)}
 
 
 def _split(name: str) -> cfg.Split:
@@ -366,13 +399,12 @@ def sweep(
     split: AnySplit = "test",
     limit: Annotated[int | None, typer.Option(help="only the first so many rows of each task")] = None,
     batch_size: BatchSize = 8,
-    device: Device = "",
-    dtype: Dtype = "auto",
+    compute: cfg.Compute = cfg.AUTO,
 ) -> None:
     """Tasks of lm-eval at every alpha, from one pass of the models: table and figure."""
     from memdec import sweep as stage_sweep
 
-    arguments = {"batch_size": batch_size, "device": _device(device), "dtype": dtype}
+    arguments = _model_arguments(batch_size, compute)
     alphas = alpha or stage_sweep.ALPHAS
     stage_sweep.run(
         base, memory, task, out, alphas=alphas, corpus=corpus, split=_split(split), limit=limit, **arguments
@@ -388,13 +420,12 @@ def tune(
     alpha: Alphas = [],
     split: AnySplit = "valid",
     batch_size: BatchSize = 8,
-    device: Device = "",
-    dtype: Dtype = "auto",
+    compute: cfg.Compute = cfg.AUTO,
 ) -> None:
     """The alpha with the lowest perplexity on a corpus, as JSON."""
     from memdec import sweep as stage_sweep
 
-    arguments = {"batch_size": batch_size, "device": _device(device), "dtype": dtype}
+    arguments = _model_arguments(batch_size, compute)
     alphas = alpha or stage_sweep.ALPHAS
     found = stage_sweep.tune(base, memory, corpus, alphas=alphas, split=_split(split), **arguments)
     best = next(iter(found))
@@ -416,13 +447,14 @@ def latency(
         list[str], typer.Option(help="STORE:INDEX of the base's own keys, shards joined by +; repeat for other sizes")
     ] = [],
     passages: Annotated[Path | None, typer.Option(help="passages for In-Context RAG")] = None,
+    compute: cfg.Compute = cfg.AUTO,
 ) -> None:
     """Prefill and decoding speed of base, MemDec, speculative decoding and, given their folders, kNN-LM and RAG."""
     from memdec import latency as stage_latency
 
     folders = stage_latency.Folders(base, memory, [_store_and_index(each) for each in knn], passages)
-    systems = stage_latency.systems(folders, alpha, settings)
-    stage_latency.run(systems, out, settings, inputs=folders.identities(alpha), stream=tokens)
+    systems = stage_latency.systems(folders, alpha, settings, compute)
+    stage_latency.run(systems, out, settings, inputs=folders.identities(alpha), stream=tokens, compute=compute)
 
 
 def _store_and_index(text: str) -> tuple[list[Path], Path]:
@@ -443,6 +475,7 @@ def explain(
     datastore: Annotated[list[Path], typer.Option(help="datastore folder, for p_kNN; repeat for every shard")] = [],
     index: Annotated[Path | None, typer.Option(help="index folder over the datastore")] = None,
     html: Annotated[Path | None, typer.Option(help="page to write: the text as a heat map")] = None,
+    compute: cfg.Compute = cfg.AUTO,
 ) -> None:
     """What base, memory and their mixture expected at every token of a text."""
     from memdec import explain as stage_explain
@@ -450,7 +483,9 @@ def explain(
     if text and file is not None:
         raise ConfigError("memdec explain: expected a text or --file, found both; leave out one")
     text = _read(file) if file is not None else text
-    stage_explain.run(base, memory, text, settings, alpha=alpha, datastore=datastore, index_folder=index, out=html)
+    stage_explain.run(
+        base, memory, text, settings, alpha=alpha, datastore=datastore, index_folder=index, out=html, compute=compute
+    )
 
 
 def _read(file: Path) -> str:

@@ -65,6 +65,32 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Compute(Settings):
+    """Where stages compute and in which type; `memdec.devices` chooses."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU where there is one; which one of several: CUDA_VISIBLE_DEVICES"
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="weights' type; in training that of autocast over float32 weights (released: bfloat16); auto: "
+        "bfloat16 on a GPU that has it, else float32; sums are float32 or more in any case",
+    )
+
+
+AUTO = Compute()
+
+
+class WheelFile(Settings):
+    """A GGUF file inside a wheel of the package index: downloaded once, checked, never installed."""
+
+    wheel: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9._+!-]*$", description="name==version"
+    )
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the wheel, as the package index states it")
+    file: str = Field(pattern=r"\.gguf$", description="path, or name alone, of the GGUF file in the wheel")
+
+
 # --- corpora and tokenizers ---------------------------------------------------------------------------------------
 
 
@@ -129,7 +155,9 @@ class TokenizerSpec(Settings):
 
     train_on: list[Name] | None = Field(None, description="corpora whose train split it is trained on")
     vocab_size: PositiveInt | None = Field(None, description="tokens of a trained tokenizer")
-    pretrained: Place | None = Field(None, description="folder or Hub id; ${NAME} is an environment variable")
+    pretrained: Place | WheelFile | None = Field(
+        None, description="folder, Hub id, GGUF file, or GGUF file in a wheel; ${NAME} is an environment variable"
+    )
     revision: str | None = None
 
     @model_validator(mode="after")
@@ -157,7 +185,6 @@ class TrainSettings(Settings):
     weight_decay: float = Field(0.0, ge=0, description="AdamW, not on norms and biases (released: 0)")
     max_grad_norm: PositiveFloat = Field(1.0, description="gradient clipping (released: 1.0)")
     dropout: float = Field(0.0, ge=0, lt=1, description="all dropout rates of the model (ours; GPT-2's default is 0.1)")
-    precision: Literal["float32", "bf16"] = Field("float32", description="autocast type (released: bf16)")
     gradient_checkpointing: bool = Field(False, description="activations of the layers made again in the backward pass")
     keep_best: bool = Field(
         False, description="keep the weights of the best evaluation on valid (paper: early stopping)"
@@ -296,11 +323,15 @@ class ModelSpec(Settings):
 
     family: str = Field(description="row group of the tables")
     tokenizer: Name = Field(description="name under 'tokenizers'")
-    pretrained: Place | None = Field(None, description="folder or Hub id; ${NAME} is an environment variable")
+    pretrained: Place | WheelFile | None = Field(
+        None, description="folder, Hub id, GGUF file, or GGUF file in a wheel; ${NAME} is an environment variable"
+    )
     revision: str | None = Field(None, description="commit; pinned in the paper scale")
     architecture: Literal["gpt2", "qwen2"] | None = Field(None, description="to train from scratch")
     width: PositiveInt | None = Field(None, description="hidden size")
-    layers: PositiveInt | None = None
+    layers: PositiveInt | None = Field(
+        None, description="from scratch: how many; with pretrained: only the first so many, as a smaller model (ours)"
+    )
     heads: PositiveInt | None = None
     corpus: Name | None = Field(None, description="corpus it is trained on")
     train: TrainSettings | None = None
@@ -308,10 +339,10 @@ class ModelSpec(Settings):
 
     @model_validator(mode="after")
     def _one_of(self) -> "ModelSpec":
-        scratch = [self.architecture, self.width, self.layers, self.heads, self.corpus, self.train]
+        scratch = [self.architecture, self.width, self.heads, self.corpus, self.train]
         if self.pretrained is not None and any(x is not None for x in scratch):
             raise ValueError("give either 'pretrained' or the fields of a model from scratch, not both")
-        if self.pretrained is None and any(x is None for x in scratch):
+        if self.pretrained is None and any(x is None for x in [*scratch, self.layers]):
             raise ValueError("a model from scratch needs architecture, width, layers, heads, corpus and train")
         return self
 
@@ -328,7 +359,6 @@ class DatastoreSettings(Settings):
         description="input of the last layer's 'mlp' (paper) or 'attention', 'final' hidden state, or path of a module",
     )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="key type (released: float16)")
-    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights of the key model")
     stored: bool = Field(True, description="keys on disk; else every use makes them again by forward passes (ours)")
     shards: PositiveInt = Field(1, description="parts that can be made side by side")
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
@@ -436,7 +466,6 @@ class LatencySettings(Settings):
     n_draft: PositiveInt = Field(4, description="tokens the memory drafts per round of speculative decoding")
     neighbours: PositiveInt = Field(1024, description="k of the kNN-LM, at most the keys there are (released: 1024)")
     nprobe: PositiveInt = Field(32, description="cells of an ivf index that the kNN-LM searches (released: 32)")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights' type of all models")
     seed: int = Field(0, ge=0, description="of made-up prompts and of the bootstrap")
     resamples: PositiveInt = Field(2000, description="bootstrap resamples for the 95 % intervals over turns")
 
@@ -452,7 +481,6 @@ class ExplainSettings(Settings):
     neighbours: PositiveInt = Field(1024, description="k of p_kNN (released: 1024)")
     temperature: PositiveFloat = Field(16.0, allow_inf_nan=False, description="tau of p_kNN (released: 16)")
     nprobe: PositiveInt = Field(32, description="cells of an ivf index that are searched (released: 32)")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights' type of the models")
 
 
 class Case(Settings):
@@ -477,6 +505,7 @@ class Config(Settings):
     seeds: list[int] = Field(default=[0], min_length=1, description="one run of everything after pretraining for each")
     context: PositiveInt = Field(1024, description="tokens a model sees at most (paper: 1024)")
     stride: PositiveInt = Field(512, description="tokens scored per window (paper: 512)")
+    compute: Compute = Compute()
     tokenizers: dict[Name, TokenizerSpec]
     corpora: dict[Name, CorpusSpec]
     models: dict[Name, ModelSpec]

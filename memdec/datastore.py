@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from memdec import artifacts, kernels, models, resources, tokens
-from memdec.config import DatastoreSettings, parse
+from memdec import artifacts, devices, kernels, models, resources, tokens
+from memdec.config import AUTO, Compute, DatastoreSettings, parse
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.keypoints import KeyPoint
 from memdec.windows import Window, windows
 
+_NOT_SETTINGS = ("context", "stride", "shard", "precision")  # in the manifest's settings, of the run
 _CHUNK = 32  # forward passes between two marks to resume from
 _SAMPLED_PASSES = 32  # least number of passes that a sample is drawn from
 # Relative distance up to which keys are those of one model: bfloat16 for float32 weights moved those of three small models
@@ -46,9 +47,15 @@ class Forward:
     """Keys of a token stream by forward passes on a fixed grid: pass i has the windows of `batches[i]`."""
 
     def __init__(
-        self, model_folder: Path, stream: Path, settings: DatastoreSettings, context: int, stride: int
+        self,
+        model_folder: Path,
+        stream: Path,
+        settings: DatastoreSettings,
+        context: int,
+        stride: int,
+        compute: Compute = AUTO,
     ) -> None:
-        self.model_folder, self.settings = model_folder, settings
+        self.model_folder, self.settings, self.compute = model_folder, settings, compute
         self.data = tokens.load_stream(stream, settings.split)
         self.batches = _passes(len(self.data), context, stride, settings.batch_size)
         self.edges = _edges(self.batches, len(self.data))
@@ -70,8 +77,8 @@ class Forward:
     def point(self) -> KeyPoint:
         """The key point, with the model loaded at first use."""
         if self._point is None:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-            model = models.load(self.model_folder, dtype=self.settings.precision).to(device).eval()
+            model = models.load(self.model_folder, dtype=devices.precision(self.compute))
+            model = model.to(devices.pick(self.compute)).eval()
             vocab = model.get_input_embeddings().num_embeddings
             if int(self.data.max()) >= vocab:
                 position = int(np.argmax(self.data >= vocab))
@@ -137,6 +144,7 @@ def run(
     context: int,
     stride: int,
     shard: int = 0,
+    compute: Compute = AUTO,
 ) -> None:
     """Make (one shard of) the datastore of a token stream with the keys of a model.
 
@@ -152,8 +160,9 @@ def run(
     tokens.check_same(source.facts["tokenizer_sha256"], base.facts["tokenizer_sha256"], f"{model_folder} with {stream}")
     inputs = {"model": base.recipe, "tokens": source.recipe}
     plain = {**settings.model_dump(mode="json"), "context": context, "stride": stride, "shard": shard}
+    plain["precision"] = devices.precision(compute)
     same = {key: value for key, value in plain.items() if key not in ("stored", "shards", "shard")}
-    forward = Forward(model_folder, stream, settings, context, stride)
+    forward = Forward(model_folder, stream, settings, context, stride, compute)
     n, n_passes = len(forward.data), len(forward.batches)
     if settings.shards > n_passes:
         raise ConfigError(
@@ -161,7 +170,7 @@ def run(
             "lower 'shards' or 'batch_size'"
         )
     passes = range(shard * n_passes // settings.shards, (shard + 1) * n_passes // settings.shards)
-    team = resources.team()
+    team = resources.team(devices.pick(compute).type == "cpu")
     with artifacts.building(out, "datastore", plain, inputs, team) as build:
         if build is None:
             return
@@ -173,6 +182,7 @@ def run(
             begin=int(forward.edges[passes.start]),
             end=int(forward.edges[passes.stop]),
             positions=n,
+            device=devices.name(compute),
             width=forward.point.width,
             keys_recipe=artifacts.digest({"settings": same, "inputs": inputs}),
             tokens_sha256=source.facts["sha256"][settings.split],
@@ -243,7 +253,7 @@ class Datastore:
         )
         artifacts.check_shards(found, "datastore")
         first, self.folder = found[0]
-        plain = {name: value for name, value in first.settings.items() if name not in ("context", "stride", "shard")}
+        plain = {name: value for name, value in first.settings.items() if name not in _NOT_SETTINGS}
         self.facts, self.settings = first.facts, parse(DatastoreSettings, plain, f"{self.folder}")
         self.n, self.width, self.recipe = first.facts["positions"], first.facts["width"], first.facts["keys_recipe"]
         self.model = first.inputs["model"]
@@ -252,6 +262,7 @@ class Datastore:
         self.parts: list[tuple[int, NDArray[Any]]] = []
         self._forward: Forward | None = None
         self._window, self._inputs = (first.settings["context"], first.settings["stride"]), first.inputs
+        self._precision = first.settings["precision"]
         if self.settings.stored:
             self.parts = [
                 (manifest.facts["begin"], np.load(folder / "keys.npy", mmap_mode="r", allow_pickle=False))
@@ -272,7 +283,8 @@ class Datastore:
     def forward(self) -> Forward:
         """The passes that make the keys of a streamed datastore."""
         if self._forward is None:
-            self._forward = Forward(self._source("model"), self._source("tokens"), self.settings, *self._window)
+            folders = self._source("model"), self._source("tokens")
+            self._forward = Forward(*folders, self.settings, *self._window, Compute(precision=self._precision))
         return self._forward
 
     def _source(self, kind: str) -> Path:

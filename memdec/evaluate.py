@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from memdec import artifacts, metrics, mixing
-from memdec.config import DEFAULT_MEMORY, EvaluateSettings, Split
+from memdec import artifacts, devices, metrics, mixing
+from memdec.config import AUTO, DEFAULT_MEMORY, Compute, EvaluateSettings, Split
 from memdec.errors import ArtifactError, ConfigError
 from memdec.scores import TokenScores
 
@@ -41,6 +40,7 @@ def run(
     datastore: Sequence[Path] = (),
     index: Path | None = None,
     passages: Path | None = None,
+    compute: Compute = AUTO,
 ) -> None:
     """Evaluate one base model on one corpus.
 
@@ -59,6 +59,7 @@ def run(
         datastore: Shards of the base's own keys; with `index` they give the method kNN-LM.
         index: Index over them.
         passages: Passages of the corpus's training text; give the method In-Context RAG.
+        compute: Device, and the type of the models' weights.
     """
     text = artifacts.read(corpus, "corpus")
     inputs = {"base": artifacts.read(base, "model").recipe, "corpus": text.recipe}
@@ -80,11 +81,12 @@ def run(
         "stride": stride,
         "seed": seed,
         "memory": name if memory is not None else None,
+        "precision": devices.precision(compute),
     }
     with artifacts.building(out, "evaluation", plain, inputs) as build:
         if build is None:
             return
-        session = _Session(base, corpus, out, settings, context, stride, seed)
+        session = _Session(base, corpus, out, settings, context, stride, seed, compute)
         records = [session.single("base")] if memory is None else session.interpolated(memory, name)
         if lora is not None:
             records.append(session.single("LoRA", peft=str(lora)))
@@ -115,9 +117,17 @@ class _Session:
     """lm-eval runs of one base model on one corpus."""
 
     def __init__(
-        self, base: Path, corpus: Path, out: Path, settings: EvaluateSettings, context: int, stride: int, seed: int
+        self,
+        base: Path,
+        corpus: Path,
+        out: Path,
+        settings: EvaluateSettings,
+        context: int,
+        stride: int,
+        seed: int,
+        compute: Compute,
     ) -> None:
-        self.base, self.corpus, self.out, self.settings = base, corpus, out, settings
+        self.base, self.corpus, self.out, self.settings, self.compute = base, corpus, out, settings, compute
         self.context, self.stride, self.seed = context, stride, seed
 
     def interpolated(self, memory: Path, name: str) -> list[dict[str, Any]]:
@@ -187,8 +197,8 @@ class _Session:
             stride=self.stride,
             scores=str(self.out / "scores"),
             batch_size=self.settings.batch_size,
-            dtype="float32",
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            dtype=devices.precision(self.compute),
+            device=str(devices.pick(self.compute)),
         )
 
     def _lm_eval(self, model: Any, method: str, split: Split) -> dict[str, Any]:
@@ -227,6 +237,8 @@ class _Session:
             "n": int(results["tokens,none"]),
             "alpha": None,
             "seed": self.seed,
+            "device": devices.name(self.compute),
+            "precision": devices.precision(self.compute),
         }
 
 

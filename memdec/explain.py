@@ -24,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from memdec import artifacts, index, knn, mixing, tokens
-from memdec.config import ExplainSettings
+from memdec import artifacts, devices, index, knn, mixing, tokens
+from memdec.config import AUTO, Compute, ExplainSettings
 from memdec.datastore import Datastore
 from memdec.errors import ConfigError
 from memdec.modeling import MemDecForCausalLM
@@ -328,6 +328,7 @@ def run(
     datastore: Sequence[Path] = (),
     index_folder: Path | None = None,
     out: Path | None = None,
+    compute: Compute = AUTO,
 ) -> None:
     """Explain a text in the terminal and, with `out`, as a page.
 
@@ -340,8 +341,8 @@ def run(
         raise ConfigError(f"explain: expected datastore and index, found {given} alone; give --{missing}, too")
     if not text:
         raise ConfigError("explain: expected a text, found an empty one; give it as an argument or by --file")
-    model = MemDecForCausalLM.from_parts(base, [memory], [alpha], dtype=settings.dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = MemDecForCausalLM.from_parts(base, [memory], [alpha], dtype=devices.precision(compute))
+    model.to(devices.pick(compute))
     tokenizer = tokens.load_tokenizer(base)
     context, stride = _window(model, settings)
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)

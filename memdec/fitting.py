@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from memdec import flops, metrics, mixing, models, objectives, tokens
-from memdec.config import MemorySettings, TrainSettings
+from memdec import devices, flops, metrics, mixing, models, objectives, tokens
+from memdec.config import AUTO, Compute, MemorySettings, TrainSettings
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.losses import IGNORED, fused_loss, token_log_probs
 from memdec.targets import TargetReader
@@ -161,6 +161,7 @@ class Task:
     targets: TargetReader | None = None
     bases: Mapping[str, Path] = field(default_factory=dict)  # mixed with the model at every evaluation
     ceiling: float | None = None  # most floating point operations
+    compute: Compute = AUTO
 
 
 class LossTrainer(Trainer):
@@ -304,7 +305,7 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
     prefix = tokens.prefix_id(task.words)
     train, valid = (WindowData(tokens.load_stream(task.stream, s), task.context, prefix) for s in ("train", "valid"))
     memory = settings if isinstance(settings, MemorySettings) else MemorySettings(objective="ce")
-    arguments = _arguments(settings, work, task.seed)
+    arguments = _arguments(settings, work, task.seed, task.compute)
     rounds = _rounds(settings, len(train), arguments.world_size)
     cost = flops.flops_per_token(model, task.context) * len(train.stream) / rounds  # of an update, on average
     steps = math.ceil(settings.epochs * rounds * (1 - 1e-9))  # 0.1 of 12 epochs are 1.2000000000000002
@@ -410,7 +411,8 @@ def _rounds(settings: TrainSettings, n_windows: int, n_processes: int) -> int:
     return math.ceil(batches / settings.accumulation)
 
 
-def _arguments(settings: TrainSettings, work: Path, seed: int) -> TrainingArguments:
+def _arguments(settings: TrainSettings, work: Path, seed: int, compute: Compute) -> TrainingArguments:
+    on_cpu, precision = devices.pick(compute).type == "cpu", devices.precision(compute)
     arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=settings.batch_size,
@@ -420,7 +422,8 @@ def _arguments(settings: TrainSettings, work: Path, seed: int) -> TrainingArgume
         lr_scheduler_type="linear",
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16",
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
         metric_for_best_model="eval_score",
         greater_is_better=False,
         save_total_limit=1,
@@ -430,8 +433,8 @@ def _arguments(settings: TrainSettings, work: Path, seed: int) -> TrainingArgume
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
     )
     _ = arguments.device  # sets the number of GPUs
     arguments._n_gpu = min(arguments._n_gpu, 1)  # several GPUs need a launcher; DataParallel cannot split sparse rows

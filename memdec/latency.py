@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from memdec import artifacts, figures, icrag, index, knnlm, models, provenance, speculative, tokens
-from memdec.config import KnnLMSettings, LatencySettings, RetrievalSettings
+from memdec import artifacts, devices, figures, icrag, index, knnlm, models, provenance, speculative, tokens
+from memdec.config import AUTO, Compute, KnnLMSettings, LatencySettings, RetrievalSettings
 from memdec.datastore import Datastore
 from memdec.errors import ConfigError, ModelError
 from memdec.modeling import MemDecForCausalLM
@@ -103,7 +103,12 @@ class Folders:
         return found
 
 
-def systems(folders: Folders, alpha: float, settings: LatencySettings) -> dict[str, Entry]:
+def systems(
+    folders: Folders,
+    alpha: float,
+    settings: LatencySettings,
+    compute: Compute = AUTO,
+) -> dict[str, Entry]:
     """The base as the library runs it, and around it every system whose folders are given; weights are loaded once.
 
     Raises:
@@ -112,8 +117,9 @@ def systems(folders: Folders, alpha: float, settings: LatencySettings) -> dict[s
 
     @cache
     def mixture() -> MemDecForCausalLM:
-        model = MemDecForCausalLM.from_parts(folders.base, [folders.memory], [alpha], dtype=settings.dtype)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[no-any-return]
+        dtype = devices.precision(compute)
+        model = MemDecForCausalLM.from_parts(folders.base, [folders.memory], [alpha], dtype=dtype)
+        return model.to(devices.pick(compute))  # type: ignore[no-any-return]
 
     found = {
         "base": Entry(lambda: mixture().base),
@@ -149,6 +155,7 @@ def run(
     *,
     inputs: Mapping[str, str],
     stream: Path | None = None,
+    compute: Compute = AUTO,
 ) -> None:
     """Measure systems and draw the figures.
 
@@ -158,8 +165,10 @@ def run(
         settings: Lengths, repeats and so on.
         inputs: Name and identity of what the systems are made of.
         stream: Token folder; prompts are pieces of its test split. Without it their tokens are drawn by seed.
+        compute: What the systems were made with.
     """
-    where = {"machine": provenance.machine(), "device": device(), "threads": str(torch.get_num_threads())}
+    where = {"machine": provenance.machine(), "device": devices.name(compute), "threads": str(torch.get_num_threads())}
+    where["precision"] = devices.precision(compute)
     source = {} if stream is None else {"tokens": artifacts.read(stream, "tokens").recipe}
     with artifacts.building(out, "latency", settings, {**inputs, **source, **where}) as build:
         if build is None:
@@ -175,11 +184,6 @@ def run(
         if figures.kinds(table):
             figures.save(figures.growth(table), out / "growth")
         build.facts.update(where)
-
-
-def device() -> str:
-    """Where models run, in words."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Base models: made from scratch (mini scale) or taken from a folder or the Hub."""
+"""Base models: made from scratch (mini scale) or taken from a folder, the Hub or a GGUF file."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memdec import artifacts
+from memdec import artifacts, sources, tokens
 from memdec.config import ModelSpec
 from memdec.errors import ConfigError, ModelError
 from memdec.tokens import load_tokenizer
@@ -181,23 +181,120 @@ def from_scratch(spec: ModelSpec, vocab_size: int, context: int, eos: int) -> An
     )
 
 
-def run_link(spec: ModelSpec, tokenizer_folder: Path, out: Path) -> None:
-    """Stage `model` for pretrained models: a folder that links to the downloaded snapshot (nothing is copied)."""
-    from memdec import tokens
+def run_pretrained(spec: ModelSpec, tokenizer_folder: Path, out: Path) -> None:
+    """Stage `model` for pretrained models.
 
+    A folder or Hub id as it is becomes a folder of links (nothing is copied). A GGUF file, and the first `layers` of
+    any model, are written as float32 safetensors.
+    """
     assert spec.pretrained is not None
-    with artifacts.building(
-        out, "model", spec, {"tokenizer": artifacts.read(tokenizer_folder, "tokenizer").recipe}
-    ) as build:
+    inputs = {"tokenizer": artifacts.read(tokenizer_folder, "tokenizer").recipe}
+    if isinstance(spec.pretrained, str) and sources.is_gguf(spec.pretrained) and Path(spec.pretrained).is_file():
+        inputs["gguf"] = artifacts.file_digest(Path(spec.pretrained))
+    with artifacts.building(out, "model", spec, inputs) as build:
         if build is None:
             return
-        source = snapshot(spec.pretrained, spec.revision)
-        ours = tokens.fingerprint(load_tokenizer(str(source)))
+        if sources.is_gguf(spec.pretrained):
+            with sources.gguf(spec.pretrained) as source:
+                build.facts.update(source.facts)
+                _write(from_gguf(source), load_tokenizer(str(source.folder), **source.options), spec.layers, out)
+        else:
+            folder = snapshot(str(spec.pretrained), spec.revision)
+            build.facts.update(source=spec.pretrained, revision=spec.revision)
+            if spec.layers is None:
+                _link(folder, out)
+            else:
+                _check_layers(config(folder), spec.layers, str(folder))
+                _write(load(folder), load_tokenizer(str(folder)), spec.layers, out)
+        ours = tokens.fingerprint(load_tokenizer(str(out)))
         tokens.check_same(tokens.fingerprint(load_tokenizer(str(tokenizer_folder))), ours, str(out))
-        for file in source.iterdir():
-            if file.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"):
-                (out / file.name).symlink_to(file.resolve())
-        build.facts.update(source=spec.pretrained, revision=spec.revision, tokenizer_sha256=ours)
+        build.facts.update(tokenizer_sha256=ours)
+
+
+def _link(folder: Path, out: Path) -> None:
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja") and file.name != artifacts.MANIFEST:
+            (out / file.name).unlink(missing_ok=True)  # of a build that was killed
+            (out / file.name).symlink_to(file.resolve())
+
+
+def _write(model: Any, words: Any, layers: int | None, out: Path) -> None:
+    if layers is not None:
+        keep_layers(model, layers)
+    model.save_pretrained(out)
+    words.save_pretrained(out)
+
+
+def from_gguf(source: sources.Source) -> Any:
+    """The model of a GGUF file with float32 weights, as an ordinary model of its class.
+
+    Raises:
+        ModelError: An architecture or file that transformers cannot read, or weights that are not all there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = source.facts["source"]
+    try:
+        packed, report = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=torch.float32, output_loading_info=True, **source.options
+        )
+    except Exception as error:  # transformers and gguf raise a dozen unrelated types
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{name}: expected a GGUF file of an architecture that transformers reads, found: {reason}; use the model's "
+            "safetensors folder"
+        ) from None
+    wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in sorted(report[kind])]
+    if wrong:
+        raise ModelError(
+            f"{name}: expected all weights of {type(packed).__name__} and no others, found {len(wrong)} that do not fit: "
+            f"{', '.join(map(str, wrong[:3]))}; use another file"
+        )
+    plain = packed.config.to_dict()
+    plain.pop("quantization_config", None)  # the weights are unpacked now
+    plain["_name_or_path"] = name
+    with torch.device("meta"):
+        model = type(packed)(type(packed.config).from_dict(plain))
+    model.load_state_dict(packed.state_dict(), assign=True)
+    _take_buffers(model, packed)
+    model.tie_weights()
+    return model.eval()
+
+
+def _take_buffers(model: nn.Module, packed: nn.Module) -> None:
+    """Buffers that no file holds (the frequencies of RoPE)."""
+    for name, value in packed.named_buffers():
+        part, _, last = name.rpartition(".")
+        model.get_submodule(part).register_buffer(last, value, persistent=name in packed.state_dict())
+
+
+def keep_layers(model: Any, n: int) -> None:
+    """Drop all decoder layers but the first n, in place; embedding, final norm and head stay.
+
+    Raises:
+        ConfigError: The model has fewer.
+        ModelError: Its layers are not one list.
+    """
+    config = model.config
+    _check_layers(config, n, config._name_or_path)
+    total = config.num_hidden_layers
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == total]
+    if len(lists) != 1:
+        raise ModelError(
+            f"{config._name_or_path}: expected one list of {total} decoder layers, found {len(lists)} in "
+            f"{type(model).__name__}; leave out 'layers'"
+        )
+    del lists[0][n:]
+    config.num_hidden_layers = n
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:n]
+
+
+def _check_layers(config: Any, n: int, name: str) -> None:
+    if n > config.num_hidden_layers:
+        raise ConfigError(
+            f"{name}: expected layers of at most {config.num_hidden_layers}, which the model has, found {n}; lower 'layers'"
+        )
 
 
 def snapshot(name: str, revision: str | None) -> Path:

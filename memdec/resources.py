@@ -57,12 +57,16 @@ class Team(NamedTuple):
     wait: Callable[[], None] = lambda: None
 
 
-def team() -> Team:
-    """Processes of the `torchrun` or `accelerate launch` around this one; a team of one without a launcher."""
+def team(on_cpu: bool | None = None) -> Team:
+    """Processes of the `torchrun` or `accelerate launch` around this one; a team of one without a launcher.
+
+    `on_cpu`: whether they talk through the CPU (default: where there is no GPU).
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Team()
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    on_cpu = not torch.cuda.is_available() if on_cpu is None else on_cpu
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
     return Team(state.process_index, state.num_processes, state.wait_for_everyone)

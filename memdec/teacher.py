@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from memdec import artifacts, models, resources, tokens
-from memdec.config import DatastoreSettings, TeacherSettings
+from memdec import artifacts, devices, models, resources, tokens
+from memdec.config import AUTO, Compute, DatastoreSettings, TeacherSettings
 from memdec.datastore import Forward
 from memdec.errors import ConfigError, NumericsError
 from memdec.targets import RowWriter
@@ -34,6 +34,7 @@ def run(
     context: int,
     stride: int,
     shard: int = 0,
+    compute: Compute = AUTO,
 ) -> None:
     """Make one shard of the teacher's rows for the train split.
 
@@ -45,6 +46,7 @@ def run(
         context: Tokens that the model sees at most.
         stride: Tokens scored per window.
         shard: Which one, from 0.
+        compute: Device, and the type of the teacher's weights.
 
     Raises:
         ConfigError: A shard or context that cannot be; seen before the model loads.
@@ -56,7 +58,7 @@ def run(
     source, base = artifacts.read(stream, "tokens"), artifacts.read(model_folder, "model")
     tokens.check_same(source.facts["tokenizer_sha256"], base.facts["tokenizer_sha256"], f"{model_folder} with {stream}")
     final = DatastoreSettings(split="train", key_point="final", batch_size=settings.batch_size)
-    forward = Forward(model_folder, stream, final, context, stride)
+    forward = Forward(model_folder, stream, final, context, stride, compute)
     n_passes = len(forward.batches)
     if settings.shards > n_passes:
         raise ConfigError(
@@ -64,6 +66,7 @@ def run(
             "'shards' or 'batch_size'"
         )
     plain = {**settings.model_dump(mode="json"), "context": context, "stride": stride, "shard": shard}
+    plain["precision"] = devices.precision(compute)
     with artifacts.building(out, "targets", plain, {"model": base.recipe, "tokens": source.recipe}) as build:
         if build is None:
             return
@@ -75,6 +78,7 @@ def run(
             entries=n_entries,
             short_rows=0,
             positions=len(forward.data),
+            device=devices.name(compute),
             tokens_sha256=source.facts["sha256"]["train"],
         )
 

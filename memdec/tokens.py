@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from memdec import artifacts, corpora
+from memdec import artifacts, corpora, sources
 from memdec.config import SPLITS, Split, TokenizerSpec
 from memdec.errors import ArtifactError, ConfigError, CorpusError, ModelError
 
@@ -40,12 +40,22 @@ def run_tokenizer(spec: TokenizerSpec, out: Path, corpus_folders: Sequence[Path]
         if build is None:
             return
         if spec.pretrained is not None:
-            tokenizer = load_tokenizer(spec.pretrained, spec.revision)
+            tokenizer = _pretrained(spec, build)
         else:
             texts = (text for path in corpus_folders for text in corpora.load(path, "train"))
             tokenizer = _train(texts, int(spec.vocab_size or 0))
         tokenizer.save_pretrained(out)
         build.facts.update(vocab_size=len(tokenizer), sha256=fingerprint(tokenizer))
+
+
+def _pretrained(spec: TokenizerSpec, build: artifacts.Build) -> Any:
+    """The tokenizer that is there already; its origin goes into the manifest."""
+    assert spec.pretrained is not None
+    if not sources.is_gguf(spec.pretrained):
+        return load_tokenizer(str(spec.pretrained), spec.revision)
+    with sources.gguf(spec.pretrained) as source:
+        build.facts.update(source.facts)
+        return load_tokenizer(str(source.folder), **source.options)
 
 
 def run_tokens(tokenizer_folder: Path, corpus_folder: Path, out: Path) -> None:
@@ -83,7 +93,9 @@ def load_stream(folder: Path, split: Split) -> NDArray[np.integer]:
     return stream
 
 
-def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> Any:
     """A fast tokenizer from a folder or Hub id.
 
     Raises:
@@ -94,7 +106,8 @@ def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code:
 
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **gguf)
     except Exception as error:  # the Hub client raises a dozen unrelated types
         reason = " ".join(str(error).split())[:200]
         raise ModelError(

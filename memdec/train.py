@@ -14,27 +14,35 @@ from typing import Any
 
 import torch
 
-from memdec import artifacts, cards, fitting, flops, keypoints, models, resources, tokens
-from memdec.config import LoraSettings, MemorySettings, ModelSpec, TrainSettings
+from memdec import artifacts, cards, devices, fitting, flops, keypoints, models, resources, tokens
+from memdec.config import AUTO, Compute, LoraSettings, MemorySettings, ModelSpec, TrainSettings
 from memdec.errors import ArtifactError, ConfigError, ModelError
 from memdec.targets import TargetReader
 
 _SETTINGS = "settings.json"  # in the work folder: what the unfinished run was started with
 
 
-def run_pretrain(spec: ModelSpec, tokenizer: Path, stream: Path, out: Path, *, context: int) -> None:
+def run_pretrain(
+    spec: ModelSpec,
+    tokenizer: Path,
+    stream: Path,
+    out: Path,
+    *,
+    context: int,
+    compute: Compute = AUTO,
+) -> None:
     """Stage `pretrain`: a base model from scratch (mini scale), next-token loss on a general corpus."""
     if spec.train is None:
         raise ConfigError(
             f"{out}: expected a model with 'architecture' and 'train', found a pretrained one; use `memdec model`"
         )
     words = tokens.load_tokenizer(str(tokenizer))
-    settings = {**spec.model_dump(mode="json"), "train": _plain(spec.train), "context": context}
+    settings = {**spec.model_dump(mode="json"), "train": _plain(spec.train, compute), "context": context}
     inputs = {
         "tokenizer": artifacts.read(tokenizer, "tokenizer").recipe,
         "tokens": artifacts.read(stream, "tokens").recipe,
     }
-    task = fitting.Task(words, stream, context, spec.seed)
+    task = fitting.Task(words, stream, context, spec.seed, compute=compute)
     _train(
         "model",
         lambda: models.from_scratch(spec, len(words), context, words.eos_token_id),
@@ -55,14 +63,15 @@ def run_finetune(
     context: int,
     seed: int,
     budget: tuple[Path, float] | None = None,
+    compute: Compute = AUTO,
 ) -> None:
     """Stage `finetune`: all weights on the domain (the paper's DAPT; also the model that gives the keys).
 
     `budget`: most operations, as so many epochs of full training of a model; the same for `run_lora` and `run_train`.
     """
     words = _checked(model_folder, stream, context)
-    plain = {**_plain(settings), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
-    task = fitting.Task(words, stream, context, seed, ceiling=plain.get("flops_ceiling"))
+    plain = {**_plain(settings, compute), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
+    task = fitting.Task(words, stream, context, seed, ceiling=plain.get("flops_ceiling"), compute=compute)
     inputs = _inputs(model_folder, stream)
     _train("model", lambda: models.load(model_folder, dropout=settings.dropout), settings, task, out, plain, inputs)
 
@@ -77,6 +86,7 @@ def run_lora(
     seed: int,
     budget: tuple[Path, float] | None = None,
     match: Path | None = None,
+    compute: Compute = AUTO,
 ) -> None:
     """Stage `lora`: a peft adapter on the query, key, value and MLP projections.
 
@@ -87,7 +97,7 @@ def run_lora(
         raise ConfigError("lora: expected 'rank', or --match with a model of the memory's size, found neither")
     words = _checked(model_folder, stream, context)
     wanted = None if match is None or settings.rank is not None else models.n_parameters(models.on_meta(match))
-    plain = {**_plain(settings), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
+    plain = {**_plain(settings, compute), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
     plain |= {} if wanted is None else {"parameters_wanted": wanted}
 
     def adapted() -> Any:
@@ -107,7 +117,7 @@ def run_lora(
         )
         return get_peft_model(base, adapter)
 
-    task = fitting.Task(words, stream, context, seed, ceiling=plain.get("flops_ceiling"))
+    task = fitting.Task(words, stream, context, seed, ceiling=plain.get("flops_ceiling"), compute=compute)
     _train("lora", adapted, settings, task, out, plain, _inputs(model_folder, stream))
 
 
@@ -122,6 +132,7 @@ def run_train(
     seed: int,
     budget: tuple[Path, float] | None = None,
     bases: Sequence[Path] = (),
+    compute: Compute = AUTO,
 ) -> None:
     """Stage `train`: the memory decoder, on beta * KL(p_kNN || p_mem) + (1 - beta) * CE or another objective.
 
@@ -144,8 +155,8 @@ def run_train(
     for name, base in named.items():
         _checked(base, stream, context)
         inputs |= {f"base {name}": artifacts.read(base, "model").recipe}
-    plain = {**_plain(settings), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
-    task = fitting.Task(words, stream, context, seed, reader, named, plain.get("flops_ceiling"))
+    plain = {**_plain(settings, compute), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
+    task = fitting.Task(words, stream, context, seed, reader, named, plain.get("flops_ceiling"), compute)
     _train("memory", lambda: models.load(model_folder, dropout=settings.dropout), settings, task, out, plain, inputs)
 
 
@@ -164,7 +175,7 @@ def _train(
     """Make the model, train it, save it with its tokenizer and card."""
     fitting.check_reporting(settings.report_to)
     _refuse_changes(out, {"settings": plain, "inputs": inputs})
-    team = resources.team()
+    team = resources.team(devices.pick(task.compute).type == "cpu")
     with artifacts.building(out, kind, plain, inputs, team) as build:
         if build is None:
             return
@@ -184,7 +195,7 @@ def _train(
         else:
             task.words.save_pretrained(out)
             facts["parameters"] = models.n_parameters(model)
-        build.facts.update(facts, **_lineage(out, task.stream))
+        build.facts.update(facts, device=devices.name(task.compute), **_lineage(out, task.stream))
         cards.write(out, kind=kind, facts=build.facts, settings=plain, inputs=inputs)
 
 
@@ -194,9 +205,11 @@ def _whole_state(trainer: fitting.LossTrainer) -> dict[str, Any]:
     return {name.removeprefix("lm."): value for name, value in (state or {}).items()}
 
 
-def _plain(settings: TrainSettings) -> dict[str, Any]:
+def _plain(settings: TrainSettings, compute: Compute) -> dict[str, Any]:
     """What decides the result; where curves are reported to does not, the number of windows in an update does."""
-    return {**settings.model_dump(mode="json", exclude={"report_to"}), "processes": resources.team().size}
+    team = resources.team(devices.pick(compute).type == "cpu")
+    decides = {"processes": team.size, "precision": devices.precision(compute)}
+    return {**settings.model_dump(mode="json", exclude={"report_to"}), **decides}
 
 
 def _ceiling(budget: tuple[Path, float] | None, stream: Path, context: int) -> dict[str, float]:

@@ -12,8 +12,8 @@ import torch
 from making import CONTEXT, launch, write_store, write_tokens
 from numpy.typing import NDArray
 
-from memdec import artifacts, datastore, keypoints, models, tokens
-from memdec.config import DatastoreSettings
+from memdec import artifacts, datastore, devices, keypoints, models, tokens
+from memdec.config import Compute, DatastoreSettings
 from memdec.datastore import Datastore
 from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError, ResourceError
 
@@ -21,8 +21,11 @@ WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
 SMALL = {"batch_size": 4}
 
 
-def run(model: Path, stream: Path, out: Path, shard: int = 0, **changes: Any) -> Path:
-    datastore.run(model, stream, out, DatastoreSettings(**{**SMALL, **changes}), **WINDOW, shard=shard)
+def run(
+    model: Path, stream: Path, out: Path, shard: int = 0, precision: devices.Precision = "float32", **changes: Any
+) -> Path:
+    settings, compute = DatastoreSettings(**{**SMALL, **changes}), Compute(precision=precision)
+    datastore.run(model, stream, out, settings, **WINDOW, shard=shard, compute=compute)
     return out
 
 

@@ -15,8 +15,22 @@ from making import CONTEXT, launch, spec
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from memdec import artifacts, datastore, fitting, flops, index, mixing, models, objectives, targets, tokens, train
+from memdec import (
+    artifacts,
+    datastore,
+    devices,
+    fitting,
+    flops,
+    index,
+    mixing,
+    models,
+    objectives,
+    targets,
+    tokens,
+    train,
+)
 from memdec.config import (
+    Compute,
     DatastoreSettings,
     IndexSettings,
     LoraSettings,
@@ -42,12 +56,13 @@ def rows(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def trained(small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path) -> Train:
-    def run(name: str, bases: tuple[Path, ...] = (), **changes: Any) -> dict[str, torch.Tensor]:
+    def run(
+        name: str, bases: tuple[Path, ...] = (), precision: devices.Precision = "float32", **changes: Any
+    ) -> dict[str, torch.Tensor]:
         settings = MemorySettings(**{**FAST, **changes})
         given = [] if settings.objective == "ce" else [rows]
-        train.run_train(
-            small_folder, token_folder, given, tmp_path / name, settings, context=CONTEXT, seed=3, bases=bases
-        )
+        how = {"context": CONTEXT, "seed": 3, "bases": bases, "compute": Compute(precision=precision)}
+        train.run_train(small_folder, token_folder, given, tmp_path / name, settings, **how)
         return load_file(tmp_path / name / "model.safetensors")
 
     return run
@@ -154,7 +169,7 @@ def test_checkpointed_activations_change_nothing(trained: Train) -> None:
 
 def test_bf16_trains_to_about_the_same(trained: Train, tmp_path: Path) -> None:
     trained("float32", epochs=1)
-    trained("bf16", epochs=1, precision="bf16")
+    trained("bf16", epochs=1, precision="bfloat16")
     one, other = (artifacts.read(tmp_path / name, "memory").facts["valid_perplexity"] for name in ("float32", "bf16"))
     assert one == pytest.approx(other, rel=0.02)
     assert one != other

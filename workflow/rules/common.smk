@@ -59,6 +59,16 @@ if workflow.local_exec and workflow.global_resources["_cores"].value is not None
         )
 
 
+# A rule that computes takes the GPU where the config may use one, and by default only one of them runs at a time here.
+HERE = workflow.local_exec
+ON_GPU = CONFIG.compute.device == "cuda" or (
+    CONFIG.compute.device == "auto" and (not HERE or os.path.exists("/dev/nvidia0"))
+)
+GPU = int(ON_GPU)
+if HERE and ON_GPU and "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", 1)
+
+
 def options(settings, *leave):
     """Settings, as a section of the config has them, as command line options."""
     words = []
@@ -108,6 +118,8 @@ def tokens_of(model, domain):
 
 WINDOW = f"--context {CONFIG.context} --stride {CONFIG.stride}"
 CONTEXT = f"--context {CONFIG.context}"
+COMPUTE = options(section("compute"))
+DEVICE = options(section("compute"), "precision")
 
 
 # --- budget ---------------------------------------------------------------------------------------------------------

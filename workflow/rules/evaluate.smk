@@ -16,14 +16,16 @@ rule evaluate:
     resources:
         mem_mb=2000,
         runtime=600,
+        gpu=GPU,
     params:
         options=options(section("evaluate")),
         window=WINDOW,
+        compute=COMPUTE,
         stage=STAGE["evaluate"],
     shell:
         "OMP_NUM_THREADS={threads} memdec evaluate --base $(dirname {input.base}) "
         "--corpus $(dirname {input.corpus}) --memory $(dirname {input.memory}) --name {wildcards.memory} "
-        "{params.options} {params.window} --seed {wildcards.seed} --out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.options} {params.window} --seed {wildcards.seed} {params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
 
 
 rule passages:
@@ -70,12 +72,14 @@ rule evaluate_systems:
     resources:
         mem_mb=2000,
         runtime=600,
+        gpu=GPU,
     params:
         options=options(section("evaluate")),
         parts=lambda w, input: evaluated_parts(input),
         window=WINDOW,
+        compute=COMPUTE,
         stage=STAGE["evaluate"],
     shell:
         "OMP_NUM_THREADS={threads} memdec evaluate --base $(dirname {input.base}) "
         "--corpus $(dirname {input.corpus}) {params.parts} "
-        "{params.options} {params.window} --seed {wildcards.seed} --out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.options} {params.window} --seed {wildcards.seed} {params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"

@@ -20,15 +20,17 @@ rule datastore:
     resources:
         mem_mb=2000,
         runtime=600,
+        gpu=GPU,
     params:
         options=options(section("datastore"), "shards"),
         shard=shard,
         window=WINDOW,
+        compute=COMPUTE,
         stage=STAGE["datastore"],
     shell:
         "OMP_NUM_THREADS={threads} memdec datastore --model $(dirname {input.model}) "
         "--tokens $(dirname {input.tokens}) {params.options} {params.shard} {params.window} "
-        "--out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
 
 
 rule index:
@@ -47,13 +49,15 @@ rule index:
     resources:
         mem_mb=1500,
         runtime=600,
+        gpu=GPU,
     params:
         options=options(section("index")),
         datastore=lambda w, input: folders("datastore", input.datastore),
+        compute=DEVICE,
         stage=STAGE["index"],
     shell:
         "OMP_NUM_THREADS={threads} memdec index {params.datastore} {params.options} "
-        "--out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
 
 
 rule targets:
@@ -74,15 +78,17 @@ rule targets:
     resources:
         mem_mb=1500,
         runtime=600,
+        gpu=GPU,
     params:
         options=options(section("targets"), "shards"),
         shard=shard,
         datastore=lambda w, input: folders("datastore", input.datastore),
+        compute=DEVICE,
         stage=STAGE["targets"],
     shell:
         "OMP_NUM_THREADS={threads} memdec targets {params.datastore} --index $(dirname {input.index}) "
         "--tokens $(dirname {input.tokens}) {params.options} {params.shard} "
-        "--out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
 
 
 rule teacher:
@@ -102,15 +108,17 @@ rule teacher:
     resources:
         mem_mb=2000,
         runtime=600,
+        gpu=GPU,
     params:
         options=options(section("teacher"), "shards"),
         shard=shard,
         window=WINDOW,
+        compute=COMPUTE,
         stage=STAGE["teacher"],
     shell:
         "OMP_NUM_THREADS={threads} memdec teacher --model $(dirname {input.model}) "
         "--tokens $(dirname {input.tokens}) {params.options} {params.shard} {params.window} "
-        "--out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
 
 
 rule adapt:
@@ -163,14 +171,16 @@ rule train:
     resources:
         mem_mb=2000,
         runtime=600,
+        gpu=GPU,
     params:
         options=memory_options,
         context=CONTEXT,
         targets=lambda w, input: folders("targets", input.targets),
         bases=lambda w, input: folders("base", input.bases),
         budget=lambda w, input: budget(input, MEMORIES[w.memory].share),
+        compute=COMPUTE,
         stage=STAGE["train"],
     shell:
         "OMP_NUM_THREADS={threads} memdec train --model $(dirname {input.model}) "
         "--tokens $(dirname {input.tokens}) {params.targets} {params.bases} {params.options} {params.budget} {params.context} "
-        "--seed {wildcards.seed} --out $(dirname {output.manifest}) > {log} 2>&1"
+        "--seed {wildcards.seed} {params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"

@@ -20,16 +20,18 @@ rule model:
     resources:
         mem_mb=2000,
         runtime=600,
+        gpu=GPU,
     params:
         spec=lambda w: spec("models", w.model),
         tokens=lambda w, input: (
             f"--tokens {os.path.dirname(input.tokens[0])}" if input.tokens else ""
         ),
         context=CONTEXT,
+        compute=COMPUTE,
         stage=STAGE["model"],
     shell:
         "OMP_NUM_THREADS={threads} memdec model --spec {params.spec} --tokenizer $(dirname {input.tokenizer}) "
-        "{params.tokens} {params.context} --out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.tokens} {params.context} {params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
 
 
 rule finetune:
@@ -50,14 +52,16 @@ rule finetune:
     resources:
         mem_mb=2000,
         runtime=600,
+        gpu=GPU,
     params:
         options=options(section("finetune")),
         context=CONTEXT,
+        compute=COMPUTE,
         stage=STAGE["finetune"],
     shell:
         "OMP_NUM_THREADS={threads} memdec finetune --model $(dirname {input.model}) "
         "--tokens $(dirname {input.tokens}) {params.options} {params.context} --seed {wildcards.seed} "
-        "--out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
 
 
 # The baseline: the same training, under the budget.
@@ -79,6 +83,7 @@ use rule finetune as dapt with:
             + f" {budget(input)}"
         ),
         context=CONTEXT,
+        compute=COMPUTE,
         stage=STAGE["finetune"],
 
 
@@ -105,13 +110,15 @@ rule lora:
     resources:
         mem_mb=2000,
         runtime=600,
+        gpu=GPU,
     params:
         options=options(section("lora")),
         match=lambda w, input: folders("match", input.match),
         budget=lambda w, input: budget(input),
         context=CONTEXT,
+        compute=COMPUTE,
         stage=STAGE["lora"],
     shell:
         "OMP_NUM_THREADS={threads} memdec lora --model $(dirname {input.model}) "
         "--tokens $(dirname {input.tokens}) {params.options} {params.match} {params.budget} {params.context} "
-        "--seed {wildcards.seed} --out $(dirname {output.manifest}) > {log} 2>&1"
+        "--seed {wildcards.seed} {params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"

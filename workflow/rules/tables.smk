@@ -138,6 +138,7 @@ if CONFIG.cases:
         resources:
             mem_mb=2000,
             runtime=60,
+            gpu=GPU,
         params:
             datastore=lambda w, input: folders("datastore", input.datastore),
             stage=STAGE["table"],
