@@ -14,9 +14,11 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveFloat,
     PositiveInt,
+    Tag,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -91,6 +93,16 @@ class WheelFile(Settings):
     file: str = Field(pattern=r"\.gguf$", description="path, or name alone, of the GGUF file in the wheel")
 
 
+def _kind_of_source(value: object) -> str:
+    return "(name)" if isinstance(value, str) else "(wheel)"
+
+
+# Told apart by form, so that a problem is reported for the form that was meant; `describe` leaves the tags out.
+Pretrained = Annotated[
+    Annotated[Place, Tag("(name)")] | Annotated[WheelFile, Tag("(wheel)")], Discriminator(_kind_of_source)
+]
+
+
 # --- corpora and tokenizers ---------------------------------------------------------------------------------------
 
 
@@ -155,7 +167,7 @@ class TokenizerSpec(Settings):
 
     train_on: list[Name] | None = Field(None, description="corpora whose train split it is trained on")
     vocab_size: PositiveInt | None = Field(None, description="tokens of a trained tokenizer")
-    pretrained: Place | WheelFile | None = Field(
+    pretrained: Pretrained | None = Field(
         None, description="folder, Hub id, GGUF file, or GGUF file in a wheel; ${NAME} is an environment variable"
     )
     revision: str | None = None
@@ -323,7 +335,7 @@ class ModelSpec(Settings):
 
     family: str = Field(description="row group of the tables")
     tokenizer: Name = Field(description="name under 'tokenizers'")
-    pretrained: Place | WheelFile | None = Field(
+    pretrained: Pretrained | None = Field(
         None, description="folder, Hub id, GGUF file, or GGUF file in a wheel; ${NAME} is an environment variable"
     )
     revision: str | None = Field(None, description="commit; pinned in the paper scale")
@@ -704,7 +716,7 @@ def describe(error: ValidationError) -> str:
     """One line for all problems of a validation."""
     lines = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"]) or "(top)"
+        place = ".".join(str(part) for part in item["loc"] if not str(part).startswith("(")) or "(top)"
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             text = "unknown key; see `memdec schema` or config/README.md for the known ones"

@@ -77,7 +77,7 @@ def write_store(
     folders = [folder / str(shard) for shard in range(len(edges) - 1)]
     for shard, path in enumerate(folders):
         begin, end = edges[shard], edges[shard + 1]
-        plain = {**settings, "context": 16, "stride": 8, "shard": shard}
+        plain = {**settings, "context": 16, "stride": 8, "shard": shard, "precision": "float32"}
         with artifacts.building(path, "datastore", plain, inputs) as build:
             assert build is not None
             np.save(path / "keys.npy", keys[begin:end])

@@ -30,6 +30,7 @@ from memdec import (
     train,
 )
 from memdec.config import (
+    AUTO,
     Compute,
     DatastoreSettings,
     IndexSettings,
@@ -236,7 +237,7 @@ def test_fault_18_a_batch_holds_no_dense_target(token_folder: Path, rows: Path) 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
 def test_fault_19_norms_and_biases_do_not_decay(architecture: str, tmp_path: Path) -> None:
     model = models.from_scratch(spec(16, architecture=architecture), 50, 32, 0)
-    arguments = fitting._arguments(TrainSettings(weight_decay=0.1), tmp_path, 0)
+    arguments = fitting._arguments(TrainSettings(weight_decay=0.1), tmp_path, 0, AUTO)
     trainer = fitting.LossTrainer(model=fitting.LossModel(model, objectives.Hybrid()), args=arguments)
     groups = trainer.create_optimizer().param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
