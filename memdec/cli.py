@@ -342,6 +342,9 @@ def evaluate(
     datastore: Annotated[list[Path], typer.Option(help="the base's own keys; repeat for every shard")] = [],
     index: Annotated[Path | None, typer.Option(help="index over them; both give the kNN-LM")] = None,
     passages: Annotated[Path | None, typer.Option(help="passages of the corpus, for In-Context RAG")] = None,
+    also: Annotated[
+        list[Path], typer.Option(help="general corpus to measure on as well, at the weights tuned on --corpus; repeat")
+    ] = [],
     seed: Seed = 0,
     compute: cfg.Compute = cfg.AUTO,
 ) -> None:
@@ -363,6 +366,7 @@ def evaluate(
         datastore=datastore,
         index=index,
         passages=passages,
+        also=also,
         compute=compute,
     )
 
@@ -567,6 +571,14 @@ def check(
     print("\n".join(lines))
     if moved:
         raise SystemExit(1)
+
+
+@app.command()
+def forgetting(config: RunConfig, cell: Cells, out: TableFile) -> None:
+    """All systems and memories on general text, at the weights of their domains."""
+    from memdec import tables
+
+    tables.run(tables.forgetting(cfg.load(config)), _cells(cell), out)
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Files that the tasks read.")

@@ -523,6 +523,10 @@ class Config(Settings):
     models: dict[Name, ModelSpec]
     evaluated: list[Name] | None = Field(None, min_length=1, description="base models in the tables (default: all)")
     domains: list[Name] = Field(min_length=1, description="corpora that get a memory; the columns of Table 3")
+    forgetting: list[Name] = Field(
+        default=[],
+        description="general corpora that what was made for a domain is measured on, too, at the domain's weights (ours)",
+    )
     systems: list[System] = Field(
         default=["base", "LoRA", "MemDec"], min_length=1, description="what is evaluated with every base model"
     )
@@ -586,6 +590,7 @@ class Config(Settings):
     def _references(self) -> "Config":
         wrong = [
             *_unknown("domains", self.domains, self.corpora),
+            *_unknown("forgetting", self.forgetting, self.corpora),
             *_unknown("evaluated", self.evaluated or [], self.models),
             *_unknown("key_model", [self.key_model], self.models),
             *_unknown("memory_model", [self.memory_model], self.models),

@@ -4,7 +4,8 @@ With a memory: base and memory score the valid and the test text once; the per-t
 candidate with the lowest valid perplexity; the test perplexity at that alpha, and at alpha 0 for the base, are lm-eval
 runs of `memdec-interp` that read the stored scores. Without one: the base alone and, where they are given, its LoRA, its
 DAPT, the kNN-LM with the base's own keys (lambda and tau with the lowest valid perplexity) and In-Context RAG. Output:
-`results_<method>_<split>.json` as lm-eval returns them, `scores/`, `records.json`.
+`results_<method>_<split>.json` as lm-eval returns them, `scores/`, `records.json`, and with general corpora beside the
+domain `forgetting.json`.
 """
 
 import json
@@ -21,6 +22,7 @@ from memdec.errors import ArtifactError, ConfigError
 from memdec.scores import TokenScores
 
 TASK = "memdec_ppl"
+FORGETTING = "forgetting.json"  # records of general corpora
 _TUNED_ON: tuple[Split, Split] = ("valid", "test")
 
 
@@ -40,6 +42,7 @@ def run(
     datastore: Sequence[Path] = (),
     index: Path | None = None,
     passages: Path | None = None,
+    also: Sequence[Path] = (),
     compute: Compute = AUTO,
 ) -> None:
     """Evaluate one base model on one corpus.
@@ -59,10 +62,13 @@ def run(
         datastore: Shards of the base's own keys; with `index` they give the method kNN-LM.
         index: Index over them.
         passages: Passages of the corpus's training text; give the method In-Context RAG.
+        also: General corpora; everything is measured on their test text, too, at the weights tuned on `corpus`.
         compute: Device, and the type of the models' weights.
     """
     text = artifacts.read(corpus, "corpus")
     inputs = {"base": artifacts.read(base, "model").recipe, "corpus": text.recipe}
+    others = {folder.name: artifacts.read(folder, "corpus") for folder in also}
+    inputs |= {f"also {name}": manifest.recipe for name, manifest in others.items()}
     memory_kind = "model" if memory is not None and artifacts.kind_of(memory) == "model" else "memory"
     for label, folder, kind in (("memory", memory, memory_kind), ("lora", lora, "lora"), ("dapt", dapt, "model")):
         if folder is not None:
@@ -86,19 +92,21 @@ def run(
     with artifacts.building(out, "evaluation", plain, inputs) as build:
         if build is None:
             return
-        session = _Session(base, corpus, out, settings, context, stride, seed, compute)
-        records = [session.single("base")] if memory is None else session.interpolated(memory, name)
+        session = _Session(base, [corpus, *also], out, settings, context, stride, seed, compute)
+        records = session.single("base") if memory is None else session.interpolated(memory, name)
         if lora is not None:
-            records.append(session.single("LoRA", peft=str(lora)))
+            records += session.single("LoRA", peft=str(lora))
         if dapt is not None:
-            records.append(session.single("DAPT", pretrained=str(dapt)))
+            records += session.single("DAPT", pretrained=str(dapt))
         if index is not None:
-            records.append(session.knn_lm(datastore, index))
+            records += session.knn_lm(datastore, index)
         if passages is not None:
-            records.append(session.in_context_rag(passages))
-        artifacts.write_json(out / "records.json", records)
+            records += session.in_context_rag(passages)
+        artifacts.write_json(out / "records.json", [record for record in records if record["on"] == corpus.name])
+        if also:
+            artifacts.write_json(out / FORGETTING, [record for record in records if record["on"] != corpus.name])
         # All text the numbers depend on: what is scored, and what the base was trained on.
-        known = {corpus.name: text.facts["sha256"]}
+        known = {corpus.name: text.facts["sha256"]} | {name: other.facts["sha256"] for name, other in others.items()}
         lineage = artifacts.read(base, "model").facts
         if "corpus" in lineage:
             known[Path(lineage["corpus"]).name] = lineage["corpus_sha256"]
@@ -114,12 +122,12 @@ def _trained_on(folder: Path, kind: str, corpus: Path, text: artifacts.Manifest)
 
 
 class _Session:
-    """lm-eval runs of one base model on one corpus."""
+    """lm-eval runs of one base model on one corpus (the first), and on general ones at the weights tuned on it."""
 
     def __init__(
         self,
         base: Path,
-        corpus: Path,
+        corpora: Sequence[Path],
         out: Path,
         settings: EvaluateSettings,
         context: int,
@@ -127,66 +135,56 @@ class _Session:
         seed: int,
         compute: Compute,
     ) -> None:
-        self.base, self.corpus, self.out, self.settings, self.compute = base, corpus, out, settings, compute
+        self.base, self.corpora, self.out, self.settings, self.compute = base, corpora, out, settings, compute
         self.context, self.stride, self.seed = context, stride, seed
 
     def interpolated(self, memory: Path, name: str) -> list[dict[str, Any]]:
         """Records of the base and of base + memory, from one pass of both models over valid and test."""
         model = self._model(memory=str(memory), alpha=self.settings.alphas[0])
-        self._lm_eval(model, "MemDec", "valid")
-        valid = self._scores(model, "valid")
+        self._lm_eval(model, "MemDec", "valid", self.corpora[0])
+        valid = self._scores(model, "valid", self.corpora[0])
         assert valid.memory is not None
         sweep = _sweep(valid.base, valid.memory, self.settings.alphas)
         best = min(sweep, key=sweep.__getitem__)
-        records = []
-        for method, alpha in (("base", 0.0), ("MemDec", best)):
-            model.set_alpha(alpha)
-            results = self._lm_eval(model, method, "test")
-            scores = self._scores(model, "test")
-            assert scores.memory is not None
-            log_p = mixing.mix_scores(scores.base, scores.memory, alpha)
-            records.append(self._record(method, results, log_p))
         tuned = {"alpha": best, "memory": name, "valid_sweep": sweep, "valid": sweep[best]}
-        return [records[0], records[1] | tuned]
+        model.set_alpha(0.0)
+        records = self._tested(model, "base", 0.0)
+        model.set_alpha(best)
+        return records + [record | tuned for record in self._tested(model, "MemDec", best)]
 
-    def single(self, method: str, **model_args: str) -> dict[str, Any]:
-        """Record of one model alone, without a memory."""
-        model = self._model(alpha=0.0, **model_args)
-        results = self._lm_eval(model, method, "test")
-        return self._record(method, results, self._scores(model, "test").base)
+    def single(self, method: str, **model_args: str) -> list[dict[str, Any]]:
+        """Records of one model alone, without a memory."""
+        return self._tested(self._model(alpha=0.0, **model_args), method, 0.0)
 
-    def knn_lm(self, datastore: Sequence[Path], index: Path) -> dict[str, Any]:
-        """Record of the base mixed with p_kNN; lambda and tau are the best candidates on valid."""
+    def knn_lm(self, datastore: Sequence[Path], index: Path) -> list[dict[str, Any]]:
+        """Records of the base mixed with p_kNN; lambda and tau are the best candidates on valid."""
         from memdec.harness import MemDecKnnLM
 
         sweeps: dict[float, dict[float, float]] = {}
         for temperature in self.settings.temperatures:
             model = self._knn(MemDecKnnLM, datastore, index, temperature)
-            valid = self._scores(model, "valid")
+            valid = self._scores(model, "valid", self.corpora[0])
             assert valid.memory is not None
             sweeps[temperature] = _sweep(valid.base, valid.memory, self.settings.lambdas)
         tau = min(sweeps, key=lambda each: min(sweeps[each].values()))
         best = min(sweeps[tau], key=sweeps[tau].__getitem__)
         model = self._knn(MemDecKnnLM, datastore, index, tau)
         model.set_alpha(best)
-        results = self._lm_eval(model, "kNN-LM", "test")
-        log_p = self._scores(model, "test").log_p(best)
         tuned = {"alpha": best, "temperature": tau, "valid_sweep": sweeps[tau], "valid": sweeps[tau][best]}
-        return self._record("kNN-LM", results, log_p) | tuned
+        return [record | tuned for record in self._tested(model, "kNN-LM", best)]
 
     def _knn(self, kind: Any, datastore: Sequence[Path], index: Path, temperature: float) -> Any:
         folders = "+".join(str(folder) for folder in datastore)
         numbers = {"neighbours": self.settings.neighbours, "nprobe": self.settings.nprobe, "temperature": temperature}
         return self._model(kind, datastore=folders, index=str(index), **numbers)
 
-    def in_context_rag(self, passages: Path) -> dict[str, Any]:
-        """Record of the base with retrieved passages before the text."""
+    def in_context_rag(self, passages: Path) -> list[dict[str, Any]]:
+        """Records of the base with retrieved passages before the text."""
         from memdec.harness import MemDecIcRag
 
         numbers = {"query": self.settings.query, "every": self.settings.every}
         model = self._model(MemDecIcRag, passages=str(passages), **numbers)
-        results = self._lm_eval(model, "In-Context RAG", "test")
-        return self._record("In-Context RAG", results, self._scores(model, "test").base)
+        return self._tested(model, "In-Context RAG", 0.0)
 
     def _model(self, kind: Any = None, **kwargs: Any) -> Any:
         from memdec.harness import MemDecInterp
@@ -201,28 +199,37 @@ class _Session:
             device=str(devices.pick(self.compute)),
         )
 
-    def _lm_eval(self, model: Any, method: str, split: Split) -> dict[str, Any]:
+    def _tested(self, model: Any, method: str, weight: float) -> list[dict[str, Any]]:
+        """Record of the test text of every corpus, at one weight of the second distribution."""
+        records = []
+        for corpus in self.corpora:
+            results, scores = self._lm_eval(model, method, "test", corpus), self._scores(model, "test", corpus)
+            records.append(self._record(method, results, scores.log_p(weight)) | {"on": corpus.name})
+        return records
+
+    def _lm_eval(self, model: Any, method: str, split: Split, corpus: Path) -> dict[str, Any]:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
         from memdec import HARNESS_TASKS
 
-        metadata = {"corpus": str(self.corpus), "split": split, "pretrained": str(self.base)}
+        metadata = {"corpus": str(corpus), "split": split, "pretrained": str(self.base)}
         manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=metadata)
         results = simple_evaluate(model=model, tasks=[TASK], task_manager=manager, bootstrap_iters=0, log_samples=False)
         assert results is not None
-        artifacts.write_json(self.out / f"results_{method}_{split}.json", json.loads(json.dumps(results, default=str)))
+        name = f"results_{method}_{split}" + (f"_{corpus.name}" if corpus != self.corpora[0] else "")
+        artifacts.write_json(self.out / f"{name}.json", json.loads(json.dumps(results, default=str)))
         values: dict[str, Any] = results["results"][TASK]
         return values
 
-    def _text(self, model: Any, split: Split) -> str:
+    def _text(self, model: Any, split: Split, corpus: Path) -> str:
         from memdec import corpora
 
-        separator = artifacts.read(self.corpus, "corpus").facts["separator"]
-        return corpora.joined(corpora.load(self.corpus, split), separator, model.tokenizer.eos_token)
+        separator = artifacts.read(corpus, "corpus").facts["separator"]
+        return corpora.joined(corpora.load(corpus, split), separator, model.tokenizer.eos_token)
 
-    def _scores(self, model: Any, split: Split) -> TokenScores:
-        stored: TokenScores = model.token_scores(self._text(model, split), disable_tqdm=True)
+    def _scores(self, model: Any, split: Split, corpus: Path) -> TokenScores:
+        stored: TokenScores = model.token_scores(self._text(model, split, corpus), disable_tqdm=True)
         return stored
 
     def _record(self, method: str, results: dict[str, Any], log_p: NDArray[np.floating]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pandas as pd
 from memdec import artifacts, provenance
 from memdec.config import Config, portable
 from memdec.errors import ArtifactError, ConfigError
+from memdec.evaluate import FORGETTING
 
 Cell = tuple[str, str, int, Path]  # domain, model, seed, evaluation folder
 
@@ -48,6 +49,7 @@ class Table:
     columns: dict[str, dict[str, str]]
     best_of: str | None
     extra: tuple[str, ...]
+    records: str = "records.json"  # file of each evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,19 @@ def numbered(config: Config, number: int) -> Table:
 
 def memories(config: Config) -> Table:
     """All systems and all memories of every model."""
+    return Table("memories", config, _all_rows(config), _domains(config), "model", ("sd", "alpha", "n", "low", "high"))
+
+
+def forgetting(config: Config) -> Table:
+    """The same on general text: what was made for a domain, at the weights tuned there."""
+    columns = {
+        f"{domain} on {on}": {"domain": domain, "on": on} for domain in config.domains for on in config.forgetting
+    }
+    extra = ("sd", "alpha", "n", "low", "high")
+    return Table("forgetting", config, _all_rows(config), columns, "model", extra, FORGETTING)
+
+
+def _all_rows(config: Config) -> list[Row]:
     variants = [config.variant(name) for name in config.memory_names]
     rows = []
     for model in config.bases:
@@ -98,7 +113,7 @@ def memories(config: Config) -> Table:
                 if model in v.models:
                     where = {"method": method, "memory": v.name}
                     rows.append(_row(config, model, "system", f"MemDec: {v.name}", where))
-    return Table("memories", config, rows, _domains(config), "model", ("sd", "alpha"))
+    return rows
 
 
 def _domains(config: Config) -> dict[str, dict[str, str]]:
@@ -121,7 +136,7 @@ def run(table: Table, cells: Sequence[Cell], out: Path) -> None:
 
     Writes `out` (.csv) and, beside it, .md, .tex and .provenance.json.
     """
-    records = load_records(table.config, cells)
+    records = load_records(table.config, cells, table.records)
     manifests = [artifacts.read(folder, "evaluation") for *_, folder in cells]
     facts = {
         "corpora_sha256": {name: sha for m in manifests for name, sha in m.facts["corpora_sha256"].items()},
@@ -164,18 +179,18 @@ def write(
     artifacts.write_json(out.with_suffix(".provenance.json"), provenance_)
 
 
-def load_records(config: Config, cells: Sequence[Cell]) -> pd.DataFrame:
+def load_records(config: Config, cells: Sequence[Cell], file: str = "records.json") -> pd.DataFrame:
     """One row per measured number; the base, which every evaluation has, once."""
     rows: list[dict[str, Any]] = []
     for domain, model, seed, folder in cells:
         artifacts.read(folder, "evaluation")
-        for record in json.loads((folder / "records.json").read_text(encoding="utf-8")):
+        for record in json.loads((folder / file).read_text(encoding="utf-8")):
             if record["seed"] != seed:
                 raise ArtifactError(
                     f"{folder}: expected records of seed {seed}, found seed {record['seed']}; run it again"
                 )
             rows.append({"domain": domain, "family": config.models[model].family, "model": model, **record})
-    return pd.DataFrame(rows).drop_duplicates(["domain", "model", "method", "memory", "seed"])
+    return pd.DataFrame(rows).drop_duplicates(["domain", "model", "method", "memory", "seed", "on"])
 
 
 def pivot(table: Table, records: pd.DataFrame) -> pd.DataFrame:
@@ -248,8 +263,9 @@ def note(table: Table, records: pd.DataFrame) -> str:
     counts = {domain: shown[shown["domain"] == domain]["n"] for domain in config.domains}
     n = ", ".join(f"{domain} {_counts(counts[domain])}" for domain in config.domains if len(counts[domain]))
     width = ((shown["high"] - shown["low"]) / 2 / shown["value"]).max()
+    what = f"Test perplexity on {', '.join(config.forgetting)}" if table.records == FORGETTING else "Test perplexity"
     return (
-        f"Test perplexity per token (lower is better), scale `{config.scale}`, seed {seeds}. "
+        f"{what} per token (lower is better), scale `{config.scale}`, seed {seeds}. "
         f"Test tokens: {n}. Alpha tuned on valid (chosen: {', '.join(alphas)}). "
         f"95 % bootstrap intervals over test windows are within ±{100 * width:.1f} % of each value; they are in the "
         f"{'CSV' if 'low' in table.extra else 'records'}."

@@ -138,6 +138,35 @@ def test_a_dapt_model_is_mixed_in_as_a_memory_is(
     assert artifacts.read(tmp_path / "e", "evaluation").settings["memory"] == "dapt"
 
 
+def test_general_text_is_measured_at_the_weights_of_the_domain(
+    home: Path, base_folder: Path, small_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(made_text(250, 6).upper())
+    general = tmp_path / "novels"
+    corpora.run(FileCorpus(source="files", path=str(tmp_path / "text.txt"), min_bytes=200), general)
+    what = {"memory": home / "dapt", "name": "dapt", "dapt": home / "dapt"}
+    found = records_of(tmp_path / "e", small_folder, corpus_folder, also=[general], **what)
+    assert {record["on"] for record in found} == {corpus_folder.name}
+    forgotten = json.loads((tmp_path / "e" / evaluate.FORGETTING).read_text())
+    assert [(record["method"], record["on"]) for record in forgotten] == [
+        (method, "novels") for method in ("base", "MemDec", "DAPT")
+    ]
+    tokenizer = tokens.load_tokenizer(str(small_folder))
+    text = corpora.joined(corpora.load(general, "test"), "eos", tokenizer.eos_token)
+    stream = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    prefix = tokens.prefix_id(tokenizer)
+    base, dapt = (plain_scores(folder, stream, prefix, CONTEXT // 2) for folder in (small_folder, home / "dapt"))
+    alpha = next(record["alpha"] for record in found if record["method"] == "MemDec")
+    mixed = np.log((1 - alpha) * np.exp(base) + alpha * np.exp(dapt))
+    for record, log_p in zip(forgotten, (base, mixed, dapt), strict=True):
+        assert record["value"] == pytest.approx(math.exp(-log_p.mean()), rel=1e-5)
+        assert record["n"] == len(stream)
+    assert forgotten[1]["alpha"] == alpha
+    alone = records_of(tmp_path / "alone", small_folder, corpus_folder, **what)
+    assert alone == found
+    assert not (tmp_path / "alone" / evaluate.FORGETTING).exists()
+
+
 def test_other_text_is_refused(home: Path, base_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected --datastore and --index together"):
         records_of(tmp_path / "a", base_folder, corpus_folder, datastore=[home / "store"])

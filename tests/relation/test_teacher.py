@@ -90,6 +90,7 @@ def test_shards_and_disk_type(make: Callable[..., list[Path]], whole: Path, toke
         "short_rows": 0,
         "positions": len(tokens.load_stream(token_folder, "train")),
         "tokens_sha256": sha256,
+        "device": "cpu",
     }
 
 

@@ -26,6 +26,7 @@ def record(model: str, method: str, value: float, seed: int = 0, **more: Any) ->
         "memory": "memdec" if method == "MemDec" else None,
         "metric": "token_perplexity",
         "value": value,
+        "on": more.get("domain", "sklearn"),
     }
     return (
         plain
@@ -137,6 +138,23 @@ def test_table_1_has_a_row_per_method_and_a_column_per_model_of_one_domain() -> 
         "| kNN-LM | 60.00 | – | – |",
         "| MemDec | **50.00** | **40.00** | **45.00** |",
     ]
+
+
+def test_what_is_forgotten_is_a_table_of_general_text(tmp_path: Path) -> None:
+    data = variants().model_dump(mode="json", exclude_unset=True)
+    config = cfg.parse(cfg.Config, data | {"forgetting": ["general"]}, "c")
+    table = tables.forgetting(config)
+    assert list(table.columns) == ["sklearn on general"]
+    records = pd.DataFrame(
+        [record("gpt2-S", method, value, on="general") for method, value in (("base", 20.0), ("MemDec", 25.0))]
+    )
+    lines = tables.markdown(tables.grid(table, records)).splitlines()
+    assert lines[0] == "| Family | Model | System | sklearn on general | Avg |"
+    assert lines[2] == "| GPT-2 | gpt2-S | base | **20.00** | **20.00** |"
+    assert "| GPT-2 | gpt2-S | MemDec: memdec | 25.00 | 25.00 |" in lines
+    assert tables.note(table, records).startswith("Test perplexity on general per token")
+    with pytest.raises(ConfigError, match="forgetting: expected one of .*, found nowhere"):
+        cfg.parse(cfg.Config, data | {"forgetting": ["nowhere"]}, "c")
 
 
 def test_other_tokenizers_have_a_table_of_their_own() -> None:

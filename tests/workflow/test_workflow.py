@@ -117,6 +117,30 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
             }
             | {"train": 1, "passages": 1, "dapt": 3, "lora": 3, "evaluate": 3, "evaluate_systems": 3, "table1": 1},
         ),
+        # a pretrained model that is base, key model and memory; 3 domains, 3 more memories
+        (
+            ["smol"],
+            ["memories"],
+            {"corpus": 3, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
+            | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "evaluate": 12}
+            | {"evaluate_systems": 3, "memories": 1},
+        ),
+        # 1 domain; the memories start from the first layers
+        (
+            ["smol", "smol-cpu"],
+            ["memories", "table1"],
+            {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 2, "finetune": 1, "datastore": 2, "index": 2}
+            | {"targets": 1, "teacher": 1, "train": 4, "passages": 1, "lora": 1, "evaluate": 4}
+            | {"evaluate_systems": 1, "memories": 1, "table1": 1},
+        ),
+        # other domains, and a general corpus to see what is forgotten
+        (
+            ["smol", "smol-domains"],
+            ["memories", "forgetting"],
+            {"corpus": 4, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
+            | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "evaluate": 12}
+            | {"evaluate_systems": 3, "memories": 1, "forgetting": 1},
+        ),
         # one memory of one domain
         (
             ["mini", "table6"],
@@ -129,7 +153,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
 def test_dry_run_of_every_config(
     files: list[str], targets: list[str], expected: dict[str, int], tmp_path: Path
 ) -> None:
-    assert len(list((ROOT / "config").glob("*.yaml"))) == 8
+    assert len(list((ROOT / "config").glob("*.yaml"))) == 11
     configs = ["--configfile", *(str(ROOT / "config" / f"{name}.yaml") for name in files)]
     text = snakemake(tmp_path, *(f"results/{name}.csv" for name in targets), "-n", "--cores", "8", *configs)
     assert planned(text) == expected
@@ -215,7 +239,20 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
 LAYERS = [
     {"errors", "resources"},
     {"windows", "mixing", "losses", "objectives", "kernels", "search", "knn", "metrics", "statistics"} | {"paired"},
-    {"config", "provenance", "artifacts", "corpora", "tokens", "models", "keypoints", "scores", "scoring", "modeling"}
+    {
+        "config",
+        "devices",
+        "provenance",
+        "artifacts",
+        "corpora",
+        "sources",
+        "tokens",
+        "models",
+        "keypoints",
+        "scores",
+        "scoring",
+        "modeling",
+    }
     | {"flops", "cards", "figures", "speculative"},
     {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
     | {"passages", "knnlm", "icrag", "systems", "explain", "latency"},

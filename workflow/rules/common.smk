@@ -215,6 +215,10 @@ def evaluated_memory(wildcards):
     )
 
 
+# General text, to see what is forgotten.
+GENERAL = [manifest(f"{RUN}/corpora/{name}") for name in CONFIG.forgetting]
+
+
 def own_keys(wildcards):
     """Datastore and index of the base's own keys, for the kNN-LM."""
     if "kNN-LM" not in SYSTEMS:

@@ -3,6 +3,7 @@ rule evaluate:
         base=f"{RUN}/models/{{model}}/manifest.json",
         corpus=f"{RUN}/corpora/{{domain}}/manifest.json",
         memory=evaluated_memory,
+        also=GENERAL,
     output:
         f"{HOME}/evaluation/{{memory}}/{{model}}/records.json",
         manifest=f"{HOME}/evaluation/{{memory}}/{{model}}/manifest.json",
@@ -19,13 +20,14 @@ rule evaluate:
         gpu=GPU,
     params:
         options=options(section("evaluate")),
+        also=lambda w, input: folders("also", input.also),
         window=WINDOW,
         compute=COMPUTE,
         stage=STAGE["evaluate"],
     shell:
         "OMP_NUM_THREADS={threads} memdec evaluate --base $(dirname {input.base}) "
         "--corpus $(dirname {input.corpus}) --memory $(dirname {input.memory}) --name {wildcards.memory} "
-        "{params.options} {params.window} --seed {wildcards.seed} {params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.also} {params.options} {params.window} --seed {wildcards.seed} {params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
 
 
 rule passages:
@@ -59,6 +61,7 @@ rule evaluate_systems:
         lora=[f"{HOME}/lora/{{model}}/manifest.json"] if "LoRA" in SYSTEMS else [],
         dapt=[f"{HOME}/{DAPT}/{{model}}/manifest.json"] if "DAPT" in SYSTEMS else [],
         passages=passages_of,
+        also=GENERAL,
     output:
         f"{HOME}/evaluation/systems/{{model}}/records.json",
         manifest=f"{HOME}/evaluation/systems/{{model}}/manifest.json",
@@ -76,10 +79,11 @@ rule evaluate_systems:
     params:
         options=options(section("evaluate")),
         parts=lambda w, input: evaluated_parts(input),
+        also=lambda w, input: folders("also", input.also),
         window=WINDOW,
         compute=COMPUTE,
         stage=STAGE["evaluate"],
     shell:
         "OMP_NUM_THREADS={threads} memdec evaluate --base $(dirname {input.base}) "
         "--corpus $(dirname {input.corpus}) {params.parts} "
-        "{params.options} {params.window} --seed {wildcards.seed} {params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.also} {params.options} {params.window} --seed {wildcards.seed} {params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"

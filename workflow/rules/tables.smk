@@ -85,6 +85,31 @@ use rule table3 as memories with:
         stage=STAGE["table"],
 
 
+if CONFIG.forgetting:
+
+    use rule table3 as forgetting with:
+        input:
+            config=config_file("memories"),
+            cells=[manifest(folder) for *_, folder in CELLS["memories"]],
+        output:
+            csv=report(
+                "results/forgetting.csv",
+                caption="../report/forgetting.rst",
+                category="Tables",
+            ),
+            markdown="results/forgetting.md",
+            latex="results/forgetting.tex",
+            provenance="results/forgetting.provenance.json",
+        log:
+            f"{LOG}/forgetting.log",
+        benchmark:
+            f"{BENCHMARK}/forgetting.tsv"
+        params:
+            command="forgetting",
+            cells=cells("memories"),
+            stage=STAGE["table"],
+
+
 if OTHERS:
 
     use rule table3 as table4 with:
