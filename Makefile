@@ -9,7 +9,10 @@ MEMORIES = . $(BIN)/activate && mkdir -p build/mini build/pretrained && snakemak
 
 PUBLISH = for end in csv md provenance.json; do cp $(1)/results/memories.$$end results/reference/$(2).$$end || exit 1; done
 
-.PHONY: install table3 test check bench bench-search bench-gpu report regression reference ablations
+# A GPU takes the full memory and three domains; without one a smaller memory and one domain.
+SMOL ?= config/smol.yaml $(if $(wildcard /dev/nvidia0),,config/smol-cpu.yaml)
+
+.PHONY: install table3 smol test check bench bench-search bench-gpu report regression reference ablations
 
 install: $(STAMP)
 
@@ -24,6 +27,12 @@ $(STAMP): pyproject.toml constraints.txt memdec_hook.py memdec_hook.pth
 table3: $(STAMP)
 	. $(BIN)/activate && snakemake --cores $(CORES) results/table3.csv
 	@cat results/table3.md
+
+# A real model of 135 M parameters from the package index; the work folder is build/smol.
+smol: $(STAMP)
+	. $(BIN)/activate && mkdir -p build/smol && snakemake --cores $(CORES) --workflow-profile profiles/smol \
+	  --directory build/smol --configfile $(SMOL) -- results/memories.csv results/table1.csv
+	@cat build/smol/results/memories.md
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 tests

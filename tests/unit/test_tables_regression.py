@@ -153,7 +153,7 @@ def test_what_is_forgotten_is_a_table_of_general_text(tmp_path: Path) -> None:
     assert lines[2] == "| GPT-2 | gpt2-S | base | **20.00** | **20.00** |"
     assert "| GPT-2 | gpt2-S | MemDec: memdec | 25.00 | 25.00 |" in lines
     assert tables.note(table, records).startswith("Test perplexity on general per token")
-    with pytest.raises(ConfigError, match="forgetting: expected one of .*, found nowhere"):
+    with pytest.raises(ConfigError, match=r"forgetting: expected one of .*, found nowhere"):
         cfg.parse(cfg.Config, data | {"forgetting": ["nowhere"]}, "c")
 
 
