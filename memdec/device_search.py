@@ -13,8 +13,8 @@ memory. A search has three steps:
 So the neighbours are those of the exact distances, ties by position, whatever the size of a block, the room on the
 device, and the rounding of the product: TF32 may only move rows from step 3's proof to its settling.
 
-Cost of a query for N keys of width D: 2 N D operations, 20 N bytes of traffic for the bounds, 30 k D bytes for the exact
-distances (N = 1 M, D = 768, k = 1024: 1.5 GFLOP, 20 MB and 24 MB).
+Cost of a query for N keys of width D: 2 N D operations, about 13 N bytes of traffic for the bounds and 30 k D bytes for
+the exact distances (N = 1 M, D = 768, k = 1024: 1.5 GFLOP, 13 MB and 24 MB).
 """
 
 from collections.abc import Iterator
@@ -143,8 +143,10 @@ class DeviceSearch:
 
     def _exact(self, queries: Tensor, ids: Tensor) -> Int[Tensor, "B C"]:
         """Codes of the candidates; where keys stream past, each block serves the candidates that lie in it."""
+        if self._all is not None:
+            return search.encode(search.row_distances(queries, self._all, ids), ids)
         codes = torch.full_like(ids, search.NONE)
-        for first, keys in self._blocks() if self._all is None else [(0, self._all)]:
+        for first, keys in self._blocks():
             here = (ids >= first) & (ids < first + len(keys))
             row, at = here.nonzero(as_tuple=True)[0], ids[here]
             codes[here] = search.encode(search.pair_distances(queries, keys, row, at - first), at)

@@ -137,7 +137,8 @@ def lower_bounds(
     Both float32 and moved to a common centre; the queries are already rounded where `tf32`.
     """
     norms = keys.square().sum(1, dtype=torch.float64).mul_(1 - slack(keys.shape[1], tf32=tf32)).float()
-    return torch.addmm(norms[None], queries, (to_tf32(keys) if tf32 else keys).T, alpha=-2)
+    # With norms of one dimension cuBLAS adds them as it writes; [1, n] would be spread into [B, n] before.
+    return torch.addmm(norms, queries, (to_tf32(keys) if tf32 else keys).T, alpha=-2)
 
 
 def own_part(queries: Float[Tensor, "B D"], *, tf32: bool = False) -> Float[Tensor, "B 1"]:
@@ -167,25 +168,39 @@ def smallest(values: Float[Tensor, "B n"], keep: int) -> tuple[Float[Tensor, "B 
     return near, torch.where(at < group * keep, column, at - group * keep + n_groups * group)
 
 
-def pair_distances(
-    queries: Float[Tensor, "B D"], keys: Tensor, rows: Int[Tensor, " P"], places: Int[Tensor, " P"]
-) -> Float[Tensor, " P"]:
-    """Exact squared distances (float32) of the pairs (queries[rows], keys[places]).
+def row_distances(queries: Float[Tensor, "B D"], keys: Tensor, places: Int[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """Exact squared distances (float32) from each query to `keys[places]` of its row.
 
-    Differences are squared in float32 and summed in float64, so that the sum does not depend on its order, and equal
-    keys have distance 0.
+    Differences are taken in float32 and summed in float64, so that the sum does not depend on its order, and equal keys
+    have distance 0.
 
     Args:
         queries: float32.
         keys: As on disk: float16, bfloat16 or float32, shape (n, D).
-        rows: Row of each pair.
-        places: Key of each pair.
+        places: Keys of each query.
     """
+    out, size = queries.new_empty(places.shape), max(1, _PAIRS // max(1, places.shape[1]))
+    for low in range(0, len(places), size):
+        out[low : low + size] = _sq_norms(torch.sub(keys[places[low : low + size]], queries[low : low + size, None]))
+    return out
+
+
+def pair_distances(
+    queries: Float[Tensor, "B D"], keys: Tensor, rows: Int[Tensor, " P"], places: Int[Tensor, " P"]
+) -> Float[Tensor, " P"]:
+    """The same for single pairs (queries[rows], keys[places])."""
     out = queries.new_empty(len(rows))
     for low in range(0, len(rows), _PAIRS):
-        apart = keys[places[low : low + _PAIRS]].float().sub_(queries[rows[low : low + _PAIRS]])
-        out[low : low + _PAIRS] = apart.square_().sum(1, dtype=torch.float64)
+        out[low : low + _PAIRS] = _sq_norms(
+            torch.sub(keys[places[low : low + _PAIRS]], queries[rows[low : low + _PAIRS]])
+        )
     return out
+
+
+def _sq_norms(apart: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+    # One kernel squares and sums: a product and a sum of their own would read and write the differences once more.
+    norms: Tensor = torch.linalg.vector_norm(apart, dim=-1, dtype=torch.float64)
+    return norms.square_()
 
 
 NONE = (0x7F800000 << 32) | kernels.NOBODY  # code of a missing neighbour: +inf and no position; behind all others
