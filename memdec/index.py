@@ -387,7 +387,7 @@ class Searcher:
         if self.settings.kind != "exact" or not self.store.parts or device.type == "cpu":
             return None
         if self._on_device is None:
-            self._on_device = DeviceSearch(self.store, device)
+            self._on_device = DeviceSearch(self.store, device, tf32=device.type == "cuda")
         return self._on_device
 
     def near(

@@ -20,7 +20,7 @@ from memdec import kernels
 
 _ROWS = 64  # queries per task of a thread
 _UNIT = 2.0**-24  # largest relative rounding error of one float32 operation
-_PAIRS = 65_536  # pairs of query and key per exact distance call: 65,536 x 768 float32 = 200 MB
+_PAIRS = 16_384  # pairs of query and key whose exact distances are taken at once: 14 bytes x 768 each, 180 MB
 
 
 class Nearest:
@@ -136,14 +136,14 @@ def lower_bounds(
 
     Both float32 and moved to a common centre; the queries are already rounded where `tf32`.
     """
-    norms = keys.square().sum(1, dtype=torch.float64).mul_(1 - slack(keys.shape[1], tf32=tf32)).float()
+    norms = _sq_norms(keys).mul_(1 - slack(keys.shape[1], tf32=tf32)).float()
     # With norms of one dimension cuBLAS adds them as it writes; [1, n] would be spread into [B, n] before.
     return torch.addmm(norms, queries, (to_tf32(keys) if tf32 else keys).T, alpha=-2)
 
 
 def own_part(queries: Float[Tensor, "B D"], *, tf32: bool = False) -> Float[Tensor, "B 1"]:
     """What `lower_bounds` leaves out, as it is the same for all keys."""
-    return queries.square().sum(1, True, dtype=torch.float64).mul_(1 - slack(queries.shape[1], tf32=tf32)).float()
+    return _sq_norms(queries)[:, None].mul_(1 - slack(queries.shape[1], tf32=tf32)).float()
 
 
 def smallest(values: Float[Tensor, "B n"], keep: int) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:

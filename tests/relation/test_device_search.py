@@ -107,6 +107,16 @@ def test_keys_of_any_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype
     agree([x.numpy() for x in found], brute(wide[:60].numpy(), wide.numpy(), 30, np.arange(60)), wide[:60], wide)
 
 
+def test_a_search_goes_on_in_float32_where_tf32_cannot_tell_the_keys_apart(tmp_path: Path) -> None:
+    keys = 100 + np.random.default_rng(0).normal(size=(600, 24)).astype(np.float32) * 1e-3
+    keys[::2] *= -1  # two far clusters: the centre is in neither, and all distances within one are below the slack
+    found = DeviceSearch(a_store(tmp_path, keys), CPU, tf32=True)
+    for _ in range(2):
+        near = [x.numpy() for x in found.search(torch.from_numpy(keys[:50]), 100, torch.arange(50))]
+        agree(near, brute(keys[:50], keys, 100, np.arange(50)), keys[:50], keys)
+        assert not found.tf32
+
+
 def test_fewer_keys_than_neighbours_and_no_queries(tmp_path: Path) -> None:
     found = DeviceSearch(a_store(tmp_path, spread("normal", 5)), CPU)
     sq_dist, ids = found.search(torch.zeros(2, 24), 9, torch.tensor([3, -1]))
