@@ -331,24 +331,27 @@ class Datastore:
         """
         block = np.empty((min(size, end - begin), self.width), np.float32)
         first = filled = begin
-        for piece in self._pieces(begin, end):
+        for piece in self.pieces(begin, end):
             done = 0
             while done < len(piece):
                 take = min(len(piece) - done, first + len(block) - filled)
                 fresh = block[filled - first : filled - first + take]
                 if not kernels.widen(kernels.bits(piece[done : done + take]), fresh, fresh.view(np.int32)):
-                    position = filled + int(np.argwhere(~(np.abs(fresh) < kernels.LARGEST))[0, 0])
-                    raise NumericsError(
-                        f"{self.folder}: expected finite keys below {kernels.LARGEST:.0e}, found NaN, inf or a larger one at "
-                        f"position {position}; run `memdec datastore` again"
-                    )
+                    raise self.not_finite(filled + int(np.argwhere(~(np.abs(fresh) < kernels.LARGEST))[0, 0]))
                 done, filled = done + take, filled + take
                 if filled == min(first + len(block), end):
                     yield first, block[: filled - first]
                     first = filled
 
-    def _pieces(self, begin: int, end: int) -> Iterator[NDArray[Any]]:
-        """Keys of [begin, end) as on disk, in the pieces they come in."""
+    def not_finite(self, position: int) -> NumericsError:
+        """The error of a key that no distance can be taken from."""
+        return NumericsError(
+            f"{self.folder}: expected finite keys below {kernels.LARGEST:.0e}, found NaN, inf or a larger one at "
+            f"position {position}; run `memdec datastore` again"
+        )
+
+    def pieces(self, begin: int, end: int) -> Iterator[NDArray[Any]]:
+        """Keys of [begin, end) as on disk (`DISK`), unchecked, in the pieces they come in."""
         if self.settings.stored:
             for at, keys in self.parts:
                 if at < end and begin < at + len(keys):

@@ -1,6 +1,6 @@
 """Stage `index`: the search structure over the keys of a datastore, and the one search that all readers use.
 
-exact: no data of its own; all keys stream past in blocks (CUDA where there is one). flat: FAISS Flat, all keys in
+exact: no data of its own; all keys stream past in blocks, or stay on the GPU where there is one (`device_search`). flat: FAISS Flat, all keys in
 memory. ivfflat, ivfpq: FAISS, only the nearest cells; on all GPUs where FAISS has them. Training sees a random sample,
 filling sees every key once, so a streamed datastore gives the same index as a stored one.
 
@@ -22,11 +22,13 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from memdec import artifacts, kernels, knn, resources
 from memdec.config import IndexSettings, parse
 from memdec.datastore import Datastore, is_array
+from memdec.device_search import DeviceSearch
 from memdec.errors import ArtifactError, ConfigError
 from memdec.search import Nearest
 
@@ -315,6 +317,11 @@ class _SameToken:
         return np.where(there, self._positions[np.where(there, places, 0)] if there.any() else -1, -1)
 
 
+def search_device(asked: torch.device | None) -> torch.device:
+    """Where exact search runs: on the device asked for, else on CUDA where there is one."""
+    return asked or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Searcher:
     """Nearest neighbours of any queries among the keys of a datastore.
 
@@ -322,10 +329,14 @@ class Searcher:
         store: The keys.
         settings: Of the index.
         folder: Where its files are.
+        device: Of exact search; None for a GPU where there is one.
     """
 
-    def __init__(self, store: Datastore, settings: IndexSettings, folder: Path) -> None:
-        self.store, self.settings = store, settings
+    def __init__(
+        self, store: Datastore, settings: IndexSettings, folder: Path, device: torch.device | None = None
+    ) -> None:
+        self.store, self.settings, self._device = store, settings, device
+        self._on_device: DeviceSearch | None = None
         self._index: Any = None
         self._trained: dict[str, NDArray[Any]] = {}
         self._same_token: _SameToken | None = None
@@ -368,6 +379,34 @@ class Searcher:
             )
         space = faiss.GpuParameterSpace() if _n_gpus() else faiss.ParameterSpace()
         space.set_index_parameter(self._index, "nprobe", nprobe)
+
+    @property
+    def on_device(self) -> DeviceSearch | None:
+        """The search on another device than the CPU, with its keys there from the first use on; None without one."""
+        device = search_device(self._device)
+        if self.settings.kind != "exact" or not self.store.parts or device.type == "cpu":
+            return None
+        if self._on_device is None:
+            self._on_device = DeviceSearch(self.store, device, tf32=device.type == "cuda")
+        return self._on_device
+
+    def near(
+        self,
+        queries: Float[np.ndarray, "B D"],
+        neighbours: int,
+        own: Int[np.ndarray, " B"] | None = None,
+        *,
+        inputs: Int[np.ndarray, " B"] | None = None,
+        released: bool = False,
+    ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+        """As `search`, but the result stays on the device of the search, and its exact distances are taken there.
+
+        They differ from those of the CPU in their last bits: the order of the sum is another.
+        """
+        if (there := self.on_device) is not None:
+            return there.search(torch.from_numpy(queries), neighbours, None if own is None else torch.from_numpy(own))
+        sq_dist, ids = self.search(queries, neighbours, own, inputs=inputs, released=released)
+        return torch.from_numpy(sq_dist), torch.from_numpy(ids)
 
     def search(
         self,
@@ -418,11 +457,14 @@ class Searcher:
         if self._index is not None:
             found: _Pair = self._index.search(_rotate(queries - self._centre, self._trained), fetch)
             return found
-        nearest = Nearest(torch.from_numpy(queries).to("cuda" if torch.cuda.is_available() else "cpu"), fetch)
-        for first, keys in self.store.blocks(0, self.store.n, _BLOCK if nearest.queries.device.type == "cpu" else _ADD):
+        if (there := self.on_device) is not None:
+            near, positions = there.search(torch.from_numpy(queries), fetch)
+            return near.cpu().numpy(), positions.cpu().numpy()
+        nearest = Nearest(torch.from_numpy(queries), fetch)
+        for first, keys in self.store.blocks(0, self.store.n, _BLOCK):
             nearest.update(torch.from_numpy(keys), first)
         sq_dist, ids = nearest.result()
-        return sq_dist.cpu().numpy(), ids.cpu().numpy()
+        return sq_dist.numpy(), ids.numpy()
 
 
 def check_same(store: Datastore, folder: Path) -> artifacts.Manifest:
@@ -440,9 +482,9 @@ def check_same(store: Datastore, folder: Path) -> artifacts.Manifest:
     return manifest
 
 
-def load(store: Datastore, folder: Path, nprobe: int = 32) -> Searcher:
-    """The search over a datastore with an index that was made from its keys."""
+def load(store: Datastore, folder: Path, nprobe: int = 32, device: torch.device | None = None) -> Searcher:
+    """The search over a datastore with an index that was made from its keys; `device` as for `Searcher`."""
     settings: IndexSettings = parse(IndexSettings, check_same(store, folder).settings, str(folder))
-    searcher = Searcher(store, settings, folder)
+    searcher = Searcher(store, settings, folder, device)
     searcher.set_nprobe(nprobe)
     return searcher

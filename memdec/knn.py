@@ -221,8 +221,8 @@ def aggregate_torch(
     torch.ne(token[:, 1:], token[:, :-1], out=first[:, 1:])
     row = torch.arange(n_rows, device=key.device)[:, None].expand_as(token)[first]
     entry = first.flatten().cumsum(0).sub_(1)
-    mass = weight.new_zeros(len(row)).index_add_(0, entry, weight.flatten())
-    mass /= weight.new_zeros(n_rows).index_add_(0, row, mass)[row]
+    mass = _sums(entry, weight.flatten(), len(row))
+    mass /= _sums(row, mass, n_rows)[row]
     tokens = token[first]
     seen = torch.where(weight > 0, place, n_neighbours).flatten()  # a missing neighbour is no appearance
     place = seen.new_full((len(row),), n_neighbours).scatter_reduce_(0, entry, seen, "amin")
@@ -240,8 +240,12 @@ def aggregate_torch(
     order = order[keep]
     order = order[(row[order] * n_neighbours + place[order]).argsort()]
     row, tokens, mass = row[order], tokens[order], mass[order]
-    total = weight.new_zeros(n_rows).index_add_(0, row, mass)
-    return torch.bincount(row, minlength=n_rows), tokens, mass / total[row]
+    return torch.bincount(row, minlength=n_rows), tokens, mass / _sums(row, mass, n_rows)[row]
+
+
+def _sums(group: Tensor, values: Tensor, n_groups: int) -> Tensor:
+    """Sums of the values of each group. `index_add_` on CUDA adds in any order; this gives the same bits in every run."""
+    return values.new_zeros(n_groups).index_put_((group,), values, accumulate=True)
 
 
 def total_variation(ours: SparseRows, other: SparseRows) -> Float[np.ndarray, " N"]:

@@ -4,7 +4,9 @@ Each position is searched with its own key; the position itself is removed by id
 neighbours give softmax(-d^2 / temperature), equal tokens summed (paper, equation 2). A shard is a range of positions
 in CSR form: `indptr.npy`, `tokens.npy`, `probs.npy`. Rows are appended batch by batch, so memory does not grow with the
 shard and a killed run goes on where it was. Batches lie on one grid over all positions: a row is the same whatever the
-shard.
+shard. A batch is written while the next one is searched.
+
+Exact search on a GPU has larger batches, and aggregation runs there too: only the rows come to the host.
 
 The queries may also be another split of the same model's keys (evaluation text for the kNN-LM): then nothing is removed.
 """
@@ -13,7 +15,8 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,15 +24,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
-from memdec import artifacts, index, knn, resources, tokens
+from memdec import artifacts, device_search, index, knn, resources, tokens
 from memdec.config import TargetSettings
 from memdec.datastore import Datastore
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.knn import SparseRows
 
 _CHECKPOINT = 30.0  # seconds between two marks to resume from
+_Batch = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], int]
 _HEADER = 128  # bytes of the header of a one-dimensional .npy file, whatever its length
 
 
@@ -42,6 +47,7 @@ def run(
     *,
     shard: int = 0,
     queries: Path | Sequence[Path] = (),
+    device: torch.device | None = None,
 ) -> None:
     """Make one shard of the targets.
 
@@ -53,6 +59,7 @@ def run(
         settings: k, temperature and so on; `settings.shards` is the number of shards.
         shard: Which one, from 0.
         queries: Folders of another datastore of the same model, for rows of other text.
+        device: Of exact search and aggregation; None for a GPU where there is one.
     """
     if not 0 <= shard < settings.shards:
         raise ConfigError(f"targets: expected a shard from 0 to {settings.shards - 1}, found {shard}")
@@ -77,16 +84,9 @@ def run(
         begin, end = shard * asked.n // settings.shards, (shard + 1) * asked.n // settings.shards
         values = tokens.load_stream(stream, store.settings.split)
         _check_values(values, store, stream)
-        searcher = index.load(store, index_folder, settings.nprobe)
+        searcher = index.load(store, index_folder, settings.nprobe, device)
         with RowWriter(out, build.work, values.dtype, np.dtype(settings.dtype)) as rows:
-            bar = tqdm(total=end - begin, initial=rows.n, desc="targets", unit="row", unit_scale=True, mininterval=2)
-            for number, batch in enumerate(_search(searcher, asked, values, settings, begin + rows.n, end)):
-                rows.append(*batch)
-                bar.update(len(batch[0]))
-                if number == 0 and rows.n < end - begin:
-                    left = rows.n_bytes / rows.n * (end - begin - rows.n)
-                    resources.check_disk(out, left, f"the other {end - begin - rows.n} rows; set 'top' or 'threshold'")
-            bar.close()
+            _write(rows, _search(searcher, asked, values, settings, begin + rows.n, end), end - begin, out)
             rows.finish()
         if rows.n_short:
             warnings.warn(
@@ -146,6 +146,28 @@ def _check_values(values: NDArray[np.integer], store: Datastore, stream: Path) -
         )
 
 
+def _write(rows: "RowWriter", batches: Iterator[_Batch], n: int, out: Path) -> None:
+    """Append all batches up to `n` rows, each while the next one is searched.
+
+    One batch is under way at most. When the search fails, the batch before it is still written and marked.
+    """
+    bar = tqdm(total=n, initial=rows.n, desc="targets", unit="row", unit_scale=True, mininterval=2)
+    pending: Future[None] | None = None
+    with bar, ThreadPoolExecutor(1) as writer:
+        for number, batch in enumerate(batches):
+            if pending is not None:
+                pending.result()
+            pending = writer.submit(rows.append, *batch)
+            bar.update(len(batch[0]))
+            if number == 0:
+                pending.result()
+                if rows.n < n:
+                    left = rows.n_bytes / rows.n * (n - rows.n)
+                    resources.check_disk(out, left, f"the other {n - rows.n} rows; set 'top' or 'threshold'")
+        if pending is not None:
+            pending.result()
+
+
 def _search(
     searcher: index.Searcher,
     asked: Datastore,
@@ -153,29 +175,35 @@ def _search(
     settings: TargetSettings,
     begin: int,
     end: int,
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], int]]:
+) -> Iterator[_Batch]:
     """(counts, tokens, probs, short rows) of the positions [begin, end), batch by batch of the grid."""
-    size = settings.batch_size
+    size, of = settings.batch_size, _lookup(values, searcher)
+    if searcher.on_device is not None:
+        size = max(size, device_search.QUERIES)  # not what memory allows just now: a resumed run needs the same grid
     grid = begin // size * size  # the whole first batch is searched again: its rows do not depend on where we begin
     for first, queries in asked.blocks(grid, min(-(-end // size) * size, asked.n), size):
         positions = np.arange(first, first + len(queries))
         own, inputs = (positions, None) if asked is searcher.store else (None, _inputs(asked, positions))
-        sq_dist, ids = searcher.search(queries, settings.neighbours, own, inputs=inputs, released=settings.released)
+        sq_dist, ids = searcher.near(queries, settings.neighbours, own, inputs=inputs, released=settings.released)
         low, high = max(begin - first, 0), min(end - first, len(queries))
         sq_dist, ids = sq_dist[low:high], ids[low:high]
         try:
             counts, tokens, probs = knn.aggregate(
-                torch.from_numpy(sq_dist),
-                torch.from_numpy(values[np.maximum(ids, 0)].astype(np.int64)),
-                settings.temperature,
-                top=settings.top,
-                threshold=settings.threshold,
+                sq_dist, of(ids), settings.temperature, top=settings.top, threshold=settings.threshold
             )
         except knn.RowError as error:
             raise NumericsError(
                 f"targets: expected neighbours for position {first + low + error.row}, but {error.why}"
             ) from None
-        yield counts.numpy(), tokens.numpy(), probs.numpy(), int((ids[:, -1] < 0).sum())
+        yield counts.cpu().numpy(), tokens.cpu().numpy(), probs.cpu().numpy(), int((ids[:, -1] < 0).sum())
+
+
+def _lookup(values: NDArray[np.integer], searcher: index.Searcher) -> Callable[[Tensor], Tensor]:
+    """The tokens of neighbours, any where there is none; the stream goes to the device of the search once."""
+    if searcher.on_device is None:
+        return lambda ids: torch.from_numpy(values[np.maximum(ids.numpy(), 0)].astype(np.int64))
+    held = torch.from_numpy(values.astype(np.int32)).to(searcher.on_device.device)
+    return lambda ids: held[ids.clamp(min=0)].long()
 
 
 def _inputs(asked: Datastore, positions: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -7,27 +7,71 @@ import pytest
 import torch
 from making import spec, write_store, write_tokens
 
-from memdec import fitting, index, knn, models, objectives
-from memdec.config import IndexSettings
+from memdec import device_search, fitting, index, knn, models, objectives, search, targets
+from memdec.config import IndexSettings, TargetSettings
 from memdec.datastore import Datastore
+from memdec.device_search import DeviceSearch
 from memdec.losses import fused_loss
 from memdec.modeling import MemDecForCausalLM
-from memdec.search import Nearest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def test_exact_search() -> None:
-    rng = np.random.default_rng(0)
-    keys = torch.from_numpy(rng.normal(size=(20_000, 64)).astype(np.float32))
-    found = {}
-    for device in ("cpu", "cuda"):
-        nearest = Nearest(keys[:300].to(device), 50)
-        for first in range(0, len(keys), 4096):
-            nearest.update(keys[first : first + 4096], first)
-        found[device] = [x.cpu() for x in nearest.result()]
-    torch.testing.assert_close(found["cuda"][0], found["cpu"][0], atol=1e-3, rtol=1e-4)
-    assert (found["cuda"][1] == found["cpu"][1]).float().mean() > 0.999  # the rest are ties up to rounding
+@pytest.fixture
+def store(tmp_path: Path) -> Datastore:
+    """20,000 keys about a common offset, in two shards; every hundredth is the same."""
+    keys = np.random.default_rng(0).normal(size=(20_000, 64)) + 3
+    keys[::100] = keys[5]
+    stream = write_tokens(tmp_path / "t", np.arange(20_000).astype(np.uint16) % 997)
+    return Datastore(write_store(tmp_path / "s", keys.astype(np.float16), stream, edges=[0, 7000, 20_000]))
+
+
+def asked(store: Datastore, n: int) -> torch.Tensor:
+    return torch.from_numpy(next(store.blocks(0, n, n))[1].copy())
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("room", [None, 3_000_000])
+def test_exact_search(store: Datastore, tf32: bool, room: int | None) -> None:
+    """In TF32 too, and with keys that stream past: the neighbours but for ties up to rounding, distances to 1e-6."""
+    queries, own = asked(store, 3000), torch.arange(3000)
+    ours = DeviceSearch(store, torch.device("cuda"), tf32=tf32, room=room)
+    assert ours.resident == (room is None)
+    found = [x.cpu() for x in ours.search(queries, 50, own)]
+    expected = DeviceSearch(store, torch.device("cpu")).search(queries, 50, own)
+    torch.testing.assert_close(found[0], expected[0], atol=0, rtol=1e-6)
+    assert (found[1] == expected[1]).float().mean() > 0.999
+    plain = torch.cdist(queries.double(), asked(store, store.n).double()) ** 2  # on CPU, in float64
+    plain[own, own] = torch.inf
+    torch.testing.assert_close(found[0].double(), plain.topk(50, largest=False).values, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(plain.gather(1, found[1]), plain.topk(50, largest=False).values, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_no_distance_is_below_its_bound(store: Datastore, tf32: bool) -> None:
+    """What the search rests on: sums on tensor cores err by no more than `search.slack` allows."""
+    keys = asked(store, store.n).cuda()
+    moved = (keys - keys.median(0).values) * torch.linspace(1, 100, 64, device="cuda")
+    queries = moved[:2000]
+    with search.product_of(tf32=tf32):
+        bounds = search.lower_bounds(search.to_tf32(queries) if tf32 else queries, moved, tf32=tf32)
+    bounds += search.own_part(queries, tf32=tf32)
+    for low in range(0, 2000, 100):
+        exact = torch.stack([(moved.double() - query.double()).square().sum(1) for query in queries[low : low + 100]])
+        assert (bounds[low : low + 100] <= exact).all()
+
+
+@pytest.mark.parametrize("n", [500, 131_072])
+def test_the_same_bits_whatever_the_blocks(store: Datastore, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries = asked(store, 2000)
+    monkeypatch.setattr(device_search, "QUERIES", 700)
+    one = DeviceSearch(store, torch.device("cuda")).search(queries, 200)
+    monkeypatch.setattr(device_search, "_KEYS", n)
+    monkeypatch.setattr(device_search, "QUERIES", 2000)
+    for _ in range(2):
+        found = DeviceSearch(store, torch.device("cuda")).search(queries, 200)
+        assert torch.equal(found[0], one[0])
+        assert torch.equal(found[1], one[1])
 
 
 def test_the_search_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,9 +81,30 @@ def test_the_search_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     searcher = index.load(Datastore(store), tmp_path / "i")
     own = np.arange(200)
     ours = searcher.search(keys[own].astype(np.float32), 100, own)
+    assert searcher.near(keys[own].astype(np.float32), 100, own)[0].device.type == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for one, other in zip(ours, searcher.search(keys[own].astype(np.float32), 100, own), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_targets(store: Datastore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of CUDA are those of the CPU to 1e-6; again, in shards: the same bits."""
+    monkeypatch.setattr(device_search, "QUERIES", 3000)
+    made = [tmp_path / "s" / "0", tmp_path / "s" / "1"], tmp_path / "i", tmp_path / "t"
+    index.run(made[0], tmp_path / "i", IndexSettings())
+    found = {}
+    for name, shards in (("cuda", 1), ("again", 1), ("parts", 3), ("cpu", 1)):
+        chosen = TargetSettings(neighbours=100, temperature=16.0, shards=shards)
+        folders = [tmp_path / name / str(shard) for shard in range(shards)]
+        for shard, folder in enumerate(folders):
+            targets.run(*made, folder, chosen, shard=shard, device=torch.device("cpu") if name == "cpu" else None)
+        rows = targets.TargetReader(folders, store.facts["tokens_sha256"]).rows([(0, store.n)])
+        dense = np.zeros((store.n, 997), np.float32)
+        dense[np.repeat(np.arange(store.n), np.diff(rows.indptr)), rows.tokens] = rows.probs
+        found[name] = dense
+    np.testing.assert_array_equal(found["again"], found["cuda"])
+    np.testing.assert_array_equal(found["parts"], found["cuda"])
+    np.testing.assert_allclose(found["cpu"], found["cuda"], atol=1e-6)
 
 
 @pytest.mark.parametrize(("top", "threshold"), [(None, 0.0), (20, 0.0), (None, 1e-3)])

@@ -254,7 +254,7 @@ LAYERS = [
         "modeling",
     }
     | {"flops", "cards", "figures", "speculative"},
-    {"datastore", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
+    {"datastore", "device_search", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
     | {"passages", "knnlm", "icrag", "systems", "explain", "latency"},
     {"wrapped", "harness", "sweep", "rows", "tasks", "adaptllm", "adaptllm_metrics", "closed_book", "data", "compare"}
     | {"dcpmi", "dcpmi_rows", "verbalizers", "origins", "datafiles", "tables", "cases", "regression", "cli"},
