@@ -67,7 +67,7 @@ def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], ind
     dtype = devices.precision(config.compute)
     model = MemDecForCausalLM.from_parts(base, [memory], [0.5], dtype=dtype)  # the weight is not used: nothing is mixed
     model.to(devices.pick(config.compute))
-    neighbours = Neighbours(datastore, index_folder, ExplainSettings(**same), tokenizer)
+    neighbours = Neighbours(datastore, index_folder, ExplainSettings(**same), tokenizer, model.device)
     frame = pd.DataFrame([probabilities(case, model, tokenizer, neighbours) for case in config.cases])
     rows = []
     for _, row in frame.iterrows():

@@ -30,6 +30,7 @@ Spec = Annotated[str, typer.Option(help="JSON of one entry of the config, e.g. o
 Seed = Annotated[int, typer.Option(help="seed of this run")]
 Context = Annotated[int, typer.Option(help="tokens a model sees at most (paper: 1024)")]
 Datastore = Annotated[list[Path], typer.Option(help="datastore folder; repeat for every shard")]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda")]
 Shard = Annotated[int, typer.Option(help="which of --shards, from 0")]
 BudgetModel = Annotated[Path | None, typer.Option(help="model whose full training is the unit of the FLOP budget")]
 BudgetEpochs = Annotated[
@@ -104,6 +105,12 @@ def _limit_threads() -> None:
     granted = os.environ.get("OMP_NUM_THREADS")
     if granted and granted.isdigit():
         torch.set_num_threads(int(granted))
+
+
+def _picked(device: str) -> Any:
+    from memdec import devices
+
+    return devices.pick(cfg.parse(cfg.Compute, {"device": device}, "--device"))
 
 
 def _json(text: str, where: str) -> Any:
@@ -231,11 +238,11 @@ def datastore(
 
 
 @stage(cfg.IndexSettings)
-def index(datastore: Datastore, out: Out, settings: cfg.IndexSettings) -> None:
+def index(datastore: Datastore, out: Out, settings: cfg.IndexSettings, device: Device = "auto") -> None:
     """Search structure over the keys."""
     from memdec import index as stage_index
 
-    stage_index.run(datastore, out, settings)
+    stage_index.run(datastore, out, settings, _picked(device))
 
 
 @stage(cfg.TargetSettings)
@@ -249,11 +256,13 @@ def targets(
     queries: Annotated[
         list[Path], typer.Option(help="datastore of another split of the same model, for the rows of that text instead")
     ] = [],
+    device: Device = "auto",
 ) -> None:
     """kNN next-token distributions of one shard of the positions."""
     from memdec import targets as stage_targets
 
-    stage_targets.run(datastore, index, tokens, out, settings, shard=shard, queries=queries)
+    picked = _picked(device)
+    stage_targets.run(datastore, index, tokens, out, settings, shard=shard, queries=queries, device=picked)
 
 
 @stage(cfg.PassageSettings)

@@ -94,6 +94,7 @@ class Neighbours:
         index_folder: Index over its keys.
         settings: k, temperature and nprobe.
         tokenizer: The text's; must be the datastore's.
+        device: Of the search; None for a GPU where there is one.
 
     Raises:
         ArtifactError: An index of other keys, or another tokenizer.
@@ -101,7 +102,12 @@ class Neighbours:
     """
 
     def __init__(
-        self, datastore: Sequence[Path], index_folder: Path, settings: ExplainSettings, tokenizer: Any
+        self,
+        datastore: Sequence[Path],
+        index_folder: Path,
+        settings: ExplainSettings,
+        tokenizer: Any,
+        device: torch.device | None = None,
     ) -> None:
         self.store, self.settings = Datastore(datastore), settings
         if settings.neighbours > self.store.n:
@@ -111,7 +117,7 @@ class Neighbours:
             )
         where = f"{self.store.folder} with the models"
         tokens.check_same(tokens.fingerprint(tokenizer), self.store.facts["tokenizer_sha256"], where)
-        self.searcher = index.load(self.store, index_folder, settings.nprobe)
+        self.searcher = index.load(self.store, index_folder, settings.nprobe, device)
 
     def rows(self, ids: Int[np.ndarray, " T"], part: Window) -> knn.SparseRows:
         """p_kNN of the scored positions of a window, which has these inputs."""
@@ -346,7 +352,9 @@ def run(
     tokenizer = tokens.load_tokenizer(base)
     context, stride = _window(model, settings)
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    neighbours = Neighbours(datastore, index_folder, settings, tokenizer) if index_folder is not None else None
+    neighbours = (
+        Neighbours(datastore, index_folder, settings, tokenizer, model.device) if index_folder is not None else None
+    )
     reports = explain(model, tokenizer, ids, context=context, stride=stride, top=settings.top, neighbours=neighbours)
     perplexity = ", ".join(f"{name} {value:.2f}" for name, value in summary(reports).items())
     Console().print(table(reports))

@@ -234,7 +234,7 @@ class MemDecKnnLM(WrappedLM):
         self._keys = check_folders(self.base_name, self.folders, self.index_folder, self.settings)
 
     def _wrap(self, base: Any) -> Wrapper:
-        searcher = load_index(self._keys, self.index_folder, self.settings.nprobe)
+        searcher = load_index(self._keys, self.index_folder, self.settings.nprobe, base.device)
         return KnnLMForCausalLM(
             base,
             self._keys,

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from memdec import artifacts, kernels, knn, resources
+from memdec import artifacts, devices, kernels, knn, resources
 from memdec.config import IndexSettings, parse
 from memdec.datastore import Datastore, is_array
 from memdec.device_search import DeviceSearch
@@ -44,16 +44,24 @@ _TEMPERATURES = (1.0, 16.0)  # of the total variation in the manifest
 _Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
-def run(datastore: Path | Sequence[Path], out: Path, settings: IndexSettings) -> None:
-    """Train and fill the index over all keys, and measure how near to exact its search is."""
+def run(
+    datastore: Path | Sequence[Path],
+    out: Path,
+    settings: IndexSettings,
+    device: torch.device | None = None,
+) -> None:
+    """Train and fill the index over all keys, and measure how near to exact its search is.
+
+    `device`: of k-means and search; None for a GPU where there is one.
+    """
     store = Datastore(datastore)
     _check(store, settings)
     with artifacts.building(out, "index", settings, {"datastore": store.recipe}) as build:
         if build is None:
             return
         if settings.kind.startswith("ivf"):
-            _train(store, out, settings)
-        facts = _fill(store, out, settings, build.work)
+            _train(store, out, settings, device)
+        facts = _fill(store, out, settings, build.work, device)
         build.facts.update(keys=store.n, width=store.width, bytes_per_key=sum(_sizes(out)) / store.n, **facts)
 
 
@@ -114,7 +122,7 @@ def _flat_type(store: Datastore) -> tuple[Any, int]:
 # --- an IVF index and its parts -----------------------------------------------------------------------------------
 
 
-def _train(store: Datastore, out: Path, settings: IndexSettings) -> None:
+def _train(store: Datastore, out: Path, settings: IndexSettings, device: torch.device | None) -> None:
     """Write `trained.safetensors`, unless a killed run has."""
     path = out / "trained.safetensors"
     if _is_trained(path, store, settings):
@@ -134,7 +142,7 @@ def _train(store: Datastore, out: Path, settings: IndexSettings) -> None:
     clustering = faiss.Clustering(store.width, settings.centroids)
     clustering.seed, clustering.min_points_per_centroid, clustering.verbose = settings.seed, 1, True
     cells = faiss.IndexFlatL2(store.width)
-    on_gpu = faiss.index_cpu_to_all_gpus(cells) if _n_gpus() else cells
+    on_gpu = faiss.index_cpu_to_all_gpus(cells) if _n_gpus(device) else cells
     clustering.train(keys, on_gpu)
     centroids = faiss.vector_to_array(clustering.centroids).reshape(-1, store.width)
     # Residuals are taken from the centroids as they are on disk, so half of the bytes costs nothing.
@@ -159,8 +167,10 @@ def _is_trained(path: Path, store: Datastore, settings: IndexSettings) -> bool:
         return False
 
 
-def _n_gpus() -> int:
-    return faiss.get_num_gpus() if hasattr(faiss, "index_cpu_to_all_gpus") else 0
+def _n_gpus(device: torch.device | None) -> int:
+    """GPUs that FAISS may use."""
+    on_gpu = hasattr(faiss, "index_cpu_to_all_gpus") and search_device(device).type == "cuda"
+    return faiss.get_num_gpus() if on_gpu else 0
 
 
 def _rotate(keys: NDArray[np.float32], trained: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -192,7 +202,9 @@ def _empty(store: Datastore, settings: IndexSettings, trained: dict[str, NDArray
     return index
 
 
-def _fill(store: Datastore, out: Path, settings: IndexSettings, work: Path) -> dict[str, Any]:
+def _fill(
+    store: Datastore, out: Path, settings: IndexSettings, work: Path, device: torch.device | None
+) -> dict[str, Any]:
     """One pass over all keys: write the codes, and find the true neighbours of the check's queries on the way."""
     own, queries = store.sample(min(settings.check_queries, store.n), settings.seed + 1)
     neighbours = min(settings.check_neighbours, store.n - 1)
@@ -236,7 +248,7 @@ def _fill(store: Datastore, out: Path, settings: IndexSettings, work: Path) -> d
         "check": {
             "queries": len(own),
             "neighbours": neighbours,
-            "nprobe": _measure(store, out, settings, queries, own, true),
+            "nprobe": _measure(store, out, settings, queries, own, true, device),
         }
     }
 
@@ -248,9 +260,10 @@ def _measure(
     queries: NDArray[np.float32],
     own: NDArray[np.int64],
     true: _Pair,
+    device: torch.device | None,
 ) -> dict[str, Any]:
     """Recall and total variation of the filled index against the true neighbours, by nprobe and kind of distances."""
-    searcher, neighbours = Searcher(store, settings, out), true[1].shape[1]
+    searcher, neighbours = Searcher(store, settings, out, device), true[1].shape[1]
     results: dict[str, Any] = {}
     cells = sorted({min(nprobe, settings.centroids) for nprobe in settings.check_nprobe})
     for nprobe in cells if settings.kind.startswith("ivf") else ["all"]:
@@ -318,8 +331,8 @@ class _SameToken:
 
 
 def search_device(asked: torch.device | None) -> torch.device:
-    """Where exact search runs: on the device asked for, else on CUDA where there is one."""
-    return asked or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where search runs: on the device asked for, else on a GPU where there is one."""
+    return asked or devices.pick()
 
 
 class Searcher:
@@ -329,7 +342,7 @@ class Searcher:
         store: The keys.
         settings: Of the index.
         folder: Where its files are.
-        device: Of exact search; None for a GPU where there is one.
+        device: Of the search; None for a GPU where there is one.
     """
 
     def __init__(
@@ -359,7 +372,7 @@ class Searcher:
                 self._index.add_sa_codes(block, np.arange(first, first + len(block)))
             if store.parts:
                 self._same_token = _SameToken(store.values, store.facts["vocab_size"])
-        if self._index is not None and _n_gpus():
+        if self._index is not None and _n_gpus(device):
             options = faiss.GpuMultipleClonerOptions()
             options.shard = True
             options.useFloat16 = settings.kind == "ivfpq"  # tables of 64-byte codes fit a GPU's shared memory only so
@@ -377,7 +390,7 @@ class Searcher:
             raise ConfigError(
                 f"search: expected nprobe of at most {self.settings.centroids} centroids, found {nprobe}; lower 'nprobe'"
             )
-        space = faiss.GpuParameterSpace() if _n_gpus() else faiss.ParameterSpace()
+        space = faiss.GpuParameterSpace() if _n_gpus(self._device) else faiss.ParameterSpace()
         space.set_index_parameter(self._index, "nprobe", nprobe)
 
     @property

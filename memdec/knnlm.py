@@ -93,7 +93,7 @@ class KnnLMForCausalLM(Wrapper):
             ModelError: There is no such base.
         """
         store = check_folders(base, datastore, index_folder, settings)
-        searcher = index.load(store, index_folder, settings.nprobe)
+        searcher = index.load(store, index_folder, settings.nprobe, torch.device(device))
         lm = models.load(base, dtype=dtype).to(device)
         numbers = settings.model_dump(exclude={"nprobe"})
         return cls(lm, store, searcher, **numbers, n_vocab=len(tokens.load_tokenizer(str(base))))

@@ -144,7 +144,7 @@ def systems(
 def _knn_lm(
     mixture: Callable[[], MemDecForCausalLM], store: Datastore, index_folder: Path, numbers: KnnLMSettings
 ) -> knnlm.KnnLMForCausalLM:
-    searcher = index.load(store, index_folder, numbers.nprobe)
+    searcher = index.load(store, index_folder, numbers.nprobe, mixture().device)
     return knnlm.KnnLMForCausalLM(mixture().base, store, searcher, **numbers.model_dump(exclude={"nprobe"}))
 
 
