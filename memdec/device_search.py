@@ -203,7 +203,7 @@ class DeviceSearch:
                 filled += len(piece)
             keys = buffer[:filled].to(self.device, non_blocking=cuda)
             if over is not None:
-                over.record()
+                over.record(torch.cuda.current_stream(self.device))
             keys = keys.view(getattr(torch, self.store.settings.dtype))
             self._check(first, keys)
             yield first, keys

@@ -234,7 +234,9 @@ def rows(made: Made, out: Path, **changes: Any) -> list[dict[str, NDArray[Any]]]
 
 def test_targets_are_those_of_the_cpu(made: Made, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     ours = rows(made, tmp_path / "cpu", top=5)
+    half = rows(made, tmp_path / "cpu-half", dtype="float16")
     request.getfixturevalue("by_device")
+    np.testing.assert_allclose(rows(made, tmp_path / "half", dtype="float16")["probs"], half["probs"], atol=1e-3)
     assert Datastore(made[0]).n * 12 > 0.6 * 4_000  # the keys stream
     found = rows(made, tmp_path / "device", top=5)
     np.testing.assert_array_equal(found["indptr"], ours["indptr"])
