@@ -55,6 +55,7 @@ bench-search: $(STAMP)
 
 bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu --out results/gpu.csv
+	$(BIN)/python -m benchmarks.gpu_search --out results/gpu_search.csv
 
 report: $(STAMP)
 	. $(BIN)/activate && snakemake --cores $(CORES) results/table3.csv && snakemake --report results/report.html

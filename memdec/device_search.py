@@ -100,10 +100,11 @@ class DeviceSearch:
         own = torch.full((len(queries),), -1) if own is None else own
         own = own.to(self.device)
         size = max(1, min(QUERIES, self._room // (_BYTES * self._n_keys)))
-        codes = [
-            self._nearest(queries[low : low + size], neighbours, own[low : low + size])
-            for low in range(0, len(queries), size)
-        ]
+        with torch.autocast(self.device.type, enabled=False):  # bfloat16 products would break the bounds
+            codes = [
+                self._nearest(queries[low : low + size], neighbours, own[low : low + size])
+                for low in range(0, len(queries), size)
+            ]
         return search.decode(torch.cat(codes) if codes else own.new_empty(0, neighbours))
 
     # --- the three steps ------------------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ class DeviceSearch:
                 filled += len(piece)
             keys = buffer[:filled].to(self.device, non_blocking=cuda)
             if over is not None:
-                over.record()
+                over.record(torch.cuda.current_stream(self.device))
             keys = keys.view(getattr(torch, self.store.settings.dtype))
             self._check(first, keys)
             yield first, keys

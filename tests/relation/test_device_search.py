@@ -117,6 +117,16 @@ def test_a_search_goes_on_in_float32_where_tf32_cannot_tell_the_keys_apart(tmp_p
         assert not found.tf32
 
 
+def test_autocast_reaches_no_product(tmp_path: Path) -> None:
+    found = DeviceSearch(a_store(tmp_path, spread("normal")), CPU)
+    queries = torch.randn(30, 24, generator=torch.Generator().manual_seed(0))
+    plain = found.search(queries, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = found.search(queries, 20)
+    assert all(torch.equal(one, other) for one, other in zip(plain, inside, strict=True))
+    assert found.n_settled == 0
+
+
 def test_fewer_keys_than_neighbours_and_no_queries(tmp_path: Path) -> None:
     found = DeviceSearch(a_store(tmp_path, spread("normal", 5)), CPU)
     sq_dist, ids = found.search(torch.zeros(2, 24), 9, torch.tensor([3, -1]))
@@ -234,7 +244,9 @@ def rows(made: Made, out: Path, **changes: Any) -> list[dict[str, NDArray[Any]]]
 
 def test_targets_are_those_of_the_cpu(made: Made, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     ours = rows(made, tmp_path / "cpu", top=5)
+    half = rows(made, tmp_path / "cpu-half", dtype="float16")
     request.getfixturevalue("by_device")
+    np.testing.assert_allclose(rows(made, tmp_path / "half", dtype="float16")["probs"], half["probs"], atol=1e-3)
     assert Datastore(made[0]).n * 12 > 0.6 * 4_000  # the keys stream
     found = rows(made, tmp_path / "device", top=5)
     np.testing.assert_array_equal(found["indptr"], ours["indptr"])
