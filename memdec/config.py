@@ -31,6 +31,7 @@ Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 DEFAULT_MEMORY = "memdec"  # the memory that 'key_model', 'memory_model' and 'memory' describe
 SYSTEMS = "systems"  # folder of what is evaluated without a memory
+FORGETTING = "forgetting.json"  # records of general corpora in an evaluation
 UNTUNED = "-untuned"  # ending of the folder with the keys of a model as it is
 System = Literal["base", "In-Context RAG", "kNN-LM", "DAPT", "LoRA", "MemDec"]
 

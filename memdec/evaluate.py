@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memdec import artifacts, devices, metrics, mixing
-from memdec.config import AUTO, DEFAULT_MEMORY, Compute, EvaluateSettings, Split
+from memdec.config import AUTO, DEFAULT_MEMORY, FORGETTING, Compute, EvaluateSettings, Split
 from memdec.errors import ArtifactError, ConfigError
 from memdec.scores import TokenScores
 
 TASK = "memdec_ppl"
-FORGETTING = "forgetting.json"  # records of general corpora
 _TUNED_ON: tuple[Split, Split] = ("valid", "test")
 
 

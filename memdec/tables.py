@@ -15,9 +15,8 @@ from typing import Any
 import pandas as pd
 
 from memdec import artifacts, provenance
-from memdec.config import Config, portable
+from memdec.config import FORGETTING, Config, portable
 from memdec.errors import ArtifactError, ConfigError
-from memdec.evaluate import FORGETTING
 
 Cell = tuple[str, str, int, Path]  # domain, model, seed, evaluation folder
 

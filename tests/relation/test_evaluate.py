@@ -12,6 +12,7 @@ from making import CONTEXT, made_text, plain_scores
 
 from memdec import artifacts, corpora, datastore, evaluate, index, passages, targets, tokens, train
 from memdec.config import (
+    FORGETTING,
     DatastoreSettings,
     EvaluateSettings,
     FileCorpus,
@@ -147,7 +148,7 @@ def test_general_text_is_measured_at_the_weights_of_the_domain(
     what = {"memory": home / "dapt", "name": "dapt", "dapt": home / "dapt"}
     found = records_of(tmp_path / "e", small_folder, corpus_folder, also=[general], **what)
     assert {record["on"] for record in found} == {corpus_folder.name}
-    forgotten = json.loads((tmp_path / "e" / evaluate.FORGETTING).read_text())
+    forgotten = json.loads((tmp_path / "e" / FORGETTING).read_text())
     assert [(record["method"], record["on"]) for record in forgotten] == [
         (method, "novels") for method in ("base", "MemDec", "DAPT")
     ]
@@ -164,7 +165,7 @@ def test_general_text_is_measured_at_the_weights_of_the_domain(
     assert forgotten[1]["alpha"] == alpha
     alone = records_of(tmp_path / "alone", small_folder, corpus_folder, **what)
     assert alone == found
-    assert not (tmp_path / "alone" / evaluate.FORGETTING).exists()
+    assert not (tmp_path / "alone" / FORGETTING).exists()
 
 
 def test_other_text_is_refused(home: Path, base_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
