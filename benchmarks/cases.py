@@ -245,23 +245,34 @@ def step(n: int, width: int, layers: int) -> tuple[Work, Work]:
     return side(ours, fused=True), side(twin, fused=False)
 
 
+def neighbour_batches(n: int, batch: int, k: int = 1024, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
+    """Squared distances and tokens of the neighbours of n positions, in batches, each (batch, k).
+
+    A few likely tokens a row and a Zipf tail: about 280 distinct ones of 1024.
+    """
+    rng = np.random.default_rng(0)
+    values = torch.from_numpy((rng.zipf(1.3, (n, k)) + rng.integers(0, 40, (n, 1))) % V).to(device)
+    sq_dist = torch.from_numpy(np.sort(rng.gamma(9, 8, (n, k)), axis=1).astype(np.float32)).to(device)
+    return list(zip(sq_dist.split(batch), values.split(batch), strict=True))
+
+
+def dense_rows(sq_dist: Tensor, values: Tensor, temperature: float) -> Tensor:
+    """p_kNN over the whole vocabulary, shape (batch, V)."""
+    dense = torch.zeros(len(values), V, device=values.device)
+    return dense.scatter_add_(1, values, torch.softmax(-sq_dist / temperature, dim=1))
+
+
 def aggregation(n: int, batch: int) -> tuple[Work, Work]:
     """p_kNN rows from 1024 neighbours, against a dense scatter and a loop over rows."""
-    rng = np.random.default_rng(0)
-    k, temperature = 1024, 16.0
-    # Tokens of neighbours: a few likely ones a row, a Zipf tail; about 280 distinct ones.
-    values = torch.from_numpy((rng.zipf(1.3, (n, k)) + rng.integers(0, 40, (n, 1))) % V).split(batch)
-    sq_dist = torch.from_numpy(np.sort(rng.gamma(9, 8, (n, k)), axis=1).astype(np.float32)).split(batch)
+    temperature, batches = 16.0, neighbour_batches(n, batch)
 
     def ours() -> list[tuple[Tensor, Tensor, Tensor]]:
-        return [aggregate(d, v, temperature) for d, v in zip(sq_dist, values, strict=True)]
+        return [aggregate(d, v, temperature) for d, v in batches]
 
     def twin() -> list[tuple[list[int], list[float]]]:
         parts = []
-        for d, v in zip(sq_dist, values, strict=True):
-            dense = torch.zeros(len(v), V)
-            dense.scatter_add_(1, v, torch.softmax(-d / temperature, dim=1))
-            for row in dense:  # one row at a time, as lists, the way target files were written
+        for d, v in batches:
+            for row in dense_rows(d, v, temperature):  # one row at a time, as lists, the way target files were written
                 ids = row.nonzero().flatten()
                 parts.append((ids.tolist(), row[ids].tolist()))
         return parts
@@ -269,7 +280,7 @@ def aggregation(n: int, batch: int) -> tuple[Work, Work]:
     return ours, twin
 
 
-def _cells(result: Any) -> tuple[Tensor, ...]:
+def cells(result: Any) -> tuple[Tensor, ...]:
     """Probabilities of all rows, tokens rising, and a product that tells rows and tokens apart, from any form."""
     if isinstance(result, Files):
         result = result.read(result.folder)
@@ -325,16 +336,23 @@ def _keys(result: Any) -> tuple[Tensor, ...]:
 
 def _store(n: int, width: int, vocab: int = V) -> tuple[Path, Path, NDArray[np.float16]]:
     """(datastore, token stream, keys): a made-up store of 500 clusters with a few likely tokens each."""
-    rng, folder = np.random.default_rng(0), _scratch()
+    rng = np.random.default_rng(0)
     cluster = rng.integers(0, 500, n)
     keys = ((rng.normal(size=(500, width)) * 0.7)[cluster] + rng.normal(size=(n, width))).astype(np.float16)
     values = ((cluster * 97 + rng.zipf(1.6, n)) % vocab).astype(np.uint16)
+    return *write_store(keys, values, vocab), keys
+
+
+def write_store(keys: NDArray[np.float16], values: NDArray[np.uint16], vocab: int = V) -> tuple[Path, Path]:
+    """(datastore, token stream) of given keys and tokens, in a folder that goes with the process."""
+    folder, (n, width) = _scratch(), keys.shape
     with artifacts.building(folder / "tokens", "tokens", {}, {}) as build:
         assert build is not None
         np.save(folder / "tokens" / "train.npy", values)
         build.facts["sha256"] = {"train": "made"}
     tokens = artifacts.read(folder / "tokens", "tokens").recipe
     plain = {**DatastoreSettings().model_dump(mode="json"), "context": 1024, "stride": 512, "shard": 0}
+    plain["precision"] = "float32"
     with artifacts.building(folder / "store", "datastore", plain, {"model": "made", "tokens": tokens}) as build:
         assert build is not None
         np.save(folder / "store" / "keys.npy", keys)
@@ -349,7 +367,7 @@ def _store(n: int, width: int, vocab: int = V) -> tuple[Path, Path, NDArray[np.f
             model="none",
             tokens="../tokens",
         )
-    return folder / "store", folder / "tokens", keys
+    return folder / "store", folder / "tokens"
 
 
 def keys_read(n: int) -> tuple[Work, Work]:
@@ -440,19 +458,29 @@ def _read_targets(folder: Path) -> list[tuple[Tensor, ...]]:
 
 
 def _sparse_l2(result: Any) -> tuple[Tensor, ...]:
-    """As `_cells`, without entries that float32 on one side only rounds to zero."""
-    probs, mixed = _cells(result)
+    """As `cells`, without entries that float32 on one side only rounds to zero."""
+    probs, mixed = cells(result)
     return probs[probs > 1e-7], mixed[probs > 1e-7]
 
 
 def alpha_sweep(n: int) -> tuple[Work, Work]:
     """Perplexity at 10 alphas of two GPT-2s of 4 layers, windows of 1,024, against a pass of both models per alpha."""
+    return sweep_of(n, V, 256, 4)
+
+
+def sweep_of(
+    n: int, vocab: int, width: int, layers: int, context: int = 1024, device: str = "cpu"
+) -> tuple[Work, Work]:
+    """The same of GPT-2s of any size on any device."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    base, memory = (GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=4, n_head=4)).eval() for _ in range(2))
-    stream = np.random.default_rng(0).integers(0, V, n)
-    parts, alphas = windows(n, 1024, 512), [k / 10 for k in range(1, 11)]
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config = GPT2Config(vocab_size=vocab, n_embd=width, n_layer=layers, n_head=width // 64, **ends)
+    with torch.device(device):
+        base, memory = (GPT2LMHeadModel(config).eval() for _ in range(2))
+    stream = np.random.default_rng(0).integers(0, vocab, n)
+    parts, alphas = windows(n, context, context // 2), [k / 10 for k in range(1, 11)]
     mixture = MemDecForCausalLM.from_models(base, [memory], [0.5])
 
     def ours() -> tuple[Tensor]:
@@ -463,11 +491,11 @@ def alpha_sweep(n: int) -> tuple[Work, Work]:
     def twin() -> tuple[Tensor]:
         found = []
         for alpha in alphas:
-            nll = torch.zeros(())
+            nll = torch.zeros((), device=device)
             for part in parts:
-                ids = torch.from_numpy(part.inputs(stream, 0))[None]
+                ids = torch.from_numpy(part.inputs(stream, 0))[None].to(device)
                 p = alpha * memory(ids).logits.softmax(-1) + (1 - alpha) * base(ids).logits.softmax(-1)
-                labels = torch.from_numpy(stream[part.begin : part.end])
+                labels = torch.from_numpy(stream[part.begin : part.end]).to(device)
                 nll -= p[0].log().gather(-1, labels[:, None])[part.first - part.begin :].sum()
             found.append(math.exp(nll / n))
         return (torch.tensor(found),)
@@ -537,8 +565,8 @@ CASES = [
     Case("keys_write", keys_write, 300_000, 30_000, "tokens/s", "higher", 0.0, _keys),
     Case("keys_read", keys_read, 300_000, 70_000, "tokens/s", "higher", 1e-6, _keys),
     Case("search", search, 512, 256, "queries/s", "higher", 1e-5, lambda found: (found,)),
-    Case("aggregation_32", partial(aggregation, batch=32), 2048, 256, "rows/s", "higher", 1e-6, _cells),
-    Case("aggregation_2048", partial(aggregation, batch=2048), 2048, 256, "rows/s", "higher", 1e-6, _cells),
+    Case("aggregation_32", partial(aggregation, batch=32), 2048, 256, "rows/s", "higher", 1e-6, cells),
+    Case("aggregation_2048", partial(aggregation, batch=2048), 2048, 256, "rows/s", "higher", 1e-6, cells),
     Case("targets", targets_end_to_end, 20_000, 3_000, "tokens/s", "higher", 1e-3, _sparse_l2),
     Case("collate", collate, 8 * 512, 512, "CPU s", "lower", 1e-6, _batch),
     Case("step_small", partial(step, width=256, layers=4), 8 * 512, 512, "CPU s", "lower", 1e-4),

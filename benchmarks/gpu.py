@@ -1,36 +1,131 @@
-"""The loss and a whole training step on CUDA: `python -m benchmarks.gpu [--out results/gpu.csv]`.
+"""The hot paths on CUDA, each against a plain twin: `python -m benchmarks.gpu [--tiny] [--out results/gpu/gpu.csv]`.
 
-16 windows of 1,024 tokens with 64 entries each, as the paper's models have them (bfloat16 autocast over float32 weights),
-against dense targets, full logits and autograd on the same device. Milliseconds between CUDA events, the median of the
-repeats, ours and the twin in turn; memory is the growth of the allocator's peak over the inputs. Losses and gradients
-are compared before timing.
+Both sides do the same work in the same run, in turn, after their results were compared; times are medians between CUDA
+events, memory is the growth of the allocator's peak over the inputs. A row is written as soon as it is there. A twin that
+does not fit is a row that says so, and one more with a quarter of the work. `--tiny` takes toy sizes on any device; a CPU
+has a clock instead of events, and no memory columns.
 """
 
 import argparse
+import atexit
+import csv
+import gc
+import os
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from benchmarks.cases import ENTRIES, dense_hybrid, loss_inputs
-from benchmarks.run import write
-from memdec import fitting, models
+from benchmarks.cases import (
+    V,
+    cells,
+    dense_hybrid,
+    dense_rows,
+    loss_inputs,
+    neighbour_batches,
+    sweep_of,
+    write_store,
+)
+from memdec import datastore, devices, fitting, index, models
+from memdec.config import IndexSettings
+from memdec.keypoints import KeyPoint
+from memdec.knn import aggregate
 from memdec.losses import fused_loss
 from memdec.objectives import Hybrid
 
-COLUMNS = ["benchmark", "vocabulary", "width", "ours_ms", "twin_ms", "ratio", "peak_gb_ours", "peak_gb_twin", "device"]
-WINDOWS, LENGTH, TOLERANCE = 16, 1024, 2e-2  # relative L2 in bfloat16
-VOCABULARIES = {50_257: 768, 151_936: 896}  # GPT-2 small and Qwen2.5-0.5B, with their widths
+COLUMNS = [
+    "benchmark", "against", "vocabulary", "width", "n", "unit", "ours", "twin", "ratio", "peak_gb_ours", "peak_gb_twin",
+    "difference", "note", "device",
+]  # fmt: skip
+NO_ROOM = "out of memory"
 Work = Callable[[], list[Tensor]]
+Sides = tuple[Work, Work]
 
 
-def loss(vocab: int, width: int, n: int, device: str) -> tuple[Work, Work]:
-    """Hybrid loss, forward and backward: the loss and the gradients of hidden states and head."""
+@dataclass(frozen=True)
+class Sizes:
+    """How large the work is; the defaults are the paper's shapes."""
+
+    windows: int = 16
+    length: int = 1024
+    widths: tuple[tuple[int, int], ...] = ((50_257, 768), (151_936, 896))  # vocabulary: GPT-2 small, Qwen2.5-0.5B
+    layers: int = 12
+    keys: int = 1_000_000
+    key_width: int = 768
+    neighbours: int = 1024
+    queries: int = 1024
+    rows: int = 16_384
+    swept: int = 4096
+    repeats: int = 3
+    seconds: float = 12.0  # after which a case is not repeated any more
+
+
+TINY = Sizes(2, 64, ((300, 64), (500, 128)), 2, 3000, 32, 64, 50, 64, 200, 2, 2.0)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A row of the table.
+
+    Attributes:
+        name: What is measured.
+        against: The twin, in words.
+        make: n -> ours and the twin.
+        n: Tokens, rows or queries of one call.
+        unit: What `n` is per second; ms is the time of one call.
+        tolerance: Largest relative L2 distance between the results.
+        shrinks: Whether a smaller n is worth a row where the twin does not fit.
+    """
+
+    name: str
+    against: str
+    make: Callable[[int], Sides]
+    n: int
+    unit: Literal["ms", "queries/s", "rows/s", "tokens/s"]
+    tolerance: float
+    vocabulary: int | str = ""
+    width: int | str = ""
+    shrinks: bool = False
+
+
+# --- what is measured ---------------------------------------------------------------------------------------------
+
+
+def benches(sizes: Sizes, device: str) -> Iterator[Bench]:
+    """All rows in their order."""
+    tokens = sizes.windows * sizes.length
+    for make, against in (
+        (loss, "dense targets, full logits, autograd"),
+        (step, "the same with dense targets and full logits"),
+    ):
+        for vocab, width in sizes.widths:
+            work = partial(make, vocab=vocab, width=width, sizes=sizes, device=device)
+            yield Bench(make.__name__, against, work, tokens, "ms", 2e-2, vocab, width, shrinks=True)
+    for twin, against in ((search_on_cpu, "the same search on the CPU"), (search_plain, "matrix products and topk")):
+        work = partial(search, twin=twin, sizes=sizes, device=device)
+        yield Bench("search", against, work, sizes.queries, "queries/s", 1e-3, width=sizes.key_width)
+    yield Bench(
+        "aggregation", "dense rows", partial(aggregation, device=device), sizes.rows, "rows/s", 1e-5, vocabulary=V
+    )
+    vocab, width = sizes.widths[0]
+    work = partial(keys, vocab=vocab, width=width, sizes=sizes, device=device)
+    yield Bench("keys", "float32 with the LM head", work, tokens, "tokens/s", 3e-2, vocab, width)
+    for vocab, width in sizes.widths:
+        work = partial(sweep, vocab=vocab, width=width, sizes=sizes, device=device)
+        yield Bench("sweep", "a pass of both models per alpha", work, sizes.swept, "ms", 1e-3, vocab, width)
+
+
+def loss(n: int, *, vocab: int, width: int, sizes: Sizes, device: str) -> Sides:
+    """Hybrid loss, forward and backward, 64 entries a row: the loss and the gradients of hidden states and head."""
     hidden, head, *rest = (x.to(device) for x in loss_inputs(n, vocab, width))
 
     def side(loss_of: Callable[..., Tensor]) -> Work:
@@ -45,23 +140,23 @@ def loss(vocab: int, width: int, n: int, device: str) -> tuple[Work, Work]:
     return side(lambda *inputs: fused_loss(*inputs, Hybrid(0.5)).loss), side(dense_hybrid)
 
 
-def step(vocab: int, width: int, n: int, device: str) -> tuple[Work, Work]:
-    """Forward, backward, clipping and AdamW of a GPT-2 of 12 layers: the loss and the gradient of the embedding."""
+def step(n: int, *, vocab: int, width: int, sizes: Sizes, device: str) -> Sides:
+    """Training step of a GPT-2 with bfloat16 autocast: forward, backward, clipping, AdamW; loss, gradient of the embedding."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     _, _, labels, indptr, tokens, probs = (x.to(device) for x in loss_inputs(n, vocab, 1))
-    ids = labels.reshape(-1, min(n, LENGTH))
-    begins = torch.arange(0, n, ids.shape[1], device=device)
+    ids = labels.reshape(-1, sizes.length)
+    begins = torch.arange(0, n, sizes.length, device=device)
     batch = {
         "input_ids": ids,
         "labels": ids,
-        "spans": torch.stack([begins, begins + ids.shape[1]], 1),
+        "spans": torch.stack([begins, begins + sizes.length], 1),
         "target_indptr": indptr,
         "target_tokens": tokens,
         "target_probs": probs,
     }
-    plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(vocab_size=vocab, n_embd=width, n_layer=12, n_head=width // 64, **plain)
+    plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    config = GPT2Config(vocab_size=vocab, n_embd=width, n_layer=sizes.layers, n_head=width // 64, **plain)
 
     def side(loss_of: Callable[[Any], Tensor], fused: bool) -> Work:
         made: list[Any] = []
@@ -69,7 +164,8 @@ def step(vocab: int, width: int, n: int, device: str) -> tuple[Work, Work]:
         def work() -> list[Tensor]:
             if not made:  # a model of its own; a second call is the next step
                 torch.manual_seed(0)
-                lm = GPT2LMHeadModel(config).to(device)
+                with torch.device(device):
+                    lm = GPT2LMHeadModel(config)
                 if fused:
                     models.fuse_activations(lm)
                 made.extend((lm, torch.optim.AdamW(lm.parameters(), lr=1e-4, fused=fused or None)))
@@ -96,56 +192,263 @@ def step(vocab: int, width: int, n: int, device: str) -> tuple[Work, Work]:
     return side(ours, fused=True), side(twin, fused=False)
 
 
-def measure(sides: tuple[Work, Work], repeats: int) -> tuple[list[float], list[float]]:
-    """Of ours and the twin: median milliseconds, and growth of the peak in GB."""
-    for one, other in zip(*(work() for work in sides), strict=True):
-        distance = float((one - other).norm() / other.norm())
-        if not distance <= TOLERANCE:
-            sys.exit(f"ours and the twin differ by {distance:.1e}, allowed {TOLERANCE:.0e}")
-    times: list[list[float]] = [[], []]
-    peaks = [0.0, 0.0]
-    for _ in range(repeats):
-        for k, work in enumerate(sides):
+@cache
+def store_of(sizes: Sizes, device: str) -> tuple[Path, Path]:
+    """(datastore, exact index) of made-up keys in 500 clusters."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=device)
+    cluster = torch.randint(500, (sizes.keys,), generator=generator, device=device)
+    keys = (0.7 * draw(500, sizes.key_width))[cluster] + draw(sizes.keys, sizes.key_width)
+    store, _ = write_store(keys.half().cpu().numpy(), (cluster * 97).cpu().numpy().astype(np.uint16))
+    # One query is enough of a check that nothing here reads: it takes each key to float64.
+    index.run(store, store.parent / "index", IndexSettings(check_queries=1, check_neighbours=sizes.neighbours))
+    return store, store.parent / "index"
+
+
+def queries_of(store: datastore.Datastore, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and keys of n queries."""
+    return store.sample(n, 7)
+
+
+def search(n: int, *, twin: Callable[..., Work], sizes: Sizes, device: str) -> Sides:
+    """Exact neighbours of a batch of queries among the keys of a store, as stage `targets` asks for them: distances."""
+    folders = store_of(sizes, device)
+    ours = searched(folders, n, sizes.neighbours)
+    return lambda: [ours()], twin(folders, n, sizes, device)
+
+
+@cache
+def searched(folders: tuple[Path, Path], n: int, neighbours: int) -> Callable[[], Tensor]:
+    """The search of stage `targets`, on the device that it takes by itself."""
+    searcher = index.load(datastore.Datastore(folders[0]), folders[1])
+    own, queries = queries_of(searcher.store, n)
+    # What `targets` calls: the result stays on the device, where it is aggregated.
+    return lambda: searcher.near(queries, neighbours, own)[0]
+
+
+def search_on_cpu(folders: tuple[Path, Path], n: int, sizes: Sizes, device: str) -> Work:
+    """The same call in a process that sees no GPU."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    pool = get_context("spawn").Pool(1)
+    atexit.register(pool.terminate)
+    if seen is None:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen
+    return lambda: [torch.from_numpy(pool.apply(_search_there, (folders, n, sizes.neighbours)))]
+
+
+def _search_there(folders: tuple[Path, Path], n: int, neighbours: int) -> np.ndarray:
+    return searched(folders, n, neighbours)().numpy()
+
+
+def search_plain(folders: tuple[Path, Path], n: int, sizes: Sizes, device: str) -> Work:
+    """All keys on the device in float32; |k|^2 - 2 q k in blocks, topk of the best so far and the block."""
+    store = datastore.Datastore(folders[0])
+    own, queries = queries_of(store, n)
+    q, places, block = torch.from_numpy(queries).to(device), torch.from_numpy(own).to(device), 65_536
+    made: list[Tensor] = []
+
+    def work() -> list[Tensor]:
+        if not made:
+            made.append(torch.from_numpy(np.concatenate([part for _, part in store.parts])).to(device).float())
+        best = torch.full((n, 0), torch.inf, device=device)
+        for first in range(0, store.n, block):
+            k = made[0][first : first + block]
+            sq_dist = torch.addmm((k * k).sum(1)[None], q, k.T, alpha=-2)
+            rows = ((places >= first) & (places < first + len(k))).nonzero()[:, 0]
+            sq_dist[rows, places[rows] - first] = torch.inf  # oneself
+            both = torch.cat([best, sq_dist], 1)
+            best = both.topk(min(sizes.neighbours, both.shape[1]), largest=False).values
+        return [(best + (q * q).sum(1, keepdim=True)).sort(1).values]
+
+    return work
+
+
+def aggregation(n: int, *, device: str) -> Sides:
+    """p_kNN rows in CSR form from 1024 neighbours each, in batches of 1,024: probabilities and their tokens."""
+    batches = neighbour_batches(n, 1024, device=device)
+
+    def dense(sq_dist: Tensor, values: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        rows = dense_rows(sq_dist, values, temperature)
+        row, token = rows.nonzero(as_tuple=True)
+        return torch.bincount(row, minlength=len(rows)), token, rows[row, token]
+
+    def side(rows_of: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Work:
+        return lambda: [torch.cat(column) for column in zip(*(rows_of(d, v, 16.0) for d, v in batches), strict=True)]
+
+    return side(aggregate), side(dense)
+
+
+def keys(n: int, *, vocab: int, width: int, sizes: Sizes, device: str) -> Sides:
+    """Keys of a batch of windows: the decoder of a bfloat16 GPT-2 up to the last MLP, to float16 in main memory."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config = GPT2Config(vocab_size=vocab, n_embd=width, n_layer=sizes.layers, n_head=width // 64, **ends)
+    with torch.device(device):
+        plain, small = (GPT2LMHeadModel(config).eval() for _ in range(2))
+        small.load_state_dict(plain.state_dict())
+        ids = torch.randint(vocab, (n // sizes.length, sizes.length))
+    ours_at, plain_at = KeyPoint(small.bfloat16()), KeyPoint(plain)
+
+    def ours() -> list[Tensor]:
+        return [torch.from_numpy(datastore.narrow(ours_at(ids).flatten(0, 1), 0, "float16"))]
+
+    @torch.inference_mode()
+    def twin() -> list[Tensor]:
+        with plain_at.capture() as seen:
+            plain(input_ids=ids, use_cache=False)
+        return [seen[0].flatten(0, 1).half().cpu()]
+
+    return ours, twin
+
+
+def sweep(n: int, *, vocab: int, width: int, sizes: Sizes, device: str) -> Sides:
+    """Perplexity at 10 alphas of two float32 GPT-2s: one pass and arithmetic, against ten passes that mix."""
+    ours, twin = sweep_of(n, vocab, width, sizes.layers, sizes.length, device)
+    return lambda: list(ours()), lambda: list(twin())
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+_SHORT = 2.0  # seconds; a shorter call is made twice and the second one counts, as fresh memory costs time
+
+
+class Meter:
+    """Times and peak of one side; `work` is None once it did not fit."""
+
+    def __init__(self, work: Work, device: str) -> None:
+        self.work: Work | None = work
+        self.cuda = device == "cuda"
+        self.seconds: list[float] = []
+        self.peak = self._held = 0  # bytes; what a first call makes and keeps counts in later ones, too
+
+    def call(self) -> list[Tensor] | None:
+        """One call: its results in main memory, or None where it does not fit."""
+        assert self.work is not None
+        before = 0
+        try:
+            if self.cuda:
+                gc.collect()
+                torch.cuda.empty_cache()  # what the other side left
+                if self.seconds and self.seconds[-1] < _SHORT:
+                    self.work()
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            seconds, found = self._timed(self.work)
+        except torch.OutOfMemoryError:
+            self.work = None
+            return None
+        self.seconds.append(seconds)
+        found = [each.cpu() for each in found]
+        if self.cuda:
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() - before + self._held)
+            self._held += torch.cuda.memory_allocated() - before
+        return found
+
+    def _timed(self, work: Work) -> tuple[float, list[Tensor]]:
+        if not self.cuda:
+            start = time.perf_counter()
+            found = work()
+            return time.perf_counter() - start, found
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        found = work()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000, found
+
+
+def difference(ours: list[Tensor], twin: list[Tensor]) -> float:
+    """Largest relative L2 distance between results."""
+    if [len(x) if x.ndim else 1 for x in ours] != [len(x) if x.ndim else 1 for x in twin]:
+        return float("inf")
+    pairs = [(one.float(), other.float()) for one, other in zip(ours, twin, strict=True)]
+    return max(float((one - other).norm() / other.norm().clamp_min(1e-30)) for one, other in pairs)
+
+
+def measure(bench: Bench, sizes: Sizes, device: str) -> dict[str, Any]:
+    """A row of the table; what went wrong is its note."""
+    shown = {"benchmark": bench.name, "against": bench.against, "vocabulary": bench.vocabulary, "width": bench.width}
+    found: dict[str, Any] = {**shown, "n": bench.n, "unit": bench.unit, "device": devices.name()}
+    meters = [Meter(work, device) for work in bench.make(bench.n)]
+    begin = time.perf_counter()
+    results = [meter.call() for meter in meters]
+    if None not in results:
+        if bench.name == "aggregation":  # in the order of the tokens: ours has another one
+            results = [list(cells([result])) for result in results]
+        apart = difference(*results)  # type: ignore[arg-type]
+        found["difference"] = f"{apart:.1e}"
+        if not apart <= bench.tolerance:
+            return found | {"note": f"results differ by {apart:.1e}, allowed {bench.tolerance:.0e}"}
+    del results
+    for repeat in range(sizes.repeats):
+        if repeat and time.perf_counter() - begin > sizes.seconds:
+            break
+        for meter in meters:
+            if meter.work is not None:
+                meter.call()
+    for name, meter in zip(("ours", "twin"), meters, strict=True):
+        if meter.work is None:
+            found |= {name: NO_ROOM, "note": f"{name} does not fit into the memory"}
+            continue
+        seconds = statistics.median(meter.seconds[1:])
+        found[name] = f"{1000 * seconds if bench.unit == 'ms' else bench.n / seconds:.4g}"
+        if meter.cuda:
+            found[f"peak_gb_{name}"] = f"{meter.peak / 1e9:.2f}"
+    if all(meter.work is not None for meter in meters):
+        found["ratio"] = f"{statistics.median(meters[1].seconds[1:]) / statistics.median(meters[0].seconds[1:]):.3g}"
+    return found
+
+
+def rows(sizes: Sizes, device: str, only: list[str]) -> Iterator[dict[str, Any]]:
+    """All rows; an error is a row, too."""
+    queue = [bench for bench in benches(sizes, device) if not only or bench.name in only]
+    while queue:
+        bench = queue.pop(0)
+        try:
+            found = measure(bench, sizes, device)
+        except Exception as error:  # whatever it is, the other rows are worth having
+            why = f"error: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            found = {"benchmark": bench.name, "against": bench.against, "n": bench.n, "note": why}
+            found |= {"vocabulary": bench.vocabulary, "width": bench.width, "device": devices.name()}
+        if found.get("twin") == NO_ROOM and bench.shrinks and bench.n >= 4 * sizes.length:
+            queue.insert(0, replace(bench, n=bench.n // 4))
+        gc.collect()
+        if device == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            torch.cuda.synchronize()
-            times[k].append(begin.elapsed_time(end))
-            peaks[k] = (torch.cuda.max_memory_allocated() - before) / 1e9
-    return [statistics.median(t) for t in times], peaks
+        yield found
 
 
-def main() -> None:
-    """Measure and write the CSV."""
+def main() -> int:
+    """Measure and write the CSV; 1 where a row has no ratio for another reason than the twin's size."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=Path("results/gpu.csv"))
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, on whatever device there is")
+    parser.add_argument(
+        "--only", action="append", default=[], help="loss, step, search, aggregation, keys, sweep; repeat"
+    )
+    parser.add_argument("--out", type=Path, default=Path("results/gpu/gpu.csv"))
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu needs a CUDA device; found none. On CPU: make bench")
-    rows: list[dict[str, object]] = []
-    for make in (loss, step):
-        for vocab, width in tqdm(VOCABULARIES.items(), desc=make.__name__):
-            (ours, twin), (ours_gb, twin_gb) = measure(make(vocab, width, WINDOWS * LENGTH, "cuda"), args.repeats)
-            rows.append(
-                {
-                    "benchmark": f"{make.__name__}, {WINDOWS} x {LENGTH:,} tokens, {ENTRIES} entries",
-                    "vocabulary": vocab,
-                    "width": width,
-                    "ours_ms": f"{ours:.1f}",
-                    "twin_ms": f"{twin:.1f}",
-                    "ratio": f"{twin / ours:.2f}",
-                    "peak_gb_ours": f"{ours_gb:.2f}",
-                    "peak_gb_twin": f"{twin_gb:.2f}",
-                    "device": torch.cuda.get_device_name(),
-                }
-            )
-    write(args.out, COLUMNS, rows)
+    if not torch.cuda.is_available() and not args.tiny:
+        sys.exit("benchmarks.gpu needs a CUDA device; found none. On CPU: make bench, or --tiny for a try")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    failed = False
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
+        writer.writeheader()
+        for row in rows(TINY if args.tiny else Sizes(), device, args.only):
+            writer.writerow(row)
+            file.flush()
+            print({name: value for name, value in row.items() if value != ""}, flush=True)
+            failed |= not row.get("ratio") and row.get("twin") != NO_ROOM
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

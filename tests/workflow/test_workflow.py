@@ -24,7 +24,12 @@ MODULES = sorted((ROOT / "memdec").glob("*.py"))
 
 def snakemake(folder: Path, *words: str) -> str:
     # Any folder does for what is not read.
-    environment = {"MEMDEC_TEST_DATA": "/", **os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment = {
+        "MEMDEC_TEST_DATA": "/",
+        "MEMDEC_SMOL": "/",
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
     command = [str(BIN / "snakemake"), "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder), *words]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -117,6 +122,20 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
             }
             | {"train": 1, "passages": 1, "dapt": 3, "lora": 3, "evaluate": 3, "evaluate_systems": 3, "table1": 1},
         ),
+        # the same of one model, without retrieval
+        (
+            ["mini", "table1", "gpu-tiny"],
+            ["table1"],
+            {"corpus": 2, "tokenizer": 1, "tokens": 2, "model": 1, "finetune": 1, "datastore": 1, "index": 1}
+            | {"targets": 1, "train": 1, "dapt": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 1, "table1": 1},
+        ),
+        # of a pretrained model: no pretraining
+        (
+            ["smol", "smol-domains", "gpu-run"],
+            ["table1"],
+            {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 1, "finetune": 1, "datastore": 2, "index": 2}
+            | {"targets": 1, "train": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 1, "table1": 1},
+        ),
         # a pretrained model that is base, key model and memory; 3 domains, 3 more memories
         (
             ["smol"],
@@ -153,7 +172,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
 def test_dry_run_of_every_config(
     files: list[str], targets: list[str], expected: dict[str, int], tmp_path: Path
 ) -> None:
-    assert len(list((ROOT / "config").glob("*.yaml"))) == 11
+    assert len(list((ROOT / "config").glob("*.yaml"))) == 13
     configs = ["--configfile", *(str(ROOT / "config" / f"{name}.yaml") for name in files)]
     text = snakemake(tmp_path, *(f"results/{name}.csv" for name in targets), "-n", "--cores", "8", *configs)
     assert planned(text) == expected

@@ -1,0 +1,151 @@
+"""`benchmarks/gpu.sh --tiny` on whatever device there is: each part's file; parts by name, failures, the page that shows it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks import gpu, report, summary
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def script(folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "WORK": str(folder / "work"), "PYTHON": sys.executable, **more}
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(folder / "out"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def write_rows(folder: Path) -> None:
+    """Rows of one task of each kind."""
+    cb = [{"premise": f"It is {i}.", "hypothesis": "It is so.", "label": i % 3} for i in range(3)]
+    scotus = [{"input": f"Opinion {i}. Area?", "options": ["Privacy", "Unions"], "gold_index": i % 2} for i in range(3)]
+    for name, rows in (("cb/test", cb), ("scotus/adaptllm_schema", scotus)):
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.slow
+def test_every_part_at_toy_sizes(tmp_path: Path) -> None:
+    write_rows(tmp_path / "data")
+    run = script(tmp_path, "--tiny", MEMDEC_DATA=str(tmp_path / "data"))
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    out = tmp_path / "out"
+    files = [name for _, names in summary.PARTS.values() for name in names]
+    assert {path.name for path in out.iterdir()} == {"summary.json", *files}
+
+    found = json.loads((out / "summary.json").read_text())
+    assert {name: part["status"] for name, part in found["parts"].items()} == dict.fromkeys("abcde", "ok")
+    assert all(0 < part["wall_s"] < part["limit_s"] for part in found["parts"].values())
+    assert found["tiny"]
+    assert found["device"]
+    assert {"torch", "transformers"} < set(found["versions"])
+    tests = (out / "tests.txt").read_text()
+    assert "test_cuda.py::test_exact_search" in tests
+    assert ("skipped" if found["device"] == "cpu" else "passed") in found["parts"]["a"]["says"]
+
+    hot = pd.read_csv(out / "gpu.csv")
+    assert list(hot.columns) == gpu.COLUMNS
+    assert (
+        list(hot["benchmark"]) == ["loss"] * 2 + ["step"] * 2 + ["search"] * 2 + ["aggregation", "keys"] + ["sweep"] * 2
+    )
+    assert hot["note"].isna().all()
+    assert hot["ratio"].map(math.isfinite).all()
+    assert set(report.GOALS) <= set(zip(hot["benchmark"], hot["against"], strict=True))
+
+    latency = pd.read_csv(out / "latency.csv")
+    assert set(latency["system"]) == {"base", "MemDec", "MemDec, speculative"}
+    assert set(latency["phase"]) == {"prefill", "decode", "total"}
+    assert latency["prompt_tokens"].nunique() == 2
+    assert latency["ratio_to_base"].map(math.isfinite).all()
+    assert set(latency["paper_ratio"][latency["system"] == "MemDec"]) == {report.OVERHEAD}
+
+    table = pd.read_csv(out / "table1.csv")
+    assert list(table["method"]) == ["base", "DAPT", "LoRA", "MemDec"]
+    assert "| MemDec |" in (out / "table1.md").read_text()
+    tasks = pd.read_csv(out / "tasks.csv")
+    assert list(tasks["task"]) == ["dcpmi_cb_kp", "memdec_scotus"]
+    assert list(tasks["n"]) == [2, 2]
+    assert tasks[["base", "DAPT", "LoRA", "MemDec"]].map(lambda value: 0 <= value <= 1).all(axis=None)
+    assert list(tasks["alpha"]) == [0.3, 0.6]
+
+    # The models of d are there; without rows e says so.
+    again = script(tmp_path, "--tiny", "e", MEMDEC_DATA=str(tmp_path))
+    assert again.returncode == 0, again.stdout
+    tasks = pd.read_csv(out / "tasks.csv")
+    assert tasks["note"].str.startswith("no rows").all()
+    assert set(json.loads((out / "summary.json").read_text())["parts"]) == set("abcde")
+
+
+@pytest.mark.slow
+def test_a_failed_part_stops_nothing(tmp_path: Path) -> None:
+    """e has no models without d; a runs after it all the same."""
+    run = script(tmp_path, "--tiny", "e", "a")
+    assert run.returncode == 1
+    parts = json.loads((tmp_path / "out" / "summary.json").read_text())["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == {"a": "ok", "e": "failed"}
+    assert parts["e"]["exit"] == 1
+    assert "config.json" in "\n".join(parts["e"]["log"])
+    assert not parts["e"]["files"]
+
+
+def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
+    assert "No GPU has been measured yet" in "\n".join(report._gpu(tmp_path))
+    row = dict.fromkeys(gpu.COLUMNS, "") | {
+        "benchmark": "search",
+        "against": "the same search on the CPU",
+        "ratio": "61",
+    }
+    other = row | {
+        "benchmark": "loss",
+        "against": "dense targets, full logits, autograd",
+        "twin": gpu.NO_ROOM,
+        "ratio": "",
+    }
+    pd.DataFrame([row, other]).to_csv(tmp_path / "gpu.csv", index=False)
+    lines = report._gpu(tmp_path)
+    assert any("| 61 | ≥ 50 |" in line for line in lines)
+    assert any("| out of memory |  | ≥ 5 |" in line for line in lines)
+
+
+def test_a_twin_that_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a quarter of the work is one more."""
+
+    def make(n: int) -> gpu.Sides:
+        def twin() -> list[gpu.Tensor]:
+            if n > 100:
+                raise gpu.torch.OutOfMemoryError
+            return [gpu.torch.ones(1)]
+
+        return lambda: [gpu.torch.ones(1)], twin
+
+    def broken(n: int) -> gpu.Sides:
+        raise RuntimeError(f"no\n{n}")
+
+    sizes = gpu.Sizes(length=25)
+    given = [gpu.Bench(name, "twin", each, 200, "ms", 0.0, shrinks=True) for name, each in (("a", make), ("b", broken))]
+    monkeypatch.setattr(gpu, "benches", lambda *_: iter(given))
+    first, second, third = gpu.rows(sizes, "cpu", [])
+    assert (first["n"], first["twin"], first["note"]) == (200, gpu.NO_ROOM, "twin does not fit into the memory")
+    assert float(first["ours"]) >= 0
+    assert "ratio" not in first
+    assert (second["n"], second["difference"]) == (50, "0.0e+00")
+    assert float(second["ratio"]) > 0
+    assert third["note"] == "error: RuntimeError: no 200"
+
+
+def test_other_results_have_no_ratio() -> None:
+    bench = gpu.Bench(
+        "a", "twin", lambda n: (lambda: [gpu.torch.ones(n)], lambda: [gpu.torch.zeros(n) + 2]), 3, "ms", 0.1
+    )
+    found = gpu.measure(bench, gpu.TINY, "cpu")
+    assert found["note"] == "results differ by 5.0e-01, allowed 1e-01"
+    assert "ratio" not in found
