@@ -56,7 +56,6 @@ bench-search: $(STAMP)
 # Where CUDA is: tests, hot paths, latency, Table 1 and tasks of one domain, in at most 13 minutes on an H100.
 bench-gpu: $(STAMP)
 	. $(BIN)/activate && bash benchmarks/gpu.sh results/gpu
-	$(BIN)/python -m benchmarks.gpu_search --out results/gpu_search.csv
 
 report: $(STAMP)
 	. $(BIN)/activate && snakemake --cores $(CORES) results/table3.csv && snakemake --report results/report.html
