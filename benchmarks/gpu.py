@@ -62,7 +62,7 @@ class Sizes:
     keys: int = 1_000_000
     key_width: int = 768
     neighbours: int = 1024
-    queries: int = 1024
+    queries: int = 4096
     rows: int = 16_384
     swept: int = 4096
     repeats: int = 3

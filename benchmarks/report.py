@@ -104,7 +104,7 @@ def _hot_paths(rows: list[dict[str, str]]) -> list[str]:
     shown = [row | {"goal": f"≥ {goal}" if goal else ""} for row, goal in zip(rows, goals, strict=True)]
     return [
         "`benchmarks/gpu.py`: medians between CUDA events, ours and the twin in turn, growth of the allocator's peak over the",
-        "inputs; loss and step in bfloat16 autocast. Search: 1 M keys, width 768, k = 1024, a batch of 1,024 queries, from",
+        "inputs; loss and step in bfloat16 autocast. Search: 1 M keys, width 768, k = 1024, a batch of 4,096 queries, from",
         "the store to exact distances in main memory; the products and topk of its second twin have all keys on the GPU and",
         "stop at their rounded distances.",
         "",

@@ -46,8 +46,12 @@ def precision(compute: Compute = AUTO) -> Precision:
 
 def name(compute: Compute = AUTO) -> str:
     """The device in words, for manifests and records."""
-    device = pick(compute)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return described(pick(compute))
+
+
+def described(device: torch.device) -> str:
+    """A device in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @contextmanager

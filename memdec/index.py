@@ -63,6 +63,7 @@ def run(
             _train(store, out, settings, device)
         facts = _fill(store, out, settings, build.work, device)
         build.facts.update(keys=store.n, width=store.width, bytes_per_key=sum(_sizes(out)) / store.n, **facts)
+        build.facts["device"] = devices.described(search_device(device))
 
 
 def _sizes(out: Path) -> list[int]:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from memdec import artifacts, device_search, index, knn, resources, tokens
+from memdec import artifacts, device_search, devices, index, knn, resources, tokens
 from memdec.config import TargetSettings
 from memdec.datastore import Datastore
 from memdec.errors import ArtifactError, ConfigError, NumericsError
@@ -99,6 +99,7 @@ def run(
             end=end,
             entries=rows.n_entries,
             short_rows=rows.n_short,
+            device=devices.described(index.search_device(device)),
             positions=asked.n,
             tokens_sha256=asked.facts["tokens_sha256"],
         )

@@ -190,6 +190,16 @@ def test_a_wrong_key_stops_the_workflow_at_once(tmp_path: Path) -> None:
         snakemake(tmp_path, "-n", "--cores", "1", "--config", "strid=3")
 
 
+def test_rules_that_compute_take_the_gpu_that_the_config_may_use(tmp_path: Path) -> None:
+    computing = {"model", "finetune", "lora", "datastore", "index", "targets", "train", "evaluate", "evaluate_systems"}
+    for device, taken in (("cpu", "gpu=0"), ("cuda", "gpu=1")):
+        text = snakemake(tmp_path, "-n", "--cores", "16", "--config", f"compute={{device: {device}}}")
+        jobs = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", text, re.MULTILINE)
+        rules = {name for name, said in jobs if taken in said}
+        assert rules == computing
+        assert all("gpu=" not in said for name, said in jobs if name not in computing)
+
+
 @pytest.mark.slow
 def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
     """Every rule once on made text; a second call does nothing; a lost shard rebuilds only what hangs on it."""
