@@ -99,7 +99,7 @@ def test_queries_from_outside_keep_everything(store: list[Path], tmp_path: Path)
 
 def test_fault_3_search_runs_without_a_gpu(store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(index, "_n_gpus", lambda: 0)
+    monkeypatch.setattr(index, "_n_gpus", lambda device: 0)
     for settings, name in zip(KINDS, NAMES, strict=True):
         _, ids = built(store, tmp_path / name, **settings).search(np.zeros((2, D), np.float32), 5)
         assert (ids >= 0).all()
