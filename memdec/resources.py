@@ -35,6 +35,11 @@ def check_memory(needed: float, what: str, instead: str) -> None:
         raise ResourceError(f"{what}: expected {size(needed)} of free memory, found {size(free)}; {instead}")
 
 
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, without loading torch, which takes seconds."""
+    return Path("/dev/nvidia0").exists()
+
+
 def free_memory() -> int:
     """Bytes that can be had without swapping."""
     return int(psutil.virtual_memory().available)

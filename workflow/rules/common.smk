@@ -7,7 +7,7 @@ import shlex
 import psutil
 from pathlib import Path
 
-from memdec import artifacts
+from memdec import artifacts, resources as machine
 from memdec.errors import ArtifactError
 
 RUN = f"results/{CONFIG.scale}"
@@ -62,7 +62,7 @@ if workflow.local_exec and workflow.global_resources["_cores"].value is not None
 # A rule that computes takes the GPU where the config may use one, and by default only one of them runs at a time here.
 HERE = workflow.local_exec
 ON_GPU = CONFIG.compute.device == "cuda" or (
-    CONFIG.compute.device == "auto" and (not HERE or os.path.exists("/dev/nvidia0"))
+    CONFIG.compute.device == "auto" and (not HERE or machine.has_gpu())
 )
 GPU = int(ON_GPU)
 if HERE and ON_GPU and "gpu" not in workflow.global_resources:
