@@ -2,7 +2,8 @@
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version, validate
 
-import memdec.config as typed
+from memdec import settings as typed
+from memdec.config import Config
 from memdec.errors import ConfigError
 
 min_version("9.0")
@@ -14,7 +15,7 @@ if not workflow.overwrite_configfiles:
 
 
 try:
-    CONFIG = typed.parse(typed.Config, config, "config")
+    CONFIG = typed.parse(Config, config, "config")
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 validate(

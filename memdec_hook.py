@@ -30,7 +30,11 @@ class _Finder:
         return spec
 
 
-_MODELS = {"memdec-interp": "MemDecInterp", "memdec-knnlm": "MemDecKnnLM", "memdec-icrag": "MemDecIcRag"}
+_MODELS = {
+    "memdec-interp": "models:MemDecInterp",
+    "memdec-knnlm": "baselines:MemDecKnnLM",
+    "memdec-icrag": "baselines:MemDecIcRag",
+}
 
 
 def _register_models(module):
@@ -38,7 +42,7 @@ def _register_models(module):
 
     for name, target in _MODELS.items():
         if name not in model_registry:
-            model_registry.register(name, target=f"memdec.harness:{target}")
+            model_registry.register(name, target=f"memdec.harness.{target}")
 
 
 def _add_tasks(module):

@@ -18,15 +18,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memdec import artifacts, datastore, fitting, index, metrics, models, scoring, targets
-from memdec.config import DatastoreSettings, IndexSettings, TargetSettings
-from memdec.knn import aggregate
-from memdec.losses import block_rows, fused_loss
-from memdec.modeling import MemDecForCausalLM
-from memdec.objectives import Hybrid
-from memdec.search import Nearest
-from memdec.targets import TargetReader
-from memdec.windows import windows
+from memdec.artefacts import artefact
+from memdec.datastore import index, targets
+from memdec.datastore import keys as datastore
+from memdec.datastore.target_rows import TargetReader
+from memdec.harness import scoring
+from memdec.inference.mixture import MemDecForCausalLM
+from memdec.maths import statistics
+from memdec.maths.exact_search import Nearest
+from memdec.maths.knn import aggregate
+from memdec.maths.losses import block_rows, fused_loss
+from memdec.maths.objectives import Hybrid
+from memdec.maths.windows import windows
+from memdec.models import loading
+from memdec.settings import DatastoreSettings, IndexSettings, TargetSettings
+from memdec.training import fitting
+from memdec.training.batches import Collate
 
 Work = Callable[[], Any]
 
@@ -145,7 +152,7 @@ def _target_rows(n: int) -> tuple[TargetReader, Rows]:
     for count in counts:
         ids, p = rng.choice(V, count, replace=False), rng.random(count, np.float32)
         rows.append((ids, p / p.sum()))
-    with artifacts.building(folder, "targets", {}, {}) as build:
+    with artefact.building(folder, "targets", {}, {}) as build:
         assert build is not None
         np.save(folder / "indptr.npy", np.concatenate([[0], np.cumsum(counts)]))
         np.save(folder / "tokens.npy", np.concatenate([ids for ids, _ in rows]).astype(np.uint16))
@@ -178,7 +185,7 @@ def _dense_batch(items: list[dict[str, Any]], rows: Rows) -> tuple[Tensor, Tenso
 def collate(n: int) -> tuple[Work, Work]:
     """A batch of windows of 512 with their targets, against dense targets and a loop over rows."""
     reader, rows = _target_rows(n)
-    ours, items = fitting.Collate(reader), _windows(n)
+    ours, items = Collate(reader), _windows(n)
     return lambda: ours(items), lambda: _dense_batch(items, rows)
 
 
@@ -202,7 +209,7 @@ def step(n: int, width: int, layers: int) -> tuple[Work, Work]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     reader, rows = _target_rows(n)
-    items, gather = _windows(n), fitting.Collate(reader)
+    items, gather = _windows(n), Collate(reader)
     plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64, n_positions=_WINDOW, **plain)
 
@@ -218,7 +225,7 @@ def step(n: int, width: int, layers: int) -> tuple[Work, Work]:
                 torch.manual_seed(0)
                 lm = GPT2LMHeadModel(config)
                 if fused:
-                    models.fuse_activations(lm)
+                    loading.fuse_activations(lm)
                 made.extend((lm, torch.optim.AdamW(lm.parameters(), lr=1e-4, weight_decay=0.0, fused=fused or None)))
             lm, optimizer = made
             loss_of(lm).backward()
@@ -346,14 +353,14 @@ def _store(n: int, width: int, vocab: int = V) -> tuple[Path, Path, NDArray[np.f
 def write_store(keys: NDArray[np.float16], values: NDArray[np.uint16], vocab: int = V) -> tuple[Path, Path]:
     """(datastore, token stream) of given keys and tokens, in a folder that goes with the process."""
     folder, (n, width) = _scratch(), keys.shape
-    with artifacts.building(folder / "tokens", "tokens", {}, {}) as build:
+    with artefact.building(folder / "tokens", "tokens", {}, {}) as build:
         assert build is not None
         np.save(folder / "tokens" / "train.npy", values)
         build.facts["sha256"] = {"train": "made"}
-    tokens = artifacts.read(folder / "tokens", "tokens").recipe
+    tokens = artefact.read(folder / "tokens", "tokens").recipe
     plain = {**DatastoreSettings().model_dump(mode="json"), "context": 1024, "stride": 512, "shard": 0}
     plain["precision"] = "float32"
-    with artifacts.building(folder / "store", "datastore", plain, {"model": "made", "tokens": tokens}) as build:
+    with artefact.building(folder / "store", "datastore", plain, {"model": "made", "tokens": tokens}) as build:
         assert build is not None
         np.save(folder / "store" / "keys.npy", keys)
         build.facts.update(
@@ -485,7 +492,7 @@ def sweep_of(
 
     def ours() -> tuple[Tensor]:
         scores = scoring.score_stream(mixture, stream, parts, 0, batch_size=4, quiet=True)
-        return (torch.tensor([metrics.perplexity(scores.log_p(alpha)) for alpha in alphas]),)
+        return (torch.tensor([statistics.perplexity(scores.log_p(alpha)) for alpha in alphas]),)
 
     @torch.no_grad()
     def twin() -> tuple[Tensor]:
@@ -515,8 +522,8 @@ def dcpmi(n: int) -> tuple[Work, Work]:
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    from memdec.dcpmi import EPSILON, LabelWords, label_scores
-    from memdec.harness import MemDecInterp
+    from memdec.harness.models import MemDecInterp
+    from memdec.tasks.dcpmi import EPSILON, LabelWords, label_scores
 
     folder, rng = _scratch() / "model", np.random.default_rng(0)
     names = [":", "<end>", *(f"w{i}" for i in range(2, V))]

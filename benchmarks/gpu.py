@@ -35,12 +35,16 @@ from benchmarks.cases import (
     sweep_of,
     write_store,
 )
-from memdec import datastore, devices, fitting, index, models
-from memdec.config import IndexSettings
-from memdec.keypoints import KeyPoint
-from memdec.knn import aggregate
-from memdec.losses import fused_loss
-from memdec.objectives import Hybrid
+from memdec.artefacts import devices
+from memdec.datastore import index, search
+from memdec.datastore import keys as datastore
+from memdec.maths.knn import aggregate
+from memdec.maths.losses import fused_loss
+from memdec.maths.objectives import Hybrid
+from memdec.models import loading
+from memdec.models.keypoints import KeyPoint
+from memdec.settings import IndexSettings
+from memdec.training import fitting
 
 COLUMNS = [
     "benchmark", "against", "vocabulary", "width", "n", "unit", "ours", "twin", "ratio", "peak_gb_ours", "peak_gb_twin",
@@ -111,7 +115,7 @@ def benches(sizes: Sizes, device: str) -> Iterator[Bench]:
             work = partial(make, vocab=vocab, width=width, sizes=sizes, device=device)
             yield Bench(make.__name__, against, work, tokens, "ms", 2e-2, vocab, width, shrinks=True)
     for twin, against in ((search_on_cpu, "the same search on the CPU"), (search_plain, "matrix products and topk")):
-        work = partial(search, twin=twin, sizes=sizes, device=device)
+        work = partial(exact_search, twin=twin, sizes=sizes, device=device)
         yield Bench("search", against, work, sizes.queries, "queries/s", 1e-3, width=sizes.key_width)
     yield Bench(
         "aggregation", "dense rows", partial(aggregation, device=device), sizes.rows, "rows/s", 1e-5, vocabulary=V
@@ -167,7 +171,7 @@ def step(n: int, *, vocab: int, width: int, sizes: Sizes, device: str) -> Sides:
                 with torch.device(device):
                     lm = GPT2LMHeadModel(config)
                 if fused:
-                    models.fuse_activations(lm)
+                    loading.fuse_activations(lm)
                 made.extend((lm, torch.optim.AdamW(lm.parameters(), lr=1e-4, fused=fused or None)))
             lm, optimizer = made
             with torch.autocast(device, torch.bfloat16):
@@ -210,7 +214,7 @@ def queries_of(store: datastore.Datastore, n: int) -> tuple[np.ndarray, np.ndarr
     return store.sample(n, 7)
 
 
-def search(n: int, *, twin: Callable[..., Work], sizes: Sizes, device: str) -> Sides:
+def exact_search(n: int, *, twin: Callable[..., Work], sizes: Sizes, device: str) -> Sides:
     """Exact neighbours of a batch of queries among the keys of a store, as stage `targets` asks for them: distances."""
     folders = store_of(sizes, device)
     ours = searched(folders, n, sizes.neighbours)
@@ -220,7 +224,7 @@ def search(n: int, *, twin: Callable[..., Work], sizes: Sizes, device: str) -> S
 @cache
 def searched(folders: tuple[Path, Path], n: int, neighbours: int) -> Callable[[], Tensor]:
     """The search of stage `targets`, on the device that it takes by itself."""
-    searcher = index.load(datastore.Datastore(folders[0]), folders[1])
+    searcher = search.load(datastore.Datastore(folders[0]), folders[1])
     own, queries = queries_of(searcher.store, n)
     # What `targets` calls: the result stays on the device, where it is aggregated.
     return lambda: searcher.near(queries, neighbours, own)[0]

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from memdec import artifacts, latency
-from memdec.config import Compute, LatencySettings
+from memdec.artefacts import artefact
+from memdec.results import latency
+from memdec.settings import Compute, LatencySettings
 
 ALPHA = 0.6
 # Figure 4 of the paper (arXiv v1, v2 and camera-ready): biomedical text, Qwen2.5-1.5B with a memory of 0.5B. It does not
@@ -44,7 +45,7 @@ def main() -> None:
             tables.append(pd.read_csv(Path(scratch) / "latency" / "latency.csv"))
         table = pd.concat(tables)
         table.insert(table.columns.get_loc("ratio_high") + 1, "paper_ratio", table["system"].map(PAPER))
-        artifacts.write_text(args.out, table.to_csv(index=False, lineterminator="\n"))
+        artefact.write_text(args.out, table.to_csv(index=False, lineterminator="\n"))
         print(table[table["prompt_tokens"] == prompt].to_string(), flush=True)
 
 

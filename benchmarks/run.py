@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.cases import CASES, Case, Files
-from memdec.provenance import machine
+from memdec.artefacts.provenance import machine
 
 COLUMNS = [
     "benchmark", "unit", "ours", "twin", "ratio", "peak_mb_ours", "peak_mb_twin", "bytes_ours", "bytes_twin", "n",

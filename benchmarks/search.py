@@ -18,9 +18,13 @@ from pathlib import Path
 
 import torch
 
-from memdec import artifacts, corpora, datastore, index, tokens, train
-from memdec.config import DatastoreSettings, DocstringCorpus, IndexSettings, ModelSpec, TokenizerSpec, TrainSettings
-from memdec.provenance import machine
+from memdec.artefacts import artefact
+from memdec.artefacts.provenance import machine
+from memdec.datastore import index, search
+from memdec.datastore import keys as datastore
+from memdec.settings import DatastoreSettings, DocstringCorpus, IndexSettings, ModelSpec, TokenizerSpec, TrainSettings
+from memdec.text import corpora, tokens
+from memdec.training import stages
 
 COLUMNS = [
     "model", "index", "nprobe", "distances", "queries_per_s", "speed_to_released", "recall_1024", "tv_tau_1", "tv_tau_16",
@@ -54,8 +58,8 @@ def made(folder: Path) -> dict[str, Path]:
     tokens.run_tokenizer(TokenizerSpec(train_on=["text"], vocab_size=50_257), folder / "bpe", [folder / "text"])
     corpora.run(text.model_copy(update={"max_bytes": {**text.max_bytes, "train": BYTES}}), folder / "part")
     tokens.run_tokens(folder / "bpe", folder / "part", folder / "tokens")
-    words = artifacts.read(folder / "bpe", "tokenizer")
-    with artifacts.building(folder / "random", "model", {"seed": 0}, {"tokenizer": words.recipe}) as build:
+    words = artefact.read(folder / "bpe", "tokenizer")
+    with artefact.building(folder / "random", "model", {"seed": 0}, {"tokenizer": words.recipe}) as build:
         if build is not None:
             from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -63,7 +67,7 @@ def made(folder: Path) -> dict[str, Path]:
             GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=4, n_head=4)).save_pretrained(folder / "random")
             tokens.load_tokenizer(str(folder / "bpe")).save_pretrained(folder / "random")
             build.facts.update(tokenizer_sha256=words.facts["sha256"])
-    train.run_pretrain(GPT2, folder / "bpe", folder / "tokens", folder / "trained", context=CONTEXT)
+    stages.run_pretrain(GPT2, folder / "bpe", folder / "tokens", folder / "trained", context=CONTEXT)
     stores = {}
     for name in ("random", "trained"):
         stores[name] = folder / f"keys-{name}"
@@ -77,7 +81,7 @@ def rows(model: str, keys: Path, repeats: int, n_queries: int) -> Iterator[dict[
     store = datastore.Datastore(keys)
     own, queries = store.sample(n_queries, 7)
     for name, plain in KINDS.items():
-        home = keys.with_name(f"{keys.name}-{artifacts.digest(plain)[:8]}")
+        home = keys.with_name(f"{keys.name}-{artefact.digest(plain)[:8]}")
         torch.set_num_threads(os.cpu_count() or 1)
         index.faiss.omp_set_num_threads(os.cpu_count() or 1)
         with warnings.catch_warnings(action="ignore"):
@@ -86,7 +90,7 @@ def rows(model: str, keys: Path, repeats: int, n_queries: int) -> Iterator[dict[
             )
         torch.set_num_threads(1)
         index.faiss.omp_set_num_threads(1)
-        searcher, facts = index.load(store, home), artifacts.read(home, "index").facts
+        searcher, facts = search.load(store, home), artefact.read(home, "index").facts
         for nprobe, check in facts["check"]["nprobe"].items():
             if nprobe != "all":
                 searcher.set_nprobe(int(nprobe))

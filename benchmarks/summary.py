@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from memdec import artifacts, provenance
+from memdec.artefacts import artefact, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
@@ -53,7 +53,7 @@ def start(out: Path, tiny: bool) -> int:
     path = out / "summary.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     parts = before.pop("parts", {})
-    artifacts.write_json(path, found | {"parts": parts if before == found else {}})
+    artefact.write_json(path, found | {"parts": parts if before == found else {}})
     return 0
 
 
@@ -75,7 +75,7 @@ def add(out: Path, part: str, status: int, seconds: float, limit: int, log: Path
     if status:
         entry["log"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:]
     found["parts"] = dict(sorted({**found["parts"], part: entry}.items()))
-    artifacts.write_json(path, found)
+    artefact.write_json(path, found)
 
 
 def main() -> int:

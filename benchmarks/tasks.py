@@ -17,9 +17,10 @@ from typing import Any
 
 import pandas as pd
 
-from memdec import HARNESS_TASKS, artifacts, devices
-from memdec.config import DEFAULT_MEMORY
+from memdec import HARNESS_TASKS
+from memdec.artefacts import artefact, devices
 from memdec.errors import MemDecError
+from memdec.settings import DEFAULT_MEMORY
 
 DCPMI = [f"dcpmi_{name}_kp" for name in ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte", "agn", "yahoo")]
 DOMAIN = [
@@ -52,7 +53,7 @@ def systems(results: Path) -> dict[str, Callable[[], Any]]:
         return HFLM(pretrained=folder, **more, **kwargs)
 
     def mixed() -> Any:
-        from memdec.harness import MemDecInterp
+        from memdec.harness.models import MemDecInterp
 
         return MemDecInterp(pretrained=base, memory=str(home / "memory" / DEFAULT_MEMORY), **kwargs)
 
@@ -101,7 +102,7 @@ def main() -> int:
 
     def write() -> None:
         table = pd.DataFrame(list(rows.values()), columns=COLUMNS)
-        artifacts.write_text(args.out, table.to_csv(index=False, lineterminator="\n"))
+        artefact.write_text(args.out, table.to_csv(index=False, lineterminator="\n"))
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for name in names:

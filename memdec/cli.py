@@ -18,6 +18,30 @@ from pydantic_core import PydanticUndefined
 
 from memdec import config as cfg
 from memdec.errors import ConfigError, MemDecError
+from memdec.harness.alphas import ALPHAS
+from memdec.settings import (
+    AUTO,
+    DEFAULT_MEMORY,
+    SPLITS,
+    AdaptSettings,
+    Compute,
+    CorpusSpec,
+    DatastoreSettings,
+    EvaluateSettings,
+    ExplainSettings,
+    IndexSettings,
+    LatencySettings,
+    LoraSettings,
+    MemorySettings,
+    ModelSpec,
+    PassageSettings,
+    Split,
+    TargetSettings,
+    TeacherSettings,
+    TokenizerSpec,
+    TrainSettings,
+    parse,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -53,17 +77,17 @@ def stage(settings: type[BaseModel] | None = None) -> Callable[[Callable[..., No
         takes = inspect.signature(function).parameters.values()
         own = [p for p in takes if p.name not in ("settings", "compute")]
         typed = {"settings": settings} if settings is not None else {}
-        typed |= {"compute": cfg.Compute} if len(own) + len(typed) < len(takes) else {}
+        typed |= {"compute": Compute} if len(own) + len(typed) < len(takes) else {}
         options = [_option(field, info) for kind in typed.values() for field, info in kind.model_fields.items()]
 
         def command(**values: Any) -> None:
-            from memdec import devices
+            from memdec.artefacts import devices
 
             _limit_threads()
             arguments = {p.name: values.pop(p.name) for p in own}
             for argument, kind in typed.items():
                 given = {field: values[field] for field in kind.model_fields}
-                arguments[argument] = cfg.parse(kind, given, f"memdec {name}")
+                arguments[argument] = parse(kind, given, f"memdec {name}")
             if "compute" in arguments:
                 devices.pick(arguments["compute"])  # a GPU that is not there is an error before anything is read
             with devices.one_line_when_full(f"memdec {name}", arguments.get("settings")):
@@ -108,9 +132,9 @@ def _limit_threads() -> None:
 
 
 def _picked(device: str) -> Any:
-    from memdec import devices
+    from memdec.artefacts import devices
 
-    return devices.pick(cfg.parse(cfg.Compute, {"device": device}, "--device"))
+    return devices.pick(parse(Compute, {"device": device}, "--device"))
 
 
 def _json(text: str, where: str) -> Any:
@@ -125,9 +149,9 @@ def corpus(
     spec: Spec, out: Out, against: Annotated[list[Path], typer.Option(help="corpora that must not overlap")] = []
 ) -> None:
     """Documents of a corpus, split and deduplicated."""
-    from memdec import corpora
+    from memdec.text import corpora
 
-    corpora.run(cfg.parse(cfg.CorpusSpec, _json(spec, "--spec"), "--spec"), out, against)
+    corpora.run(parse(CorpusSpec, _json(spec, "--spec"), "--spec"), out, against)
 
 
 @stage()
@@ -135,15 +159,15 @@ def tokenizer(
     spec: Spec, out: Out, corpus: Annotated[list[Path], typer.Option(help="corpora to train on")] = []
 ) -> None:
     """A tokenizer, trained here or taken from a model."""
-    from memdec import tokens
+    from memdec.text import tokens
 
-    tokens.run_tokenizer(cfg.parse(cfg.TokenizerSpec, _json(spec, "--spec"), "--spec"), out, corpus)
+    tokens.run_tokenizer(parse(TokenizerSpec, _json(spec, "--spec"), "--spec"), out, corpus)
 
 
 @stage()
 def tokens(tokenizer: Tokenizer, corpus: Corpus, out: Out) -> None:
     """Token streams of a corpus."""
-    from memdec import tokens as stage_tokens
+    from memdec.text import tokens as stage_tokens
 
     stage_tokens.run_tokens(tokenizer, corpus, out)
 
@@ -155,22 +179,22 @@ def model(
     out: Out,
     tokens: Annotated[Path | None, typer.Option(help="token folder, for a model from scratch")] = None,
     context: Context = 1024,
-    compute: cfg.Compute = cfg.AUTO,
+    compute: Compute = AUTO,
 ) -> None:
     """A base model: a pretrained one (linked, or converted from GGUF), or one trained from scratch."""
-    entry: cfg.ModelSpec = cfg.parse(cfg.ModelSpec, _json(spec, "--spec"), "--spec")
+    entry: ModelSpec = parse(ModelSpec, _json(spec, "--spec"), "--spec")
     if entry.pretrained is not None:
-        from memdec import models
+        from memdec.models import loading
 
-        models.run_pretrained(entry, tokenizer, out)
+        loading.run_pretrained(entry, tokenizer, out)
         return
     if tokens is None:
         raise ConfigError(
             "memdec model: expected --tokens for a model from scratch, found none; run `memdec tokens` first"
         )
-    from memdec import train
+    from memdec.training import stages
 
-    train.run_pretrain(entry, tokenizer, tokens, out, context=context, compute=compute)
+    stages.run_pretrain(entry, tokenizer, tokens, out, context=context, compute=compute)
 
 
 def _budget(model: Path | None, epochs: float) -> tuple[Path, float] | None:
@@ -179,79 +203,79 @@ def _budget(model: Path | None, epochs: float) -> tuple[Path, float] | None:
     return None if model is None else (model, epochs)
 
 
-@stage(cfg.TrainSettings)
+@stage(TrainSettings)
 def finetune(
     model: Model,
     tokens: Tokens,
     out: Out,
     context: Context,
     seed: Seed,
-    settings: cfg.TrainSettings,
+    settings: TrainSettings,
     budget_model: BudgetModel = None,
     budget_epochs: BudgetEpochs = 1,
-    compute: cfg.Compute = cfg.AUTO,
+    compute: Compute = AUTO,
 ) -> None:
     """All weights of a model on a domain (DAPT; the model that gives the keys)."""
-    from memdec import train
+    from memdec.training import stages
 
     budget = _budget(budget_model, budget_epochs)
-    train.run_finetune(model, tokens, out, settings, context=context, seed=seed, budget=budget, compute=compute)
+    stages.run_finetune(model, tokens, out, settings, context=context, seed=seed, budget=budget, compute=compute)
 
 
-@stage(cfg.LoraSettings)
+@stage(LoraSettings)
 def lora(
     model: Model,
     tokens: Tokens,
     out: Out,
     context: Context,
     seed: Seed,
-    settings: cfg.LoraSettings,
+    settings: LoraSettings,
     match: Annotated[Path | None, typer.Option(help="model whose number of parameters the rank is chosen by")] = None,
     budget_model: BudgetModel = None,
     budget_epochs: BudgetEpochs = 1,
-    compute: cfg.Compute = cfg.AUTO,
+    compute: Compute = AUTO,
 ) -> None:
     """A LoRA adapter of a model on a domain."""
-    from memdec import train
+    from memdec.training import stages
 
     budget = _budget(budget_model, budget_epochs)
-    train.run_lora(
+    stages.run_lora(
         model, tokens, out, settings, context=context, seed=seed, budget=budget, match=match, compute=compute
     )
 
 
-@stage(cfg.DatastoreSettings)
+@stage(DatastoreSettings)
 def datastore(
     model: Model,
     tokens: Tokens,
     out: Out,
     context: Context,
     stride: Stride,
-    settings: cfg.DatastoreSettings,
+    settings: DatastoreSettings,
     shard: Shard = 0,
-    compute: cfg.Compute = cfg.AUTO,
+    compute: Compute = AUTO,
 ) -> None:
     """Keys of every position of a split."""
-    from memdec import datastore as stage_datastore
+    from memdec.datastore import keys as stage_datastore
 
     stage_datastore.run(model, tokens, out, settings, context=context, stride=stride, shard=shard, compute=compute)
 
 
-@stage(cfg.IndexSettings)
-def index(datastore: Datastore, out: Out, settings: cfg.IndexSettings, device: Device = "auto") -> None:
+@stage(IndexSettings)
+def index(datastore: Datastore, out: Out, settings: IndexSettings, device: Device = "auto") -> None:
     """Search structure over the keys."""
-    from memdec import index as stage_index
+    from memdec.datastore import index as stage_index
 
     stage_index.run(datastore, out, settings, _picked(device))
 
 
-@stage(cfg.TargetSettings)
+@stage(TargetSettings)
 def targets(
     datastore: Datastore,
     index: Annotated[Path, typer.Option(help="index folder")],
     tokens: Tokens,
     out: Out,
-    settings: cfg.TargetSettings,
+    settings: TargetSettings,
     shard: Shard = 0,
     queries: Annotated[
         list[Path], typer.Option(help="datastore of another split of the same model, for the rows of that text instead")
@@ -259,53 +283,53 @@ def targets(
     device: Device = "auto",
 ) -> None:
     """kNN next-token distributions of one shard of the positions."""
-    from memdec import targets as stage_targets
+    from memdec.datastore import targets as stage_targets
 
     picked = _picked(device)
     stage_targets.run(datastore, index, tokens, out, settings, shard=shard, queries=queries, device=picked)
 
 
-@stage(cfg.PassageSettings)
-def passages(tokens: Tokens, out: Out, settings: cfg.PassageSettings) -> None:
+@stage(PassageSettings)
+def passages(tokens: Tokens, out: Out, settings: PassageSettings) -> None:
     """Passages of the training text and their BM25 index, for In-Context RAG."""
-    from memdec import passages as stage_passages
+    from memdec.datastore import passages as stage_passages
 
     stage_passages.run(tokens, out, settings)
 
 
-@stage(cfg.TeacherSettings)
+@stage(TeacherSettings)
 def teacher(
     model: Model,
     tokens: Tokens,
     out: Out,
     context: Context,
     stride: Stride,
-    settings: cfg.TeacherSettings,
+    settings: TeacherSettings,
     shard: Shard = 0,
-    compute: cfg.Compute = cfg.AUTO,
+    compute: Compute = AUTO,
 ) -> None:
     """Next-token distributions of a model itself, as targets: the control for those of its neighbours."""
-    from memdec import teacher as stage_teacher
+    from memdec.datastore import teacher as stage_teacher
 
     stage_teacher.run(model, tokens, out, settings, context=context, stride=stride, shard=shard, compute=compute)
 
 
-@stage(cfg.MemorySettings)
+@stage(MemorySettings)
 def train(
     model: Model,
     tokens: Tokens,
     out: Out,
     context: Context,
     seed: Seed,
-    settings: cfg.MemorySettings,
+    settings: MemorySettings,
     targets: Annotated[list[Path], typer.Option(help="target folder; repeat for every shard")] = [],
     base: Annotated[list[Path], typer.Option(help="base model to mix with at evaluations; repeat")] = [],
     budget_model: BudgetModel = None,
     budget_epochs: BudgetEpochs = 1,
-    compute: cfg.Compute = cfg.AUTO,
+    compute: Compute = AUTO,
 ) -> None:
     """The memory decoder."""
-    from memdec import train as stage_train
+    from memdec.training import stages as stage_train
 
     budget = _budget(budget_model, budget_epochs)
     stage_train.run_train(
@@ -322,30 +346,30 @@ def train(
     )
 
 
-@stage(cfg.AdaptSettings)
+@stage(AdaptSettings)
 def adapt_vocab(
     memory: Annotated[Path, typer.Option(help="memory folder")],
     tokenizer: Tokenizer,
     out: Out,
     seed: Seed,
-    settings: cfg.AdaptSettings,
+    settings: AdaptSettings,
 ) -> None:
     """A trained memory with the embeddings of another tokenizer."""
-    from memdec import adapt
+    from memdec.training import adapt_vocab
 
-    adapt.run(memory, tokenizer, out, settings, seed=seed)
+    adapt_vocab.run(memory, tokenizer, out, settings, seed=seed)
 
 
-@stage(cfg.EvaluateSettings)
+@stage(EvaluateSettings)
 def evaluate(
     base: Annotated[Path, typer.Option(help="base model folder")],
     corpus: Corpus,
     out: Out,
     context: Context,
     stride: Stride,
-    settings: cfg.EvaluateSettings,
+    settings: EvaluateSettings,
     memory: Annotated[Path | None, typer.Option(help="memory folder, or a model after DAPT to mix in")] = None,
-    name: Annotated[str, typer.Option(help="what the memory is called in the tables")] = cfg.DEFAULT_MEMORY,
+    name: Annotated[str, typer.Option(help="what the memory is called in the tables")] = DEFAULT_MEMORY,
     lora: Annotated[Path | None, typer.Option(help="LoRA folder")] = None,
     dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
     datastore: Annotated[list[Path], typer.Option(help="the base's own keys; repeat for every shard")] = [],
@@ -355,10 +379,10 @@ def evaluate(
         list[Path], typer.Option(help="general corpus to measure on as well, at the weights tuned on --corpus; repeat")
     ] = [],
     seed: Seed = 0,
-    compute: cfg.Compute = cfg.AUTO,
+    compute: Compute = AUTO,
 ) -> None:
     """Perplexity with and without memory through lm-eval; alpha, or lambda and tau of the kNN-LM, tuned on valid."""
-    from memdec import evaluate as stage_evaluate
+    from memdec.results import evaluate as stage_evaluate
 
     stage_evaluate.run(
         base,
@@ -387,17 +411,17 @@ AnySplit = Annotated[str, typer.Option(help="train, valid or test")]
 BatchSize = Annotated[int, typer.Option(help="texts per forward pass")]
 
 
-def _model_arguments(batch_size: int, compute: cfg.Compute) -> dict[str, Any]:
+def _model_arguments(batch_size: int, compute: Compute) -> dict[str, Any]:
     """As lm-eval's models take them."""
-    from memdec import devices
+    from memdec.artefacts import devices
 
     device = str(devices.pick(compute))
     return {"batch_size": batch_size, "device": device, "dtype": devices.precision(compute)}
 
 
-def _split(name: str) -> cfg.Split:
-    if name not in cfg.SPLITS:
-        raise ConfigError(f"--split: expected {', '.join(cfg.SPLITS)}, found {name!r}")
+def _split(name: str) -> Split:
+    if name not in SPLITS:
+        raise ConfigError(f"--split: expected {', '.join(SPLITS)}, found {name!r}")
     return name
 
 
@@ -412,13 +436,13 @@ def sweep(
     split: AnySplit = "test",
     limit: Annotated[int | None, typer.Option(help="only the first so many rows of each task")] = None,
     batch_size: BatchSize = 8,
-    compute: cfg.Compute = cfg.AUTO,
+    compute: Compute = AUTO,
 ) -> None:
     """Tasks of lm-eval at every alpha, from one pass of the models: table and figure."""
-    from memdec import sweep as stage_sweep
+    from memdec.results import sweep as stage_sweep
 
     arguments = _model_arguments(batch_size, compute)
-    alphas = alpha or stage_sweep.ALPHAS
+    alphas = alpha or ALPHAS
     stage_sweep.run(
         base, memory, task, out, alphas=alphas, corpus=corpus, split=_split(split), limit=limit, **arguments
     )
@@ -433,25 +457,25 @@ def tune(
     alpha: Alphas = [],
     split: AnySplit = "valid",
     batch_size: BatchSize = 8,
-    compute: cfg.Compute = cfg.AUTO,
+    compute: Compute = AUTO,
 ) -> None:
     """The alpha with the lowest perplexity on a corpus, as JSON."""
-    from memdec import sweep as stage_sweep
+    from memdec.results import sweep as stage_sweep
 
     arguments = _model_arguments(batch_size, compute)
-    alphas = alpha or stage_sweep.ALPHAS
+    alphas = alpha or ALPHAS
     found = stage_sweep.tune(base, memory, corpus, alphas=alphas, split=_split(split), **arguments)
     best = next(iter(found))
     sweep = {f"{each:g}": found[each] for each in sorted(found)}
     print(json.dumps({"alpha": best, "perplexity": found[best], "split": split, "sweep": sweep}))
 
 
-@stage(cfg.LatencySettings)
+@stage(LatencySettings)
 def latency(
     base: BaseName,
     memory: MemoryName,
     out: Out,
-    settings: cfg.LatencySettings,
+    settings: LatencySettings,
     alpha: Alpha = 0.6,
     tokens: Annotated[
         Path | None, typer.Option(help="token folder: prompts are pieces of its test split (default: made up by seed)")
@@ -460,10 +484,10 @@ def latency(
         list[str], typer.Option(help="STORE:INDEX of the base's own keys, shards joined by +; repeat for other sizes")
     ] = [],
     passages: Annotated[Path | None, typer.Option(help="passages for In-Context RAG")] = None,
-    compute: cfg.Compute = cfg.AUTO,
+    compute: Compute = AUTO,
 ) -> None:
     """Prefill and decoding speed of base, MemDec, speculative decoding and, given their folders, kNN-LM and RAG."""
-    from memdec import latency as stage_latency
+    from memdec.results import latency as stage_latency
 
     folders = stage_latency.Folders(base, memory, [_store_and_index(each) for each in knn], passages)
     systems = stage_latency.systems(folders, alpha, settings, compute)
@@ -477,21 +501,21 @@ def _store_and_index(text: str) -> tuple[list[Path], Path]:
     return [Path(folder) for folder in stores.split("+")], Path(index)
 
 
-@stage(cfg.ExplainSettings)
+@stage(ExplainSettings)
 def explain(
     base: BaseName,
     memory: MemoryName,
-    settings: cfg.ExplainSettings,
+    settings: ExplainSettings,
     text: Annotated[str, typer.Argument(help="the text, unless --file gives it")] = "",
     file: Annotated[Path | None, typer.Option(help="UTF-8 file with the text")] = None,
     alpha: Alpha = 0.6,
     datastore: Annotated[list[Path], typer.Option(help="datastore folder, for p_kNN; repeat for every shard")] = [],
     index: Annotated[Path | None, typer.Option(help="index folder over the datastore")] = None,
     html: Annotated[Path | None, typer.Option(help="page to write: the text as a heat map")] = None,
-    compute: cfg.Compute = cfg.AUTO,
+    compute: Compute = AUTO,
 ) -> None:
     """What base, memory and their mixture expected at every token of a text."""
-    from memdec import explain as stage_explain
+    from memdec.results import explain as stage_explain
 
     if text and file is not None:
         raise ConfigError("memdec explain: expected a text or --file, found both; leave out one")
@@ -533,7 +557,7 @@ def table(
     ] = 3,
 ) -> None:
     """Table 1, 3 or 4 from evaluations."""
-    from memdec import tables
+    from memdec.results import tables
 
     tables.run(tables.numbered(cfg.load(config), number), _cells(cell), out)
 
@@ -548,7 +572,7 @@ def cases(
     out: TableFile,
 ) -> None:
     """Table 6: what memory, neighbours and base give marked words of the config's texts."""
-    from memdec import cases as stage_cases
+    from memdec.results import table6 as stage_cases
 
     stage_cases.run(cfg.load(config), base, memory, datastore, index, out)
 
@@ -556,7 +580,7 @@ def cases(
 @app.command()
 def memories(config: RunConfig, cell: Cells, out: TableFile) -> None:
     """All memories beside all other systems, from evaluations."""
-    from memdec import tables
+    from memdec.results import tables
 
     tables.run(tables.memories(cfg.load(config)), _cells(cell), out)
 
@@ -571,7 +595,7 @@ def check(
     ] = [],
 ) -> None:
     """Compare perplexities with a baseline: exit 1 beyond the tolerance, 3 where they cannot be compared."""
-    from memdec import regression
+    from memdec.results import regression
 
     if write:
         regression.write(results, noise, baseline)
@@ -585,7 +609,7 @@ def check(
 @app.command()
 def forgetting(config: RunConfig, cell: Cells, out: TableFile) -> None:
     """All systems and memories on general text, at the weights of their domains."""
-    from memdec import tables
+    from memdec.results import tables
 
     tables.run(tables.forgetting(cfg.load(config)), _cells(cell), out)
 
@@ -601,11 +625,11 @@ def data_fetch(
     out: Annotated[Path | None, typer.Option(envvar="MEMDEC_DATA", help="folder to fill")] = None,
 ) -> None:
     """Bring what the Hub and GitHub have into a folder, with sources.json; what is there and right stays."""
-    from memdec import data
+    from memdec.tasks import fetch
 
     folder = _data_folder(out, "--out")
-    print(data.origins_line(data.to_fetch(task)), file=sys.stderr)
-    _show_files(data.fetch(folder, task), True)
+    print(fetch.origins_line(fetch.to_fetch(task)), file=sys.stderr)
+    _show_files(fetch.fetch(folder, task), True)
 
 
 @data_app.command("verify")
@@ -614,9 +638,9 @@ def data_verify(
     task: DataTasks = [],
 ) -> None:
     """Check the files of a folder: exit 1 where one is not whole, has other rows or was changed."""
-    from memdec import data
+    from memdec.tasks import fetch
 
-    _show_files(data.verify(_data_folder(folder, "FOLDER"), task), bool(task))
+    _show_files(fetch.verify(_data_folder(folder, "FOLDER"), task), bool(task))
 
 
 def _data_folder(folder: Path | None, name: str) -> Path:
@@ -626,10 +650,10 @@ def _data_folder(folder: Path | None, name: str) -> Path:
 
 
 def _show_files(found: list[Any], all_needed: bool) -> None:
-    from memdec import data
+    from memdec.tasks import fetch
 
-    print(data.shown(found))
-    if data.wrong(found, all_needed):
+    print(fetch.shown(found))
+    if fetch.wrong(found, all_needed):
         raise SystemExit(1)
 
 
@@ -640,13 +664,13 @@ def compare(
     csv: Annotated[Path | None, typer.Option(help="file to write the rows to, with more columns")] = None,
 ) -> None:
     """Two runs of lm_eval on the same rows: differences with 95 % intervals and p-values; of one run its intervals."""
-    from memdec import artifacts
-    from memdec import compare as stage_compare
+    from memdec.artefacts import artefact
+    from memdec.results import compare as stage_compare
 
     rows = stage_compare.compare(run_a, run_b or run_a)
     print(stage_compare.shown(rows) if run_b is not None else stage_compare.shown_alone(rows))
     if csv is not None:
-        artifacts.write_text(csv, rows.to_csv(index=False, lineterminator="\n"))
+        artefact.write_text(csv, rows.to_csv(index=False, lineterminator="\n"))
 
 
 @app.command()
@@ -654,9 +678,9 @@ def schema(
     out: Annotated[Path, typer.Argument(help="file to write, e.g. workflow/schemas/config.schema.json")],
 ) -> None:
     """JSON schema of the configuration."""
-    from memdec import artifacts
+    from memdec.artefacts import artefact
 
-    artifacts.write_json(out, cfg.json_schema())
+    artefact.write_json(out, cfg.json_schema())
 
 
 @app.command()

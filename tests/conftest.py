@@ -12,8 +12,9 @@ import torch
 from hypothesis import settings
 from making import CONTEXT, made_text, spec
 
-from memdec import corpora, tokens, train
-from memdec.config import FileCorpus, TokenizerSpec
+from memdec.settings import FileCorpus, TokenizerSpec
+from memdec.text import corpora, tokens
+from memdec.training import stages
 
 torch.set_num_threads(1)
 # The first call of a compiled loop compiles it.
@@ -56,7 +57,7 @@ def token_folder(corpus_folder: Path, tokenizer_folder: Path, tmp_path_factory: 
 @pytest.fixture(scope="session")
 def base_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "base"
-    train.run_pretrain(spec(24), tokenizer_folder, token_folder, out, context=CONTEXT)
+    stages.run_pretrain(spec(24), tokenizer_folder, token_folder, out, context=CONTEXT)
     return out
 
 
@@ -64,5 +65,5 @@ def base_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: py
 def small_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model with the same tokenizer; serves as a memory and as the start of one."""
     out = tmp_path_factory.mktemp("models") / "small"
-    train.run_pretrain(spec(16, seed=1), tokenizer_folder, token_folder, out, context=CONTEXT)
+    stages.run_pretrain(spec(16, seed=1), tokenizer_folder, token_folder, out, context=CONTEXT)
     return out

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memdec import artifacts
-from memdec.config import DatastoreSettings, ModelSpec, TrainSettings
-from memdec.windows import windows
+from memdec.artefacts import artefact
+from memdec.maths.windows import windows
+from memdec.settings import DatastoreSettings, ModelSpec, TrainSettings
 
 CONTEXT = 32
 
@@ -53,10 +53,10 @@ def spec(width: int, **changes: object) -> ModelSpec:
 
 def write_tokens(folder: Path, values: NDArray[np.integer], tokenizer: str = "none") -> Path:
     """A token artefact with this train split, without a corpus."""
-    with artifacts.building(folder, "tokens", {"values": artifacts.digest(values.tolist())}, {}) as build:
+    with artefact.building(folder, "tokens", {"values": artefact.digest(values.tolist())}, {}) as build:
         assert build is not None
         np.save(folder / "train.npy", values)
-        build.facts.update(sha256={"train": artifacts.file_digest(folder / "train.npy")}, tokenizer_sha256=tokenizer)
+        build.facts.update(sha256={"train": artefact.file_digest(folder / "train.npy")}, tokenizer_sha256=tokenizer)
     return folder
 
 
@@ -72,13 +72,13 @@ def write_store(
     """Datastore shards of given keys, without a model; `edges` are the first positions of the shards and the end."""
     edges = [0, len(keys)] if edges is None else edges
     settings = DatastoreSettings(dtype=str(keys.dtype), shards=len(edges) - 1).model_dump(mode="json")
-    tokens = artifacts.read(stream, "tokens")
+    tokens = artefact.read(stream, "tokens")
     inputs = {"model": model, "tokens": tokens.recipe}
     folders = [folder / str(shard) for shard in range(len(edges) - 1)]
     for shard, path in enumerate(folders):
         begin, end = edges[shard], edges[shard + 1]
         plain = {**settings, "context": 16, "stride": 8, "shard": shard, "precision": "float32"}
-        with artifacts.building(path, "datastore", plain, inputs) as build:
+        with artefact.building(path, "datastore", plain, inputs) as build:
             assert build is not None
             np.save(path / "keys.npy", keys[begin:end])
             build.facts.update(
@@ -86,7 +86,7 @@ def write_store(
                 end=end,
                 positions=len(keys),
                 width=keys.shape[1],
-                keys_recipe=artifacts.digest([keys.tolist(), model]),
+                keys_recipe=artefact.digest([keys.tolist(), model]),
                 tokens_sha256=tokens.facts["sha256"]["train"],
                 vocab_size=vocab,
                 model="nowhere",

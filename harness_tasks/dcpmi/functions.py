@@ -1,6 +1,6 @@
-"""Functions that the YAML beside this file names; the code is in `memdec.dcpmi` and `memdec.dcpmi_rows`."""
+"""Functions that the YAML beside this file names; the code is in `memdec.tasks.dcpmi` and `memdec.tasks.dcpmi_rows`."""
 
-from memdec.dcpmi import DcpmiTask, dcpmi_results, largest_share
-from memdec.dcpmi_rows import load_rows
+from memdec.tasks.dcpmi import DcpmiTask, dcpmi_results, largest_share
+from memdec.tasks.dcpmi_rows import load_rows
 
 __all__ = ["DcpmiTask", "dcpmi_results", "largest_share", "load_rows"]

@@ -1,6 +1,6 @@
-"""Functions that the YAML beside this file names; the code is in `memdec.adaptllm` and `memdec.rows`."""
+"""Functions that the YAML beside this file names; the code is in `memdec.tasks.domain` and `memdec.tasks.rows`."""
 
-from memdec.adaptllm import (
+from memdec.tasks.domain import (
     entity_results,
     headline_results,
     load_casehold,
@@ -14,8 +14,8 @@ from memdec.adaptllm import (
     token_mean_results,
     weighted_f1_results,
 )
-from memdec.adaptllm_metrics import headline_f1, macro_f1, micro_f1, micro_macro_mean, weighted_f1
-from memdec.rows import RowsTask
+from memdec.tasks.domain_metrics import headline_f1, macro_f1, micro_f1, micro_macro_mean, weighted_f1
+from memdec.tasks.task import RowsTask
 
 __all__ = [
     "RowsTask",

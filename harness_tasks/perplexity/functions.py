@@ -1,6 +1,6 @@
-"""Functions that the YAML beside this file names; the code is in `memdec.tasks` and `memdec.rows`."""
+"""Functions that the YAML beside this file names; the code is in `memdec.tasks.perplexity` and `memdec.tasks.rows`."""
 
-from memdec.rows import RowsTask
-from memdec.tasks import bits_of_sums, load_corpus, load_wikitext, perplexity_of_sums, rolling_results, total
+from memdec.tasks.perplexity import bits_of_sums, load_corpus, load_wikitext, perplexity_of_sums, rolling_results, total
+from memdec.tasks.task import RowsTask
 
 __all__ = ["RowsTask", "bits_of_sums", "load_corpus", "load_wikitext", "perplexity_of_sums", "rolling_results", "total"]

@@ -1,6 +1,6 @@
-"""Functions that the YAML beside this file names; the code is in `memdec.closed_book` and `memdec.rows`."""
+"""Functions that the YAML beside this file names; the code is in `memdec.tasks.qa` and `memdec.tasks.rows`."""
 
-from memdec.closed_book import load_hotpotqa, load_nq, prompt, qa_results
-from memdec.rows import RowsTask
+from memdec.tasks.qa import load_hotpotqa, load_nq, prompt, qa_results
+from memdec.tasks.task import RowsTask
 
 __all__ = ["RowsTask", "load_hotpotqa", "load_nq", "prompt", "qa_results"]

@@ -7,12 +7,15 @@ import pytest
 import torch
 from making import spec, write_store, write_tokens
 
-from memdec import device_search, fitting, index, knn, models, objectives, search, targets
-from memdec.config import IndexSettings, TargetSettings
-from memdec.datastore import Datastore
-from memdec.device_search import DeviceSearch
-from memdec.losses import fused_loss
-from memdec.modeling import MemDecForCausalLM
+from memdec.datastore import device_search, index, search, target_rows, targets
+from memdec.datastore.device_search import DeviceSearch
+from memdec.datastore.keys import Datastore
+from memdec.inference.mixture import MemDecForCausalLM
+from memdec.maths import exact_search, knn, objectives
+from memdec.maths.losses import fused_loss
+from memdec.models import loading
+from memdec.settings import IndexSettings, TargetSettings
+from memdec.training import fitting
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -53,9 +56,9 @@ def test_no_distance_is_below_its_bound(store: Datastore, tf32: bool) -> None:
     keys = asked(store, store.n).cuda()
     moved = (keys - keys.median(0).values) * torch.linspace(1, 100, 64, device="cuda")
     queries = moved[:2000]
-    with search.product_of(tf32=tf32):
-        bounds = search.lower_bounds(search.to_tf32(queries) if tf32 else queries, moved, tf32=tf32)
-    bounds += search.own_part(queries, tf32=tf32)
+    with exact_search.product_of(tf32=tf32):
+        bounds = exact_search.lower_bounds(exact_search.to_tf32(queries) if tf32 else queries, moved, tf32=tf32)
+    bounds += exact_search.own_part(queries, tf32=tf32)
     for low in range(0, 2000, 100):
         exact = torch.stack([(moved.double() - query.double()).square().sum(1) for query in queries[low : low + 100]])
         assert (bounds[low : low + 100] <= exact).all()
@@ -78,7 +81,7 @@ def test_the_search_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     keys = np.random.default_rng(0).normal(size=(5000, 32)).astype(np.float16)
     store = write_store(tmp_path / "s", keys, write_tokens(tmp_path / "t", np.zeros(5000, np.uint16)))
     index.run(store, tmp_path / "i", IndexSettings())
-    searcher = index.load(Datastore(store), tmp_path / "i")
+    searcher = search.load(Datastore(store), tmp_path / "i")
     own = np.arange(200)
     ours = searcher.search(keys[own].astype(np.float32), 100, own)
     assert searcher.near(keys[own].astype(np.float32), 100, own)[0].device.type == "cuda"
@@ -98,7 +101,7 @@ def test_targets(store: Datastore, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         folders = [tmp_path / name / str(shard) for shard in range(shards)]
         for shard, folder in enumerate(folders):
             targets.run(*made, folder, chosen, shard=shard, device=torch.device("cpu") if name == "cpu" else None)
-        rows = targets.TargetReader(folders, store.facts["tokens_sha256"]).rows([(0, store.n)])
+        rows = target_rows.TargetReader(folders, store.facts["tokens_sha256"]).rows([(0, store.n)])
         dense = np.zeros((store.n, 997), np.float32)
         dense[np.repeat(np.arange(store.n), np.diff(rows.indptr)), rows.tokens] = rows.probs
         found[name] = dense
@@ -166,7 +169,7 @@ def test_a_training_step() -> None:
     batch["spans"] = torch.zeros(4, 2, dtype=torch.long)
     grads = []
     for device in ("cpu", "cuda"):
-        model = fitting.LossModel(models.from_scratch(spec(16), 50, 32, 0), objectives.Hybrid(0.0)).to(device)
+        model = fitting.LossModel(loading.from_scratch(spec(16), 50, 32, 0), objectives.Hybrid(0.0)).to(device)
         model(**{name: x.to(device) for name, x in batch.items()})["loss"].backward()
         grads.append({name: p.grad.cpu() for name, p in model.named_parameters()})
     for name, grad in grads[0].items():
@@ -176,7 +179,7 @@ def test_a_training_step() -> None:
 @pytest.mark.parametrize("where", ["cuda", "cpu"])
 def test_a_mixture_on_two_streams(where: str) -> None:
     """The memory runs on a stream of its own beside the base, or on another device."""
-    base, memory = (models.from_scratch(spec(width), 50, 64, 0).eval() for width in (32, 16))
+    base, memory = (loading.from_scratch(spec(width), 50, 64, 0).eval() for width in (32, 16))
     ids = torch.randint(1, 50, (3, 9), generator=torch.Generator().manual_seed(0))
     mixture = MemDecForCausalLM.from_models(base, [memory], [0.4])
     found = [mixture(input_ids=ids).logits, mixture.generate(ids, max_new_tokens=20, do_sample=False)]

@@ -12,8 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from memdec import flops
 from memdec.errors import ModelError
+from memdec.models import flops
 
 CONTEXT, BATCH = 24, 2
 GROUPED: dict[str, Any] = {

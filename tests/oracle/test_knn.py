@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdec.errors import NumericsError
-from memdec.knn import SparseRows, aggregate, aggregate_torch, drop_self, probability_of
+from memdec.maths.knn import aggregate, aggregate_torch, drop_self
+from memdec.maths.sparse_rows import SparseRows, probability_of
 
 
 def plain_row(sq_dist: list[float], values: list[int], temperature: float) -> dict[int, float]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdec.errors import NumericsError
-from memdec.knn import aggregate, drop_self
+from memdec.maths.knn import aggregate, drop_self
 
 
 @given(st.data(), st.integers(2, 9))

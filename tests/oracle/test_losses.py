@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memdec.losses import fused_loss
-from memdec.objectives import Hybrid
+from memdec.maths.losses import fused_loss
+from memdec.maths.objectives import Hybrid
 
 
 def case(n: int, v: int, d: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memdec.losses import fused_loss, token_log_probs
-from memdec.objectives import BiLD, Focal, Hybrid, JensenShannon, Objective, Sparsity, by_name
+from memdec.maths.losses import fused_loss, token_log_probs
+from memdec.maths.objectives import BiLD, Focal, Hybrid, JensenShannon, Objective, Sparsity, by_name
 
 ALL = [
     Hybrid(0.5),
@@ -272,7 +272,7 @@ def test_nothing_of_the_size_of_the_logits_is_alive() -> None:
     """Peak memory in a process of its own: 2,048 positions x 40,000 tokens would be 328 MB per dense copy."""
     code = """
 import resource, torch
-from memdec.losses import fused_loss
+from memdec.maths.losses import fused_loss
 torch.set_num_threads(1)
 n, v, d = 2048, 40_000, 8
 h, w = torch.randn(n, d).requires_grad_(), torch.randn(v, d).requires_grad_()

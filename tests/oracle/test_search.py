@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from memdec import kernels, knn
-from memdec.search import Nearest
+from memdec.maths import kernels, knn, sparse_rows
+from memdec.maths.exact_search import Nearest
 
 # Few small integers: identical keys and equal distances everywhere, and every float type holds them exactly.
 keys_of = st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=1, max_size=40)
@@ -140,8 +140,8 @@ rows_of = st.lists(
 )
 
 
-def sparse(rows: list[dict[int, int]]) -> knn.SparseRows:
-    return knn.SparseRows(
+def sparse(rows: list[dict[int, int]]) -> sparse_rows.SparseRows:
+    return sparse_rows.SparseRows(
         np.cumsum([0, *map(len, rows)]),
         np.array([token for row in rows for token in row]),
         np.array([p / sum(row.values()) for row in rows for p in row.values()]),
@@ -151,7 +151,7 @@ def sparse(rows: list[dict[int, int]]) -> knn.SparseRows:
 @given(st.data(), rows_of)
 def test_total_variation_is_half_the_l1_distance(data: st.DataObject, ours: list[dict[int, int]]) -> None:
     theirs = data.draw(st.lists(st.sampled_from(ours), min_size=len(ours), max_size=len(ours)))
-    for value, a, b in zip(knn.total_variation(sparse(ours), sparse(theirs)), ours, theirs, strict=True):
+    for value, a, b in zip(sparse_rows.total_variation(sparse(ours), sparse(theirs)), ours, theirs, strict=True):
         p, q = ({token: x / sum(row.values()) for token, x in row.items()} for row in (a, b))
         assert value == pytest.approx(sum(abs(p.get(t, 0) - q.get(t, 0)) for t in range(6)) / 2, abs=1e-12)
 

@@ -41,8 +41,9 @@ for shard in 0 1; do
 import sys
 from pathlib import Path
 import numpy as np
-from memdec import knn, targets
-from memdec.config import TargetSettings
+from memdec.datastore import targets
+from memdec.maths import knn
+from memdec.settings import TargetSettings
 
 shard, home = int(sys.argv[1]), Path(sys.argv[2])
 drop_self = knn.drop_self

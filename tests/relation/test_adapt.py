@@ -11,16 +11,19 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as kinds
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from memdec import adapt, artifacts, models, tokens
-from memdec.config import AdaptSettings, TokenizerSpec
+from memdec.artefacts import artefact
 from memdec.errors import ArtifactError, ModelError
+from memdec.models import loading
+from memdec.settings import AdaptSettings, TokenizerSpec
+from memdec.text import tokens
+from memdec.training import adapt_vocab
 
 COPY, RANDOM = AdaptSettings(), AdaptSettings(init="random")
 TEXT = "The matrix 17 returns the vector of size 4.\n\nThe kernel"
 
 
 def write_tokenizer(folder: Path, words: Any) -> Path:
-    with artifacts.building(folder, "tokenizer", {"name": folder.name}, {}) as build:
+    with artefact.building(folder, "tokenizer", {"name": folder.name}, {}) as build:
         assert build is not None
         words.save_pretrained(folder)
         build.facts.update(vocab_size=len(words), sha256=tokens.fingerprint(words))
@@ -28,7 +31,7 @@ def write_tokenizer(folder: Path, words: Any) -> Path:
 
 
 def write_memory(folder: Path, model: Any, words: Any) -> Path:
-    with artifacts.building(folder, "memory", {"name": folder.name}, {}) as build:
+    with artefact.building(folder, "memory", {"name": folder.name}, {}) as build:
         assert build is not None
         model.save_pretrained(folder)
         words.save_pretrained(folder)
@@ -77,19 +80,19 @@ def memory(request: pytest.FixtureRequest, small_folder: Path, tokenizer_folder:
 
 
 def test_the_same_tokenizer_gives_the_same_logits(memory: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    adapt.run(memory, tokenizer_folder, tmp_path / "a", COPY, seed=0)
+    adapt_vocab.run(memory, tokenizer_folder, tmp_path / "a", COPY, seed=0)
     ids = tokens.load_tokenizer(str(tokenizer_folder)).encode(TEXT)
     assert torch.equal(logits(tmp_path / "a", ids), logits(memory, ids)[:, :300])
-    facts = artifacts.read(tmp_path / "a", "model").facts
+    facts = artefact.read(tmp_path / "a", "model").facts
     assert (facts["copied"], facts["averaged"], facts["vocab_size"]) == (300, 0, 300)
-    assert facts["from"] == artifacts.read(memory, artifacts.kind_of(memory) or "").recipe
+    assert facts["from"] == artefact.read(memory, artefact.kind_of(memory) or "").recipe
     assert facts["source_tokenizer_sha256"] == facts["tokenizer_sha256"]
-    assert facts["parameters"] == models.n_parameters(models.load(tmp_path / "a"))
+    assert facts["parameters"] == loading.n_parameters(loading.load(tmp_path / "a"))
 
 
 def test_permuted_ids_give_permuted_logits(memory: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     words, order = permuted(tokens.load_tokenizer(str(tokenizer_folder)))
-    adapt.run(memory, write_tokenizer(tmp_path / "words", words), tmp_path / "a", COPY, seed=0)
+    adapt_vocab.run(memory, write_tokenizer(tmp_path / "words", words), tmp_path / "a", COPY, seed=0)
     ids = tokens.load_tokenizer(str(tokenizer_folder)).encode(TEXT)
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert reloaded.encode(TEXT) == order[ids].tolist() != ids
@@ -98,9 +101,9 @@ def test_permuted_ids_give_permuted_logits(memory: Path, tokenizer_folder: Path,
 
 
 def test_new_tokens_are_the_mean_of_their_pieces(memory: Path, larger_folder: Path, tmp_path: Path) -> None:
-    adapt.run(memory, larger_folder, tmp_path / "a", COPY, seed=0)
+    adapt_vocab.run(memory, larger_folder, tmp_path / "a", COPY, seed=0)
     old, new = tokens.load_tokenizer(str(memory)), tokens.load_tokenizer(str(larger_folder))
-    before, after = models.load(memory), models.load(tmp_path / "a")
+    before, after = loading.load(memory), loading.load(tmp_path / "a")
     averaged = 0
     for number in range(325):
         # Single bytes are no text; all longer tokens of the made text are.
@@ -111,7 +114,7 @@ def test_new_tokens_are_the_mean_of_their_pieces(memory: Path, larger_folder: Pa
         for get in ("get_input_embeddings", "get_output_embeddings"):
             expected = getattr(before, get)().weight[pieces].mean(0)
             torch.testing.assert_close(getattr(after, get)().weight[number], expected, atol=1e-7, rtol=0)
-    assert averaged == artifacts.read(tmp_path / "a", "model").facts["averaged"] == 25
+    assert averaged == artefact.read(tmp_path / "a", "model").facts["averaged"] == 25
     tied = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (before, after)]
     assert tied[0] == tied[1]
     assert after.config.vocab_size == 325
@@ -119,18 +122,18 @@ def test_new_tokens_are_the_mean_of_their_pieces(memory: Path, larger_folder: Pa
 
 def test_random_rows(memory: Path, larger_folder: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("same", 0), ("b", 1)):
-        adapt.run(memory, larger_folder, tmp_path / name, RANDOM, seed=seed)
-    one, same, other = (models.load(tmp_path / name) for name in ("a", "same", "b"))
-    std = models.load(memory).config.initializer_range
-    for table, again, elsewhere in zip(*(adapt.tables(model) for model in (one, same, other)), strict=True):
+        adapt_vocab.run(memory, larger_folder, tmp_path / name, RANDOM, seed=seed)
+    one, same, other = (loading.load(tmp_path / name) for name in ("a", "same", "b"))
+    std = loading.load(memory).config.initializer_range
+    for table, again, elsewhere in zip(*(adapt_vocab.tables(model) for model in (one, same, other)), strict=True):
         assert len(table) == 325
         assert float(table.detach().std()) == pytest.approx(std, rel=0.05)
         assert torch.equal(table, again)
         assert not torch.isclose(table, elsewhere).any(1).all()
-    before = dict(models.load(memory).named_parameters())
+    before = dict(loading.load(memory).named_parameters())
     kept = [name for name, p in one.named_parameters() if torch.equal(p, before[name])]
-    assert len(kept) == len(before) - len(adapt.tables(one))  # the layers are untouched
-    facts = artifacts.read(tmp_path / "a", "model").facts
+    assert len(kept) == len(before) - len(adapt_vocab.tables(one))  # the layers are untouched
+    facts = artefact.read(tmp_path / "a", "model").facts
     assert facts["copied"] == facts["averaged"] == 0
 
 
@@ -164,20 +167,22 @@ def sentencepiece() -> Any:
 
 
 def test_spellings_are_bytes(sentencepiece: Any, tokenizer_folder: Path) -> None:
-    found = {spelling: sentencepiece.convert_ids_to_tokens(i) for i, spelling in adapt.spellings(sentencepiece).items()}
+    found = {
+        spelling: sentencepiece.convert_ids_to_tokens(i) for i, spelling in adapt_vocab.spellings(sentencepiece).items()
+    }
     assert found[False, b" the"] == "▁the"
     assert found[False, b"t"] == "t"  # and not <0x74>
     assert found[False, "é".encode()] == "é"
     assert found[False, b"\xff"] == "<0xFF>"
     assert found[True, b"</s>"] == "</s>"
-    byte_level = set(adapt.spellings(tokens.load_tokenizer(str(tokenizer_folder))).values())
+    byte_level = set(adapt_vocab.spellings(tokens.load_tokenizer(str(tokenizer_folder))).values())
     assert {(False, bytes([byte])) for byte in range(256)} < byte_level
     assert (True, b"<|endoftext|>") in byte_level
 
 
 def test_tokens_between_alphabets(sentencepiece: Any, tokenizer_folder: Path) -> None:
     byte_level = tokens.load_tokenizer(str(tokenizer_folder))
-    parts, copied = adapt.sources(byte_level, sentencepiece)
+    parts, copied = adapt_vocab.sources(byte_level, sentencepiece)
     of = {
         token: [byte_level.convert_ids_to_tokens(i) for i in parts[n]] for token, n in sentencepiece.get_vocab().items()
     }
@@ -188,7 +193,7 @@ def test_tokens_between_alphabets(sentencepiece: Any, tokenizer_folder: Path) ->
     # <unk> has no partner; é is two bytes there.
     assert copied == len(sentencepiece) - 2 - (of["▁the"] != ["Ġthe"]) - (of["▁t"] != ["Ġt"]) - (of["he"] != ["he"])
 
-    parts, _ = adapt.sources(sentencepiece, byte_level)
+    parts, _ = adapt_vocab.sources(sentencepiece, byte_level)
     back = {
         token: [sentencepiece.convert_ids_to_tokens(i) for i in parts[n]] for token, n in byte_level.get_vocab().items()
     }
@@ -202,29 +207,29 @@ def test_tokens_between_alphabets(sentencepiece: Any, tokenizer_folder: Path) ->
 
 def test_tokens_without_pieces_get_the_mean_of_all(tokenizer_folder: Path) -> None:
     model = llama(320)
-    rows = adapt.mean_rows(model, [[4], [], [5, 6]], 300)
-    for table, new in zip(adapt.tables(model), rows, strict=True):
+    rows = adapt_vocab.mean_rows(model, [[4], [], [5, 6]], 300)
+    for table, new in zip(adapt_vocab.tables(model), rows, strict=True):
         assert torch.equal(new[0], table[4])
         torch.testing.assert_close(new[1], table[:300].mean(0))
         torch.testing.assert_close(new[2], (table[5] + table[6]) / 2)
     with pytest.raises(ModelError, match="expected a row for each of the 321 tokens"):
-        adapt.mean_rows(model, [[4]], 321)
+        adapt_vocab.mean_rows(model, [[4]], 321)
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------
 
 
 def test_special_tokens_of_the_configuration(sentencepiece: Any, small_folder: Path, tmp_path: Path) -> None:
-    adapt.run(small_folder, write_tokenizer(tmp_path / "sp", sentencepiece), tmp_path / "a", COPY, seed=0)
-    model = models.load(tmp_path / "a")
+    adapt_vocab.run(small_folder, write_tokenizer(tmp_path / "sp", sentencepiece), tmp_path / "a", COPY, seed=0)
+    model = loading.load(tmp_path / "a")
     expected = [sentencepiece.bos_token_id, sentencepiece.eos_token_id, sentencepiece.pad_token_id]
     for config in (model.config, model.generation_config):
         assert [config.bos_token_id, config.eos_token_id, config.pad_token_id] == expected
 
 
 def test_pad_that_is_eos_too_is_left_to_generation(small_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
-    adapt.run(small_folder, tokenizer_folder, tmp_path / "a", COPY, seed=0)
-    model = models.load(tmp_path / "a")
+    adapt_vocab.run(small_folder, tokenizer_folder, tmp_path / "a", COPY, seed=0)
+    model = loading.load(tmp_path / "a")
     assert (model.config.pad_token_id, model.generation_config.pad_token_id) == (None, 0)
 
 
@@ -243,10 +248,10 @@ def test_transformers_loads_the_new_tokenizer_beside_qwen2(tokenizer_folder: Pat
     state = json.loads(words.backend_tokenizer.to_str())
     state["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=words.eos_token)
-    adapt.run(memory, write_tokenizer(tmp_path / "other", other), tmp_path / "a", COPY, seed=0)
+    adapt_vocab.run(memory, write_tokenizer(tmp_path / "other", other), tmp_path / "a", COPY, seed=0)
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert tokens.fingerprint(reloaded) == tokens.fingerprint(other) != tokens.fingerprint(words)
-    models.load(tmp_path / "a").save_pretrained(tmp_path / "trained")
+    loading.load(tmp_path / "a").save_pretrained(tmp_path / "trained")
     reloaded.save_pretrained(tmp_path / "trained")
     assert tokens.fingerprint(AutoTokenizer.from_pretrained(tmp_path / "trained")) == tokens.fingerprint(other)
 
@@ -254,16 +259,16 @@ def test_transformers_loads_the_new_tokenizer_beside_qwen2(tokenizer_folder: Pat
 def test_another_tokenizer_than_the_new_one_is_refused(
     small_folder: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapt, "_loads_as", lambda *_: False)
+    monkeypatch.setattr(adapt_vocab, "_loads_as", lambda *_: False)
     with pytest.raises(ModelError, match="transformers makes another one of it"):
-        adapt.run(small_folder, tokenizer_folder, tmp_path / "a", COPY, seed=0)
+        adapt_vocab.run(small_folder, tokenizer_folder, tmp_path / "a", COPY, seed=0)
     with pytest.raises(ArtifactError, match="unfinished"):
-        artifacts.read(tmp_path / "a", "model")
+        artefact.read(tmp_path / "a", "model")
 
 
 def test_only_models_and_memories(tokenizer_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="expected a memory artefact, found one of kind tokenizer"):
-        adapt.run(tokenizer_folder, tokenizer_folder, tmp_path / "a", COPY, seed=0)
+        adapt_vocab.run(tokenizer_folder, tokenizer_folder, tmp_path / "a", COPY, seed=0)
 
 
 # --- real tokenizers ----------------------------------------------------------------------------------------------
@@ -290,7 +295,7 @@ def real(shared_data: Path) -> Callable[[str], Any]:
     ],
 )
 def test_copied_tokens_of_real_pairs(real: Callable[[str], Any], old: str, new: str, expected: int) -> None:
-    parts, copied = adapt.sources(real(old), real(new))
+    parts, copied = adapt_vocab.sources(real(old), real(new))
     assert copied == expected
     assert all(parts)
     assert len(parts) == len(real(new))
@@ -313,8 +318,8 @@ def test_the_papers_own_step(real: Callable[[str], Any], tmp_path: Path) -> None
         tie_word_embeddings=True,
     )
     memory = write_memory(tmp_path / "memory", AutoModelForCausalLM.from_config(config), real("qwen2.5"))
-    adapt.run(memory, write_tokenizer(tmp_path / "words", real("llama3")), tmp_path / "a", COPY, seed=0)
-    facts = artifacts.read(tmp_path / "a", "model").facts
+    adapt_vocab.run(memory, write_tokenizer(tmp_path / "words", real("llama3")), tmp_path / "a", COPY, seed=0)
+    facts = artefact.read(tmp_path / "a", "model").facts
     assert (facts["copied"], facts["averaged"], facts["vocab_size"]) == (109_567, 18_689, 128_256)
     ids = real("llama3").encode("Hello  world 1234 don't")
     assert AutoTokenizer.from_pretrained(tmp_path / "a").encode("Hello  world 1234 don't") == ids

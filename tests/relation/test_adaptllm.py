@@ -20,19 +20,23 @@ from tokenizers import models as token_models
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from memdec import HARNESS_TASKS, adaptllm, mixing, models, train
-from memdec import adaptllm_metrics as am
-from memdec.config import TrainSettings
+from memdec import HARNESS_TASKS
 from memdec.errors import CorpusError
+from memdec.maths import mixing
+from memdec.models import loading
+from memdec.settings import TrainSettings
+from memdec.tasks import domain
+from memdec.tasks import domain_metrics as am
+from memdec.training import stages
 
 ALPHA = 0.4
 POSITIONS = 160
 LOADERS = {
-    "ChemProt": adaptllm.load_choices, "MQP": adaptllm.load_choices, "PubMedQA": adaptllm.load_choices,
-    "RCT": adaptllm.load_choices, "USMLE": adaptllm.load_choices, "FiQA_SA": adaptllm.load_choices,
-    "FPB": adaptllm.load_choices, "Headline": adaptllm.load_headlines, "NER": adaptllm.load_entities,
-    "ConvFinQA": adaptllm.load_numbers, "SCOTUS": adaptllm.load_choices, "CaseHOLD": adaptllm.load_casehold,
-    "UNFAIR_ToS": adaptllm.load_multi_gold,
+    "ChemProt": domain.load_choices, "MQP": domain.load_choices, "PubMedQA": domain.load_choices,
+    "RCT": domain.load_choices, "USMLE": domain.load_choices, "FiQA_SA": domain.load_choices,
+    "FPB": domain.load_choices, "Headline": domain.load_headlines, "NER": domain.load_entities,
+    "ConvFinQA": domain.load_numbers, "SCOTUS": domain.load_choices, "CaseHOLD": domain.load_casehold,
+    "UNFAIR_ToS": domain.load_multi_gold,
 }  # fmt: skip
 # Rows of adaptllm_schema.jsonl as SOURCES.md counts them.
 COUNTS = {
@@ -50,7 +54,7 @@ def pair(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("pair")
     for name, seed, epochs in (("base", 0, 6), ("memory", 1, 2)):
         made = spec(24, seed=seed, layers=1, train=TrainSettings(epochs=epochs, learning_rate=1e-2))
-        train.run_pretrain(made, tokenizer_folder, token_folder, folder / name, context=POSITIONS)
+        stages.run_pretrain(made, tokenizer_folder, token_folder, folder / name, context=POSITIONS)
     return folder / "base", folder / "memory"
 
 
@@ -110,7 +114,7 @@ class Plain:
 
     def __init__(self, pair: tuple[Path, Path]) -> None:
         self.words = AutoTokenizer.from_pretrained(pair[0])
-        self.both = [models.load(folder).eval() for folder in pair]
+        self.both = [loading.load(folder).eval() for folder in pair]
 
     def mean_log_p(self, before: str, after: str) -> float:
         """Mean over the tokens after those of `before`, of the last tokens that fit."""
@@ -477,8 +481,8 @@ def test_yes_is_a_label_that_nothing_equals(
 ) -> None:
     write(tmp_path, "convfinqa", [COMPLETION | {"label": "yes"}])
     monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
-    (row,) = adaptllm.load_numbers(**metadata("ConvFinQA", word_tokenizer))["test"].rows
-    assert adaptllm.number_results(row, ["yes"]) == {"exact_match": 0.0, "score": 0.0}
+    (row,) = domain.load_numbers(**metadata("ConvFinQA", word_tokenizer))["test"].rows
+    assert domain.number_results(row, ["yes"]) == {"exact_match": 0.0, "score": 0.0}
 
 
 # --- demonstrations of CaseHOLD ---------------------------------------------------------------------------------------
@@ -502,7 +506,7 @@ def load_shots(
     monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
 
     def load(shots: int) -> list[dict[str, Any]]:
-        return list(adaptllm.load_casehold(**metadata("CaseHOLD", word_tokenizer, shots=shots))["test"].rows)
+        return list(domain.load_casehold(**metadata("CaseHOLD", word_tokenizer, shots=shots))["test"].rows)
 
     return load
 

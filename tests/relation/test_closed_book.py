@@ -12,9 +12,10 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from memdec import HARNESS_TASKS, closed_book
+from memdec import HARNESS_TASKS
 from memdec.errors import ConfigError, CorpusError
-from memdec.harness import MemDecInterp
+from memdec.harness.models import MemDecInterp
+from memdec.tasks import qa
 
 TASKS = ("nq", "hotpotqa")
 
@@ -165,17 +166,17 @@ def test_hf_says_the_same_as_the_mixture_at_alpha_0_and_the_group_has_both(
     ],
 )
 def test_scores_worked_out_by_hand(prediction: str, truth: str, exact: float, f1: float) -> None:
-    assert closed_book.exact_match(prediction, truth) == exact
-    assert closed_book.f1(prediction, truth) == pytest.approx(f1)
+    assert qa.exact_match(prediction, truth) == exact
+    assert qa.f1(prediction, truth) == pytest.approx(f1)
     assert plain_scores(prediction, [truth]) == pytest.approx((exact, f1))
 
 
 def test_only_the_first_line_counts_and_the_question_takes_its_form() -> None:
     doc = {"question": "Who won", "answers": ["Anna", "Bob Smith"]}
-    assert closed_book.qa_results(doc, [" Bob Smith\nAnna"]) == {"exact_match": 1, "f1": 1}
-    assert closed_book.qa_results(doc, ["\nAnna"]) == {"exact_match": 0, "f1": 0}
-    assert closed_book.prompt(doc) == "Answer these questions:\nQuestion: who won?\nAnswer:"
-    assert closed_book.prompt({"question": "A?"}) == "Answer these questions:\nQuestion: a?\nAnswer:"
+    assert qa.qa_results(doc, [" Bob Smith\nAnna"]) == {"exact_match": 1, "f1": 1}
+    assert qa.qa_results(doc, ["\nAnna"]) == {"exact_match": 0, "f1": 0}
+    assert qa.prompt(doc) == "Answer these questions:\nQuestion: who won?\nAnswer:"
+    assert qa.prompt({"question": "A?"}) == "Answer these questions:\nQuestion: a?\nAnswer:"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_bad_rows_are_named(
     good = {"question": "who", "answer": ["x"] if task == "nq" else "x"}
     write(tmp_path, task, [good, row])
     monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
-    load = closed_book.load_nq if task == "nq" else closed_book.load_hotpotqa
+    load = qa.load_nq if task == "nq" else qa.load_hotpotqa
     with pytest.raises(CorpusError, match=rf"{task}/validation\.jsonl.*{message}"):
         load()
 
@@ -207,13 +208,13 @@ def test_no_rows_and_no_room(base_folder: Path, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(
         CorpusError, match=r"nq_open/validation-\*\.parquet validation at 5dd9790.*: expected rows from the Hub"
     ):
-        closed_book.load_nq()
+        qa.load_nq()
     write(tmp_path, "nq", [{"question": "who", "answer": [")"]}])
     with pytest.raises(CorpusError, match=r"found only such with the answer '\)'"):
-        closed_book.load_nq()
+        qa.load_nq()
     write(tmp_path, "nq", [])
     with pytest.raises(CorpusError, match="found none"):
-        closed_book.load_nq()
+        qa.load_nq()
     write(tmp_path, "nq", [{"question": "who", "answer": ["x"]}])
     with pytest.raises(ConfigError, match="expected fewer than 15 new tokens"):
         evaluate("memdec-interp", "memdec_nq", pretrained=str(base_folder), max_length=15)
@@ -221,25 +222,25 @@ def test_no_rows_and_no_room(base_folder: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_the_real_rows_have_what_the_specification_counts(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMDEC_DATA", str(shared_data / "tasks"))
-    for load, file in ((closed_book.load_nq, "nq"), (closed_book.load_hotpotqa, "hotpotqa")):
+    for load, file in ((qa.load_nq, "nq"), (qa.load_hotpotqa, "hotpotqa")):
         rows = load()["validation"].rows
         lines = (shared_data / "tasks" / file / "validation.jsonl").read_text().splitlines()
         answers = [json.loads(line)["answer"] for line in lines]
         assert len(rows) == sum(")" not in each if file == "nq" else True for each in answers)
-        assert all(closed_book.prompt(row).endswith("?\nAnswer:") for row in rows)
+        assert all(qa.prompt(row).endswith("?\nAnswer:") for row in rows)
 
 
 def test_without_files_the_rows_are_those_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small repositories in the form of the two on the Hub."""
-    for name, hub, answer in (("nq", closed_book.NQ, ["x", "x", "y"]), ("hotpotqa", closed_book.HOTPOTQA, "yes")):
+    for name, hub, answer in (("nq", qa.NQ, ["x", "x", "y"]), ("hotpotqa", qa.HOTPOTQA, "yes")):
         assert hub.files is not None
         file = tmp_path / name / hub.files.replace("*", "00000-of-00001")
         file.parent.mkdir(parents=True)
         pd.DataFrame({"id": [1], "question": ["who"], "answer": [answer], "context": [["long"]]}).to_parquet(file)
-        monkeypatch.setattr(closed_book, name.upper(), replace(hub, path=str(tmp_path / name)))
+        monkeypatch.setattr(qa, name.upper(), replace(hub, path=str(tmp_path / name)))
     monkeypatch.delenv("MEMDEC_DATA", raising=False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    found = closed_book.load_nq()["validation"]
+    found = qa.load_nq()["validation"]
     assert list(found.rows) == [{"question": "who", "answers": ["x", "y"]}]
     assert found.source.endswith("nq_open/validation-*.parquet validation at 5dd9790a83002ad084ddeb7c420dc716852c6f28")
-    assert list(closed_book.load_hotpotqa()["validation"].rows) == [{"question": "who", "answers": ["yes"]}]
+    assert list(qa.load_hotpotqa()["validation"].rows) == [{"question": "who", "answers": ["yes"]}]

@@ -15,9 +15,12 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from scipy.stats import binomtest
 
-from memdec import HARNESS_TASKS, cli, closed_book, compare, statistics
+from memdec import HARNESS_TASKS, cli
 from memdec.errors import CorpusError, IncomparableError
-from memdec.harness import MemDecInterp
+from memdec.harness.models import MemDecInterp
+from memdec.maths import statistics
+from memdec.results import compare
+from memdec.tasks import qa
 
 TASKS = ["pubmedqa", "memdec_nq", "memdec_ppl", "memdec_fpb", "memdec_headline"]
 
@@ -35,7 +38,7 @@ def runs(
     ]
     model = MemDecInterp(pretrained=str(base_folder), memory=str(small_folder), alpha=0.0, device="cpu", batch_size=8)
     asked = [f"what does the {word} return" for word in ("matrix", "token", "kernel 3", "it", "window of size 8", "a")]
-    prompts = [(closed_book.prompt({"question": each}), {"until": ["\n"], "max_gen_toks": 15}) for each in asked]
+    prompts = [(qa.prompt({"question": each}), {"until": ["\n"], "max_gen_toks": 15}) for each in asked]
     said = model.generate_until(
         [Instance(request_type="generate_until", doc={}, arguments=each, idx=0) for each in prompts]
     )  # with one more word the base has a part of the answer

@@ -12,11 +12,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from memdec import HARNESS_TASKS, artifacts, cli, data, rows
-from memdec.data import DataFile
+from memdec import HARNESS_TASKS, cli
+from memdec.artefacts import artefact
 from memdec.errors import CorpusError
-from memdec.origins import GitHubFile
-from memdec.rows import HubRows
+from memdec.tasks import fetch, rows
+from memdec.tasks.fetch import DataFile
+from memdec.tasks.github import GitHubFile
+from memdec.tasks.rows import HubRows
 
 COMMIT = "0" * 39 + "1"
 CHOICES = [
@@ -70,7 +72,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         DataFile("nq/validation.jsonl", 2, ("question", "answer")),
         DataFile("mr/validation.jsonl", None, ("text", "label")),
     )
-    monkeypatch.setattr(data, "FILES", registry)
+    monkeypatch.setattr(fetch, "FILES", registry)
     return folder
 
 
@@ -89,8 +91,8 @@ def test_fetched_files_are_the_rows_with_their_sources(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    assert [(each.rows, each.status) for each in data.fetch(out)] == [(4, "ok"), (3, "ok"), (3, "ok")]
-    entries = json.loads((out / data.SOURCES).read_text())
+    assert [(each.rows, each.status) for each in fetch.fetch(out)] == [(4, "ok"), (3, "ok"), (3, "ok")]
+    entries = json.loads((out / fetch.SOURCES).read_text())
     assert {file: entry["rows"] for file, entry in entries.items()} == {
         "ner/adaptllm_schema.jsonl": 3, "pubmedqa/adaptllm_schema.jsonl": 4, "wikitext/raw/test.parquet": 3,
     }  # fmt: skip
@@ -104,71 +106,71 @@ def test_fetched_files_are_the_rows_with_their_sources(
     assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [
         "adaptllm_schema.jsonl", "adaptllm_schema.jsonl", "sources.json", "test.parquet",
     ]  # fmt: skip
-    checked = data.verify(out)
+    checked = fetch.verify(out)
     assert [each.status for each in checked] == ["ok", "ok", "ok", "missing", "missing"]
-    assert not data.wrong(checked, all_needed=False)
+    assert not fetch.wrong(checked, all_needed=False)
 
 
 def test_a_killed_fetch_goes_on_and_what_is_right_stays(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    written, write = [], artifacts.write_bytes
+    written, write = [], artefact.write_bytes
 
     def die(path: Path, content: bytes) -> None:
-        if path.name != data.SOURCES:
+        if path.name != fetch.SOURCES:
             if len(written) == 1:
                 raise KeyboardInterrupt
             written.append(path)
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "write_bytes", die)
+        patch.setattr(artefact, "write_bytes", die)
         with pytest.raises(KeyboardInterrupt):
-            data.fetch(out)
+            fetch.fetch(out)
     # The entry of the second file is there, the file is not.
-    assert len(json.loads((out / data.SOURCES).read_text())) == 2
-    assert [each.status for each in data.verify(out)][:3] == ["ok", "missing", "missing"]
+    assert len(json.loads((out / fetch.SOURCES).read_text())) == 2
+    assert [each.status for each in fetch.verify(out)][:3] == ["ok", "missing", "missing"]
     stamp = (out / "pubmedqa/adaptllm_schema.jsonl").stat().st_mtime_ns
     asked, load = [], rows.hub_rows
     monkeypatch.setattr(rows, "hub_rows", lambda hub: (asked.append(hub.config), load(hub))[1])
-    assert {each.status for each in data.fetch(out)} == {"ok"}
+    assert {each.status for each in fetch.fetch(out)} == {"ok"}
     assert asked == ["NER", None]
     assert (out / "pubmedqa/adaptllm_schema.jsonl").stat().st_mtime_ns == stamp
-    assert data.fetch(out, ["ner"])[0].status == "ok"
+    assert fetch.fetch(out, ["ner"])[0].status == "ok"
     assert len(asked) == 2
 
 
 def test_a_changed_file_of_ours_is_fetched_again_and_a_strange_one_is_not_touched(hub: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    data.fetch(out, ["ner"])
+    fetch.fetch(out, ["ner"])
     file = out / "ner/adaptllm_schema.jsonl"
     whole = file.read_text()
     file.write_text(whole.replace("Ann1", "Bob1"))
-    assert data.verify(out, ["ner"])[0].status == "not what sources.json says"
-    data.fetch(out, ["ner"])
+    assert fetch.verify(out, ["ner"])[0].status == "not what sources.json says"
+    fetch.fetch(out, ["ner"])
     assert file.read_text() == whole
     own = out / "pubmedqa/adaptllm_schema.jsonl"
     own.parent.mkdir()
     own.write_text(json.dumps(CHOICES[0]) + "\n")
     with pytest.raises(CorpusError, match=r"pubmedqa/adaptllm_schema\.jsonl: expected a right file .* move it"):
-        data.fetch(out)
+        fetch.fetch(out)
     assert own.read_text() == json.dumps(CHOICES[0]) + "\n"
     own.write_text("".join(json.dumps(row) + "\n" for row in CHOICES))  # right, if not from here: stays
-    assert [each.status for each in data.fetch(out)] == ["ok"] * 3
-    assert data.shown(data.verify(out, ["pubmedqa"])).split()[-5:] == ["own", "file", "ok,", "by", "number"]
-    assert "pubmedqa/adaptllm_schema.jsonl" not in json.loads((out / data.SOURCES).read_text())
+    assert [each.status for each in fetch.fetch(out)] == ["ok"] * 3
+    assert fetch.shown(fetch.verify(out, ["pubmedqa"])).split()[-5:] == ["own", "file", "ok,", "by", "number"]
+    assert "pubmedqa/adaptllm_schema.jsonl" not in json.loads((out / fetch.SOURCES).read_text())
 
 
 def test_another_commit_in_the_registry_is_fetched(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data.fetch(tmp_path / "out", ["ner"])
-    ner = data.FILES[1]
+    fetch.fetch(tmp_path / "out", ["ner"])
+    ner = fetch.FILES[1]
     assert isinstance(ner.origin, HubRows)
-    monkeypatch.setattr(data, "FILES", (replace(ner, origin=replace(ner.origin, revision="f" * 40)),))
-    assert data.verify(tmp_path / "out")[0].status == f"of another commit than {'f' * 40}"
-    assert data.fetch(tmp_path / "out")[0].status == "ok"
+    monkeypatch.setattr(fetch, "FILES", (replace(ner, origin=replace(ner.origin, revision="f" * 40)),))
+    assert fetch.verify(tmp_path / "out")[0].status == f"of another commit than {'f' * 40}"
+    assert fetch.fetch(tmp_path / "out")[0].status == "ok"
     assert (
-        json.loads((tmp_path / "out" / data.SOURCES).read_text())["ner/adaptllm_schema.jsonl"]["revision"] == "f" * 40
+        json.loads((tmp_path / "out" / fetch.SOURCES).read_text())["ner/adaptllm_schema.jsonl"]["revision"] == "f" * 40
     )
 
 
@@ -192,7 +194,7 @@ def test_verify_finds_what_is_wrong(
     path.write_bytes(content.encode(errors="surrogateescape"))
     code, _, _ = memdec(monkeypatch, capsys, "verify", str(tmp_path / "folder"))
     assert code == 1
-    (found,) = [each for each in data.verify(tmp_path / "folder") if each.status != "missing"]
+    (found,) = [each for each in fetch.verify(tmp_path / "folder") if each.status != "missing"]
     assert (found.file.file, found.status[: len(status)]) == (file, status)
 
 
@@ -224,7 +226,7 @@ def test_the_commands_say_what_is_there(
         code, _, err = memdec(monkeypatch, capsys, *words)
         assert code == 2
         assert message in err
-    (tmp_path / "out" / data.SOURCES).write_text('{"ner')
+    (tmp_path / "out" / fetch.SOURCES).write_text('{"ner')
     code, _, err = memdec(monkeypatch, capsys, "verify")
     assert (code, "sources.json: expected a JSON object" in err) == (2, True)
     monkeypatch.delenv("MEMDEC_DATA")
@@ -235,13 +237,13 @@ def test_the_commands_say_what_is_there(
 def test_no_network_is_one_error_and_keeps_what_came(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pubmedqa, ner, *_ = data.FILES
+    pubmedqa, ner, *_ = fetch.FILES
     assert isinstance(ner.origin, HubRows)
     away = replace(ner, origin=replace(ner.origin, path="AdaptLLM/no-such-set"))
-    monkeypatch.setattr(data, "FILES", (pubmedqa, away))
+    monkeypatch.setattr(fetch, "FILES", (pubmedqa, away))
     with pytest.raises(CorpusError, match=r"AdaptLLM/no-such-set NER test at 0+1: expected rows from the Hub, found"):
-        data.fetch(tmp_path / "out")
-    assert [each.status for each in data.verify(tmp_path / "out")] == ["ok", "missing"]
+        fetch.fetch(tmp_path / "out")
+    assert [each.status for each in fetch.verify(tmp_path / "out")] == ["ok", "missing"]
 
 
 def test_a_short_commit_becomes_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +258,7 @@ def test_a_short_commit_becomes_the_whole_one(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_newest_commit_where_none_is_known(monkeypatch: pytest.MonkeyPatch, hub: Path, tmp_path: Path) -> None:
-    text = data.FILES[2]
+    text = fetch.FILES[2]
     assert isinstance(text.origin, HubRows)
     newest = replace(text, origin=replace(text.origin, revision=rows.NEWEST))
     away = HubRows("community/set", None, "test", rows.NEWEST)
@@ -266,23 +268,23 @@ def test_the_newest_commit_where_none_is_known(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(rows, "HfApi", lambda: api)
     assert rows.pinned(away).revision == "b" * 40
     monkeypatch.setattr(rows, "pinned", lambda hub: replace(hub, revision="b" * 40))
-    monkeypatch.setattr(data, "FILES", (newest,))
-    assert [(each.status, each.commit) for each in data.fetch(tmp_path / "out")] == [("ok", "b" * 40)]
-    assert data.verify(tmp_path / "out")[0].status == "ok"
+    monkeypatch.setattr(fetch, "FILES", (newest,))
+    assert [(each.status, each.commit) for each in fetch.fetch(tmp_path / "out")] == [("ok", "b" * 40)]
+    assert fetch.verify(tmp_path / "out")[0].status == "ok"
 
 
 def test_rows_of_the_hub_that_are_not_those_of_the_task_are_not_written(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choices, _, text, *_ = data.FILES
+    choices, _, text, *_ = fetch.FILES
     for file, fault in (
         (replace(choices, rows=5), "other number of rows"),
         (replace(choices, columns=("input", "label")), "row 0: no 'label'"),
         (replace(text, sha256="0" * 64), "other rows"),
     ):
-        monkeypatch.setattr(data, "FILES", (file,))
+        monkeypatch.setattr(fetch, "FILES", (file,))
         with pytest.raises(CorpusError, match=f"at 0+1: expected the rows of {file.file}, found: {fault}"):
-            data.fetch(tmp_path / "out")
+            fetch.fetch(tmp_path / "out")
         assert not list(tmp_path.glob("out/*"))
 
 
@@ -296,9 +298,9 @@ def test_only_the_columns_that_are_asked_for_are_read(hub: Path, tmp_path: Path)
 
 
 def test_the_registry_has_every_task_once_and_the_pins_of_the_yaml_files() -> None:
-    names = [each.file for each in data.FILES]
+    names = [each.file for each in fetch.FILES]
     assert len(set(names)) == len(names)
-    pins: dict[str, Any] = {each.file: each.origin for each in data.FILES}
+    pins: dict[str, Any] = {each.file: each.origin for each in fetch.FILES}
     assert [sum(isinstance(each, kind) for each in pins.values()) for kind in (HubRows, GitHubFile)] == [18, 12]
     assert all(re.fullmatch("[0-9a-f]{40}", each.revision) for each in pins.values() if isinstance(each, GitHubFile))
     assert [file for file, each in pins.items() if each and each.revision == rows.NEWEST] == ["yahoo/test.jsonl"]
@@ -315,9 +317,9 @@ def test_the_registry_has_every_task_once_and_the_pins_of_the_yaml_files() -> No
 
 
 def test_an_ok_says_what_it_rests_on() -> None:
-    file = data.DataFile("t/test.jsonl", 3, ("text",))
+    file = fetch.DataFile("t/test.jsonl", 3, ("text",))
     files = [replace(file, sha256="0" * 64), file, replace(file, rows=None)]
-    lines = data.shown([data.Checked(each, 3, "ok") for each in files]).splitlines()[1:]
+    lines = fetch.shown([fetch.Checked(each, 3, "ok") for each in files]).splitlines()[1:]
     assert [line.split("own file")[-1].split("-")[-1].strip() for line in lines] == [
         "ok",
         "ok, by number",
@@ -326,7 +328,7 @@ def test_an_ok_says_what_it_rests_on() -> None:
 
 
 def test_the_real_rows_that_are_complete(shared_data: Path) -> None:
-    found = {each.file.file: each for each in data.verify(shared_data / "tasks")}
+    found = {each.file.file: each for each in fetch.verify(shared_data / "tasks")}
     for task in ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte"):
         assert found[f"{task}/test.jsonl"].status == "ok"
     for name in ("sentiment", "agn", "yahoo"):

@@ -12,10 +12,13 @@ import torch
 from making import CONTEXT, launch, write_store, write_tokens
 from numpy.typing import NDArray
 
-from memdec import artifacts, datastore, devices, keypoints, models, tokens
-from memdec.config import Compute, DatastoreSettings
-from memdec.datastore import Datastore
+from memdec.artefacts import artefact, devices
+from memdec.datastore import keys as datastore
+from memdec.datastore.keys import Datastore
 from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError, ResourceError
+from memdec.models import keypoints, loading
+from memdec.settings import Compute, DatastoreSettings
+from memdec.text import tokens
 
 WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
 SMALL = {"batch_size": 4}
@@ -59,7 +62,7 @@ def test_two_processes_give_the_same_bits(base_folder: Path, token_folder: Path,
     arguments += ["--context", CONTEXT, "--stride", CONTEXT // 2, "--batch-size", 4]
     launch(2, "-m", "memdec.cli", "datastore", *arguments)
     assert (tmp_path / "two" / "keys.npy").read_bytes() == (whole / "keys.npy").read_bytes()
-    assert artifacts.read(tmp_path / "two", "datastore").recipe == artifacts.read(whole, "datastore").recipe
+    assert artefact.read(tmp_path / "two", "datastore").recipe == artefact.read(whole, "datastore").recipe
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bits(
@@ -147,7 +150,7 @@ def test_other_splits_and_key_points(base_folder: Path, token_folder: Path, tmp_
     data = tokens.load_stream(token_folder, "valid")
     assert store.n == len(data)
     np.testing.assert_array_equal(store.values, data)
-    model = models.load(base_folder)
+    model = loading.load(base_folder)
     with torch.no_grad():
         ids = torch.tensor([[0, *data[: CONTEXT - 1].tolist()]])
         expected = model(ids, output_hidden_states=True).hidden_states[-1][0]
@@ -190,7 +193,7 @@ def test_a_token_outside_the_vocabulary_is_named(base_folder: Path, token_folder
     values = np.array(tokens.load_stream(token_folder, "train")[:400])
     values[123] = 300
     stream = write_tokens(
-        tmp_path / "t", values, tokenizer=artifacts.read(token_folder, "tokens").facts["tokenizer_sha256"]
+        tmp_path / "t", values, tokenizer=artefact.read(token_folder, "tokens").facts["tokenizer_sha256"]
     )
     with pytest.raises(ConfigError, match="below the vocabulary of 300, found 300 at position 123 of the train split"):
         run(base_folder, stream, tmp_path / "d")
@@ -230,9 +233,9 @@ def test_shards_that_cannot_be(
 def test_fault_11_bfloat16_holds_what_float16_cannot(
     base_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = models.load(base_folder)
+    model = loading.load(base_folder)
     model.transformer.h[-1].ln_2.weight.data.fill_(1e6)
-    monkeypatch.setattr(models, "load", lambda _, dtype: model)
+    monkeypatch.setattr(loading, "load", lambda _, dtype: model)
     with pytest.raises(
         NumericsError, match=r"at position \d+ \(beyond the range of float16; use dtype float32 or bfloat16\)"
     ):

@@ -18,9 +18,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from making import launch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from memdec import HARNESS_TASKS, dcpmi, dcpmi_rows, verbalizers
+from memdec import HARNESS_TASKS
 from memdec.errors import ConfigError, CorpusError
-from memdec.harness import MemDecInterp
+from memdec.harness.models import MemDecInterp
+from memdec.tasks import dcpmi, dcpmi_rows, verbalizers
 
 ALPHA = 0.3
 NAMES = ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte", "agn", "yahoo")
@@ -515,7 +516,7 @@ def test_rotten_tomatoes_of_the_hub_get_the_fields_of_the_file(monkeypatch: pyte
         features=datasets.Features({"text": datasets.Value("string"), "label": names}),
     )
     monkeypatch.delenv("MEMDEC_DATA", raising=False)
-    monkeypatch.setattr("memdec.rows.hub_rows", lambda _: hub)
+    monkeypatch.setattr("memdec.tasks.rows.hub_rows", lambda _: hub)
     rows = dcpmi_rows.load_rows(set="rt", paper_rows=1066)["test"].rows
     assert [(row["input"], row["gold"]) for row in rows] == [("a fine film", 1), ("a dull one", 0)]
 

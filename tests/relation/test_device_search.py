@@ -9,12 +9,14 @@ import torch
 from making import write_store, write_tokens
 from numpy.typing import NDArray
 
-from memdec import artifacts, device_search, index, search, targets
-from memdec.config import IndexSettings, TargetSettings
-from memdec.datastore import Datastore
-from memdec.device_search import DeviceSearch
+from memdec.artefacts import artefact
+from memdec.datastore import device_search, index, search, target_rows, targets
+from memdec.datastore.device_search import DeviceSearch
+from memdec.datastore.keys import Datastore
+from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, NumericsError
-from memdec.targets import TargetReader
+from memdec.maths import exact_search
+from memdec.settings import IndexSettings, TargetSettings
 
 CPU = torch.device("cpu")
 Pair = tuple[NDArray[np.float64], NDArray[np.int64]]
@@ -154,28 +156,28 @@ def test_a_broken_key_is_named(tmp_path: Path, room: int | None, bad: float) -> 
 def test_no_distance_is_below_its_bound_nor_far_above_it(kind: str, tf32: bool) -> None:
     keys = torch.from_numpy(spread(kind).astype(np.float32))
     moved = keys - keys.median(0).values
-    asked = search.to_tf32(moved) if tf32 else moved
-    bounds = search.lower_bounds(asked, moved, tf32=tf32) + search.own_part(moved, tf32=tf32)
+    asked = exact_search.to_tf32(moved) if tf32 else moved
+    bounds = exact_search.lower_bounds(asked, moved, tf32=tf32) + exact_search.own_part(moved, tf32=tf32)
     exact = torch.cdist(keys.double(), keys.double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
     norms = moved.double().square().sum(1)
     assert (bounds <= exact).all()
-    assert (bounds >= exact - 2 * search.slack(keys.shape[1], tf32=tf32) * (norms + norms[:, None])).all()
+    assert (bounds >= exact - 2 * exact_search.slack(keys.shape[1], tf32=tf32) * (norms + norms[:, None])).all()
 
 
 def test_tf32_has_eleven_bits() -> None:
     values = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 1e3
-    rounded = search.to_tf32(values[None])[0]
+    rounded = exact_search.to_tf32(values[None])[0]
     assert ((rounded - values).abs() <= values.abs() * 2.0**-11).all()
     mantissa, _ = torch.frexp(rounded)
     assert (mantissa * 2**11 == (mantissa * 2**11).round()).all()
-    assert torch.equal(search.to_tf32(rounded[None])[0], rounded)
+    assert torch.equal(exact_search.to_tf32(rounded[None])[0], rounded)
 
 
 @pytest.mark.parametrize("n", [1, 10, 50, 51, 203, 5000])
 @pytest.mark.parametrize("keep", [1, 7, 50])
 def test_two_levels_find_the_smallest(n: int, keep: int) -> None:
     for values in (torch.rand(9, n), torch.randint(0, 5, (9, n)).float(), torch.full((9, n), torch.inf)):
-        near, column = search.smallest(values, keep)
+        near, column = exact_search.smallest(values, keep)
         assert torch.equal(near.sort(1).values, values.sort(1).values[:, :keep])
         assert torch.equal(values.gather(1, column), near)
         assert all(len(set(row)) == len(row) for row in column.tolist())
@@ -183,8 +185,8 @@ def test_two_levels_find_the_smallest(n: int, keep: int) -> None:
 
 def test_codes_sort_by_distance_and_position() -> None:
     sq_dist, ids = torch.tensor([2.5, 0.0, 2.5, 3e38]), torch.tensor([9, 4_294_967_294, 3, 0])
-    codes = torch.cat([search.encode(sq_dist, ids), torch.tensor([search.NONE])]).sort().values
-    found = search.decode(codes)
+    codes = torch.cat([exact_search.encode(sq_dist, ids), torch.tensor([exact_search.NONE])]).sort().values
+    found = exact_search.decode(codes)
     assert found[0].tolist() == [0.0, 2.5, 2.5, pytest.approx(3e38), np.inf]
     assert found[1].tolist() == [4_294_967_294, 3, 9, 0, -1]
 
@@ -192,9 +194,9 @@ def test_codes_sort_by_distance_and_position() -> None:
 def test_the_precision_of_products_is_as_before() -> None:
     flags = torch.backends.cuda.matmul
     before = flags.fp32_precision
-    with search.product_of(tf32=True):
+    with exact_search.product_of(tf32=True):
         assert flags.fp32_precision == "tf32"
-        with search.product_of(tf32=False):
+        with exact_search.product_of(tf32=False):
             assert flags.fp32_precision == "ieee"
         assert flags.fp32_precision == "tf32"
     assert flags.fp32_precision == before
@@ -222,14 +224,14 @@ def made(tmp_path: Path) -> Made:
 @pytest.fixture
 def by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search of a GPU on the CPU, with batches of 64 and keys that do not fit."""
-    real = index.search_device
+    real = search.search_device
 
-    def there(self: index.Searcher) -> DeviceSearch:
+    def there(self: search.Searcher) -> DeviceSearch:
         if self._on_device is None:
             self._on_device = DeviceSearch(self.store, real(CPU), room=4_000)
         return self._on_device
 
-    monkeypatch.setattr(index.Searcher, "on_device", property(there))
+    monkeypatch.setattr(search.Searcher, "on_device", property(there))
     monkeypatch.setattr(device_search, "QUERIES", 64)
 
 
@@ -238,7 +240,7 @@ def rows(made: Made, out: Path, **changes: Any) -> list[dict[str, NDArray[Any]]]
     folders = [out / str(shard) for shard in range(chosen.shards)]
     for shard, folder in enumerate(folders):
         targets.run(*made, folder, chosen, shard=shard)
-    found = TargetReader(folders, artifacts.read(made[2], "tokens").facts["sha256"]["train"]).rows([(0, N)])
+    found = TargetReader(folders, artefact.read(made[2], "tokens").facts["sha256"]["train"]).rows([(0, N)])
     return {name: np.asarray(getattr(found, name)) for name in ("indptr", "tokens", "probs")}
 
 
@@ -252,7 +254,7 @@ def test_targets_are_those_of_the_cpu(made: Made, tmp_path: Path, request: pytes
     np.testing.assert_array_equal(found["indptr"], ours["indptr"])
     np.testing.assert_array_equal(found["tokens"], ours["tokens"])
     np.testing.assert_allclose(found["probs"], ours["probs"], atol=1e-6)
-    searcher = index.load(Datastore(made[0]), made[1])
+    searcher = search.load(Datastore(made[0]), made[1])
     queries = np.load(made[0][0] / "keys.npy")[:50].astype(np.float32)
     here = searcher.search(queries, 20, np.arange(50))
     request.getfixturevalue("monkeypatch").undo()
@@ -289,7 +291,7 @@ def test_a_killed_shard_goes_on_and_gives_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         targets.run(*made, tmp_path / "killed", chosen, shard=1)
     with pytest.raises(ArtifactError, match="unfinished"):
-        artifacts.read(tmp_path / "killed", "targets")
+        artefact.read(tmp_path / "killed", "targets")
     targets.run(*made, tmp_path / "killed", chosen, shard=1)
     assert seen[calls : calls + 2] == [128 + 64 * calls] * 2  # positions 150 .. 299 on the grid of batches of 64
     for name in ("indptr", "tokens", "probs"):
@@ -300,15 +302,15 @@ def test_a_killed_shard_goes_on_and_gives_the_same_bits(
 def test_an_error_of_the_writer_is_the_error_of_the_run(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = targets.RowWriter.append, []
+    real, seen = target_rows.RowWriter.append, []
 
-    def full(self: targets.RowWriter, *batch: Any) -> None:
+    def full(self: target_rows.RowWriter, *batch: Any) -> None:
         seen.append(len(batch[0]))
         if len(seen) == 3:
             raise OSError("no space left")
         real(self, *batch)
 
-    monkeypatch.setattr(targets.RowWriter, "append", full)
+    monkeypatch.setattr(target_rows.RowWriter, "append", full)
     with pytest.raises(OSError, match="no space left"):
         rows(made, tmp_path / "t")
     assert len(seen) == 3  # nothing is written after it

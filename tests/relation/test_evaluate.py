@@ -10,8 +10,14 @@ import pytest
 import torch
 from making import CONTEXT, made_text, plain_scores
 
-from memdec import artifacts, corpora, datastore, evaluate, index, passages, targets, tokens, train
-from memdec.config import (
+from memdec.artefacts import artefact
+from memdec.datastore import index, passages, targets
+from memdec.datastore import keys as datastore
+from memdec.errors import ArtifactError, ConfigError
+from memdec.inference.icrag import IcRagForCausalLM
+from memdec.maths.windows import windows
+from memdec.results import evaluate
+from memdec.settings import (
     FORGETTING,
     DatastoreSettings,
     EvaluateSettings,
@@ -22,9 +28,8 @@ from memdec.config import (
     TargetSettings,
     TrainSettings,
 )
-from memdec.errors import ArtifactError, ConfigError
-from memdec.icrag import IcRagForCausalLM
-from memdec.windows import windows
+from memdec.text import corpora, tokens
+from memdec.training import stages
 
 WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
 TAUS = [0.5, 50.0]
@@ -47,7 +52,7 @@ def home(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPat
             targets.run(home / "store", home / "index", token_folder, out, settings, queries=[queries])
     passages.run(token_folder, home / "passages", PassageSettings(passage=12))
     dapt = TrainSettings(epochs=0.5, learning_rate=1e-2)
-    train.run_finetune(base_folder, token_folder, home / "dapt", dapt, context=CONTEXT, seed=0)
+    stages.run_finetune(base_folder, token_folder, home / "dapt", dapt, context=CONTEXT, seed=0)
     return home
 
 
@@ -136,7 +141,7 @@ def test_a_dapt_model_is_mixed_in_as_a_memory_is(
     log_p = np.log((1 - mixed["alpha"]) * np.exp(ours) + mixed["alpha"] * np.exp(theirs))
     assert mixed["value"] == pytest.approx(math.exp(-log_p.mean()), rel=1e-5)
     assert mixed["valid"] == min(mixed["valid_sweep"].values())
-    assert artifacts.read(tmp_path / "e", "evaluation").settings["memory"] == "dapt"
+    assert artefact.read(tmp_path / "e", "evaluation").settings["memory"] == "dapt"
 
 
 def test_general_text_is_measured_at_the_weights_of_the_domain(

@@ -15,11 +15,18 @@ import torch
 from making import CONTEXT, plain_scores
 from rich.console import Console
 
-from memdec import artifacts, cases, cli, datastore, explain, index, knn, targets, tokens
-from memdec.config import Case, DatastoreSettings, ExplainSettings, IndexSettings, TargetSettings, TokenizerSpec
+from memdec import cli
+from memdec.artefacts import artefact
+from memdec.datastore import index, target_rows, targets
+from memdec.datastore import keys as datastore
 from memdec.errors import ArtifactError, ConfigError
-from memdec.explain import Guess, Neighbours, Prediction, TokenReport
-from memdec.modeling import MemDecForCausalLM
+from memdec.inference import token_reports
+from memdec.inference.mixture import MemDecForCausalLM
+from memdec.inference.token_reports import Guess, Neighbours, Prediction, TokenReport
+from memdec.maths import sparse_rows
+from memdec.results import explain, table6
+from memdec.settings import Case, DatastoreSettings, ExplainSettings, IndexSettings, TargetSettings, TokenizerSpec
+from memdec.text import tokens
 
 ALPHA, STRIDE = 0.4, CONTEXT // 2
 WINDOW = {"context": CONTEXT, "stride": STRIDE}
@@ -48,7 +55,7 @@ def keys(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def nasty(mixture: MemDecForCausalLM, words: Any) -> list[TokenReport]:
-    return explain.explain(mixture, words, words.encode(NASTY), **WINDOW, top=4)
+    return token_reports.explain(mixture, words, words.encode(NASTY), **WINDOW, top=4)
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
@@ -58,7 +65,7 @@ def test_probabilities_are_those_of_plain_passes_over_sliding_windows(
     mixture: MemDecForCausalLM, words: Any, token_folder: Path, base_folder: Path, small_folder: Path
 ) -> None:
     ids = tokens.load_stream(token_folder, "test")[:75].tolist()
-    found = explain.explain(mixture, words, ids, **WINDOW, top=1)
+    found = token_reports.explain(mixture, words, ids, **WINDOW, top=1)
     assert [(report.position, report.token) for report in found] == list(enumerate(ids))
     prefix = tokens.prefix_id(words)
     base, memory = (plain_scores(folder, ids, prefix, STRIDE) for folder in (base_folder, small_folder))
@@ -73,7 +80,7 @@ def test_probabilities_are_those_of_plain_passes_over_sliding_windows(
 
 def test_the_most_probable_tokens(mixture: MemDecForCausalLM, words: Any) -> None:
     ids = words.encode("The matrix 3 returns the token")
-    found = explain.explain(mixture, words, ids, **WINDOW, top=5)
+    found = token_reports.explain(mixture, words, ids, **WINDOW, top=5)
     text = torch.tensor([[tokens.prefix_id(words), *ids[:-1]]])
     with torch.no_grad():
         rows = {"base": mixture.base, "memory": mixture.memories[0], "joint": mixture}
@@ -91,7 +98,7 @@ def test_the_most_probable_tokens(mixture: MemDecForCausalLM, words: Any) -> Non
 def test_all_weight_on_one_model(mixture: MemDecForCausalLM, words: Any, alpha: float, same: str) -> None:
     mixture.set_weights([alpha])
     try:
-        found = explain.explain(mixture, words, words.encode("The kernel reads"), **WINDOW)
+        found = token_reports.explain(mixture, words, words.encode("The kernel reads"), **WINDOW)
     finally:
         mixture.set_weights([ALPHA])
     assert all(report.joint == getattr(report, same) for report in found)
@@ -104,12 +111,14 @@ def test_neighbours_are_those_of_targets(
     settings = TargetSettings(neighbours=20, temperature=3.0)
     targets.run(keys["train"], keys["index"], token_folder, tmp_path / "t", settings, queries=keys["valid"])
     ids = tokens.load_stream(token_folder, "valid")[: CONTEXT + 3 * STRIDE]  # the first windows of the whole text
-    sha = artifacts.read(token_folder, "tokens").facts["sha256"]["valid"]
-    rows = targets.TargetReader([tmp_path / "t"], sha).rows([(0, len(ids))])
+    sha = artefact.read(token_folder, "tokens").facts["sha256"]["valid"]
+    rows = target_rows.TargetReader([tmp_path / "t"], sha).rows([(0, len(ids))])
     asked = Neighbours([keys["train"]], keys["index"], ExplainSettings(neighbours=20, temperature=3.0), words)
-    found = explain.explain(mixture, words, ids.tolist(), **WINDOW, top=1000, neighbours=asked)
+    found = token_reports.explain(mixture, words, ids.tolist(), **WINDOW, top=1000, neighbours=asked)
     told = [report.knn for report in found if report.knn is not None]
-    np.testing.assert_allclose([each.p for each in told], knn.probability_of(rows, np.array(ids, int)), atol=1e-5)
+    np.testing.assert_allclose(
+        [each.p for each in told], sparse_rows.probability_of(rows, np.array(ids, int)), atol=1e-5
+    )
     assert 0.1 < np.mean([each.p > 0 for each in told]) < 1  # both kinds are there
     for row, each in enumerate(told):
         span = slice(rows.indptr[row], rows.indptr[row + 1])
@@ -125,7 +134,7 @@ def test_a_streamed_datastore_is_searched_with_the_distances_of_its_index(
     datastore.run(base_folder, token_folder, tmp_path / "d", DatastoreSettings(stored=False), **WINDOW)
     index.run(tmp_path / "d", tmp_path / "i", IndexSettings(kind="ivfflat", centroids=4, check_nprobe=[4]))
     asked = Neighbours([tmp_path / "d"], tmp_path / "i", ExplainSettings(neighbours=9, nprobe=4), words)
-    found = explain.explain(mixture, words, words.encode("The matrix 3"), **WINDOW, neighbours=asked, top=9)
+    found = token_reports.explain(mixture, words, words.encode("The matrix 3"), **WINDOW, neighbours=asked, top=9)
     assert all(sum(g.p for g in report.knn.top) == pytest.approx(1) for report in found if report.knn is not None)
 
 
@@ -138,7 +147,7 @@ def test_tokens_spell_the_text(nasty: list[TokenReport]) -> None:
 
 
 def test_alternatives_are_spelled_as_they_would_stand_there(words: Any) -> None:
-    spell = explain._speller(words)
+    spell = token_reports._speller(words)
     the, of = words.encode("The matrix of")[0], words.encode("The of")[-1]
     first, second, third = words.encode("中")
     assert words.decode([of]) == spell((the,), of)
@@ -329,7 +338,7 @@ def test_what_does_not_belong_together_is_refused(
     alone = MemDecForCausalLM.from_models(mixture.base, [], [])
     for model, ids in ((alone, [1]), (mixture, [])):
         with pytest.raises(ConfigError, match=rf"found {len(ids)} tokens and {len(model.memories)} memories"):
-            explain.explain(model, words, ids, **WINDOW)
+            token_reports.explain(model, words, ids, **WINDOW)
 
 
 # --- Table 6 ------------------------------------------------------------------------------------------------------
@@ -344,7 +353,7 @@ def test_a_marked_word_has_the_product_of_its_tokens(
         before = text.split("[[")[0]
         ids = words.encode(before + word)
         n = len(ids) - len(words.encode(before.rstrip()))
-        row = cases.probabilities(Case(text=text), mixture, words, neighbours)
+        row = table6.probabilities(Case(text=text), mixture, words, neighbours)
         assert (row["target"], row["tokens"]) == (word, n)
         inputs = torch.tensor([[tokens.prefix_id(words), *ids[:-1]]])
         for model, name in ((mixture.base, "BaseLM"), (mixture.memories[0], "MemDec")):
@@ -352,12 +361,12 @@ def test_a_marked_word_has_the_product_of_its_tokens(
             each = [log_p[i, ids[i]] for i in range(len(ids) - n, len(ids))]
             assert row[name] == pytest.approx(100 * float(torch.stack(each).sum().exp()), rel=1e-5)
         assert 0 <= row["kNN"] <= 100
-        behind = cases.probabilities(Case(text=f"{text} More"), mixture, words, neighbours)
+        behind = table6.probabilities(Case(text=f"{text} More"), mixture, words, neighbours)
         assert [behind[name] for name in ("MemDec", "kNN", "BaseLM")] == [
             row[name] for name in ("MemDec", "kNN", "BaseLM")
         ]
     with pytest.raises(ConfigError, match=f"at most {CONTEXT} tokens"):
-        cases.probabilities(Case(text="word " * 99 + "[[end]]"), mixture, words, neighbours)
+        table6.probabilities(Case(text="word " * 99 + "[[end]]"), mixture, words, neighbours)
 
 
 @pytest.mark.parametrize(

@@ -15,21 +15,14 @@ from making import CONTEXT, launch, spec
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from memdec import (
-    artifacts,
-    datastore,
-    devices,
-    fitting,
-    flops,
-    index,
-    mixing,
-    models,
-    objectives,
-    targets,
-    tokens,
-    train,
-)
-from memdec.config import (
+from memdec.artefacts import artefact, devices
+from memdec.datastore import index, targets
+from memdec.datastore import keys as datastore
+from memdec.datastore.target_rows import TargetReader
+from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError
+from memdec.maths import mixing, objectives
+from memdec.models import flops, loading
+from memdec.settings import (
     AUTO,
     Compute,
     DatastoreSettings,
@@ -39,8 +32,8 @@ from memdec.config import (
     TargetSettings,
     TrainSettings,
 )
-from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError
-from memdec.targets import TargetReader
+from memdec.text import tokens
+from memdec.training import batches, fitting, stages
 
 Train = Callable[..., dict[str, torch.Tensor]]
 FAST: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 0.3}
@@ -63,7 +56,7 @@ def trained(small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path) 
         settings = MemorySettings(**{**FAST, **changes})
         given = [] if settings.objective == "ce" else [rows]
         how = {"context": CONTEXT, "seed": 3, "bases": bases, "compute": Compute(precision=precision)}
-        train.run_train(small_folder, token_folder, given, tmp_path / name, settings, **how)
+        stages.run_train(small_folder, token_folder, given, tmp_path / name, settings, **how)
         return load_file(tmp_path / name / "model.safetensors")
 
     return run
@@ -89,7 +82,7 @@ def test_fault_16_accumulation_changes_nothing(trained: Train, objective: str) -
 def test_fault_16_means_of_micro_batches_would_be_seen(
     trained: Train, token_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = fitting.WindowData(tokens.load_stream(token_folder, "train"), CONTEXT, 0)
+    data = batches.WindowData(tokens.load_stream(token_folder, "train"), CONTEXT, 0)
     assert 0 < data.parts[-1].n_scored < CONTEXT
     changes: dict[str, Any] = {"epochs": 1, "learning_rate": 1e-4, "batch_size": 1, "accumulation": 8}
     right, plain = trained("right", **changes), fitting.LossModel.forward
@@ -110,7 +103,7 @@ def test_fault_16_and_22_two_processes_change_neither_training_nor_perplexity(
     launch(2, "-m", "memdec.cli", "train", *arguments)
     one = trained("one", batch_size=8, epochs=1, learning_rate=1e-4)
     assert farthest(one, load_file(tmp_path / "two" / "model.safetensors")) < 1e-5
-    a, b = (artifacts.read(tmp_path / name, "memory").facts for name in ("one", "two"))
+    a, b = (artefact.read(tmp_path / name, "memory").facts for name in ("one", "two"))
     assert a["valid_perplexity"] == pytest.approx(b["valid_perplexity"], rel=1e-5)
     assert (a["updates"], a["trained_tokens"], a["flops"]) == (b["updates"], b["trained_tokens"], b["flops"])
 
@@ -150,9 +143,9 @@ dist.destroy_process_group()
 
 
 def batch_of(token_folder: Path, rows: Path | None, indices: list[int]) -> dict[str, torch.Tensor]:
-    data = fitting.WindowData(tokens.load_stream(token_folder, "train"), CONTEXT, 0)
-    reader = rows and TargetReader([rows], artifacts.read(token_folder, "tokens").facts["sha256"]["train"])
-    return fitting.Collate(reader)([data[i] for i in indices])
+    data = batches.WindowData(tokens.load_stream(token_folder, "train"), CONTEXT, 0)
+    reader = rows and TargetReader([rows], artefact.read(token_folder, "tokens").facts["sha256"]["train"])
+    return batches.Collate(reader)([data[i] for i in indices])
 
 
 def test_sharded_parameters_give_the_same_gradients(
@@ -171,30 +164,30 @@ def test_checkpointed_activations_change_nothing(trained: Train) -> None:
 def test_bf16_trains_to_about_the_same(trained: Train, tmp_path: Path) -> None:
     trained("float32", epochs=1)
     trained("bf16", epochs=1, precision="bfloat16")
-    one, other = (artifacts.read(tmp_path / name, "memory").facts["valid_perplexity"] for name in ("float32", "bf16"))
+    one, other = (artefact.read(tmp_path / name, "memory").facts["valid_perplexity"] for name in ("float32", "bf16"))
     assert one == pytest.approx(other, rel=0.02)
     assert one != other
 
 
 def test_order_is_a_permutation_filled_up_and_depends_on_seed_and_epoch_alone() -> None:
-    order = fitting.Order(10, 4, seed=1)
+    order = batches.Order(10, 4, seed=1)
     first = list(order)
     assert len(order) == 12
     assert sorted(first) == [-1, -1, *range(10)]
     assert first[10:] == [-1, -1]
     assert list(order) == first
-    assert list(fitting.Order(10, 5, seed=1)) == first[:10]  # the same for any number of processes
+    assert list(batches.Order(10, 5, seed=1)) == first[:10]  # the same for any number of processes
     order.epoch = 1
     assert list(order)[:10] != first[:10]
-    assert list(fitting.Order(10, 4, seed=2))[:10] != first[:10]
-    assert list(fitting.Order(3, 2, seed=None)) == [0, 1, 2, -1]
+    assert list(batches.Order(10, 4, seed=2))[:10] != first[:10]
+    assert list(batches.Order(3, 2, seed=None)) == [0, 1, 2, -1]
 
 
 def test_collate_joins_rows_of_scored_positions(token_folder: Path, rows: Path) -> None:
-    data = fitting.WindowData(tokens.load_stream(token_folder, "train"), CONTEXT, 7)
+    data = batches.WindowData(tokens.load_stream(token_folder, "train"), CONTEXT, 7)
     last = len(data) - 1
     batch = batch_of(token_folder, rows, [2, last, -1])
-    reader = TargetReader([rows], artifacts.read(token_folder, "tokens").facts["sha256"]["train"])
+    reader = TargetReader([rows], artefact.read(token_folder, "tokens").facts["sha256"]["train"])
     flat, indptr = batch["labels"].flatten(), batch["target_indptr"]
     assert len(indptr) == 3 * CONTEXT + 1
     scored = (flat != -100).nonzero().flatten().tolist()
@@ -236,7 +229,7 @@ def test_fault_18_a_batch_holds_no_dense_target(token_folder: Path, rows: Path) 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
 def test_fault_19_norms_and_biases_do_not_decay(architecture: str, tmp_path: Path) -> None:
-    model = models.from_scratch(spec(16, architecture=architecture), 50, 32, 0)
+    model = loading.from_scratch(spec(16, architecture=architecture), 50, 32, 0)
     arguments = fitting._arguments(TrainSettings(weight_decay=0.1), tmp_path, 0, AUTO)
     trainer = fitting.LossTrainer(model=fitting.LossModel(model, objectives.Hybrid()), args=arguments)
     groups = trainer.create_optimizer().param_groups
@@ -248,13 +241,13 @@ def test_fault_19_norms_and_biases_do_not_decay(architecture: str, tmp_path: Pat
 
 def test_fault_20_windows_are_shuffled_anew_each_epoch(trained: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    plain = fitting.Collate.__call__
+    plain = batches.Collate.__call__
 
     def call(self: Any, items: list[dict[str, Any]]) -> Any:
         seen.append([item["first"] for item in items if item["end"]])
         return plain(self, items)
 
-    monkeypatch.setattr(fitting.Collate, "__call__", call)
+    monkeypatch.setattr(batches.Collate, "__call__", call)
     trained("m", epochs=2, batch_size=600)
     first, second = seen[0], seen[1]
     assert sorted(first) == sorted(second)
@@ -266,7 +259,7 @@ def test_fault_20_every_setting_is_read() -> None:
     """33 of 45 options of one released script are never used."""
     read = {
         node.attr
-        for module in (fitting, train)
+        for module in (fitting, stages)
         for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
@@ -280,14 +273,14 @@ def test_fault_21_a_padded_head_keeps_its_rows(
     small_folder: Path, token_folder: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     padded = tmp_path / "padded"
-    with artifacts.building(padded, "model", {}, {}) as build:
+    with artefact.building(padded, "model", {}, {}) as build:
         assert build is not None
-        model = models.load(small_folder)
+        model = loading.load(small_folder)
         model.resize_token_embeddings(320)
         model.save_pretrained(padded)
         tokens.load_tokenizer(str(tokenizer_folder)).save_pretrained(padded)
     settings = TrainSettings(epochs=0.1)
-    train.run_finetune(padded, token_folder, tmp_path / "out", settings, context=CONTEXT, seed=0)
+    stages.run_finetune(padded, token_folder, tmp_path / "out", settings, context=CONTEXT, seed=0)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_output_embeddings().weight.shape[0] == 320
 
 
@@ -298,7 +291,7 @@ def test_fused_activations_are_the_same_function() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
     ids = torch.arange(20)[None]
     before = model(ids).logits
-    models.fuse_activations(model)
+    loading.fuse_activations(model)
     assert all(isinstance(layer.mlp.act, torch.nn.GELU) for layer in model.transformer.h)
     torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
     assert model.config.activation_function == "gelu_new"
@@ -312,14 +305,14 @@ def test_evaluations_sweep_alpha_and_the_best_is_kept(
 ) -> None:
     changes: dict[str, Any] = {"epochs": 2, "learning_rate": 3e-2, "keep_best": True, "evaluate_every": 0.5}
     trained("m", bases=(base_folder,), alphas=[0.25, 0.5, 1.0], **changes)
-    facts = artifacts.read(tmp_path / "m", "memory").facts
+    facts = artefact.read(tmp_path / "m", "memory").facts
     steps = facts["evaluations"]
     assert len(steps) == 4 + 1  # and the final one, with the best weights
     best = min(steps[:-1], key=lambda entry: entry["score"])
     assert steps[-1]["score"] == pytest.approx(best["score"], rel=1e-6)
     # By hand: both models over valid, mixed at the alpha of the last evaluation.
     valid = tokens.load_stream(token_folder, "valid")
-    parts = fitting.WindowData(valid, CONTEXT, 0)
+    parts = batches.WindowData(valid, CONTEXT, 0)
     scores = []
     for folder in (base_folder, tmp_path / "m"):
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -339,7 +332,7 @@ def test_evaluations_sweep_alpha_and_the_best_is_kept(
 
 def test_training_stops_when_nothing_gets_better(trained: Train, tmp_path: Path) -> None:
     trained("m", epochs=20, learning_rate=0.2, keep_best=True, patience=2, evaluate_every=0.25)
-    facts = artifacts.read(tmp_path / "m", "memory").facts
+    facts = artefact.read(tmp_path / "m", "memory").facts
     assert facts["updates"] < facts["planned_updates"]
     scores = [entry["score"] for entry in facts["evaluations"][:-1]]
     assert min(scores) == scores[-3]
@@ -353,7 +346,7 @@ def test_a_killed_training_that_stops_early_resumes_to_the_same_weights(
     """The count of evaluations without a better one goes on too, and a checkpoint that was cut short is passed over."""
     changes: dict[str, Any] = {"epochs": 20, "learning_rate": 0.1, "keep_best": True, "patience": 3, "dropout": 0.1}
     straight = trained("straight", evaluate_every=0.25, **changes)
-    facts = artifacts.read(tmp_path / "straight", "memory").facts
+    facts = artefact.read(tmp_path / "straight", "memory").facts
     assert facts["updates"] < facts["planned_updates"]
     plain = fitting.LossTrainer.evaluate
 
@@ -369,7 +362,7 @@ def test_a_killed_training_that_stops_early_resumes_to_the_same_weights(
     (tmp_path / "killed" / "work" / "checkpoint-99999").mkdir()
     resumed = trained("killed", evaluate_every=0.25, **changes)
     assert farthest(straight, resumed) == 0
-    assert artifacts.read(tmp_path / "killed", "memory").facts["updates"] == facts["updates"]
+    assert artefact.read(tmp_path / "killed", "memory").facts["updates"] == facts["updates"]
 
 
 def test_resuming_with_other_settings_names_what_changed(
@@ -394,9 +387,9 @@ def test_curves_go_where_report_to_says(trained: Train, tmp_path: Path) -> None:
     trained("m", report_to=["tensorboard"], evaluate_every=0.1)
     written = b"".join(path.read_bytes() for path in (tmp_path / "runs" / "m").iterdir())
     assert b"eval/perplexity" in written
-    recipe = artifacts.read(tmp_path / "m", "memory").recipe
+    recipe = artefact.read(tmp_path / "m", "memory").recipe
     trained("m", evaluate_every=0.1)  # where curves go is no part of the recipe: nothing is trained again
-    assert artifacts.read(tmp_path / "m", "memory").recipe == recipe
+    assert artefact.read(tmp_path / "m", "memory").recipe == recipe
 
 
 # --- budget and sizes ---------------------------------------------------------------------------------------------
@@ -405,28 +398,28 @@ def test_curves_go_where_report_to_says(trained: Train, tmp_path: Path) -> None:
 def test_the_flop_budget_ends_training(
     base_folder: Path, small_folder: Path, token_folder: Path, tmp_path: Path
 ) -> None:
-    n_tokens = artifacts.read(token_folder, "tokens").facts["tokens"]["train"]
+    n_tokens = artefact.read(token_folder, "tokens").facts["tokens"]["train"]
     settings = TrainSettings(epochs=3, learning_rate=1e-3)
     for folder, name in ((base_folder, "own"), (small_folder, "smaller")):
-        train.run_finetune(
+        stages.run_finetune(
             folder, token_folder, tmp_path / name, settings, context=CONTEXT, seed=0, budget=(base_folder, 1.5)
         )
-        facts = artifacts.read(tmp_path / name, "model").facts
-        ceiling = 1.5 * n_tokens * flops.flops_per_token(models.load(base_folder), CONTEXT)
+        facts = artefact.read(tmp_path / name, "model").facts
+        ceiling = 1.5 * n_tokens * flops.flops_per_token(loading.load(base_folder), CONTEXT)
         assert facts["flops_ceiling"] == pytest.approx(ceiling)
         assert facts["flops"] <= ceiling
         per_update = facts["flops"] / facts["updates"]
         assert facts["flops"] > ceiling - per_update or facts["epochs"] == pytest.approx(3, abs=0.01)
-    rounds = fitting._rounds(settings, len(fitting.WindowData(range(n_tokens), CONTEXT, 0)), 1)  # type: ignore[arg-type]
-    train.run_finetune(
+    rounds = fitting._rounds(settings, len(batches.WindowData(range(n_tokens), CONTEXT, 0)), 1)  # type: ignore[arg-type]
+    stages.run_finetune(
         base_folder, token_folder, tmp_path / "all", settings, context=CONTEXT, seed=0, budget=(base_folder, 3)
     )
-    assert artifacts.read(tmp_path / "all", "model").facts["updates"] == 3 * rounds
-    own, smaller = (artifacts.read(tmp_path / name, "model").facts for name in ("own", "smaller"))
+    assert artefact.read(tmp_path / "all", "model").facts["updates"] == 3 * rounds
+    own, smaller = (artefact.read(tmp_path / name, "model").facts for name in ("own", "smaller"))
     assert own["epochs"] == pytest.approx(1.5, abs=0.02)
     assert smaller["epochs"] > own["epochs"]
     with pytest.raises(ConfigError, match="which is one update, found"):
-        train.run_finetune(
+        stages.run_finetune(
             base_folder, token_folder, tmp_path / "x", settings, context=CONTEXT, seed=0, budget=(base_folder, 1e-6)
         )
 
@@ -438,10 +431,10 @@ def test_lora_gets_the_rank_that_matches_a_model(
     settings = LoraSettings(epochs=0.1)
     arguments: dict[str, Any] = {"context": CONTEXT, "seed": 0}
     with pytest.raises(ConfigError, match="expected 'rank', or --match"):
-        train.run_lora(base_folder, token_folder, tmp_path / "l", settings, **arguments)
-    train.run_lora(base_folder, token_folder, tmp_path / "l", settings, match=small_folder, **arguments)
-    manifest = artifacts.read(tmp_path / "l", "lora")
-    wanted = models.n_parameters(models.load(small_folder))
+        stages.run_lora(base_folder, token_folder, tmp_path / "l", settings, **arguments)
+    stages.run_lora(base_folder, token_folder, tmp_path / "l", settings, match=small_folder, **arguments)
+    manifest = artefact.read(tmp_path / "l", "lora")
+    wanted = loading.n_parameters(loading.load(small_folder))
     per_rank = 2 * ((24 + 72) + (24 + 96) + (96 + 24))  # two layers: qkv, both MLP matrices
     assert manifest.settings["parameters_wanted"] == wanted
     assert manifest.facts["rank"] == min(round(wanted / per_rank), 24)
@@ -468,13 +461,13 @@ def test_nan_names_step_positions_and_file(
     )
     expected = rf"step 4: the loss is nan on token positions \d+-\d+, .* of {token_folder}/train.npy; look at that text"
     with pytest.raises(NumericsError, match=expected):
-        train.run_finetune(small_folder, token_folder, tmp_path / "f", TrainSettings(), context=CONTEXT, seed=0)
+        stages.run_finetune(small_folder, token_folder, tmp_path / "f", TrainSettings(), context=CONTEXT, seed=0)
 
 
 def test_bad_input_is_seen_before_the_model_is_loaded(
     small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path, trained: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from memdec.artifacts import MANIFEST
+    from memdec.artefacts.artefact import MANIFEST
 
     short = tmp_path / "short"
     short.mkdir()
@@ -487,22 +480,22 @@ def test_bad_input_is_seen_before_the_model_is_loaded(
     manifest["files"]["config.json"] = (short / "config.json").stat().st_size
     (short / MANIFEST).write_text(json.dumps(manifest))
     empty = tmp_path / "empty"
-    with artifacts.building(empty, "targets", {}, {}) as build:
+    with artefact.building(empty, "targets", {}, {}) as build:
         assert build is not None
-        facts = artifacts.read(rows, "targets").facts
+        facts = artefact.read(rows, "targets").facts
         build.facts.update({**facts, "begin": 0, "end": 0, "positions": 0, "entries": 0})
-    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     out, arguments = tmp_path / "m", {"context": CONTEXT, "seed": 0}
     with pytest.raises(ModelError, match="expected a head for the tokenizer's 300 tokens, found one for 290"):
-        train.run_train(short, token_folder, [rows], out, MemorySettings(), **arguments)
+        stages.run_train(short, token_folder, [rows], out, MemorySettings(), **arguments)
     with pytest.raises(ConfigError, match="expected a context of at most 32 tokens"):
-        train.run_train(small_folder, token_folder, [rows], out, MemorySettings(), context=64, seed=0)
+        stages.run_train(small_folder, token_folder, [rows], out, MemorySettings(), context=64, seed=0)
     with pytest.raises(ArtifactError, match="found an empty shard"):
-        train.run_train(small_folder, token_folder, [empty], out, MemorySettings(), **arguments)
+        stages.run_train(small_folder, token_folder, [empty], out, MemorySettings(), **arguments)
     with pytest.raises(ArtifactError, match="expected at least one shard"):
-        train.run_train(small_folder, token_folder, [], out, MemorySettings(), **arguments)
+        stages.run_train(small_folder, token_folder, [], out, MemorySettings(), **arguments)
     with pytest.raises(ConfigError, match="expected no --targets with objective ce, found 1"):
-        train.run_train(small_folder, token_folder, [rows], out, MemorySettings(objective="ce"), **arguments)
+        stages.run_train(small_folder, token_folder, [rows], out, MemorySettings(objective="ce"), **arguments)
     assert not out.exists()
 
 
@@ -517,14 +510,14 @@ def test_a_head_that_does_more_than_a_product_is_refused() -> None:
     torch.nn.init.normal_(phi.lm_head.bias)
     for model in (granite, phi):
         with pytest.raises(ModelError, match="expected logits that are the output matrix times the last hidden state"):
-            models.check_head(model)
-    models.check_head(phi, bias=True)
-    models.check_head(models.from_scratch(spec(16), 50, 32, 0))
+            loading.check_head(model)
+    loading.check_head(phi, bias=True)
+    loading.check_head(loading.from_scratch(spec(16), 50, 32, 0))
 
 
 def test_the_card_says_what_it_was_trained_on(trained: Train, tmp_path: Path) -> None:
     trained("m")
-    facts = artifacts.read(tmp_path / "m", "memory").facts
+    facts = artefact.read(tmp_path / "m", "memory").facts
     card = (tmp_path / "m" / "README.md").read_text()
     assert facts["corpus_sha256"] in card
     assert "hybrid" in card

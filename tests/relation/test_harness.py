@@ -19,11 +19,19 @@ from making import CONTEXT, launch, plain_scores, spec
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
-from memdec import HARNESS_TASKS, artifacts, corpora, metrics, mixing, models, rows, sweep, tasks, tokens, train
-from memdec.config import TokenizerSpec
+from memdec import HARNESS_TASKS
+from memdec.artefacts import artefact
 from memdec.errors import ArtifactError, ConfigError, CorpusError, MemDecError, ModelError, NumericsError
-from memdec.harness import MemDecInterp
-from memdec.wrapped import WrappedLM
+from memdec.harness.base_lm import WrappedLM
+from memdec.harness.models import MemDecInterp
+from memdec.maths import mixing, statistics
+from memdec.models import loading
+from memdec.results import sweep
+from memdec.settings import TokenizerSpec
+from memdec.tasks import perplexity
+from memdec.tasks.task import DECLARED
+from memdec.text import corpora, tokens
+from memdec.training import stages
 
 TEXT = "\n".join(f"The kernel {i} scales the window of size {i * 7 % 31}." for i in range(25))
 PAIRS = [
@@ -127,7 +135,7 @@ def test_another_alpha_is_read_from_the_store_without_a_model(
     words = AutoTokenizer.from_pretrained(base_folder)
     context = "The matrix 3"
     ids = torch.tensor([words.encode(context)])
-    likely = {words.decode(models.load(f)(ids).logits[0, -1].argmax()) for f in (base_folder, small_folder)}
+    likely = {words.decode(loading.load(f)(ids).logits[0, -1].argmax()) for f in (base_folder, small_folder)}
     pairs = instances("loglikelihood", [*PAIRS, *((context, word) for word in likely)])
     fresh = {}
     for alpha in ALPHAS:
@@ -236,7 +244,7 @@ def test_bad_models(base_folder: Path, corpus_folder: Path, tmp_path: Path) -> N
         MemDecInterp(memory=str(base_folder))
     tokens.run_tokenizer(TokenizerSpec(train_on=["made"], vocab_size=290), tmp_path / "t", [corpus_folder])
     tokens.run_tokens(tmp_path / "t", corpus_folder, tmp_path / "s")
-    train.run_pretrain(spec(16), tmp_path / "t", tmp_path / "s", tmp_path / "m", context=CONTEXT)
+    stages.run_pretrain(spec(16), tmp_path / "t", tmp_path / "s", tmp_path / "m", context=CONTEXT)
     with pytest.raises(ModelError, match=r"expected one tokenizer, found two: .* adapt-vocab"):
         ours(base_folder, tmp_path / "m")
 
@@ -284,7 +292,7 @@ def test_memdec_ppl_by_name_equals_hf_and_the_stream(
     text = corpora.joined(corpora.load(corpus_folder, "test"), "eos", model.tokenizer.eos_token)
     log_p = model.token_scores(text).base
     assert mixed["tokens,none"] == len(log_p)
-    assert mixed["token_perplexity,none"] == pytest.approx(metrics.perplexity(log_p), rel=1e-6)
+    assert mixed["token_perplexity,none"] == pytest.approx(statistics.perplexity(log_p), rel=1e-6)
     monkeypatch.setenv("MEMDEC_CORPUS", str(corpus_folder.parent / "nothing"))
     with pytest.raises(ArtifactError, match="nothing"):
         evaluate("memdec-interp", "memdec_ppl", pretrained=str(base_folder))
@@ -314,9 +322,9 @@ def test_wikitext_from_local_parquet(
     ):
         pd.DataFrame(frame).to_parquet(folder / "test.parquet")
         with pytest.raises(CorpusError, match=message):
-            tasks.load_wikitext(tokenizer=str(base_folder))
+            perplexity.load_wikitext(tokenizer=str(base_folder))
     with pytest.raises(ConfigError, match="expected split test or validation, found 'train'"):
-        tasks.load_wikitext(tokenizer=str(base_folder), split="train")
+        perplexity.load_wikitext(tokenizer=str(base_folder), split="train")
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -396,7 +404,7 @@ def test_models_load_when_the_first_request_comes(
 
 def test_a_half_written_memory_is_refused(base_folder: Path, small_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(small_folder, tmp_path / "m")
-    (tmp_path / "m" / artifacts.MANIFEST).unlink()
+    (tmp_path / "m" / artefact.MANIFEST).unlink()
     with pytest.raises(ArtifactError, match="unfinished"):
         ours(base_folder, tmp_path / "m", alpha=0.5)
 
@@ -490,7 +498,7 @@ def test_two_processes_share_the_requests_and_their_scores(
 
 
 def test_tasks_may_declare_their_alpha(base_folder: Path, small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rows.DECLARED, "declares", {"paper_alpha": 0.05})
+    monkeypatch.setitem(DECLARED, "declares", {"paper_alpha": 0.05})
     model = ours(base_folder, small_folder)
     named = [
         Instance("loglikelihood", {}, pair, i, ("declares" if i % 2 else "does not", i, 1))
@@ -528,7 +536,7 @@ def test_alpha_is_tuned_on_the_split_that_a_task_declares(
     assert results["results"]["memdec_ppl"]["token_perplexity,none"] == pytest.approx(at_best["token_perplexity,none"])
     with pytest.raises(ConfigError, match="a split to tune on or an alpha of the paper, found declares none; give"):
         model.loglikelihood([Instance("loglikelihood", {}, PAIRS[0], 0, ("declares none", 0, 1))])
-    monkeypatch.setitem(rows.DECLARED, "has one of the paper", {"paper_alpha": 0.05})
+    monkeypatch.setitem(DECLARED, "has one of the paper", {"paper_alpha": 0.05})
     model.loglikelihood([Instance("loglikelihood", {}, PAIRS[0], 0, ("has one of the paper", 0, 1))])
     assert model.get_model_info()["alphas"]["has one of the paper"] == {
         "alpha": 0.05,

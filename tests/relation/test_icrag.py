@@ -17,11 +17,14 @@ from making import CONTEXT, made_text, spec
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memdec import artifacts, corpora, models, passages, tokens
-from memdec.config import FileCorpus, PassageSettings, RetrievalSettings, TokenizerSpec
+from memdec.artefacts import artefact
+from memdec.datastore import passages
+from memdec.datastore.passages import Passages
 from memdec.errors import ArtifactError, ConfigError, ModelError, ResourceError
-from memdec.icrag import IcRagForCausalLM
-from memdec.passages import Passages
+from memdec.inference.icrag import IcRagForCausalLM
+from memdec.models import loading
+from memdec.settings import FileCorpus, PassageSettings, RetrievalSettings, TokenizerSpec
+from memdec.text import corpora, tokens
 
 SETTINGS = RetrievalSettings(passage=12, query=8, every=4)
 PROMPTS = ["The matrix", "The token 12 returns the", "A", "The vector 7 reads the index of size 4.\nThe"]
@@ -49,7 +52,7 @@ def words(tokenizer_folder: Path) -> Any:
 def base_folder(words: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose every answer hangs on all it has read: large random weights."""
     folder = tmp_path_factory.mktemp("icrag") / "base"
-    base = models.from_scratch(spec(24, seed=3), len(words), CONTEXT, words.eos_token_id)
+    base = loading.from_scratch(spec(24, seed=3), len(words), CONTEXT, words.eos_token_id)
     with torch.no_grad():
         for weight in base.parameters():
             weight.mul_(4 if weight.ndim > 1 else 1)
@@ -161,11 +164,11 @@ def test_passages_of_a_corpus(token_folder: Path, passages_folder: Path, retriev
 
 
 def test_the_same_passages_again_do_nothing(token_folder: Path, passages_folder: Path, tmp_path: Path) -> None:
-    before = (passages_folder / artifacts.MANIFEST).stat().st_mtime_ns
+    before = (passages_folder / artefact.MANIFEST).stat().st_mtime_ns
     passages.run(token_folder, passages_folder, PassageSettings(passage=SETTINGS.passage))
-    assert (passages_folder / artifacts.MANIFEST).stat().st_mtime_ns == before
+    assert (passages_folder / artefact.MANIFEST).stat().st_mtime_ns == before
     passages.run(token_folder, tmp_path / "p", PassageSettings(passage=SETTINGS.passage))
-    names = sorted(path.name for path in passages_folder.glob("*.*") if path.name != artifacts.MANIFEST)
+    names = sorted(path.name for path in passages_folder.glob("*.*") if path.name != artefact.MANIFEST)
     for name in names:
         assert (tmp_path / "p" / name).read_bytes() == (passages_folder / name).read_bytes()
 
@@ -249,7 +252,7 @@ def test_kept_positions_padding_and_neighbours_in_the_batch_change_nothing(
 def test_without_passages_it_is_the_base_to_the_bit(
     base_folder: Path, retriever: Passages, token_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = models.load(base_folder).eval()
+    base = loading.load(base_folder).eval()
     model = IcRagForCausalLM(base, retriever, query=8, every=4, passages=0)
     monkeypatch.setattr(retriever, "best", lambda *_: pytest.fail("retrieved"))
     ids = torch.tensor([stream(token_folder, "test")[:CONTEXT]])
@@ -329,7 +332,7 @@ def test_the_same_query_is_not_searched_again(model: IcRagForCausalLM, token_fol
 )
 def test_numbers_out_of_range(base_folder: Path, retriever: Passages, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        IcRagForCausalLM(models.load(base_folder), retriever, **changes)
+        IcRagForCausalLM(loading.load(base_folder), retriever, **changes)
 
 
 def test_another_tokenizer_and_vocabulary(
@@ -341,9 +344,9 @@ def test_another_tokenizer_and_vocabulary(
     with pytest.raises(ArtifactError, match="expected one tokenizer, found two"):
         IcRagForCausalLM.from_folders(base_folder, tmp_path / "p", SETTINGS)
     with pytest.raises(ArtifactError, match="expected passages with tokens below the 300 of the base, found 3"):
-        IcRagForCausalLM(models.load(base_folder), Passages(tmp_path / "p"))
+        IcRagForCausalLM(loading.load(base_folder), Passages(tmp_path / "p"))
     with pytest.raises(ModelError, match="expected output heads of at least 301 tokens, found 300"):
-        IcRagForCausalLM(models.load(base_folder), retriever, n_vocab=301)
+        IcRagForCausalLM(loading.load(base_folder), retriever, n_vocab=301)
 
 
 def test_a_cache_is_refused(base_folder: Path, model: IcRagForCausalLM) -> None:
@@ -356,7 +359,7 @@ def test_too_little_memory_and_a_lost_corpus(
     token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("memdec.resources.free_memory", lambda: 1000)
+        patch.setattr("memdec.artefacts.resources.free_memory", lambda: 1000)
         with pytest.raises(ResourceError, match=r"the BM25 index: expected .* of free memory, found 1 kB"):
             passages.run(token_folder, tmp_path / "p", PassageSettings(passage=12))
     with pytest.raises(ArtifactError, match="unfinished passages artefact"):

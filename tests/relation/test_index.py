@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from making import CONTEXT, write_store, write_tokens
 from numpy.typing import NDArray
 
-from memdec import artifacts, datastore, index
-from memdec.config import DatastoreSettings, IndexSettings
-from memdec.datastore import Datastore
+from memdec.artefacts import artefact
+from memdec.datastore import index, search
+from memdec.datastore import keys as datastore
+from memdec.datastore.keys import Datastore
 from memdec.errors import ArtifactError, ConfigError, NumericsError, ResourceError
+from memdec.settings import DatastoreSettings, IndexSettings
 
 N, D, V = 3000, 24, 40
 PQ = {
@@ -49,15 +51,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return write_store(folder / "store", keys.astype(np.float16), stream, edges=[0, 1100, N])
 
 
-def built(store: list[Path], out: Path, nprobe: int = 4, **settings: Any) -> index.Searcher:
+def built(store: list[Path], out: Path, nprobe: int = 4, **settings: Any) -> search.Searcher:
     with warnings.catch_warnings(action="ignore"):
         index.run(store, out, IndexSettings(**settings))
-    return index.load(Datastore(store), out, nprobe)
+    return search.load(Datastore(store), out, nprobe)
 
 
 def checked(folder: Path, nprobe: str = "4") -> dict[str, Any]:
     """What the manifest says of the index's truth."""
-    return artifacts.read(folder, "index").facts["check"]["nprobe"][nprobe]
+    return artefact.read(folder, "index").facts["check"]["nprobe"][nprobe]
 
 
 def brute(store: Datastore, queries: NDArray[np.float32], neighbours: int, own: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -120,7 +122,7 @@ def test_fault_8_exact_distances_give_truer_rows(store: list[Path], tmp_path: Pa
 def test_the_measured_quality_is_what_it_says(store: list[Path], tmp_path: Path) -> None:
     """Recall and total variation again, in plain loops over the rows."""
     searcher = built(store, tmp_path / "i", **PQ)
-    facts, check = artifacts.read(tmp_path / "i", "index").facts["check"], checked(tmp_path / "i")
+    facts, check = artefact.read(tmp_path / "i", "index").facts["check"], checked(tmp_path / "i")
     assert (facts["queries"], facts["neighbours"], list(facts["nprobe"])) == (64, 50, ["2", "4"])
     assert checked(tmp_path / "i", "2")["rescored"]["recall"] < check["rescored"]["recall"]
     own, queries = searcher.store.sample(64, 1)
@@ -155,7 +157,7 @@ def test_missing_neighbours_are_told(store: list[Path], tmp_path: Path) -> None:
 def test_positions_after_the_same_rare_token(values: list[int], limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "_SAME_TOKEN", limit)
-        found = index._SameToken(np.array(values, np.uint16), 7).of(np.arange(-1, 7))
+        found = search._SameToken(np.array(values, np.uint16), 7).of(np.arange(-1, 7))
     for row, token in zip(found, range(-1, 7), strict=True):
         after = [at + 1 for at, value in enumerate(values[:-1]) if value == token]
         assert [at for at in row if at >= 0] == (after if len(after) <= limit else [])
@@ -210,18 +212,18 @@ def test_streamed_and_stored_keys_give_the_same_index(modes: dict[str, Path], tm
         built([folder], tmp_path / name, **settings)
     for file in ("trained.safetensors", "codes.npy"):
         assert (tmp_path / "stored" / file).read_bytes() == (tmp_path / "streamed" / file).read_bytes()
-    one, other = (artifacts.read(tmp_path / name, "index") for name in modes)
+    one, other = (artefact.read(tmp_path / name, "index") for name in modes)
     assert one.recipe == other.recipe
     assert checked(tmp_path / "stored")["released"] == checked(tmp_path / "streamed")["released"]
     assert "rescored" not in checked(tmp_path / "streamed")
-    index.load(Datastore(modes["streamed"]), tmp_path / "stored", 4)  # an index of one serves the other
+    search.load(Datastore(modes["streamed"]), tmp_path / "stored", 4)  # an index of one serves the other
 
 
 def test_streamed_mode_needs_a_code_and_little_more(modes: dict[str, Path], tmp_path: Path) -> None:
     built([modes["streamed"]], tmp_path / "i", **PQ)
     n = Datastore(modes["streamed"]).n
     bytes_on_disk = sum(f.stat().st_size for d in (modes["streamed"], tmp_path / "i") for f in d.rglob("*"))
-    facts = artifacts.read(tmp_path / "i", "index").facts
+    facts = artefact.read(tmp_path / "i", "index").facts
     assert bytes_on_disk / n <= PQ["code_size"] + 16
     assert facts["bytes_per_key"] <= bytes_on_disk / n
 
@@ -248,13 +250,13 @@ def test_a_killed_fill_goes_on_and_gives_the_same_index(
     with pytest.raises(KeyboardInterrupt):
         built(store, tmp_path / "killed", **settings)
     with pytest.raises(ArtifactError, match="unfinished"):
-        index.load(Datastore(store), tmp_path / "killed")
+        search.load(Datastore(store), tmp_path / "killed")
     monkeypatch.setattr(index, "_train", lambda *_: (tmp_path / "killed" / "trained.safetensors").stat())
     if settings["kind"] == "exact":
         monkeypatch.setattr(index, "_train", lambda *_: None)
     built(store, tmp_path / "killed", **settings)
     assert seen[5:7] == [1280, 1280]
-    one, other = (artifacts.read(tmp_path / name, "index") for name in ("whole", "killed"))
+    one, other = (artefact.read(tmp_path / name, "index") for name in ("whole", "killed"))
     assert one == other
     for name in one.files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
@@ -356,7 +358,7 @@ def test_fault_14_an_index_names_the_keys_it_was_made_from(store: list[Path], tm
     stream = write_tokens(tmp_path / "t", np.zeros(N, np.uint16))
     other = write_store(tmp_path / "s", rng.normal(size=(N, D)).astype(np.float16), stream, model="another")
     with pytest.raises(ArtifactError, match="found one of other keys \\(another model, text or settings\\)"):
-        index.load(Datastore(other), tmp_path / "i")
+        search.load(Datastore(other), tmp_path / "i")
 
 
 def test_exact_search_of_streamed_keys_is_refused(modes: dict[str, Path], tmp_path: Path) -> None:

@@ -13,15 +13,21 @@ from making import CONTEXT, spec, write_tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memdec import artifacts, datastore, index, knn, models, targets, tokens
-from memdec.config import DatastoreSettings, IndexSettings, KnnLMSettings, TargetSettings
-from memdec.datastore import Datastore
+from memdec.artefacts import artefact
+from memdec.datastore import index, targets
+from memdec.datastore import keys as datastore
+from memdec.datastore.keys import Datastore
+from memdec.datastore.search import load
+from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, MemDecError, ModelError, NumericsError
-from memdec.keypoints import KeyPoint
-from memdec.knnlm import KnnLMForCausalLM
-from memdec.scoring import score_labels, score_stream
-from memdec.targets import TargetReader
-from memdec.windows import windows
+from memdec.harness.scoring import score_labels, score_stream
+from memdec.inference.knnlm import KnnLMForCausalLM
+from memdec.maths import sparse_rows
+from memdec.maths.windows import windows
+from memdec.models import loading
+from memdec.models.keypoints import KeyPoint
+from memdec.settings import DatastoreSettings, IndexSettings, KnnLMSettings, TargetSettings
+from memdec.text import tokens
 
 WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
 SETTINGS = KnnLMSettings(weight=0.3, temperature=0.5, neighbours=9)
@@ -74,7 +80,7 @@ def plain_key(home: Home, ids: Tensor, key_point: str) -> Tensor:
     with torch.no_grad():
         last = lm.transformer(ids[None]).last_hidden_state
     handle.remove()
-    dtype = artifacts.read(home.store, "datastore").settings["dtype"]
+    dtype = artefact.read(home.store, "datastore").settings["dtype"]
     return (last if key_point == "final" else seen[0])[0, -1].to(getattr(torch, dtype))
 
 
@@ -121,9 +127,9 @@ def test_the_same_windows_give_what_stored_targets_give(home: Home, model: KnnLM
     datastore.run(home.base, home.stream, queries, DatastoreSettings(split="test"), **WINDOW)
     settings = TargetSettings(neighbours=SETTINGS.neighbours, temperature=SETTINGS.temperature)
     targets.run(home.store, home.index, home.stream, tmp_path / "t", settings, queries=[queries])
-    digest = artifacts.read(home.stream, "tokens").facts["sha256"]["test"]
+    digest = artefact.read(home.stream, "tokens").facts["sha256"]["test"]
     rows = TargetReader([tmp_path / "t"], digest).rows([(0, len(stream))])
-    expected = knn.probability_of(rows, np.asarray(stream))
+    expected = sparse_rows.probability_of(rows, np.asarray(stream))
     parts, prefix = windows(len(stream), **WINDOW), tokens.prefix_id(tokens.load_tokenizer(str(home.base)))
     scores = score_stream(model, stream, parts, prefix, quiet=True)
     assert scores.memory is not None
@@ -174,7 +180,7 @@ def test_weight_0_is_the_base_to_the_bit_and_searches_nothing(home: Home, monkey
     model = home.model(weight=0.0)
     monkeypatch.setattr(model._searcher, "search", lambda *_, **__: pytest.fail("searched"))
     ids = text(home, 20)[None]
-    expected = models.load(home.base).eval()(ids).logits.log_softmax(-1)
+    expected = loading.load(home.base).eval()(ids).logits.log_softmax(-1)
     assert torch.equal(model(input_ids=ids).logits, expected)
     base, found = model.log_probs(ids, which="base")
     assert torch.equal(base, expected)
@@ -221,7 +227,7 @@ def test_blocks_of_the_search_change_nothing(
 ) -> None:
     ids = text(home, 60).reshape(3, 20)
     whole = model(input_ids=ids).logits
-    monkeypatch.setattr("memdec.knnlm._QUERIES", 7)
+    monkeypatch.setattr("memdec.inference.knnlm._QUERIES", 7)
     assert torch.equal(model(input_ids=ids).logits, whole)
 
 
@@ -283,12 +289,12 @@ def test_numbers_out_of_range(home: Home, changes: dict[str, Any], message: str)
 def loaded(home: Home, base: Any, **changes: Any) -> KnnLMForCausalLM:
     store = Datastore(home.store)
     numbers = {"temperature": 1.0, "neighbours": 4} | changes
-    return KnnLMForCausalLM(base, store, index.load(store, home.index), **numbers)
+    return KnnLMForCausalLM(base, store, load(store, home.index), **numbers)
 
 
 def tuned(folder: Path) -> Any:
     """A model that is not far from the one in the folder."""
-    model = models.load(folder)
+    model = loading.load(folder)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.05)
@@ -299,9 +305,9 @@ def test_keys_of_another_model(home: Home, small_folder: Path) -> None:
     with pytest.raises(ArtifactError, match=r"expected keys of .*small, found those of another model"):
         KnnLMForCausalLM.from_folders(small_folder, home.store, home.index, SETTINGS)
     with pytest.raises(ArtifactError, match="width 16 and 300 tokens, found keys of width 24 and 300 tokens"):
-        loaded(home, models.load(small_folder))
+        loaded(home, loading.load(small_folder))
     torch.manual_seed(0)
-    other = models.from_scratch(spec(24), 300, CONTEXT, 0)
+    other = loading.from_scratch(spec(24), 300, CONTEXT, 0)
     with pytest.raises(ArtifactError, match=r"expected the keys of this model, found those of another one \(relative"):
         loaded(home, other)
     with pytest.raises(ArtifactError, match="found those of another one"):
@@ -310,7 +316,7 @@ def test_keys_of_another_model(home: Home, small_folder: Path) -> None:
 
 def test_keys_of_one_window_are_compared_too(base_folder: Path, tmp_path: Path) -> None:
     """Its first input is the prefix, which the tokenizer of the store's model knows."""
-    name = artifacts.read(base_folder, "model").facts["tokenizer_sha256"]
+    name = artefact.read(base_folder, "model").facts["tokenizer_sha256"]
     stream = write_tokens(tmp_path / "t", np.arange(20, dtype=np.uint16), name)
     home = made(tmp_path, base_folder, stream, dtype="float32")
     assert home.model().n_vocab == 300
@@ -321,7 +327,7 @@ def test_keys_of_one_window_are_compared_too(base_folder: Path, tmp_path: Path) 
 
 
 def test_the_same_model_in_other_precision_is_the_same(home: Home, model: KnnLMForCausalLM) -> None:
-    low = loaded(home, models.load(home.base, dtype="bfloat16"), temperature=0.5, neighbours=9, weight=0.3)
+    low = loaded(home, loading.load(home.base, dtype="bfloat16"), temperature=0.5, neighbours=9, weight=0.3)
     ids = text(home, 20)[None]
     found, expected = low(input_ids=ids).logits.exp(), model(input_ids=ids).logits.exp()
     assert 0 < (found - expected).abs().sum(-1).mean() / 2 < 0.1  # total variation

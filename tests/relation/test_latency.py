@@ -12,11 +12,17 @@ import pytest
 import torch
 from making import CONTEXT
 
-from memdec import artifacts, cli, datastore, figures, index, latency, passages, speculative, tokens
-from memdec.config import DatastoreSettings, IndexSettings, LatencySettings, PassageSettings
+from memdec import cli
+from memdec.artefacts import artefact
+from memdec.datastore import index, passages
+from memdec.datastore import keys as datastore
 from memdec.errors import ArtifactError, ConfigError, ModelError
-from memdec.latency import Entry, Timings
-from memdec.modeling import MemDecForCausalLM
+from memdec.inference import speculative
+from memdec.inference.mixture import MemDecForCausalLM
+from memdec.results import figures, latency
+from memdec.results.latency import Entry, Timings
+from memdec.settings import DatastoreSettings, IndexSettings, LatencySettings, PassageSettings
+from memdec.text import tokens
 
 TINY = LatencySettings(prompt_tokens=6, new_tokens=[9, 3], repeats=3, warmup=1, resamples=50)
 
@@ -151,7 +157,7 @@ def test_an_artefact_with_figures(
     inputs = latency.Folders(str(base_folder), str(small_folder)).identities(0.5)
     out = tmp_path / "latency"
     latency.run(made | sizes, out, TINY, inputs=inputs)
-    manifest = artifacts.read(out, "latency")
+    manifest = artefact.read(out, "latency")
     assert {"base", "memory", "alpha", "machine", "device"} <= set(manifest.inputs)
     names = {"records.json", "latency.csv", "latency.md", "seconds.json"}
     assert set(manifest.files) == names | {f"{f}.{e}" for f in ("latency", "growth") for e in ("png", "svg")}
@@ -190,9 +196,9 @@ def test_the_command(
     words += ["--alpha", 0.25, "--prompt-tokens", 5, "--new-tokens", 2, "--new-tokens", 4, "--repeats", 2]
     monkeypatch.setattr(sys, "argv", ["memdec", "latency", *map(str, words), "--warmup", "1", "--n-draft", "2"])
     cli.main()
-    manifest = artifacts.read(tmp_path / "l", "latency")
+    manifest = artefact.read(tmp_path / "l", "latency")
     assert manifest.inputs["alpha"] == "0.25"
-    assert manifest.inputs["tokens"] == artifacts.read(token_folder, "tokens").recipe
+    assert manifest.inputs["tokens"] == artefact.read(token_folder, "tokens").recipe
     rows = cells(json.loads((tmp_path / "l" / "records.json").read_text()))
     assert {row["turns"] for row in rows.values()} == {2}
     phases = [("prefill", 5), ("decode", 2), ("decode", 4), ("total", 2), ("total", 4)]
@@ -214,11 +220,11 @@ def test_the_command_with_neighbours_and_passages(
     monkeypatch.setattr(sys, "argv", ["memdec", "latency", *map(str, words), "--knn", f"{home}/store:{home}/index"])
     cli.main()
     rows = cells(json.loads((tmp_path / "l" / "records.json").read_text()))
-    n = artifacts.read(home / "store", "datastore").facts["positions"]
+    n = artefact.read(home / "store", "datastore").facts["positions"]
     known = ["base", "MemDec", "MemDec, speculative", f"kNN-LM, {n:,} keys", "In-Context RAG"]
     assert list(dict.fromkeys(name for name, *_ in rows)) == known
     assert {row["size"] for (name, *_), row in rows.items() if name == known[3]} == {n}
-    assert {"knn 0", "passages"} <= set(artifacts.read(tmp_path / "l", "latency").inputs)
+    assert {"knn 0", "passages"} <= set(artefact.read(tmp_path / "l", "latency").inputs)
     swapped = latency.Folders(str(small_folder), str(base_folder), [([home / "store"], home / "index")])
     with pytest.raises(ArtifactError, match=r"expected keys of .*, found those of another model"):
         latency.systems(swapped, 0.5, TINY)

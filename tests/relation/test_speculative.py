@@ -13,9 +13,11 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from memdec import mixing, speculative, tokens
 from memdec.errors import ConfigError
-from memdec.modeling import MemDecForCausalLM
+from memdec.inference import speculative
+from memdec.inference.mixture import MemDecForCausalLM
+from memdec.maths import mixing
+from memdec.text import tokens
 
 ALPHA = 0.4
 NEW = 12

@@ -11,10 +11,22 @@ from making import CONTEXT
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from memdec import artifacts, datastore, fitting, index, keypoints, models, targets, tokens, train
-from memdec.config import DatastoreSettings, IndexSettings, LoraSettings, MemorySettings, TargetSettings, TrainSettings
+from memdec.artefacts import artefact
+from memdec.datastore import index, targets
+from memdec.datastore import keys as datastore
+from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, NumericsError
-from memdec.targets import TargetReader
+from memdec.models import keypoints, loading
+from memdec.settings import (
+    DatastoreSettings,
+    IndexSettings,
+    LoraSettings,
+    MemorySettings,
+    TargetSettings,
+    TrainSettings,
+)
+from memdec.text import tokens
+from memdec.training import fitting, stages
 
 WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
 
@@ -52,7 +64,7 @@ def whole(make_targets: Callable[..., list[Path]]) -> list[Path]:
 
 
 def reader(folders: list[Path], stream: Path) -> TargetReader:
-    return TargetReader(folders, artifacts.read(stream, "tokens").facts["sha256"]["train"])
+    return TargetReader(folders, artefact.read(stream, "tokens").facts["sha256"]["train"])
 
 
 # --- datastore ----------------------------------------------------------------------------------------------------
@@ -62,7 +74,7 @@ def test_keys_are_the_input_of_the_last_mlp_one_position_before(
     base_folder: Path, token_folder: Path, store: Path
 ) -> None:
     keys, stream = np.load(store / "keys.npy"), tokens.load_stream(token_folder, "train")
-    model = models.load(base_folder)
+    model = loading.load(base_folder)
     seen: list[torch.Tensor] = []
     model.transformer.h[-1].mlp.register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
     with torch.no_grad():
@@ -135,7 +147,7 @@ def test_rows_across_shards(make_targets: Callable[..., list[Path]], token_folde
 def test_bad_targets_are_refused_early(
     store: Path, index_folder: Path, token_folder: Path, base_folder: Path, tmp_path: Path
 ) -> None:
-    n = artifacts.read(store, "datastore").facts["positions"]
+    n = artefact.read(store, "datastore").facts["positions"]
     for settings, shard, message in (
         (TargetSettings(neighbours=n), 0, f"expected at most {n - 1} neighbours for {n} keys, found {n}"),
         (TargetSettings(neighbours=5, shards=2), 2, "expected a shard from 0 to 1, found 2"),
@@ -159,7 +171,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def train_memory(small: Path, stream: Path, folders: list[Path], out: Path, **changes: Any) -> dict[str, torch.Tensor]:
-    train.run_train(small, stream, folders, out, MemorySettings(**{**FAST, **changes}), context=CONTEXT, seed=3)
+    stages.run_train(small, stream, folders, out, MemorySettings(**{**FAST, **changes}), context=CONTEXT, seed=3)
     return weights(out)
 
 
@@ -207,7 +219,7 @@ def test_a_killed_training_resumes_to_the_same_weights(
         train_memory(small_folder, token_folder, whole, tmp_path / "killed", dropout=0.1)
     assert list((tmp_path / "killed" / "work").glob("checkpoint-*"))
     with pytest.raises(ArtifactError, match="unfinished"):
-        artifacts.read(tmp_path / "killed", "memory")
+        artefact.read(tmp_path / "killed", "memory")
     monkeypatch.setattr(fitting.LossTrainer, "__init__", plain)
     resumed = train_memory(small_folder, token_folder, whole, tmp_path / "killed", dropout=0.1)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
@@ -218,8 +230,8 @@ def test_the_loss_goes_down_and_the_targets_matter(
     small_folder: Path, token_folder: Path, whole: list[Path], make_targets: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
     hybrid = train_memory(small_folder, token_folder, whole, tmp_path / "h")
-    facts = artifacts.read(tmp_path / "h", "memory").facts
-    assert facts["valid_perplexity"] < artifacts.read(small_folder, "model").facts["valid_perplexity"]
+    facts = artefact.read(tmp_path / "h", "memory").facts
+    assert facts["valid_perplexity"] < artefact.read(small_folder, "model").facts["valid_perplexity"]
     ce = train_memory(small_folder, token_folder, [], tmp_path / "ce", objective="ce")
     assert any(not torch.equal(hybrid[name], ce[name]) for name in ce)
     zero = train_memory(small_folder, token_folder, make_targets(temperature=0.5), tmp_path / "zero", kl_weight=0)
@@ -234,13 +246,13 @@ def test_targets_of_other_tokens_are_refused_before_the_model_loads(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from memdec import corpora
-    from memdec.config import FileCorpus
+    from memdec.settings import FileCorpus
+    from memdec.text import corpora
 
     (tmp_path / "t.txt").write_text("\n\n".join(f"Other text number {i} about things {i * i}." for i in range(300)))
     corpora.run(FileCorpus(source="files", path=str(tmp_path / "t.txt"), min_bytes=10), tmp_path / "c")
     tokens.run_tokens(tokenizer_folder, tmp_path / "c", tmp_path / "s")
-    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(ArtifactError, match="expected targets for this token stream"):
         train_memory(small_folder, tmp_path / "s", whole, tmp_path / "m")
 
@@ -248,21 +260,23 @@ def test_targets_of_other_tokens_are_refused_before_the_model_loads(
 def test_nan_loss_names_the_positions(
     small_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = models.load(small_folder)
+    model = loading.load(small_folder)
     model.transformer.h[0].ln_1.weight.data[0] = float("nan")
-    monkeypatch.setattr(models, "load", lambda *_, **__: model)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: model)
     with pytest.raises(NumericsError, match=r"the loss is nan on token positions \d+-\d+"):
-        train.run_finetune(small_folder, token_folder, tmp_path / "f", TrainSettings(), context=CONTEXT, seed=0)
+        stages.run_finetune(small_folder, token_folder, tmp_path / "f", TrainSettings(), context=CONTEXT, seed=0)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
 def test_lora_and_finetune_keep_the_best_epoch(base_folder: Path, token_folder: Path, tmp_path: Path) -> None:
-    before = artifacts.read(base_folder, "model").facts["valid_perplexity"]
+    before = artefact.read(base_folder, "model").facts["valid_perplexity"]
     settings: dict[str, Any] = {"epochs": 2, "learning_rate": 5e-3, "keep_best": True}
-    train.run_finetune(base_folder, token_folder, tmp_path / "f", TrainSettings(**settings), context=CONTEXT, seed=0)
-    train.run_lora(base_folder, token_folder, tmp_path / "l", LoraSettings(**settings, rank=4), context=CONTEXT, seed=0)
-    assert artifacts.read(tmp_path / "f", "model").facts["valid_perplexity"] < before
-    assert artifacts.read(tmp_path / "l", "lora").facts["valid_perplexity"] < before
+    stages.run_finetune(base_folder, token_folder, tmp_path / "f", TrainSettings(**settings), context=CONTEXT, seed=0)
+    stages.run_lora(
+        base_folder, token_folder, tmp_path / "l", LoraSettings(**settings, rank=4), context=CONTEXT, seed=0
+    )
+    assert artefact.read(tmp_path / "f", "model").facts["valid_perplexity"] < before
+    assert artefact.read(tmp_path / "l", "lora").facts["valid_perplexity"] < before
     adapter = load_file(tmp_path / "l" / "adapter_model.safetensors")
     # q, k, v and both MLP projections of two layers, A and B each; the attention's output projection is not adapted.
     assert len(adapter) == 2 * 3 * 2
@@ -270,7 +284,7 @@ def test_lora_and_finetune_keep_the_best_epoch(base_folder: Path, token_folder: 
 
     from lm_eval.models.huggingface import HFLM
 
-    from memdec.harness import MemDecInterp
+    from memdec.harness.models import MemDecInterp
 
     ours = MemDecInterp(pretrained=str(base_folder), peft=str(tmp_path / "l"), device="cpu", stride=CONTEXT)
     theirs = HFLM(pretrained=str(base_folder), peft=str(tmp_path / "l"), device="cpu", dtype="float32")
@@ -284,8 +298,8 @@ def test_lora_and_finetune_keep_the_best_epoch(base_folder: Path, token_folder: 
 def test_lora_targets_by_family(architecture: str) -> None:
     from making import spec
 
-    model = models.from_scratch(spec(16, architecture=architecture), 50, 32, 0)
-    names = {name.rsplit(".", 1)[-1] for name in train._projections(model)}
+    model = loading.from_scratch(spec(16, architecture=architecture), 50, 32, 0)
+    names = {name.rsplit(".", 1)[-1] for name in stages._projections(model)}
     expected = {
         "gpt2": {"c_attn", "c_fc", "c_proj"},
         "qwen2": {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"},

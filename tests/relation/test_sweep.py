@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from memdec import cli, sweep
+from memdec import cli
 from memdec.errors import ConfigError
-from memdec.harness import MemDecInterp
+from memdec.harness.models import MemDecInterp
+from memdec.results import sweep
 
 ALPHAS = [0.0, 0.35, 1.0]
 

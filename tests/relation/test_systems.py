@@ -14,8 +14,14 @@ from making import CONTEXT, spec
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memdec import datastore, index, passages, tokens, train
-from memdec.config import (
+from memdec.datastore import index, passages
+from memdec.datastore import keys as datastore
+from memdec.errors import ArtifactError, ConfigError
+from memdec.harness.base_lm import WrappedLM
+from memdec.inference.icrag import IcRagForCausalLM
+from memdec.inference.systems import SYSTEMS, Parts
+from memdec.inference.wrapper import Wrapper
+from memdec.settings import (
     DatastoreSettings,
     IndexSettings,
     KnnLMSettings,
@@ -25,11 +31,8 @@ from memdec.config import (
     TokenizerSpec,
     TrainSettings,
 )
-from memdec.errors import ArtifactError, ConfigError
-from memdec.icrag import IcRagForCausalLM
-from memdec.modeling import Wrapper
-from memdec.systems import SYSTEMS, Parts
-from memdec.wrapped import WrappedLM
+from memdec.text import tokens
+from memdec.training import stages
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
 NAMES = ["base", "dapt", "lora", "knn-lm", "ic-rag", "memdec", "dapt-interp", "knn-distribution"]
@@ -40,8 +43,8 @@ TUNE = {"epochs": 0.3, "learning_rate": 1e-2}
 def parts(base_folder: Path, small_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
     home = tmp_path_factory.mktemp("systems")
     for name, folder in (("dapt", base_folder), ("dapt-small", small_folder)):
-        train.run_finetune(folder, token_folder, home / name, TrainSettings(**TUNE), context=CONTEXT, seed=0)
-    train.run_lora(base_folder, token_folder, home / "lora", LoraSettings(rank=2, **TUNE), context=CONTEXT, seed=0)
+        stages.run_finetune(folder, token_folder, home / name, TrainSettings(**TUNE), context=CONTEXT, seed=0)
+    stages.run_lora(base_folder, token_folder, home / "lora", LoraSettings(rank=2, **TUNE), context=CONTEXT, seed=0)
     datastore.run(base_folder, token_folder, home / "store", DatastoreSettings(), context=CONTEXT, stride=16)
     index.run(home / "store", home / "index", IndexSettings())
     passages.run(token_folder, home / "passages", PassageSettings(passage=12))
@@ -206,7 +209,7 @@ def test_a_folder_that_is_not_there_is_named(name: str, parts: Parts, tmp_path: 
 
 
 def test_too_little_memory_is_named(name: str, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memdec.resources.free_memory", lambda: 1000)
+    monkeypatch.setattr("memdec.artefacts.resources.free_memory", lambda: 1000)
     reason = SYSTEMS[name].reason(parts)
     assert reason is not None
     assert reason.startswith(f"{name}: weights in float32: expected ")
@@ -233,7 +236,7 @@ def test_parts_of_another_base_are_named(parts: Parts, small_folder: Path) -> No
 def test_another_tokenizer_is_named(parts: Parts, corpus_folder: Path, tmp_path: Path) -> None:
     tokens.run_tokenizer(TokenizerSpec(train_on=["made"], vocab_size=320), tmp_path / "w", [corpus_folder])
     tokens.run_tokens(tmp_path / "w", corpus_folder, tmp_path / "t")
-    train.run_pretrain(spec(16), tmp_path / "w", tmp_path / "t", tmp_path / "foreign", context=CONTEXT)
+    stages.run_pretrain(spec(16), tmp_path / "w", tmp_path / "t", tmp_path / "foreign", context=CONTEXT)
     other = dataclasses.replace(parts, base=tmp_path / "foreign")
     for name in ("memdec", "dapt-interp", "knn-lm", "knn-distribution", "ic-rag"):
         assert "expected one tokenizer, found two" in str(SYSTEMS[name].reason(other))

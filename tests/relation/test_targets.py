@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 from making import write_store, write_tokens
 from numpy.typing import NDArray
 
-from memdec import artifacts, datastore, index, targets, tokens
-from memdec.config import DatastoreSettings, IndexSettings, TargetSettings
+from memdec.artefacts import artefact
+from memdec.datastore import index, search, targets
+from memdec.datastore import keys as datastore
+from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, MemDecError, NumericsError, ResourceError
-from memdec.targets import TargetReader
+from memdec.settings import DatastoreSettings, IndexSettings, TargetSettings
+from memdec.text import tokens
 
 N, V = 60, 11
 
@@ -44,7 +47,7 @@ def run(made: tuple[list[Path], Path, Path], out: Path, **changes: object) -> Ta
     folders = [out / str(shard) for shard in range(chosen.shards)]
     for shard, folder in enumerate(folders):
         targets.run(*made, folder, chosen, shard=shard)
-    return TargetReader(folders, artifacts.read(made[2], "tokens").facts["sha256"]["train"])
+    return TargetReader(folders, artefact.read(made[2], "tokens").facts["sha256"]["train"])
 
 
 def dense(reader: TargetReader, n: int = N, width: int = V) -> NDArray[np.float64]:
@@ -104,7 +107,7 @@ def test_float16_keys_of_a_model_against_brute_force(base_folder: Path, token_fo
     n = len(keys)
     chosen = TargetSettings(neighbours=30, temperature=2.0, shards=n // 20)
     targets.run([tmp_path / "d"], tmp_path / "i", token_folder, tmp_path / "t", chosen, shard=5)
-    manifest = artifacts.read(tmp_path / "t", "targets")
+    manifest = artefact.read(tmp_path / "t", "targets")
     begin, end = manifest.facts["begin"], manifest.facts["end"]
     assert end - begin >= 20
     indptr, ids, probs = (np.load(tmp_path / "t" / f"{name}.npy") for name in ("indptr", "tokens", "probs"))
@@ -157,11 +160,11 @@ def test_a_shard_given_twice_and_a_half_written_one_are_refused(
     made: tuple[list[Path], Path, Path], tmp_path: Path
 ) -> None:
     run(made, tmp_path, shards=2)
-    digest = artifacts.read(made[2], "tokens").facts["sha256"]["train"]
+    digest = artefact.read(made[2], "tokens").facts["sha256"]["train"]
     zero, one = tmp_path / "0", tmp_path / "1"
     with pytest.raises(ArtifactError, match="give every shard once"):
         TargetReader([zero, zero, one], digest)
-    (one / artifacts.MANIFEST).unlink()
+    (one / artefact.MANIFEST).unlink()
     with pytest.raises(ArtifactError, match="unfinished"):
         TargetReader([zero, one], digest)
 
@@ -175,11 +178,11 @@ def test_fault_12_nan_keys_are_an_error_that_names_them_and_not_a_target(tmp_pat
     with pytest.raises(NumericsError, match="found NaN, inf or a larger one at position 17"):
         run(made, tmp_path / "t", neighbours=5)
     with pytest.raises(ArtifactError, match="unfinished"):
-        artifacts.read(tmp_path / "t" / "0", "targets")
+        artefact.read(tmp_path / "t" / "0", "targets")
     with pytest.raises(NumericsError, match="found NaN, inf or a larger one at position 17"):
         made_store(tmp_path / "bad", np.asarray(on_disk))
     with pytest.raises(ArtifactError, match="unfinished"):
-        artifacts.read(tmp_path / "bad" / "index", "index")
+        artefact.read(tmp_path / "bad" / "index", "index")
 
 
 def test_an_index_or_a_stream_of_other_keys_is_refused(made: tuple[list[Path], Path, Path], tmp_path: Path) -> None:
@@ -187,7 +190,7 @@ def test_an_index_or_a_stream_of_other_keys_is_refused(made: tuple[list[Path], P
     with pytest.raises(ArtifactError, match="found one of other keys"):
         run((store, made[1], stream), tmp_path / "a")
     (tmp_path / "other").mkdir()
-    with artifacts.building(tmp_path / "other" / "tokens", "tokens", {"other": 1}, {}) as build:
+    with artefact.building(tmp_path / "other" / "tokens", "tokens", {"other": 1}, {}) as build:
         assert build is not None
         build.facts.update(sha256={"train": "0" * 32})
     with pytest.raises(ArtifactError, match="found keys of other tokens"):
@@ -227,25 +230,25 @@ def test_fault_9_a_shard_killed_in_its_middle_goes_on_and_gives_the_same_bits(
     monkeypatch.setattr(targets, "_CHECKPOINT", 0.0)
     chosen = TargetSettings(neighbours=9, temperature=0.7, shards=2, batch_size=4, dtype=dtype)
     targets.run(*made, tmp_path / "whole", chosen, shard=1)
-    real, seen = index.Searcher.search, []
+    real, seen = search.Searcher.search, []
 
-    def killed(self: index.Searcher, queries: NDArray[np.float32], *rest: Any, **named: Any) -> Any:
+    def killed(self: search.Searcher, queries: NDArray[np.float32], *rest: Any, **named: Any) -> Any:
         seen.append(int(rest[1][0]))
         if len(seen) == calls + 1:
             raise KeyboardInterrupt
         return real(self, queries, *rest, **named)
 
-    monkeypatch.setattr(index.Searcher, "search", killed)
+    monkeypatch.setattr(search.Searcher, "search", killed)
     with pytest.raises(KeyboardInterrupt):
         targets.run(*made, tmp_path / "killed", chosen, shard=1)
     with pytest.raises(ArtifactError, match="unfinished"):
-        artifacts.read(tmp_path / "killed", "targets")
+        artefact.read(tmp_path / "killed", "targets")
     with (tmp_path / "killed" / "probs.npy").open("ab") as file:
         file.write(b"written after the last mark")
     targets.run(*made, tmp_path / "killed", chosen, shard=1)
     assert seen[calls : calls + 2] == [28 + 4 * calls] * 2  # positions 30 .. 59 on the grid of batches of 4
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert artifacts.read(tmp_path / "killed", "targets") == artifacts.read(tmp_path / "whole", "targets")
+    assert artefact.read(tmp_path / "killed", "targets") == artefact.read(tmp_path / "whole", "targets")
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone"])
@@ -323,7 +326,7 @@ def test_rows_with_fewer_neighbours_are_right_and_a_row_with_none_is_named(
     for released in (False, True):
         with pytest.warns(UserWarning, match=r"\d+ of 60 rows have fewer than 30 neighbours in the 1 cells searched"):
             found = dense(run(made, tmp_path / f"t{released}", neighbours=30, nprobe=1, released=released))
-        assert artifacts.read(tmp_path / f"t{released}" / "0", "targets").facts["short_rows"] >= 5
+        assert artefact.read(tmp_path / f"t{released}" / "0", "targets").facts["short_rows"] >= 5
         for i in range(5):
             weights = np.zeros(V)
             for j in set(range(5)) - {i}:
@@ -388,7 +391,7 @@ def test_rows_of_another_split_are_searched_without_removal(
 ) -> None:
     chosen = TargetSettings(neighbours=20, temperature=2)
     targets.run(modes["stored"], modes["exact"], token_folder, tmp_path / "t", chosen, queries=modes["valid"])
-    reader = TargetReader([tmp_path / "t"], artifacts.read(token_folder, "tokens").facts["sha256"]["valid"])
+    reader = TargetReader([tmp_path / "t"], artefact.read(token_folder, "tokens").facts["sha256"]["valid"])
     keys, asked = (np.load(modes[name] / "keys.npy").astype(np.float64) for name in ("stored", "valid"))
     values = tokens.load_stream(token_folder, "train")
     found = dense(reader, len(asked), 300)

@@ -9,11 +9,14 @@ import pytest
 import torch
 from making import CONTEXT, write_tokens
 
-from memdec import artifacts, models, targets, teacher, tokens
-from memdec.config import TeacherSettings
+from memdec.artefacts import artefact
+from memdec.datastore import targets, teacher
+from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError
-from memdec.targets import TargetReader
-from memdec.windows import windows
+from memdec.maths.windows import windows
+from memdec.models import loading
+from memdec.settings import TeacherSettings
+from memdec.text import tokens
 
 WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
 N_VOCAB = 300
@@ -49,7 +52,7 @@ def dense(folder: Path) -> np.ndarray:
 
 def by_whole_model(folder: Path, stream: Path, temperature: float) -> np.ndarray:
     """softmax(logits / temperature) at every position, window by window, by the model's own forward."""
-    values, model = tokens.load_stream(stream, "train"), models.load(folder)
+    values, model = tokens.load_stream(stream, "train"), loading.load(folder)
     parts = windows(len(values), **WINDOW)
     with torch.no_grad():
         logits = model(torch.from_numpy(np.stack([part.inputs(values, 0) for part in parts]))).logits
@@ -78,11 +81,11 @@ def test_shards_and_disk_type(make: Callable[..., list[Path]], whole: Path, toke
         np.testing.assert_array_equal(np.concatenate([piece[name] for piece in pieces]), one[name])
     half = dense(make(batch_size=4, dtype="float16")[0])
     np.testing.assert_allclose(half, dense(whole), rtol=1e-3, atol=1e-6)
-    sha256 = artifacts.read(token_folder, "tokens").facts["sha256"]["train"]
+    sha256 = artefact.read(token_folder, "tokens").facts["sha256"]["train"]
     found = TargetReader(folders[::-1], sha256)
     rows = found.rows([(0, len(tokens.load_stream(token_folder, "train")))])
     np.testing.assert_array_equal(rows.indptr, one["indptr"])
-    facts = artifacts.read(whole, "targets").facts
+    facts = artefact.read(whole, "targets").facts
     assert facts == {
         "begin": 0,
         "end": len(one["indptr"]) - 1,
@@ -113,7 +116,7 @@ def test_a_killed_run_goes_on_where_it_was(
         teacher.run(base_folder, token_folder, tmp_path / "t", settings, **WINDOW)
     assert calls == [0, 1, 2]
     with pytest.raises(ArtifactError, match="unfinished"):
-        artifacts.read(tmp_path / "t", "targets")
+        artefact.read(tmp_path / "t", "targets")
     monkeypatch.setattr(targets, "_CHECKPOINT", 30.0)
     again: list[int] = []
     monkeypatch.setattr(
@@ -126,12 +129,12 @@ def test_a_killed_run_goes_on_where_it_was(
 
 
 def test_padded_heads_are_masked(base_folder: Path, token_folder: Path, whole: Path, tmp_path: Path) -> None:
-    model, out = models.load(base_folder), tmp_path / "padded"
-    words, facts = tokens.load_tokenizer(str(base_folder)), artifacts.read(base_folder, "model").facts
+    model, out = loading.load(base_folder), tmp_path / "padded"
+    words, facts = tokens.load_tokenizer(str(base_folder)), artefact.read(base_folder, "model").facts
     model.resize_token_embeddings(320, mean_resizing=False)
     with torch.no_grad():
         model.get_output_embeddings().weight[N_VOCAB:] = 10 * model.get_output_embeddings().weight[:20]
-    with artifacts.building(out, "model", {}, {}) as build:
+    with artefact.building(out, "model", {}, {}) as build:
         assert build is not None
         model.save_pretrained(out)
         words.save_pretrained(out)
@@ -144,7 +147,7 @@ def test_padded_heads_are_masked(base_folder: Path, token_folder: Path, whole: P
 def test_what_cannot_work_is_refused_before_the_model_loads(
     base_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     other = write_tokens(tmp_path / "other", np.arange(100, dtype=np.uint16))
     passes = -(-len(windows(len(tokens.load_stream(token_folder, "train")), **WINDOW)) // 16)
     for stream, settings, changes, error, message in (
@@ -167,8 +170,8 @@ def test_what_cannot_work_is_refused_before_the_model_loads(
 def test_nan_names_the_position(
     base_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = models.load(base_folder)
-    monkeypatch.setattr(models, "load", lambda *_, **__: model)
+    model = loading.load(base_folder)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: model)
 
     def spoil(_module: Any, _args: Any, out: torch.Tensor) -> torch.Tensor:
         at = torch.arange(out.shape[1])[:, None] == 20
@@ -186,8 +189,8 @@ def test_nan_names_the_position(
 def test_logits_that_are_capped_are_refused(
     base_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = models.load(base_folder)
-    monkeypatch.setattr(models, "load", lambda *_, **__: model)
+    model = loading.load(base_folder)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: model)
     plain = model.forward
 
     def capped(*args: Any, **kwargs: Any) -> Any:

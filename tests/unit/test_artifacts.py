@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from memdec import artifacts
+from memdec.artefacts import artefact
 from memdec.errors import ArtifactError
 
 
 def make(path: Path, value: int = 1, crash: bool = False) -> bool:
-    with artifacts.building(path, "thing", {"value": value}, {}) as build:
+    with artefact.building(path, "thing", {"value": value}, {}) as build:
         if build is None:
             return False
         (build.work / "checkpoint").write_text("half")
@@ -24,15 +24,15 @@ def make(path: Path, value: int = 1, crash: bool = False) -> bool:
 def test_manifest_is_written_last_and_the_same_again_is_skipped(tmp_path: Path) -> None:
     out = tmp_path / "a"
     assert make(out)
-    manifest = artifacts.read(out, "thing")
+    manifest = artefact.read(out, "thing")
     assert manifest.facts == {"n": 1}
     assert manifest.files == {"data.txt": 1}
-    assert not (out / artifacts.WORK).exists()
+    assert not (out / artefact.WORK).exists()
     assert not make(out)
 
 
 def test_two_builds_in_one_folder_are_refused(tmp_path: Path) -> None:
-    with artifacts.building(tmp_path / "a", "thing", {"value": 1}, {}) as build:
+    with artefact.building(tmp_path / "a", "thing", {"value": 1}, {}) as build:
         assert build is not None
         with pytest.raises(
             ArtifactError, match="expected a folder that nobody builds in, found another process at work"
@@ -56,14 +56,14 @@ def test_a_killed_build_is_not_read_and_keeps_its_work_for_the_same_recipe_only(
     with pytest.raises(RuntimeError):
         make(out, 2, crash=True)
     with pytest.raises(ArtifactError, match="unfinished"):
-        artifacts.read(out, "thing")
+        artefact.read(out, "thing")
     assert (out / "work" / "checkpoint").exists()
-    with artifacts.building(out, "thing", {"value": 2}, {}) as build:
+    with artefact.building(out, "thing", {"value": 2}, {}) as build:
         assert build is not None
         assert (out / "work" / "checkpoint").exists()
     with pytest.raises(RuntimeError):
         make(out, 3, crash=True)
-    with artifacts.building(out, "thing", {"value": 4}, {}) as build:
+    with artefact.building(out, "thing", {"value": 4}, {}) as build:
         assert build is not None
         assert not (out / "work").exists()
         assert not (out / "data.txt").exists()
@@ -80,7 +80,7 @@ def test_somebody_elses_folder_is_refused_and_untouched(tmp_path: Path) -> None:
 def test_damage_is_one_clear_error_and_rebuilt(tmp_path: Path, damage: str) -> None:
     out = tmp_path / "a"
     make(out)
-    manifest = out / artifacts.MANIFEST
+    manifest = out / artefact.MANIFEST
     if damage == "cut":
         manifest.write_text(manifest.read_text()[:50])
     elif damage == "not json":
@@ -94,7 +94,7 @@ def test_damage_is_one_clear_error_and_rebuilt(tmp_path: Path, damage: str) -> N
     else:
         out = tmp_path / "nothing"
     with pytest.raises(ArtifactError, match=r"expected .* found") as caught:
-        artifacts.read(out, "thing")
+        artefact.read(out, "thing")
     assert str(out) in str(caught.value)
     assert "\n" not in str(caught.value)
     if damage == "other kind":  # a mistyped --out must not cost an artefact
@@ -102,4 +102,4 @@ def test_damage_is_one_clear_error_and_rebuilt(tmp_path: Path, damage: str) -> N
             make(out)
     else:
         assert make(out)
-        artifacts.read(out, "thing")
+        artefact.read(out, "thing")

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from memdec import artifacts
-from memdec.config import IndexSettings
+from memdec.artefacts import artefact
 from memdec.errors import ArtifactError
+from memdec.settings import IndexSettings
 
 
 def make(path: Path, settings: dict[str, object], inputs: dict[str, str] | None = None, kind: str = "thing") -> bool:
-    with artifacts.building(path, kind, settings, inputs or {}) as build:
+    with artefact.building(path, kind, settings, inputs or {}) as build:
         if build is None:
             return False
         (path / "sub").mkdir(exist_ok=True)
@@ -22,13 +22,13 @@ def test_the_old_manifest_goes_before_the_work_and_old_files_before_a_new_recipe
     out = tmp_path / "a"
     make(out, {"value": 1})
     (out / "sub" / "left.txt").write_text("of the first recipe")
-    with artifacts.building(out, "thing", {"value": 2}, {}) as build:
+    with artefact.building(out, "thing", {"value": 2}, {}) as build:
         assert build is not None
-        assert [file.name for file in out.rglob("*")] == [artifacts.MARK]
+        assert [file.name for file in out.rglob("*")] == [artefact.MARK]
         with pytest.raises(ArtifactError, match="unfinished"):
-            artifacts.read(out, "thing")
+            artefact.read(out, "thing")
         (out / "new.txt").write_text("abc")
-    manifest = artifacts.read(out, "thing")
+    manifest = artefact.read(out, "thing")
     assert manifest.files == {"new.txt": 3}
     assert manifest.recipe == build.recipe
 
@@ -37,11 +37,11 @@ def test_a_repair_of_the_same_recipe_is_not_read_before_it_is_whole(tmp_path: Pa
     out = tmp_path / "a"
     make(out, {})
     (out / "sub" / "data.txt").unlink()
-    with artifacts.building(out, "thing", {}, {}) as build:
+    with artefact.building(out, "thing", {}, {}) as build:
         assert build is not None
         (out / "sub" / "data.txt").write_text("y")  # whole again in size, but the stage is not done
         with pytest.raises(ArtifactError, match="unfinished"):
-            artifacts.read(out, "thing")
+            artefact.read(out, "thing")
 
 
 def test_the_recipe_is_settings_and_inputs_and_not_their_order(tmp_path: Path) -> None:
@@ -50,11 +50,11 @@ def test_the_recipe_is_settings_and_inputs_and_not_their_order(tmp_path: Path) -
     assert not make(out, {"q": 2, "p": 1}, {"y": "2", "x": "1"})
     assert make(out, {"p": 1, "q": 2}, {"x": "1", "y": "3"})
     assert make(out, {"p": 1, "q": 3}, {"x": "1", "y": "3"})
-    assert artifacts.read(out, "thing").files == {"sub/data.txt": 1}
+    assert artefact.read(out, "thing").files == {"sub/data.txt": 1}
 
 
 def test_typed_settings_and_plain_ones_are_one_recipe(tmp_path: Path) -> None:
-    with artifacts.building(tmp_path / "a", "thing", IndexSettings(), {}):
+    with artefact.building(tmp_path / "a", "thing", IndexSettings(), {}):
         pass
     assert not make(tmp_path / "a", IndexSettings().model_dump(mode="json"))
 
@@ -64,38 +64,38 @@ def test_the_error_names_the_file_and_both_sizes(tmp_path: Path) -> None:
     file = tmp_path / "a" / "sub" / "data.txt"
     file.write_text("longer")
     with pytest.raises(ArtifactError, match="expected 1 bytes, found 6 bytes") as caught:
-        artifacts.read(tmp_path / "a", "thing")
+        artefact.read(tmp_path / "a", "thing")
     assert str(caught.value).startswith(str(file))
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    artifacts.write_json(tmp_path / "deep" / "a.json", {"n": 1})
+    artefact.write_json(tmp_path / "deep" / "a.json", {"n": 1})
     before = (tmp_path / "deep" / "a.json").read_text()
     with pytest.raises(TypeError):
-        artifacts.write_json(tmp_path / "deep" / "a.json", {"n": object()})
+        artefact.write_json(tmp_path / "deep" / "a.json", {"n": object()})
     assert (tmp_path / "deep" / "a.json").read_text() == before
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["a.json"]
 
 
 def test_kind_of_never_raises(tmp_path: Path) -> None:
     make(tmp_path / "a", {})
-    assert artifacts.kind_of(tmp_path / "a") == "thing"
+    assert artefact.kind_of(tmp_path / "a") == "thing"
     for text in ("[1]", "{}", "{", ""):
-        (tmp_path / "a" / artifacts.MANIFEST).write_text(text)
-        assert artifacts.kind_of(tmp_path / "a") is None
-    assert artifacts.kind_of(tmp_path / "nothing") is None
+        (tmp_path / "a" / artefact.MANIFEST).write_text(text)
+        assert artefact.kind_of(tmp_path / "a") is None
+    assert artefact.kind_of(tmp_path / "nothing") is None
 
 
 def test_fault_9_a_whole_artefact_of_another_kind_is_not_wiped(tmp_path: Path) -> None:
     make(tmp_path / "a", {"value": 1}, kind="model")
     with pytest.raises(ArtifactError):
         make(tmp_path / "a", {}, kind="index")
-    artifacts.read(tmp_path / "a", "model")
+    artefact.read(tmp_path / "a", "model")
 
 
 def test_fault_9_an_input_of_the_build_is_not_wiped(tmp_path: Path) -> None:
     make(tmp_path / "a", {"value": 1}, kind="model")
-    recipe = artifacts.read(tmp_path / "a", "model").recipe
+    recipe = artefact.read(tmp_path / "a", "model").recipe
     with pytest.raises(ArtifactError):
         make(tmp_path / "a", {"value": 2}, {"model": recipe}, kind="model")
-    artifacts.read(tmp_path / "a", "model")
+    artefact.read(tmp_path / "a", "model")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from memdec import cards
+from memdec.models import cards
 
 FACTS = {
     "corpus": "../../corpora/torch",
@@ -120,10 +120,10 @@ def test_the_code_for_a_memory_runs(base_folder: Path, small_folder: Path, tmp_p
 def test_the_code_for_a_model_and_a_lora_runs(base_folder: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from memdec import models
+    from memdec.models import loading
 
     assert run(card(tmp_path, "model"), MODEL=base_folder).startswith("The")
     adapter = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-    get_peft_model(models.load(base_folder), adapter).save_pretrained(tmp_path / "lora")
+    get_peft_model(loading.load(base_folder), adapter).save_pretrained(tmp_path / "lora")
     # peft leaves a card of its own
     assert run(card(tmp_path / "lora", "lora"), BASE=base_folder, LORA=tmp_path / "lora").startswith("The")

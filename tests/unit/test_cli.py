@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from making import CONTEXT
 
-from memdec import artifacts, cli, datastore, targets
+from memdec import cli
+from memdec.artefacts import artefact
+from memdec.datastore import keys as datastore
+from memdec.datastore import targets
 from memdec.errors import ArtifactError
 
 WORDS = json.dumps({"source": "files", "path": "ten.txt"})
@@ -92,7 +95,7 @@ def test_bad_input_is_one_line(
     assert lines[0].startswith("error: ")
     for kind in ("corpus", "model", "datastore", "memory", "evaluation"):
         with pytest.raises(ArtifactError):
-            artifacts.read(tmp_path / "out", kind)
+            artefact.read(tmp_path / "out", kind)
 
 
 def test_a_stage_by_hand(
@@ -110,22 +113,25 @@ def test_a_stage_by_hand(
     assert (out / "manifest.json").stat().st_mtime_ns == before
     words = ["passages", "--tokens", str(out), "--out", str(tmp_path / "passages"), "--passage", "9"]
     assert memdec(monkeypatch, capsys, *words)[0] == 0
-    assert artifacts.read(tmp_path / "passages", "passages").settings == {"passage": 9}
+    assert artefact.read(tmp_path / "passages", "passages").settings == {"passage": 9}
 
 
 def test_the_whole_evaluation_by_hand(
     base_folder: Path, small_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
 ) -> None:
     """evaluate -> table on a memory made of a tiny model, as the rules call them."""
-    from memdec import datastore, evaluate, index, targets, train
-    from memdec.config import DatastoreSettings, EvaluateSettings, IndexSettings, MemorySettings, TargetSettings
+    from memdec.datastore import index, targets
+    from memdec.datastore import keys as datastore
+    from memdec.results import evaluate
+    from memdec.settings import DatastoreSettings, EvaluateSettings, IndexSettings, MemorySettings, TargetSettings
+    from memdec.training import stages
 
     window = {"context": CONTEXT, "stride": CONTEXT // 2}
     datastore.run(base_folder, token_folder, tmp_path / "d", DatastoreSettings(), **window)
     index.run(tmp_path / "d", tmp_path / "i", IndexSettings())
     targets.run(tmp_path / "d", tmp_path / "i", token_folder, tmp_path / "t", TargetSettings(neighbours=9), shard=0)
     settings = MemorySettings(epochs=0.5, learning_rate=1e-2)
-    train.run_train(small_folder, token_folder, [tmp_path / "t"], tmp_path / "m", settings, context=CONTEXT, seed=0)
+    stages.run_train(small_folder, token_folder, [tmp_path / "t"], tmp_path / "m", settings, context=CONTEXT, seed=0)
     evaluate.run(
         base_folder,
         corpus_folder,

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from memdec import config as cfg
 from memdec.errors import ConfigError
+from memdec.settings import portable
 
 MINI = Path(__file__).resolve().parents[2] / "config" / "mini.yaml"
 
@@ -73,6 +74,6 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
 def test_portable_settings_name_no_folder_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMDEC_TEST_DATA", "/some/data")
     plain = {"paths": ["/some/data/train.txt", "/some/database"], "model": "/some/data", "n": 3}
-    assert cfg.portable(plain) == {
+    assert portable(plain) == {
         "paths": ["${MEMDEC_TEST_DATA}/train.txt", "/some/database"], "model": "${MEMDEC_TEST_DATA}", "n": 3
     }  # fmt: skip

@@ -7,6 +7,18 @@ from pydantic import ValidationError
 
 from memdec import config as cfg
 from memdec.errors import ConfigError
+from memdec.settings import (
+    SPLITS,
+    CorpusSpec,
+    DocstringCorpus,
+    FileCorpus,
+    HubCorpus,
+    ModelSpec,
+    TargetSettings,
+    TokenizerSpec,
+    _Corpus,
+    parse,
+)
 
 TRAIN: dict[str, Any] = {"epochs": 1}
 SCRATCH = {
@@ -18,19 +30,19 @@ SCRATCH = {
 @pytest.mark.parametrize(
     ("data", "kind", "value"),
     [
-        ({"source": "docstrings", "packages": ["stdlib"]}, cfg.DocstringCorpus, 160),
-        ({"source": "files", "path": "a.txt"}, cfg.FileCorpus, "blank_line"),
-        ({"source": "files", "paths": {"train": "a", "valid": "b", "test": "c"}}, cfg.FileCorpus, "blank_line"),
-        ({"source": "hub", "path": "wikitext"}, cfg.HubCorpus, "validation"),
+        ({"source": "docstrings", "packages": ["stdlib"]}, DocstringCorpus, 160),
+        ({"source": "files", "path": "a.txt"}, FileCorpus, "blank_line"),
+        ({"source": "files", "paths": {"train": "a", "valid": "b", "test": "c"}}, FileCorpus, "blank_line"),
+        ({"source": "hub", "path": "wikitext"}, HubCorpus, "validation"),
     ],
 )
-def test_each_corpus_kind_with_its_defaults(data: dict[str, Any], kind: type[cfg._Corpus], value: object) -> None:
-    spec = cfg.parse(cfg.CorpusSpec, data, "here")
+def test_each_corpus_kind_with_its_defaults(data: dict[str, Any], kind: type[_Corpus], value: object) -> None:
+    spec = parse(CorpusSpec, data, "here")
     assert type(spec) is kind
     assert (spec.separator, spec.min_bytes, spec.max_bytes) == ("eos", 1000, {})
-    found = {cfg.DocstringCorpus: "min_chars", cfg.FileCorpus: "documents"}
-    assert (spec.splits["valid"] if kind is cfg.HubCorpus else getattr(spec, found[kind])) == value
-    assert cfg.parse(cfg.CorpusSpec, spec.model_dump(mode="json"), "again") == spec
+    found = {DocstringCorpus: "min_chars", FileCorpus: "documents"}
+    assert (spec.splits["valid"] if kind is HubCorpus else getattr(spec, found[kind])) == value
+    assert parse(CorpusSpec, spec.model_dump(mode="json"), "again") == spec
     with pytest.raises(ValidationError, match="frozen"):
         spec.separator = "none"
 
@@ -38,25 +50,25 @@ def test_each_corpus_kind_with_its_defaults(data: dict[str, Any], kind: type[cfg
 @pytest.mark.parametrize(
     ("kind", "data", "message"),
     [
-        (cfg.CorpusSpec, {"source": "web"}, "web"),
-        (cfg.CorpusSpec, {"path": "a.txt"}, "source"),
-        (cfg.CorpusSpec, {"source": "files", "path": "a", "paths": {"train": "b"}}, "either 'path'"),
-        (cfg.CorpusSpec, {"source": "files", "path": "a", "packages": ["x"]}, "files.packages: unknown key"),
-        (cfg.CorpusSpec, {"source": "docstrings", "packages": []}, r"docstrings.packages: .* found \[\]"),
-        (cfg.CorpusSpec, {"source": "hub", "path": "a", "splits": {"dev": "x"}}, "found 'dev'"),
-        (cfg.CorpusSpec, {"source": "files", "path": "a", "max_bytes": {"test": 0}}, "max_bytes.test: .* found 0"),
-        (cfg.TokenizerSpec, {}, "either 'train_on' with 'vocab_size', or 'pretrained'"),
-        (cfg.TokenizerSpec, {"train_on": ["a"]}, "'train_on' needs 'vocab_size'"),
-        (cfg.TokenizerSpec, {"train_on": ["a"], "vocab_size": 300, "pretrained": "b"}, "give either 'train_on'"),
-        (cfg.ModelSpec, {**SCRATCH, "pretrained": "x"}, "not both"),
-        (cfg.ModelSpec, {key: value for key, value in SCRATCH.items() if key != "heads"}, "needs architecture, width"),
-        (cfg.ModelSpec, {**SCRATCH, "train": {"epochs": 0}}, "train.epochs: .* found 0"),
-        (cfg.TargetSettings, {"threshold": 1.0, "temperature": 0}, "temperature: .* found 0; threshold: .* found 1.0"),
+        (CorpusSpec, {"source": "web"}, "web"),
+        (CorpusSpec, {"path": "a.txt"}, "source"),
+        (CorpusSpec, {"source": "files", "path": "a", "paths": {"train": "b"}}, "either 'path'"),
+        (CorpusSpec, {"source": "files", "path": "a", "packages": ["x"]}, "files.packages: unknown key"),
+        (CorpusSpec, {"source": "docstrings", "packages": []}, r"docstrings.packages: .* found \[\]"),
+        (CorpusSpec, {"source": "hub", "path": "a", "splits": {"dev": "x"}}, "found 'dev'"),
+        (CorpusSpec, {"source": "files", "path": "a", "max_bytes": {"test": 0}}, "max_bytes.test: .* found 0"),
+        (TokenizerSpec, {}, "either 'train_on' with 'vocab_size', or 'pretrained'"),
+        (TokenizerSpec, {"train_on": ["a"]}, "'train_on' needs 'vocab_size'"),
+        (TokenizerSpec, {"train_on": ["a"], "vocab_size": 300, "pretrained": "b"}, "give either 'train_on'"),
+        (ModelSpec, {**SCRATCH, "pretrained": "x"}, "not both"),
+        (ModelSpec, {key: value for key, value in SCRATCH.items() if key != "heads"}, "needs architecture, width"),
+        (ModelSpec, {**SCRATCH, "train": {"epochs": 0}}, "train.epochs: .* found 0"),
+        (TargetSettings, {"threshold": 1.0, "temperature": 0}, "temperature: .* found 0; threshold: .* found 1.0"),
     ],
 )
 def test_wrong_data_is_one_line_that_names_place_and_value(kind: Any, data: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        cfg.parse(kind, data, "spec.yaml")
+        parse(kind, data, "spec.yaml")
     assert str(caught.value).startswith("spec.yaml: ")
     assert "\n" not in str(caught.value)
 
@@ -72,7 +84,7 @@ def whole(**changes: Any) -> dict[str, Any]:
 
 
 def test_all_wrong_references_at_once() -> None:
-    assert cfg.parse(cfg.Config, whole(), "c").context == 8
+    assert parse(cfg.Config, whole(), "c").context == 8
     data = whole(
         domains=["d1"], key_model="k1", memory_model="m1", stride=9,
         tokenizers={"t": {"train_on": ["c1"], "vocab_size": 300}},
@@ -80,7 +92,7 @@ def test_all_wrong_references_at_once() -> None:
         models={"m": {**SCRATCH, "tokenizer": "t1", "corpus": "c3"}},
     )  # fmt: skip
     with pytest.raises(ConfigError) as caught:
-        cfg.parse(cfg.Config, data, "c")
+        parse(cfg.Config, data, "c")
     for wrong in ("d1", "k1", "m1", "c1", "c2", "c3", "t1", "9"):
         assert f"found {wrong}" in str(caught.value)
 
@@ -89,13 +101,13 @@ def test_models_of_two_tokenizers_do_not_mix() -> None:
     tokenizers = {"t": {"pretrained": "x"}, "t2": {"pretrained": "y"}}
     models = {"m": SCRATCH, "n": {**SCRATCH, "tokenizer": "t2"}}
     with pytest.raises(ConfigError, match=r"models.n.tokenizer: expected the tokenizer of a memory, found t2; add"):
-        cfg.parse(cfg.Config, whole(tokenizers=tokenizers, models=models), "c")
-    assert cfg.parse(cfg.Config, whole(tokenizers=tokenizers, models=models, systems=["base", "LoRA"]), "c")
-    assert cfg.parse(cfg.Config, whole(tokenizers=tokenizers, models=models, evaluated=["m"]), "c").bases == ["m"]
+        parse(cfg.Config, whole(tokenizers=tokenizers, models=models), "c")
+    assert parse(cfg.Config, whole(tokenizers=tokenizers, models=models, systems=["base", "LoRA"]), "c")
+    assert parse(cfg.Config, whole(tokenizers=tokenizers, models=models, evaluated=["m"]), "c").bases == ["m"]
     with pytest.raises(
         ConfigError, match="memory_model: expected a model with tokenizer t as the key model m, found n"
     ):
-        cfg.parse(cfg.Config, whole(tokenizers=tokenizers, models=models, memory_model="n", evaluated=["m"]), "c")
+        parse(cfg.Config, whole(tokenizers=tokenizers, models=models, memory_model="n", evaluated=["m"]), "c")
 
 
 # --- memories -----------------------------------------------------------------------------------------------------
@@ -108,7 +120,7 @@ def several(**memories: dict[str, Any]) -> cfg.Config:
     memories = {"other": {"adapt": "memdec", "key_model": "n", "share": 0.1}, **memories}
     memory = {"epochs": 20, "dropout": 0.2}
     data = whole(models=models, tokenizers=tokenizers, memories=memories, memory=memory, memory_model="small")
-    config: cfg.Config = cfg.parse(cfg.Config, data, "c")
+    config: cfg.Config = parse(cfg.Config, data, "c")
     return config
 
 
@@ -180,18 +192,16 @@ def test_memories_that_cannot_be_are_named(memories: dict[str, Any], message: st
 
 def test_other_names_that_are_not_there() -> None:
     with pytest.raises(ConfigError, match=r"evaluated: .* found y; budget.model: .* found x"):
-        cfg.parse(cfg.Config, whole(budget={"model": "x"}, evaluated=["y"]), "c")
+        parse(cfg.Config, whole(budget={"model": "x"}, evaluated=["y"]), "c")
     with pytest.raises(ConfigError, match=r"models\.m-untuned: expected a name without -untuned"):
-        cfg.parse(cfg.Config, whole(models={"m": SCRATCH, "m-untuned": SCRATCH}), "c")
+        parse(cfg.Config, whole(models={"m": SCRATCH, "m-untuned": SCRATCH}), "c")
 
 
 def test_variables_of_the_environment_in_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMDEC_A", "/data")
-    paths = {split: f"${{MEMDEC_A}}/{split}.txt" for split in cfg.SPLITS}
-    corpus = cfg.parse(cfg.CorpusSpec, {"source": "files", "paths": paths}, "c")
-    assert corpus.paths == {split: f"/data/{split}.txt" for split in cfg.SPLITS}
-    assert (
-        cfg.parse(cfg.TokenizerSpec, {"pretrained": "${MEMDEC_A}/${MEMDEC_A}/$x"}, "c").pretrained == "/data//data/$x"
-    )
+    paths = {split: f"${{MEMDEC_A}}/{split}.txt" for split in SPLITS}
+    corpus = parse(CorpusSpec, {"source": "files", "paths": paths}, "c")
+    assert corpus.paths == {split: f"/data/{split}.txt" for split in SPLITS}
+    assert parse(TokenizerSpec, {"pretrained": "${MEMDEC_A}/${MEMDEC_A}/$x"}, "c").pretrained == "/data//data/$x"
     with pytest.raises(ConfigError, match=r"c: pretrained: expected the environment variable MEMDEC_B, found it unset"):
-        cfg.parse(cfg.ModelSpec, {"family": "f", "tokenizer": "t", "pretrained": "${MEMDEC_B}/m"}, "c")
+        parse(ModelSpec, {"family": "f", "tokenizer": "t", "pretrained": "${MEMDEC_B}/m"}, "c")

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from making import made_text
 
-from memdec import artifacts, corpora
-from memdec.config import DocstringCorpus, FileCorpus, HubCorpus
+from memdec.artefacts import artefact
 from memdec.errors import CorpusError
+from memdec.settings import DocstringCorpus, FileCorpus, HubCorpus
+from memdec.text import corpora
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_docstrings_are_read_without_import_split_by_module_and_deduplicated(pac
     assert sum(len(sources(tmp_path / "a", split)) for split in units) <= 61  # the function's copy of a docstring went
     assert "fakepkg/m_docs.py" in units["train"] | units["valid"] | units["test"]
     corpora.run(spec, tmp_path / "b")
-    assert artifacts.read(tmp_path / "a", "corpus").facts == artifacts.read(tmp_path / "b", "corpus").facts
+    assert artefact.read(tmp_path / "a", "corpus").facts == artefact.read(tmp_path / "b", "corpus").facts
 
 
 def test_formats_give_the_same_documents(tmp_path: Path) -> None:
@@ -75,14 +76,14 @@ def test_overlapping_test_documents_are_dropped_and_counted(tmp_path: Path) -> N
     corpora.run(FileCorpus(source="files", path=str(tmp_path / "a.txt"), min_bytes=10), tmp_path / "out")
     train = corpora._shingles(corpora.load(tmp_path / "out", "train"))
     assert all(corpora._overlap(d, train) <= corpora.MAX_OVERLAP for d in corpora.load(tmp_path / "out", "test"))
-    assert artifacts.read(tmp_path / "out", "corpus").facts["dropped_for_overlap"]["test"] > 0
+    assert artefact.read(tmp_path / "out", "corpus").facts["dropped_for_overlap"]["test"] > 0
 
 
 def test_caps_take_whole_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(made_text(300, 4))
     spec = FileCorpus(source="files", path=str(tmp_path / "a.txt"), max_bytes={"train": 3000}, min_bytes=10)
     corpora.run(spec, tmp_path / "out")
-    facts = artifacts.read(tmp_path / "out", "corpus").facts["splits"]["train"]
+    facts = artefact.read(tmp_path / "out", "corpus").facts["splits"]["train"]
     assert 2000 < facts["bytes"] <= 3000
 
 

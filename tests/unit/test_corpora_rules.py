@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from making import made_text
 
-from memdec import artifacts, corpora
-from memdec.config import SPLITS, DocstringCorpus, FileCorpus, HubCorpus
+from memdec.artefacts import artefact
 from memdec.errors import CorpusError
+from memdec.settings import SPLITS, DocstringCorpus, FileCorpus, HubCorpus
+from memdec.text import corpora
 
 TEXT = made_text(200, 9)
 
@@ -20,7 +21,7 @@ TEXT = made_text(200, 9)
 def made(path: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
     """Facts of a corpus of one file, split by hash."""
     corpora.run(FileCorpus.model_validate({"source": "files", "path": str(path), "min_bytes": 10} | changes), out)
-    return artifacts.read(out, "corpus").facts
+    return artefact.read(out, "corpus").facts
 
 
 def texts(out: Path) -> list[str]:
@@ -92,7 +93,7 @@ def test_text_of_another_corpus_is_kept_out_of_valid_and_test_but_not_of_train(t
         before, after = (corpora.load(tmp_path / name, split) for name in ("alone", "apart"))  # type: ignore[arg-type]
         assert set(before) & set(half)
         assert after == [text for text in before if text not in set(half)]
-    assert sum(artifacts.read(tmp_path / "apart", "corpus").facts["dropped_for_overlap"].values()) > sum(
+    assert sum(artefact.read(tmp_path / "apart", "corpus").facts["dropped_for_overlap"].values()) > sum(
         alone["dropped_for_overlap"].values()
     )
 

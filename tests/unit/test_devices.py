@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from memdec import cli, datastore, devices
-from memdec.config import Compute, DatastoreSettings
+from memdec import cli
+from memdec.artefacts import devices
+from memdec.datastore import keys as datastore
 from memdec.errors import ResourceError
+from memdec.settings import Compute, DatastoreSettings
 
 
 @pytest.fixture

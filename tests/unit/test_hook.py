@@ -59,7 +59,8 @@ def test_the_models_are_registered_by_name_and_by_entry_point() -> None:
 
     from lm_eval.api.registry import get_model
 
-    from memdec.harness import MemDecIcRag, MemDecInterp, MemDecKnnLM
+    from memdec.harness.baselines import MemDecIcRag, MemDecKnnLM
+    from memdec.harness.models import MemDecInterp
 
     models = {"memdec-interp": MemDecInterp, "memdec-knnlm": MemDecKnnLM, "memdec-icrag": MemDecIcRag}
     for name, model in models.items():

@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from memdec.errors import ModelError
-from memdec.keypoints import FAMILIES, KeyPoint, last_mlp
+from memdec.models.keypoints import FAMILIES, KeyPoint, last_mlp
 
 LLAMA = {
     "hidden_size": 16,

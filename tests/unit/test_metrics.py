@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from memdec import metrics
+from memdec.maths import statistics
 
 
 def test_resampling_weighs_blocks_by_their_tokens() -> None:
@@ -14,30 +14,30 @@ def test_resampling_weighs_blocks_by_their_tokens() -> None:
     draws = np.random.default_rng(3).integers(0, 4, size=(200, 4))
     twin = [math.exp(-sum(blocks[i][0] for i in row) / sum(blocks[i][1] for i in row)) for row in draws]
     expected = np.quantile(twin, [0.025, 0.975])
-    np.testing.assert_allclose(metrics.bootstrap_perplexity(log_p, 4, 200, seed=3), expected)
+    np.testing.assert_allclose(statistics.bootstrap_perplexity(log_p, 4, 200, seed=3), expected)
 
 
 def test_equal_tokens_leave_no_spread_and_a_lower_level_is_narrower() -> None:
-    low, high = metrics.bootstrap_perplexity(np.full(11, -math.log(5)), 4, 50, seed=0)
+    low, high = statistics.bootstrap_perplexity(np.full(11, -math.log(5)), 4, 50, seed=0)
     assert (low, high) == (pytest.approx(5), pytest.approx(5))
     log_p = -np.random.default_rng(0).exponential(2, 2000)
-    wide = metrics.bootstrap_perplexity(log_p, 32, 400, seed=1)
-    narrow = metrics.bootstrap_perplexity(log_p, 32, 400, seed=1, level=0.5)
+    wide = statistics.bootstrap_perplexity(log_p, 32, 400, seed=1)
+    narrow = statistics.bootstrap_perplexity(log_p, 32, 400, seed=1, level=0.5)
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 
 def test_blocks_carry_the_dependence_of_neighbouring_tokens() -> None:
     # 40 topics of 50 equal tokens: tokens drawn one by one would claim seven times the precision there is.
     log_p = np.repeat(-np.random.default_rng(0).exponential(2, 40), 50)
-    blocks, single = (metrics.bootstrap_perplexity(log_p, window, 400, seed=1) for window in (50, 1))
+    blocks, single = (statistics.bootstrap_perplexity(log_p, window, 400, seed=1) for window in (50, 1))
     assert blocks[1] - blocks[0] > 4 * (single[1] - single[0])
 
 
 def test_fault_24_narrow_scores_are_summed_in_float64() -> None:
     log_p = np.full(20_000, -8, np.float16)  # their sum, -160,000, is beyond float16
-    assert metrics.perplexity(log_p) == pytest.approx(math.exp(8))
-    assert metrics.bootstrap_perplexity(log_p, 512, 10, seed=0)[1] == pytest.approx(math.exp(8))
+    assert statistics.perplexity(log_p) == pytest.approx(math.exp(8))
+    assert statistics.bootstrap_perplexity(log_p, 512, 10, seed=0)[1] == pytest.approx(math.exp(8))
 
 
 def test_a_token_ruled_out_makes_the_perplexity_infinite() -> None:
-    assert metrics.perplexity(np.array([-1.0, -math.inf])) == math.inf
+    assert statistics.perplexity(np.array([-1.0, -math.inf])) == math.inf

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memdec import mixing
 from memdec.errors import ConfigError, NumericsError
+from memdec.maths import mixing
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

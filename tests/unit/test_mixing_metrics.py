@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memdec import metrics, mixing
 from memdec.errors import ConfigError, NumericsError
+from memdec.maths import mixing, statistics
 
 
 @given(st.floats(0, 1), st.integers(0, 1000))
@@ -55,16 +55,16 @@ def test_fault_12_nan_is_an_error_and_not_probability_one() -> None:
 
 
 def test_perplexity_of_a_uniform_guess_and_its_interval() -> None:
-    assert metrics.perplexity(np.full(10, -math.log(7))) == pytest.approx(7)
+    assert statistics.perplexity(np.full(10, -math.log(7))) == pytest.approx(7)
     log_p = -np.random.default_rng(0).exponential(3, 5000)
-    low, high = metrics.bootstrap_perplexity(log_p, 64, 500, seed=1)
-    assert low < metrics.perplexity(log_p) < high
-    assert (low, high) == metrics.bootstrap_perplexity(log_p, 64, 500, seed=1)
-    wide = metrics.bootstrap_perplexity(log_p[:500], 64, 500, seed=1)
+    low, high = statistics.bootstrap_perplexity(log_p, 64, 500, seed=1)
+    assert low < statistics.perplexity(log_p) < high
+    assert (low, high) == statistics.bootstrap_perplexity(log_p, 64, 500, seed=1)
+    wide = statistics.bootstrap_perplexity(log_p[:500], 64, 500, seed=1)
     assert wide[1] - wide[0] > high - low
 
 
 def test_ragged_last_window_counts_its_tokens() -> None:
-    sums, counts = metrics.window_sums(np.arange(10.0), 4)
+    sums, counts = statistics.window_sums(np.arange(10.0), 4)
     assert sums.tolist() == [6, 22, 17]
     assert counts.tolist() == [4, 4, 2]

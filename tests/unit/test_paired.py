@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from memdec import paired, statistics
-from memdec.adaptllm_metrics import headline_f1, macro_f1, micro_f1, micro_macro_mean, weighted_f1
+from memdec.maths import paired, statistics
+from memdec.tasks.domain_metrics import headline_f1, macro_f1, micro_f1, micro_macro_mean, weighted_f1
 
 AGGREGATIONS: dict[str, tuple[Any, tuple[paired.Average, ...]]] = {
     "weighted": (weighted_f1, ("weighted",)),

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from memdec import rows
 from memdec.errors import CorpusError
-from memdec.rows import HubRows
+from memdec.tasks import rows
+from memdec.tasks.rows import HubRows
 
 
 def test_blank_lines_at_the_end_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from memdec import artifacts, regression, tables
 from memdec import config as cfg
+from memdec.artefacts import artefact
 from memdec.errors import ArtifactError, ConfigError, IncomparableError
+from memdec.results import regression, tables
+from memdec.settings import parse
 
 CONFIG = cfg.load(Path(__file__).resolve().parents[2] / "tests" / "regression" / "reduced.yaml")
 
@@ -79,7 +81,7 @@ def variants() -> cfg.Config:
     data["systems"] = ["base", "kNN-LM", "MemDec"]
     data["memories"] = {"kl": {"train": {"objective": "kl"}, "models": ["gpt2-S"]}}
     data["memories"]["moved"] = {"adapt": "memdec", "key_model": "n"}
-    config: cfg.Config = cfg.parse(cfg.Config, data, "c")
+    config: cfg.Config = parse(cfg.Config, data, "c")
     return config
 
 
@@ -142,7 +144,7 @@ def test_table_1_has_a_row_per_method_and_a_column_per_model_of_one_domain() -> 
 
 def test_what_is_forgotten_is_a_table_of_general_text(tmp_path: Path) -> None:
     data = variants().model_dump(mode="json", exclude_unset=True)
-    config = cfg.parse(cfg.Config, data | {"forgetting": ["general"]}, "c")
+    config = parse(cfg.Config, data | {"forgetting": ["general"]}, "c")
     table = tables.forgetting(config)
     assert list(table.columns) == ["sklearn on general"]
     records = pd.DataFrame(
@@ -154,7 +156,7 @@ def test_what_is_forgotten_is_a_table_of_general_text(tmp_path: Path) -> None:
     assert "| GPT-2 | gpt2-S | MemDec: memdec | 25.00 | 25.00 |" in lines
     assert tables.note(table, records).startswith("Test perplexity on general per token")
     with pytest.raises(ConfigError, match=r"forgetting: expected one of .*, found nowhere"):
-        cfg.parse(cfg.Config, data | {"forgetting": ["nowhere"]}, "c")
+        parse(cfg.Config, data | {"forgetting": ["nowhere"]}, "c")
 
 
 def test_other_tokenizers_have_a_table_of_their_own() -> None:
@@ -173,9 +175,9 @@ def test_other_tokenizers_have_a_table_of_their_own() -> None:
 
 
 def write_evaluation(folder: Path, memory: str | None, records: list[dict[str, Any]]) -> Path:
-    with artifacts.building(folder, "evaluation", {"memory": memory}, {}) as build:
+    with artefact.building(folder, "evaluation", {"memory": memory}, {}) as build:
         assert build is not None
-        artifacts.write_json(folder / "records.json", records)
+        artefact.write_json(folder / "records.json", records)
         build.facts.update(corpora_sha256={"sklearn": "ab"})
     return folder
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memdec import artifacts, corpora, tokens
-from memdec.config import TokenizerSpec
+from memdec.artefacts import artefact
 from memdec.errors import CorpusError, ModelError
+from memdec.settings import TokenizerSpec
+from memdec.text import corpora, tokens
 
 
 def test_the_stream_is_what_the_tokenizer_makes_of_the_joined_text(
@@ -19,7 +20,7 @@ def test_the_stream_is_what_the_tokenizer_makes_of_the_joined_text(
         stream = tokens.load_stream(token_folder, split)  # type: ignore[arg-type]
         assert tokenizer.encode(text, add_special_tokens=False) == stream.tolist()
         assert stream.dtype == np.uint16
-        assert artifacts.read(token_folder, "tokens").facts["tokens"][split] == len(stream)
+        assert artefact.read(token_folder, "tokens").facts["tokens"][split] == len(stream)
 
 
 def test_a_qwen2_folder_tokenizes_as_the_others(tokenizer_folder: Path, tmp_path: Path) -> None:

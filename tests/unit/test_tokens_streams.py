@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from making import made_text
 
-from memdec import artifacts, corpora, tokens
-from memdec.config import FileCorpus, TokenizerSpec
+from memdec.artefacts import artefact
 from memdec.errors import ArtifactError, ConfigError
+from memdec.settings import FileCorpus, TokenizerSpec
+from memdec.text import corpora, tokens
 
 
 def made_corpus(folder: Path, seed: int, **changes: object) -> Path:
@@ -30,12 +31,12 @@ def test_without_separator_documents_follow_each_other(tokenizer_folder: Path, t
 
 
 def test_the_stream_is_written_narrow_hashed_and_mapped(token_folder: Path, tokenizer_folder: Path) -> None:
-    facts = artifacts.read(token_folder, "tokens").facts
+    facts = artefact.read(token_folder, "tokens").facts
     stream = tokens.load_stream(token_folder, "train")
     assert isinstance(stream, np.memmap)
     assert stream.dtype == facts["dtype"] == "uint16" == str(np.min_scalar_type(299))
-    assert facts["sha256"]["train"] == artifacts.file_digest(token_folder / "train.npy")
-    assert facts["tokenizer_sha256"] == artifacts.read(tokenizer_folder, "tokenizer").facts["sha256"]
+    assert facts["sha256"]["train"] == artefact.file_digest(token_folder / "train.npy")
+    assert facts["tokenizer_sha256"] == artefact.read(tokenizer_folder, "tokenizer").facts["sha256"]
 
 
 def test_a_saved_and_reloaded_tokenizer_has_the_same_fingerprint(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -63,5 +64,5 @@ def test_a_tokenizer_depends_on_all_its_corpora(tmp_path: Path) -> None:
     recipes = []
     for corpus in (first, changed):
         tokens.run_tokenizer(spec, tmp_path / "t", [corpus, second])
-        recipes.append(artifacts.read(tmp_path / "t", "tokenizer").recipe)
+        recipes.append(artefact.read(tmp_path / "t", "tokenizer").recipe)
     assert recipes[0] != recipes[1]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lm_eval.utils import get_rolling_token_windows
 
 from memdec.errors import ConfigError
-from memdec.windows import Window, windows
+from memdec.maths.windows import Window, windows
 
 
 def test_the_picture() -> None:

@@ -7,7 +7,7 @@ import shlex
 import psutil
 from pathlib import Path
 
-from memdec import artifacts, resources as machine
+from memdec.artefacts import artefact, resources as machine
 from memdec.errors import ArtifactError
 
 RUN = f"results/{CONFIG.scale}"
@@ -336,7 +336,7 @@ def damaged(table):
     for kind, paths in kinds.items():
         for folder in paths:
             try:
-                artifacts.read(Path(folder), kind)
+                artefact.read(Path(folder), kind)
             except ArtifactError:
                 lost.append(manifest(folder))
     return lost

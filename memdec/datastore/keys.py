@@ -1,0 +1,392 @@
+"""Stage `datastore`: one key per position of a split, the input of the last layer's MLP (paper, section 3.1).
+
+The key of position p is read at p - 1, from the window that gives it the most left context. Only the decoder runs, not
+the output head. The values are the token stream itself.
+
+Stored: `keys.npy` [n, D], memory-mapped by its readers; several shards are several folders. Streamed: only a manifest,
+and every reader makes the keys again by forward passes. Keys depend on the windows that share a forward pass (in the
+last bit), so passes lie on one grid over the whole split: shards, processes, resumed and streamed runs agree exactly.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from memdec.artefacts import artefact, devices, resources
+from memdec.errors import ArtifactError, ConfigError, NumericsError
+from memdec.maths import kernels
+from memdec.maths.windows import Window, windows
+from memdec.models import loading
+from memdec.models.keypoints import KeyPoint
+from memdec.settings import AUTO, Compute, DatastoreSettings, parse
+from memdec.text import tokens
+
+_NOT_SETTINGS = ("context", "stride", "shard", "precision")  # in the manifest's settings, of the run
+_CHUNK = 32  # forward passes between two marks to resume from
+_SAMPLED_PASSES = 32  # least number of passes that a sample is drawn from
+# Relative distance up to which keys are those of one model: bfloat16 for float32 weights moved those of three small models
+# by 0.007 to 0.015, ten steps of fine-tuning by 0.2 and more.
+_SAME_MODEL = 0.05
+# numpy has no bfloat16: its bits are kept as int16.
+DISK: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.int16),
+    "float32": np.dtype(np.float32),
+}
+
+
+# --- making keys --------------------------------------------------------------------------------------------------
+
+
+class Forward:
+    """Keys of a token stream by forward passes on a fixed grid: pass i has the windows of `batches[i]`."""
+
+    def __init__(
+        self,
+        model_folder: Path,
+        stream: Path,
+        settings: DatastoreSettings,
+        context: int,
+        stride: int,
+        compute: Compute = AUTO,
+    ) -> None:
+        self.model_folder, self.settings, self.compute = model_folder, settings, compute
+        self.data = tokens.load_stream(stream, settings.split)
+        self.batches = _passes(len(self.data), context, stride, settings.batch_size)
+        self.edges = _edges(self.batches, len(self.data))
+        self._point: KeyPoint | None = None
+        self._check_context()
+
+    def _check_context(self) -> None:
+        from transformers import AutoConfig
+
+        limit = loading.n_positions(AutoConfig.from_pretrained(self.model_folder))
+        longest = max(part.n_inputs for part in self.batches[0])
+        if limit is not None and longest > limit:
+            raise ConfigError(
+                f"{self.model_folder}: expected a context of at most {limit} tokens, which is what the model holds, found "
+                f"{longest}; lower 'context'"
+            )
+
+    @property
+    def point(self) -> KeyPoint:
+        """The key point, with the model loaded at first use."""
+        if self._point is None:
+            model = loading.load(self.model_folder, dtype=devices.precision(self.compute))
+            model = model.to(devices.pick(self.compute)).eval()
+            vocab = model.get_input_embeddings().num_embeddings
+            if int(self.data.max()) >= vocab:
+                position = int(np.argmax(self.data >= vocab))
+                raise ConfigError(
+                    f"{self.model_folder}: expected tokens below the vocabulary of {vocab}, found {self.data[position]} at "
+                    f"position {position} of the {self.settings.split} split; use the tokens of this model's tokenizer"
+                )
+            self._prefix = tokens.prefix_id(tokens.load_tokenizer(str(self.model_folder)))
+            self._point = KeyPoint(model, self.settings.key_point)
+        return self._point
+
+    def keys(self, number: int) -> NDArray[Any]:
+        """Keys of the positions of one pass, shape (n, D), as they are on disk.
+
+        Raises:
+            NumericsError: One is NaN or does not fit the key type.
+        """
+        return narrow(torch.cat(self.vectors(number)), self.batches[number][0].first, self.settings.dtype)
+
+    def vectors(self, number: int) -> list[Float[Tensor, "n D"]]:
+        """Vectors of the scored positions of one pass, window by window, in the model's dtype and on its device."""
+        batch, point = self.batches[number], self.point
+        ids = torch.zeros(len(batch), max(part.n_inputs for part in batch), dtype=torch.long)
+        for row, part in enumerate(batch):
+            ids[row, : part.n_inputs] = torch.from_numpy(part.inputs(self.data, self._prefix))
+        hidden = point(ids.to(point.model.device))
+        return [hidden[row, part.first - part.begin : part.n_inputs] for row, part in enumerate(batch)]
+
+
+def _passes(n: int, context: int, stride: int, batch_size: int) -> list[list[Window]]:
+    parts = windows(n, context, stride)
+    return [parts[i : i + batch_size] for i in range(0, len(parts), batch_size)]
+
+
+def _edges(batches: list[list[Window]], n: int) -> NDArray[np.int64]:
+    return np.array([*(batch[0].first for batch in batches), n])
+
+
+def narrow(block: torch.Tensor, first: int, dtype: str) -> NDArray[Any]:
+    """Keys as they are on disk, shape unchanged.
+
+    Raises:
+        NumericsError: One is NaN or does not fit; `first` is the position of the first row.
+    """
+    small = block.to(getattr(torch, dtype)).cpu()
+    if not torch.isfinite(small).all():
+        position = first + int((~torch.isfinite(small)).any(1).nonzero()[0, 0])
+        why = (
+            "the model gives NaN or inf"
+            if not torch.isfinite(block).all()
+            else f"beyond the range of {dtype}; use dtype float32 or bfloat16"
+        )
+        raise NumericsError(f"datastore: expected finite keys, found one that is not at position {position} ({why})")
+    return (small.view(torch.int16) if dtype == "bfloat16" else small).numpy()
+
+
+def run(
+    model_folder: Path,
+    stream: Path,
+    out: Path,
+    settings: DatastoreSettings,
+    *,
+    context: int,
+    stride: int,
+    shard: int = 0,
+    compute: Compute = AUTO,
+) -> None:
+    """Make (one shard of) the datastore of a token stream with the keys of a model.
+
+    Under `torchrun` or `accelerate launch` the processes share the work and write the same file.
+    """
+    if not 0 <= shard < settings.shards:
+        raise ConfigError(f"datastore: expected a shard from 0 to {settings.shards - 1}, found {shard}")
+    if not settings.stored and settings.shards > 1:
+        raise ConfigError(
+            f"datastore: expected shards 1 where keys are not stored, found {settings.shards}; shard the targets instead"
+        )
+    source, base = artefact.read(stream, "tokens"), artefact.read(model_folder, "model")
+    tokens.check_same(source.facts["tokenizer_sha256"], base.facts["tokenizer_sha256"], f"{model_folder} with {stream}")
+    inputs = {"model": base.recipe, "tokens": source.recipe}
+    plain = {**settings.model_dump(mode="json"), "context": context, "stride": stride, "shard": shard}
+    plain["precision"] = devices.precision(compute)
+    same = {key: value for key, value in plain.items() if key not in ("stored", "shards", "shard")}
+    forward = Forward(model_folder, stream, settings, context, stride, compute)
+    n, n_passes = len(forward.data), len(forward.batches)
+    if settings.shards > n_passes:
+        raise ConfigError(
+            f"datastore: expected at most {n_passes} shards for {n_passes} forward passes, found {settings.shards}; "
+            "lower 'shards' or 'batch_size'"
+        )
+    passes = range(shard * n_passes // settings.shards, (shard + 1) * n_passes // settings.shards)
+    team = resources.team(devices.pick(compute).type == "cpu")
+    with artefact.building(out, "datastore", plain, inputs, team) as build:
+        if build is None:
+            return
+        if settings.stored:
+            _write(forward, passes, out, build.work, team)
+        if team.rank > 0:
+            return
+        build.facts.update(
+            begin=int(forward.edges[passes.start]),
+            end=int(forward.edges[passes.stop]),
+            positions=n,
+            device=devices.name(compute),
+            width=forward.point.width,
+            keys_recipe=artefact.digest({"settings": same, "inputs": inputs}),
+            tokens_sha256=source.facts["sha256"][settings.split],
+            tokenizer_sha256=source.facts["tokenizer_sha256"],
+            corpus_sha256=source.facts.get("corpus_sha256"),
+            vocab_size=forward.point.model.get_input_embeddings().num_embeddings,
+            model=os.path.relpath(model_folder.resolve(), out.resolve()),
+            tokens=os.path.relpath(stream.resolve(), out.resolve()),
+        )
+
+
+def _write(forward: Forward, passes: range, out: Path, work: Path, team: resources.Team) -> None:
+    begin, end = int(forward.edges[passes.start]), int(forward.edges[passes.stop])
+    shape, dtype, path = (end - begin, forward.point.width), DISK[forward.settings.dtype], out / "keys.npy"
+    chunks = [passes[i : i + _CHUNK] for i in range(0, len(passes), _CHUNK)]
+    marks = [work / f"chunk-{number}" for number in range(len(chunks))]
+    if team.rank == 0 and not (any(mark.exists() for mark in marks) and is_array(path, dtype, shape)):
+        for mark in marks:
+            mark.unlink(missing_ok=True)
+        resources.check_disk(out, shape[0] * shape[1] * dtype.itemsize, "the keys (`stored: false` keeps none)")
+        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    team.wait()
+    keys: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="r+")
+    bar = tqdm(total=shape[0], desc="keys", unit="token", unit_scale=True, mininterval=2, disable=team.rank > 0)
+    for number, chunk in enumerate(chunks):
+        if number % team.size == team.rank and not marks[number].exists():
+            for i in chunk:
+                keys[forward.edges[i] - begin : forward.edges[i + 1] - begin] = forward.keys(i)
+            keys.flush()
+            marks[number].touch()
+        bar.update(int(forward.edges[chunk.stop] - forward.edges[chunk.start]))
+    bar.close()
+
+
+def is_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+    """Whether a file is a whole .npy of this type and shape: marks beside another one mean nothing."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return False
+    whole = path.stat().st_size == found.offset + found.nbytes
+    return bool(whole and found.dtype == dtype and found.shape == shape)
+
+
+# --- reading keys -------------------------------------------------------------------------------------------------
+
+
+class Datastore:
+    """Keys of one split, from all shard folders of a stored datastore or the one folder of a streamed one.
+
+    Attributes:
+        n: Positions.
+        width: D.
+        facts: Of the manifest.
+        recipe: What decides the keys: equal for stored, streamed and any number of shards.
+        model: Recipe of the key model.
+        parts: (first position, keys as on disk, memory-mapped) of each shard; empty where keys are not stored.
+
+    Raises:
+        ArtifactError: Shards of different runs, overlapping or with a gap, or one that is not whole.
+    """
+
+    def __init__(self, folders: Path | Sequence[Path]) -> None:
+        folders = [folders] if isinstance(folders, Path) else folders
+        found = sorted(
+            ((artefact.read(folder, "datastore"), folder) for folder in folders),
+            key=lambda x: int(x[0].facts["begin"]),
+        )
+        artefact.check_shards(found, "datastore")
+        first, self.folder = found[0]
+        plain = {name: value for name, value in first.settings.items() if name not in _NOT_SETTINGS}
+        self.facts, self.settings = first.facts, parse(DatastoreSettings, plain, f"{self.folder}")
+        self.n, self.width, self.recipe = first.facts["positions"], first.facts["width"], first.facts["keys_recipe"]
+        self.model = first.inputs["model"]
+        if self.n >= kernels.NOBODY:
+            raise ConfigError(f"{self.folder}: expected fewer than {kernels.NOBODY} positions, found {self.n}")
+        self.parts: list[tuple[int, NDArray[Any]]] = []
+        self._forward: Forward | None = None
+        self._window, self._inputs = (first.settings["context"], first.settings["stride"]), first.inputs
+        self._precision = first.settings["precision"]
+        if self.settings.stored:
+            self.parts = [
+                (manifest.facts["begin"], np.load(folder / "keys.npy", mmap_mode="r", allow_pickle=False))
+                for manifest, folder in found
+            ]
+
+    @property
+    def edges(self) -> Int[np.ndarray, " passes+1"]:
+        """First position of each forward pass, and the end."""
+        return _edges(_passes(self.n, *self._window, self.settings.batch_size), self.n)
+
+    @property
+    def values(self) -> NDArray[np.integer]:
+        """Token of each position, memory-mapped, shape (N,)."""
+        return tokens.load_stream(self._source("tokens"), self.settings.split)
+
+    @property
+    def forward(self) -> Forward:
+        """The passes that make the keys of a streamed datastore."""
+        if self._forward is None:
+            folders = self._source("model"), self._source("tokens")
+            self._forward = Forward(*folders, self.settings, *self._window, Compute(precision=self._precision))
+        return self._forward
+
+    def _source(self, kind: str) -> Path:
+        path = (self.folder / str(self.facts[kind])).resolve()
+        if artefact.read(path, kind).recipe != self._inputs[kind]:
+            raise ArtifactError(
+                f"{path}: expected the {kind} that {self.folder} was made from, found another one; run `memdec datastore` "
+                "again"
+            )
+        return path
+
+    def check_model(self, point: KeyPoint) -> None:
+        """A model must give the keys that are stored, up to the rounding of its weights; the last window is compared.
+
+        Raises:
+            ArtifactError: It gives others.
+        """
+        folder, width = f"{self.folder}", self.width
+        vocab = point.model.get_input_embeddings().num_embeddings
+        if (point.width, vocab) != (width, self.facts["vocab_size"]):
+            raise ArtifactError(
+                f"{folder}: expected keys by a model of width {point.width} and {vocab} tokens, found keys of width {width} and "
+                f"{self.facts['vocab_size']} tokens; use the model that made the datastore"
+            )
+        part = windows(self.n, *self._window)[-1]
+        prefix = 0 if part.begin else tokens.prefix_id(tokens.load_tokenizer(str(self._source("model"))))
+        ids = torch.from_numpy(part.inputs(self.values, prefix))[None].to(point.model.device)
+        found = point(ids)[0, part.first - part.begin :].float().cpu().numpy()
+        _, stored = next(self.blocks(part.first, part.end, part.n_scored))
+        apart = np.linalg.norm(found - stored, axis=1) / np.linalg.norm(stored, axis=1)
+        if not float(np.median(apart)) < _SAME_MODEL:
+            raise ArtifactError(
+                f"{folder}: expected the keys of {point.model.name_or_path or 'this model'}, found those of another one "
+                f"(relative distance {np.median(apart):.2g} in the last window); run `memdec datastore` with this model"
+            )
+
+    def blocks(self, begin: int, end: int, size: int) -> Iterator[tuple[int, Float[np.ndarray, "n D"]]]:
+        """Keys of positions [begin, end) in order, in blocks of `size`: (first position, float32 keys).
+
+        A block is valid until the next one is asked for.
+
+        Raises:
+            NumericsError: A key is NaN, infinite, or so large that squared distances overflow; it is named.
+        """
+        block = np.empty((min(size, end - begin), self.width), np.float32)
+        first = filled = begin
+        for piece in self.pieces(begin, end):
+            done = 0
+            while done < len(piece):
+                take = min(len(piece) - done, first + len(block) - filled)
+                fresh = block[filled - first : filled - first + take]
+                if not kernels.widen(kernels.bits(piece[done : done + take]), fresh, fresh.view(np.int32)):
+                    raise self.not_finite(filled + int(np.argwhere(~(np.abs(fresh) < kernels.LARGEST))[0, 0]))
+                done, filled = done + take, filled + take
+                if filled == min(first + len(block), end):
+                    yield first, block[: filled - first]
+                    first = filled
+
+    def not_finite(self, position: int) -> NumericsError:
+        """The error of a key that no distance can be taken from."""
+        return NumericsError(
+            f"{self.folder}: expected finite keys below {kernels.LARGEST:.0e}, found NaN, inf or a larger one at "
+            f"position {position}; run `memdec datastore` again"
+        )
+
+    def pieces(self, begin: int, end: int) -> Iterator[NDArray[Any]]:
+        """Keys of [begin, end) as on disk (`DISK`), unchecked, in the pieces they come in."""
+        if self.settings.stored:
+            for at, keys in self.parts:
+                if at < end and begin < at + len(keys):
+                    yield keys[max(begin - at, 0) : end - at]
+            return
+        edges = self.forward.edges
+        for number in range(int(np.searchsorted(edges, begin, side="right")) - 1, len(edges) - 1):
+            at = int(edges[number])
+            if at >= end:
+                return
+            yield self.forward.keys(number)[max(begin - at, 0) : end - at]
+
+    def sample(self, n: int, seed: int) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n D"]]:
+        """Random positions, ascending, and their keys: a part of the passes, drawn by seed, and positions from these.
+
+        A streamed datastore runs only those passes; a stored one reads the same positions.
+        """
+        rng, edges = np.random.default_rng(seed), self.edges
+        drawn: list[int] = []
+        total = 0
+        for number in rng.permutation(len(edges) - 1):
+            if total >= n and len(drawn) >= _SAMPLED_PASSES:
+                break
+            drawn.append(int(number))
+            total += int(edges[number + 1] - edges[number])
+        drawn.sort()
+        offered = np.concatenate([np.arange(edges[number], edges[number + 1]) for number in drawn])
+        positions = np.sort(rng.choice(offered, min(n, len(offered)), replace=False))
+        out = np.empty((len(positions), self.width), np.float32)
+        for number in tqdm(drawn, desc="sample", unit="pass", mininterval=2):
+            begin, end = int(edges[number]), int(edges[number + 1])
+            low, high = np.searchsorted(positions, [begin, end])
+            _, keys = next(self.blocks(begin, end, end - begin))
+            out[low:high] = keys[positions[low:high] - begin]
+        return positions, out

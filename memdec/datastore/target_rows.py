@@ -1,0 +1,164 @@
+"""Rows of the targets on disk: a shard is written row by row and can be resumed; several shards are read as one."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memdec.artefacts import artefact
+from memdec.errors import ArtifactError
+from memdec.maths.sparse_rows import SparseRows
+
+_CHECKPOINT = 30.0  # seconds between two marks to resume from
+_HEADER = 128  # bytes of the header of a one-dimensional .npy file, whatever its length
+
+
+class RowWriter:
+    """Appends rows to the three arrays of a shard; what was written before the last mark is kept after a kill."""
+
+    def __init__(self, out: Path, work: Path, token: np.dtype[Any], prob: np.dtype[Any]) -> None:
+        self._mark, self._last = work / "rows.json", time.monotonic()
+        state = json.loads(self._mark.read_text()) if self._mark.is_file() else {"rows": 0, "entries": 0, "short": 0}
+        dtypes = {"indptr": np.dtype(np.int64), "tokens": token, "probs": prob}
+        n_bytes = {
+            name: _HEADER + dtype.itemsize * (state["rows"] + 1 if name == "indptr" else state["entries"])
+            for name, dtype in dtypes.items()
+        }
+        paths = {name: out / f"{name}.npy" for name in dtypes}
+        if not all(path.is_file() and path.stat().st_size >= n_bytes[name] for name, path in paths.items()):
+            state = dict.fromkeys(state, 0)  # a mark beside files that are gone or shorter means nothing
+        self.n, self.n_entries, self.n_short = state["rows"], state["entries"], state["short"]
+        self._open = ExitStack()
+        self._files: dict[str, tuple[Any, np.dtype[Any]]] = {}
+        for name, dtype in dtypes.items():
+            file = self._open.enter_context(paths[name].open("r+b" if self.n else "w+b"))
+            self._files[name] = (file, dtype)
+            if self.n:
+                file.truncate(n_bytes[name])
+                file.seek(0, os.SEEK_END)
+            else:
+                self._header(name, 0)
+        if not self.n:
+            self._write("indptr", np.zeros(1))
+
+    def __enter__(self) -> "RowWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes written so far."""
+        return sum(file.tell() for file, _ in self._files.values())
+
+    def append(
+        self, counts: NDArray[np.int64], tokens: NDArray[np.integer], probs: NDArray[np.floating], n_short: int
+    ) -> None:
+        """Write a batch of rows; probabilities that the type on disk cannot tell from zero are left out.
+
+        `n_short` of the rows have fewer neighbours than asked for.
+        """
+        narrow = probs.astype(self._files["probs"][1])
+        there = narrow > 0
+        if not there.all():
+            row = np.repeat(np.arange(len(counts)), counts)
+            counts = np.bincount(row[there], minlength=len(counts))
+            tokens, narrow = tokens[there], narrow[there]
+        self._write("indptr", self.n_entries + np.cumsum(counts))
+        self._write("tokens", tokens)
+        self._write("probs", narrow)
+        self.n, self.n_entries = self.n + len(counts), self.n_entries + len(tokens)
+        self.n_short += n_short
+        if time.monotonic() - self._last > _CHECKPOINT:
+            for file, _ in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            artefact.write_json(self._mark, {"rows": self.n, "entries": self.n_entries, "short": self.n_short})
+            self._last = time.monotonic()
+
+    def finish(self) -> None:
+        """Put the lengths into the headers."""
+        for name, (file, _) in self._files.items():
+            file.seek(0)
+            self._header(name, self.n + 1 if name == "indptr" else self.n_entries)
+
+    def _write(self, name: str, values: NDArray[Any]) -> None:
+        file, dtype = self._files[name]
+        file.write(np.ascontiguousarray(values, dtype=dtype).tobytes())
+
+    def _header(self, name: str, length: int) -> None:
+        file, dtype = self._files[name]
+        plain = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(file, plain)
+        if file.tell() != _HEADER:  # numpy leaves room for any length; resuming relies on it
+            raise AssertionError(f"header of {file.tell()} bytes")
+
+
+class TargetReader:
+    """Rows of several target shards by position, memory-mapped.
+
+    Raises:
+        ArtifactError: Shards of different runs, of other tokens, overlapping, or with a gap.
+    """
+
+    def __init__(self, folders: Sequence[Path], expected_tokens: str) -> None:
+        manifests = sorted(
+            ((artefact.read(folder, "targets"), folder) for folder in folders),
+            key=lambda item: int(item[0].facts["begin"]),
+        )
+        artefact.check_shards(manifests, "targets")
+        for manifest, folder in manifests:
+            if manifest.facts["tokens_sha256"] != expected_tokens:
+                raise ArtifactError(
+                    f"{folder}: expected targets for this token stream, found some for another; make them again"
+                )
+            if manifest.facts["end"] <= manifest.facts["begin"] or not manifest.facts["entries"]:
+                raise ArtifactError(f"{folder}: expected rows, found an empty shard; run `memdec targets` again")
+        self.recipes = [manifest.recipe for manifest, _ in manifests]
+        self.begins = np.array([manifest.facts["begin"] for manifest, _ in manifests])
+        self._shards = [
+            SparseRows(
+                *(
+                    np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                    for name in ("indptr", "tokens", "probs")
+                )
+            )
+            for _, folder in manifests
+        ]
+
+    def rows(self, spans: Sequence[tuple[int, int]]) -> SparseRows:
+        """Rows of the positions of all spans [first, end), in order."""
+        pieces = [piece for span in spans for piece in self._pieces(*span)]
+        if not pieces:
+            first = self._shards[0]
+            return SparseRows(np.zeros(1, np.int64), first.tokens[:0], np.zeros(0, np.float32))
+        counts = np.concatenate([np.diff(indptr) for indptr, _, _ in pieces])
+        probs = np.concatenate([prob for _, _, prob in pieces])
+        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        if probs.dtype == np.float16:  # eleven bits do not sum to one
+            total = np.add.reduceat(probs, indptr[:-1], dtype=np.float64)
+            probs = (probs / np.repeat(total, counts)).astype(np.float32)
+        return SparseRows(indptr, np.concatenate([token for _, token, _ in pieces]), probs)
+
+    def _pieces(
+        self, first: int, end: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.floating]]]:
+        last = int(self.begins[-1]) + len(self._shards[-1])
+        if not 0 <= first <= end <= last:
+            raise ArtifactError(
+                f"targets: expected positions from 0 to {last}, found {first} to {end}; check the token stream"
+            )
+        while first < end:
+            number = int(np.searchsorted(self.begins, first, side="right")) - 1
+            shard, offset = self._shards[number], int(self.begins[number])
+            stop = min(end, offset + len(shard))
+            indptr = shard.indptr[first - offset : stop - offset + 1]
+            yield indptr, shard.tokens[indptr[0] : indptr[-1]], shard.probs[indptr[0] : indptr[-1]]
+            first = stop

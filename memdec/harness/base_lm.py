@@ -1,0 +1,468 @@
+"""A base and a second distribution mixed with it, as a model of lm-eval: scoring, score store, windows, generation.
+
+A subclass of the harness's own `hf` model, so everything that works there works here (batching, chat templates, peft,
+`parallelize`, `accelerate launch`). What differs: the logits are those of the mixture; they exist only where a
+continuation needs them; `loglikelihood_rolling` uses the paper's sliding windows; `label_word_probs` gives many next words
+from one pass; and with a score store the scores of both distributions are kept, so that a run at another weight computes
+nothing and loads no model.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
+
+from memdec.errors import ConfigError, ModelError, one_line_errors
+from memdec.harness.scores import ScoreStore, TokenScores, request_key
+from memdec.harness.scoring import score_labels, score_stream, score_words
+from memdec.inference.wrapper import Which, Wrapper
+from memdec.maths import mixing
+from memdec.maths.windows import windows
+from memdec.models import loading
+from memdec.models.loading import model_identity
+from memdec.text import tokens
+
+log = logging.getLogger("lm_eval.models.memdec")  # the executable shows what is under lm_eval
+
+DEFAULT_CONTEXT = 1024
+# Arguments of `hf` that change no score of a request, which is named by its token ids.
+_NO_NUMBERS = {
+    "backend", "batch_size", "max_batch_size", "device", "revision", "trust_remote_code", "max_length", "truncation",
+    "logits_cache", "parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan", "tokenizer",
+    "use_fast_tokenizer", "add_bos_token", "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args",
+}  # fmt: skip
+_LOGITS = 1 << 28  # most logits of one model that are held at a time (1 GiB in float32)
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
+Item = tuple[bytes, list[int], list[int]]  # key, what the model reads, what is scored at the end of it
+WordItem = tuple[bytes, tuple[int, ...], torch.Tensor]  # key, what the model reads, tokens that may come next
+AnyItem = TypeVar("AnyItem", Item, WordItem)
+
+
+class WrappedLM(HFLM):
+    """A base and a second distribution that is mixed with it, as an lm-eval model; subclasses say which.
+
+    Args:
+        pretrained: Base model, folder or Hub id.
+        weight: Of the second distribution, from 0 to 1.
+        context: Tokens of a rolling window (default 1024, or what the models hold if that is less).
+        stride: Tokens scored per rolling window (default: half the context, as in the paper; `stride=context` gives
+            the disjoint windows of lm-eval's `hf`).
+        scores: Folder for per-token scores; at another weight they are read instead of computed.
+        kwargs: As for lm-eval's `hf` (dtype, device, batch_size, peft, parallelize, max_length ...).
+    """
+
+    second = True  # whether there is a second distribution
+    remembers = False  # whether scores are kept while the process lives, without a folder
+
+    def __init__(
+        self,
+        pretrained: str,
+        weight: float,
+        context: int | None = None,
+        stride: int | None = None,
+        scores: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.alpha, self.base_name = mixing.check_weight(weight), pretrained
+        self.n_cut = 0  # requests whose left end did not fit
+        loading.check_folder(pretrained)
+        self._check(kwargs.get("revision"), kwargs.get("trust_remote_code", False))
+        self._load_base: Callable[[], None] | None = None
+        self._configuring = True
+        with _model_errors(pretrained):
+            super().__init__(pretrained=pretrained, **kwargs)
+            self._n_positions = min(int(super().max_length), self._most_positions() or sys.maxsize)
+        self._configuring = False
+        if hasattr(self, "accelerator"):
+            # `hf` shares requests out only where a process sees several GPUs, and by the number within a machine.
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.context, self.stride = self._windows(context, stride)
+        self.store = self._store(scores, kwargs)
+        if self.store is not None:
+            log.info("scores: %d requests known in %s", len(self.store), self.store.folder or "memory")
+
+    # --- what a subclass says ---------------------------------------------------------------------------------------
+
+    def _check(self, revision: str | None, trust: bool) -> None:
+        """Raise where what is mixed does not go together, before anything large is loaded."""
+        raise NotImplementedError
+
+    def _wrap(self, base: Any) -> Wrapper:
+        """The mixture around the loaded base."""
+        raise NotImplementedError
+
+    def _identity(self) -> dict[str, str]:
+        """What decides the second distribution."""
+        raise NotImplementedError
+
+    def _info(self) -> dict[str, Any]:
+        """What the results file says of it."""
+        raise NotImplementedError
+
+    def _most_positions(self) -> int | None:
+        """Tokens that it can see, where the base may see more."""
+        return None
+
+    # --- the models, when they are needed ---------------------------------------------------------------------------
+
+    def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
+        """Only remember how `hf` would load the base: with stored scores it may not be needed."""
+        self._load_base = partial(super()._create_model, pretrained, *args, **kwargs)
+        # What `hf` asks of a model while it is set up.
+        self._model = SimpleNamespace(to=lambda *_: None, config=self.config)
+
+    def _load(self) -> None:
+        """Load base and memory, once: when a request comes that needs them, so that a fault in the rows is found before."""
+        if self._load_base is None:
+            return
+        load_base, self._load_base = self._load_base, None
+        start = time.perf_counter()
+        with _model_errors(self.base_name):
+            load_base()
+        base: Any = self._model
+        if not getattr(base, "hf_device_map", None):
+            base.to(self._device)
+        self._model = self._wrap(base.eval())
+        log.info("loaded %s in %.1f s", self.base_name, time.perf_counter() - start)
+
+    @property
+    def model(self) -> Any:
+        """The mixture; loads it."""
+        if not self._configuring:
+            self._load()
+        return self._model
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a request that both models can see."""
+        return self._n_positions
+
+    def _windows(self, context: int | None, stride: int | None) -> tuple[int, int]:
+        limit = self._n_positions
+        if context is not None and int(context) > limit:
+            raise ConfigError(f"context: expected at most {limit} (positions of the models), found {context}; lower it")
+        size = int(context) if context is not None else min(DEFAULT_CONTEXT, limit)
+        step = int(stride) if stride is not None else max(1, size // 2)
+        windows(1, size, step)  # checks both
+        return size, step
+
+    def _store(self, folder: str | None, kwargs: dict[str, Any]) -> ScoreStore | None:
+        if folder is None and not self.remembers:
+            return None
+        named: dict[str, tuple[str | None, str | None]] = {
+            "base": (self.base_name, kwargs.get("revision")),
+            "peft": (kwargs.get("peft"), None),
+            "delta": (kwargs.get("delta"), None),
+        }
+        setting = {key: model_identity(name, revision) for key, (name, revision) in named.items() if name}
+        numbers = {key: str(value) for key, value in kwargs.items() if key not in (*named, *_NO_NUMBERS)}
+        return ScoreStore(Path(folder) if folder is not None else None, setting | self._identity() | numbers)
+
+    # --- scoring ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _which(self) -> Which:
+        """Models that run. With a store both always do, so that any alpha can be read from it later."""
+        if not self.second:
+            return "base"
+        return "both" if self.store is not None or 0 < self.alpha < 1 else "memory" if self.alpha else "base"
+
+    def _keep(self, key: bytes, scores: TokenScores) -> None:
+        if self.store is not None:
+            self.store.put(key, scores)
+
+    def _known(self, key: bytes) -> TokenScores | None:
+        return self.store.get(key) if self.store is not None else None
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether it is the greedy choice) of each continuation.
+
+        As in `hf`, but that equal inputs run once, logits exist only from the first scored position of a batch on, and
+        stored scores are read.
+        """
+        items = [self._item(context, continuation) for _, context, continuation in requests]
+
+        def score(missing: list[Item]) -> Iterator[tuple[bytes, TokenScores]]:
+            for batch in self._request_batches(missing, override_bs):
+                yield from self._score_batch(batch)
+
+        found = self._scores(items, score, disable_tqdm)
+        answers = []
+        for (strings, _, _), (key, _, _) in zip(requests, items, strict=True):
+            answer = float(found[key].log_p(self.alpha).sum()), found[key].is_greedy(self.alpha)
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
+            answers.append(answer)
+        return answers
+
+    def _scores(
+        self, items: list[AnyItem], score: Callable[[list[AnyItem]], Iterator[tuple[bytes, TokenScores]]], quiet: bool
+    ) -> dict[bytes, TokenScores]:
+        """Scores of items by key (their first entry): stored ones are read, of equal ones one is scored."""
+        found: dict[bytes, TokenScores] = {}
+        missing: dict[bytes, AnyItem] = {}
+        for item in items:
+            known = self._known(item[0])
+            if known is None:
+                missing[item[0]] = item
+            else:
+                found[item[0]] = known
+        bar = tqdm(
+            total=len(items),
+            desc="score requests",
+            unit="request",
+            disable=quiet or self.rank != 0 or not missing,
+            mininterval=2,
+        )
+        bar.update(len(items) - len(missing))
+        for key, scores in score(list(missing.values())):
+            found[key] = scores
+            self._keep(key, scores)
+            bar.update(1)
+        bar.close()
+        if self.store is not None:
+            self.store.flush()
+        return found
+
+    def _item(self, context: list[int], continuation: list[int]) -> Item:
+        """A request as the model sees it: cut on the left to what fits."""
+        if not 0 < len(continuation) <= self.max_length:
+            raise ConfigError(
+                f"loglikelihood: expected a continuation of 1 to {self.max_length} tokens (positions of the models), found "
+                f"{len(continuation)}; shorten it"
+            )
+        self.n_cut += len(context) + len(continuation) > self.max_length + 1
+        whole = (context + continuation)[-(self.max_length + 1) :]
+        labels = whole[-len(continuation) :]
+        return request_key("pair", whole, [len(labels)]), whole[:-1], labels
+
+    def _request_batches(self, items: list[Item], size: int | None) -> Iterator[list[list[Item]]]:
+        """Batches of groups that read the same input, long inputs first; items of a group differ in what is scored."""
+        groups: dict[tuple[int, ...], list[Item]] = {}
+        for item in items:
+            groups.setdefault(tuple(item[1]), []).append(item)
+        ordered = [groups[ids] for ids in sorted(groups, key=lambda ids: (-len(ids), ids))]
+        if not ordered:
+            return
+        if size is None:
+            size = self._rows_at_once(ordered[0][0][1], ordered[0][0][2])
+        batch: list[list[Item]] = []
+        for group in ordered:
+            if batch and (len(batch) == size or (len(batch) + 1) * _kept([*batch, group]) * self._n_logits > _LOGITS):
+                yield batch
+                batch = []
+            batch.append(group)
+        yield batch
+
+    def _rows_at_once(self, longest: Sequence[int], scored: Sequence[int]) -> int:
+        """The batch size; "auto" is found with the longest input."""
+        size = self.batch_size
+        return self._detect_batch_size([(None, list(longest), list(scored))]) if size == "auto" else int(size)
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        """As in `hf`, but every process for itself: with stored scores some have nothing to ask."""
+        processes, self._world_size = self._world_size, 1
+        try:
+            return int(super()._detect_batch_size(requests, pos))
+        finally:
+            self._world_size = processes
+
+    @property
+    def _n_logits(self) -> int:
+        return len(self.tokenizer)
+
+    @torch.inference_mode()
+    def _score_batch(self, batch: list[list[Item]]) -> Iterator[tuple[bytes, TokenScores]]:
+        longest, keep = len(batch[0][0][1]), _kept(batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)  # what is behind a text changes nothing before it
+        for row, group in zip(ids, batch, strict=True):
+            row[: len(group[0][1])] = torch.tensor(group[0][1])
+        base, memory = self._last(ids, keep)
+        for row, group in enumerate(batch):
+            for key, read, scored in group:
+                span = slice(len(read) - len(scored) - (longest - keep), len(read) - (longest - keep))
+                parts = [None if each is None else each[row, span] for each in (base, memory)]
+                yield key, score_labels(parts[0], parts[1], torch.tensor(scored, device=self.model.device))
+
+    def _last(self, ids: torch.Tensor, keep: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(log p_base, log p_mem) of the last positions of a batch, each (B, keep, V)."""
+        found: tuple[torch.Tensor | None, torch.Tensor | None]
+        found = self.model.log_probs(ids, which=self._which, logits_to_keep=keep)
+        return found
+
+    # --- words that may come next -----------------------------------------------------------------------------------
+
+    @one_line_errors()
+    def label_word_probs(self, requests: list[Any], disable_tqdm: bool = False) -> list[list[float]]:
+        """log-probability (nats) of each of the words as the next token; requests are (context, words, limit).
+
+        A word is the text of one token, with its space; a context ends without one. Each context is read once, for any
+        number of requests and words; one of more tokens than the limit or the models hold is cut on the left.
+
+        Raises:
+            ConfigError: A word is not one token.
+        """
+        ids = {words: self._word_ids(words) for words in {request.args[1] for request in requests}}
+        contexts: dict[str, tuple[int, ...]] = {}
+        items = []
+        for request in requests:
+            context, words, limit = request.args
+            limit = min(limit, self.max_length)
+            if context not in contexts:
+                contexts[context] = tuple(self.tok_encode(context) or [self.prefix_token_id])
+            self.n_cut += len(contexts[context]) > limit
+            read = contexts[context][-limit:]
+            items.append((request_key("words", read, ids[words]), read, ids[words]))
+        found = self._scores(items, self._score_words, disable_tqdm)
+        answers = {key: scores.log_p(self.alpha).tolist() for key, scores in found.items()}
+        return [answers[key] for key, _, _ in items]
+
+    def _word_ids(self, words: tuple[str, ...]) -> torch.Tensor:
+        rows = tokens.behind(self.tokenizer, words)
+        for word, ids in zip(words, rows, strict=True):
+            if len(ids) != 1:
+                raise ConfigError(
+                    f"label_word_probs: expected words of one token, found {word!r} of {len(ids)}; the task has another "
+                    "tokenizer than the model: give it with --metadata '{\"tokenizer\": ...}'"
+                )
+        return torch.tensor([ids[0] for ids in rows])
+
+    @torch.inference_mode()
+    def _score_words(self, items: list[WordItem]) -> Iterator[tuple[bytes, TokenScores]]:
+        """Inputs of one length side by side: nothing is padded, and only the last position has logits."""
+        groups: dict[tuple[int, ...], list[WordItem]] = {}
+        for item in items:
+            groups.setdefault(item[1], []).append(item)
+        ordered = sorted(groups, key=lambda read: (-len(read), read))
+        if not ordered:
+            return
+        size = min(self._rows_at_once(ordered[0], [0]), max(1, _LOGITS // self._n_logits))
+        for _, same in groupby(ordered, key=len):
+            rows = list(same)
+            for first in range(0, len(rows), size):
+                batch = rows[first : first + size]
+                log_p = self._last(torch.tensor(batch), 1)
+                for row, read in enumerate(batch):
+                    base, memory = (None if each is None else each[row, -1] for each in log_p)
+                    for key, _, words in groups[read]:
+                        yield key, score_words(base, memory, words)
+
+    # --- rolling log-likelihood -----------------------------------------------------------------------------------
+
+    def token_scores(self, text: str, *, disable_tqdm: bool = False) -> TokenScores:
+        """Scores of every token of a text, from the store or from the models; see `windows` for the windows."""
+        stream = np.asarray(self.tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64)
+        if not len(stream):
+            raise ConfigError("loglikelihood_rolling: expected a text with at least one token, found an empty one")
+        key = request_key("rolling", stream, [self.context, self.stride, self.prefix_token_id])
+        scores = self._known(key)
+        if scores is None:
+            size = self.batch_size_per_gpu if isinstance(self.batch_size_per_gpu, int) else 8
+            parts = windows(len(stream), self.context, self.stride)
+            quiet = disable_tqdm or self.rank != 0
+            scores = score_stream(
+                self.model, stream, parts, self.prefix_token_id, which=self._which, batch_size=size, quiet=quiet
+            )
+            self._keep(key, scores)
+            if self.store is not None:
+                self.store.flush()
+        return scores
+
+    @one_line_errors()
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As in `hf`."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        return found
+
+    @one_line_errors()
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Total log-probability (nats) of each text under the mixture, every token scored exactly once."""
+        results = []
+        for request in requests:
+            (text,) = request.args
+            total = float(self.token_scores(text, disable_tqdm=disable_tqdm).log_p(self.alpha).sum())
+            results.append(total)
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return results
+
+    @one_line_errors()
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """As in `hf`: greedy or sampled text from the mixture; prompts are cut on the left to what fits."""
+        for request in requests:
+            prompt, settings = request.args
+            n_new = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            if n_new >= self.max_length:
+                raise ConfigError(
+                    f"generate_until: expected fewer than {self.max_length} new tokens (positions of the models), found "
+                    f"{n_new}; set max_gen_toks"
+                )
+            self.n_cut += len(self.tok_encode(prompt)) > self.max_length - n_new
+        texts: list[str] = super().generate_until(requests, disable_tqdm)
+        return texts
+
+    def set_alpha(self, alpha: float) -> None:
+        """Use another weight from now on."""
+        self.alpha = mixing.check_weight(alpha)
+        if self._load_base is None:
+            self._set_weight()
+
+    def _set_weight(self) -> None:
+        """Tell the loaded model."""
+        raise NotImplementedError
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the results file says about the model."""
+        loaded = super().get_model_info() if self._load_base is None else {}
+        windows = {"context": self.context, "stride": self.stride}
+        return {
+            **loaded,
+            "pretrained": self.base_name,
+            **self._info(),
+            "alpha": self.alpha,
+            **windows,
+            "requests_cut": self.n_cut,
+        }
+
+    # --- errors ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create_from_arg_string(cls, *args: Any, **kwargs: Any) -> "WrappedLM":
+        with one_line_errors():
+            model: WrappedLM = super().create_from_arg_string(*args, **kwargs)
+            return model
+
+    @classmethod
+    def create_from_arg_obj(cls, *args: Any, **kwargs: Any) -> "WrappedLM":
+        with one_line_errors():
+            model: WrappedLM = super().create_from_arg_obj(*args, **kwargs)
+            return model
+
+
+@contextmanager
+def _model_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{name}: expected a causal LM, found: {reason}; check the path or the network") from error
+
+
+def _kept(batch: list[list[Item]]) -> int:
+    """Positions from the first scored one of a batch to the end of its longest input."""
+    longest = max(len(group[0][1]) for group in batch)
+    return longest - min(len(read) - len(scored) for group in batch for _, read, scored in group)

@@ -1,0 +1,135 @@
+"""Per-token scores of base and memory, stored once, so that every alpha afterwards is arithmetic.
+
+A store is a folder for one setting (models by the content of their weights, tokenizer, types). It holds, per scored
+request (a text of a corpus, or a context with a continuation), log p_base and log p_mem of each scored token and the
+alphas for which all of them are the greedy choice. Parts are written whole or not at all, and added to as requests come,
+so that a run that is killed begins where it stopped; several processes may write to one store.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from memdec.artefacts import artefact
+from memdec.maths import mixing
+
+_FORMAT = 2
+_FLUSH = 1_000_000  # tokens that are held before a part is written
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """log-probabilities (nats) of the true tokens, float32 (N,); `memory` is None where no memory was given.
+
+    `greedy` is (from, to): every token is the most probable one for just these alphas; None where nobody asked.
+    """
+
+    base: NDArray[np.float32]
+    memory: NDArray[np.float32] | None
+    greedy: tuple[float, float] | None = None
+
+    def log_p(self, memory_weight: float) -> NDArray[np.float64]:
+        """log-probability of each token under the mixture."""
+        return mixing.mix_scores(self.base, self.base if self.memory is None else self.memory, memory_weight)
+
+    def is_greedy(self, memory_weight: float) -> bool:
+        """Whether greedy decoding of the mixture gives just these tokens."""
+        assert self.greedy is not None
+        return self.greedy[0] <= memory_weight <= self.greedy[1]
+
+
+def request_key(kind: str, *parts: Any) -> bytes:
+    """16 bytes that name a request: its kind, token ids and whatever else decides its scores."""
+    digest = hashlib.sha256(kind.encode())
+    for part in parts:
+        digest.update(b"|")
+        digest.update(np.asarray(part, np.int64).tobytes())
+    return digest.digest()[:16]
+
+
+class ScoreStore:
+    """The scores of one setting.
+
+    Args:
+        folder: Where stores of all settings are; None keeps scores in memory alone.
+        setting: What decides scores besides the request; written to `manifest.json` in clear.
+    """
+
+    def __init__(self, folder: Path | None, setting: Mapping[str, Any]) -> None:
+        self.setting = dict(setting)
+        self._known: dict[bytes, TokenScores] = {}
+        self._new: dict[bytes, TokenScores] = {}
+        self.folder = None if folder is None else folder / artefact.digest([_FORMAT, self.setting])
+        if self.folder is None:
+            return
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._known.update(_read(path))
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, key: bytes) -> TokenScores | None:
+        """Stored scores, or None."""
+        return self._known.get(key)
+
+    def put(self, key: bytes, scores: TokenScores) -> None:
+        """Keep scores; they are on disk after `flush`, which happens by itself now and then."""
+        self._known[key] = scores
+        if self.folder is None:
+            return
+        self._new[key] = scores
+        if sum(len(each.base) for each in self._new.values()) >= _FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is new as one part."""
+        if not self._new or self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        data = save(_pack(self._new))
+        part = self.folder / f"{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+        artefact.write_bytes(part, data)
+        artefact.write_json(self.folder / "manifest.json", {"format": _FORMAT, "setting": self.setting})
+        self._new = {}
+
+
+def _pack(scores: Mapping[bytes, TokenScores]) -> dict[str, NDArray[Any]]:
+    rows = list(scores.values())
+    missing = [row.memory is None for row in rows]
+    nothing = (np.nan, np.nan)
+    return {
+        "keys": np.frombuffer(b"".join(scores), np.uint8).reshape(len(rows), 16),
+        "lengths": np.array([len(row.base) for row in rows]),
+        "log_p_base": np.concatenate([row.base for row in rows]),
+        "log_p_mem": np.concatenate([row.base if row.memory is None else row.memory for row in rows]),
+        "no_memory": np.array(missing),
+        "greedy": np.array([row.greedy or nothing for row in rows], np.float32),
+    }
+
+
+def _read(path: Path) -> dict[bytes, TokenScores]:
+    """Scores of one part; a damaged one counts as none."""
+    try:
+        data = load(path.read_bytes())
+    except SafetensorError:
+        warnings.warn(f"{path}: not whole, its scores are made again", stacklevel=4)
+        path.unlink()
+        return {}
+    ends = np.cumsum(data["lengths"])
+    found = {}
+    for i, key in enumerate(data["keys"]):
+        span = slice(ends[i] - data["lengths"][i], ends[i])
+        memory = None if data["no_memory"][i] else data["log_p_mem"][span]
+        greedy = (
+            None if np.isnan(data["greedy"][i]).any() else (float(data["greedy"][i, 0]), float(data["greedy"][i, 1]))
+        )
+        found[key.tobytes()] = TokenScores(data["log_p_base"][span], memory, greedy)
+    return found

@@ -1,0 +1,99 @@
+"""From the distributions of base and memory to the scores of given tokens."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from memdec.harness.scores import TokenScores
+from memdec.inference.wrapper import Which
+from memdec.maths import mixing
+from memdec.maths.windows import Window
+
+
+@torch.inference_mode()
+def score_stream(
+    model: Any,
+    stream: Int[np.ndarray, " N"],
+    parts: Sequence[Window],
+    prefix: int,
+    *,
+    which: Which = "both",
+    batch_size: int = 8,
+    quiet: bool = False,
+) -> TokenScores:
+    """Scores of every token of a stream, each once, by the window that has most of its past.
+
+    Args:
+        model: What has `log_probs(ids, which=, logits_to_keep=)`.
+        stream: Token ids.
+        parts: Windows over the stream.
+        prefix: Token before the first one.
+        which: Models that run.
+        batch_size: Windows per forward pass.
+        quiet: No progress bar.
+    """
+    scores: dict[int, NDArray[np.float32]] = {}  # of the models that run: 0 is the base, 1 the memory
+    bar = tqdm(total=len(parts), desc="score windows", unit="window", disable=quiet, mininterval=2)
+    for batch in _batches(parts, batch_size):
+        ids = np.stack([part.inputs(stream, prefix) for part in batch])
+        keep = batch[0].n_scored
+        log_p = model.log_probs(torch.from_numpy(ids), which=which, logits_to_keep=keep)
+        labels = torch.from_numpy(np.stack([stream[part.end - keep : part.end] for part in batch]).astype(np.int64))
+        for i, rows in enumerate(log_p):
+            if rows is None:
+                continue
+            out = scores.setdefault(i, np.full(len(stream), np.nan, np.float32))
+            gathered = rows.gather(-1, labels.to(rows.device)[..., None])[..., 0].cpu().numpy()
+            for part, row in zip(batch, gathered, strict=True):
+                out[part.first : part.end] = row
+        bar.update(len(batch))
+    bar.close()
+    return _both(scores.get(0), scores.get(1))
+
+
+def score_labels(
+    base: Float[Tensor, "n V"] | None, memory: Float[Tensor, "n V"] | None, labels: Int[Tensor, " n"]
+) -> TokenScores:
+    """Scores of n tokens that follow each other, from the log-probabilities of the models that ran."""
+    one, other = (base, memory) if base is not None else (memory, None)
+    assert one is not None
+    low, high = mixing.greedy_interval(one, other, labels).unbind(-1)
+    log_p = [None if x is None else x.gather(-1, labels[:, None])[:, 0].cpu().numpy() for x in (base, memory)]
+    return _both(log_p[0], log_p[1], (float(low.max()), float(high.min())))
+
+
+def score_words(
+    base: Float[Tensor, " V"] | None, memory: Float[Tensor, " V"] | None, words: Int[Tensor, " n"]
+) -> TokenScores:
+    """Scores of n words that may each come next, from one distribution of the models that ran."""
+    log_p = [None if x is None else x[words.to(x.device)].cpu().numpy() for x in (base, memory)]
+    return _both(log_p[0], log_p[1])
+
+
+def _both(
+    base: NDArray[np.float32] | None, memory: NDArray[np.float32] | None, greedy: tuple[float, float] | None = None
+) -> TokenScores:
+    """Scores where one of the models may not have run."""
+    if base is None:
+        assert memory is not None
+        base = np.full_like(memory, np.nan)
+    return TokenScores(base, memory, greedy)
+
+
+def _batches(parts: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Windows of one shape side by side: nothing is padded, and no logits are made where nothing is scored."""
+    batch: list[Window] = []
+    for part in parts:
+        same = batch and (part.n_inputs, part.n_scored) == (batch[0].n_inputs, batch[0].n_scored)
+        if batch and (len(batch) == batch_size or not same):
+            yield batch
+            batch = []
+        batch.append(part)
+    if batch:
+        yield batch

@@ -1,0 +1,245 @@
+"""`IcRagForCausalLM`: a frozen base model that reads a retrieved passage before the text, In-Context RAG.
+
+(Ram et al. 2023, In-Context RALM; a baseline of the paper, section 4.1: BM25, the query is the last 32 tokens, retrieved
+again every 4 tokens.) Token t of a text is predicted from
+
+    passage found with the tokens before t0 | text before t,   t0 = t rounded down to a multiple of `every`
+
+with nothing between the two, the text cut on the left to what the base can see. With `every` 4 and `query` 3:
+
+    text           0  1  2  3  4  5  6  7  8  9
+    tokens 0 to 3  no passage
+    tokens 4 to 7     q  q  q                      passage (q) | 0 .. 6
+    tokens 8, 9                 q  q  q            passage (q) | 0 .. 8
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from memdec.datastore.passages import Passages
+from memdec.errors import ArtifactError, ConfigError
+from memdec.inference.wrapper import MemDecConfig, Wrapper, shared_vocabulary
+from memdec.maths import mixing
+from memdec.models import loading
+from memdec.settings import RetrievalSettings
+from memdec.text import tokens
+
+_ROWS = 16  # of a forward pass
+
+
+class _Row(NamedTuple):
+    """What the base reads for the tokens of one stride."""
+
+    ids: list[int]
+    kept: list[tuple[int, int, int]]  # row and position of the output, and how far it is from the last of `ids`
+
+
+class IcRagForCausalLM(Wrapper):
+    """The base with the best passage of a corpus before the text.
+
+    Positions count from the first token of a row that is no padding, so batch, padding and the pieces in which a text
+    comes change nothing. There is no cache: a new passage changes all that it would hold.
+
+    Args:
+        base: Any causal LM; stays as it is.
+        retriever: Passages in the token ids of this very tokenizer.
+        query: Last tokens that make the query.
+        every: Tokens between two retrievals.
+        n_vocab: Tokens of the tokenizer, for a check; the output head decides.
+        context: Most tokens that the base gets; default all it can see.
+        passages: 1, or 0 for the base alone.
+
+    Raises:
+        ArtifactError: The passages have tokens that the base does not know.
+        ConfigError: A number is out of its range, or passages leave no room for text.
+        ModelError: The head has fewer than `n_vocab` tokens.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        retriever: Passages,
+        *,
+        query: int = 32,
+        every: int = 4,
+        n_vocab: int | None = None,
+        context: int | None = None,
+        passages: int = 1,
+    ) -> None:
+        vocab = shared_vocabulary([base], n_vocab)
+        super().__init__(MemDecConfig(parts=[{"config": base.config.to_dict()}], n_vocab=vocab), base)
+        self.retriever, self.query, self.every, self.n_vocab = retriever, query, every, vocab
+        self.context = check_numbers(retriever, self.n_positions, query=query, every=every, context=context)
+        if passages not in (0, 1):
+            raise ConfigError(f"passages: expected 1, or 0 for the base alone, found {passages}")
+        self.passages = passages
+        known = base.get_input_embeddings().num_embeddings
+        if retriever.facts["vocab_size"] > known:
+            raise ArtifactError(
+                f"{retriever.folder}: expected passages with tokens below the {known} of the base, found "
+                f"{retriever.facts['vocab_size'] - 1}; run `memdec passages` on tokens of this model's tokenizer"
+            )
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_folders(
+        cls,
+        base: str | Path,
+        passages: Path,
+        settings: RetrievalSettings,
+        *,
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+    ) -> "IcRagForCausalLM":
+        """Load the base (folder or Hub id) and the passages; arguments as above.
+
+        Raises:
+            ArtifactError: They have different tokenizers.
+            ModelError: There is no such base.
+        """
+        retriever = check_folders(base, passages, settings)
+        lm = loading.load(base, dtype=dtype).to(device)
+        n_vocab = len(tokens.load_tokenizer(str(base)))
+        return cls(lm, retriever, query=settings.query, every=settings.every, n_vocab=n_vocab)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As for other models, but always without a cache."""
+        return super().generate(*args, **(kwargs | {"use_cache": False}))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits = normalised log-probabilities, float32 (B, T or logits_to_keep, V); uniform at padding.
+
+        `input_ids` are whole texts. They may be longer than the base can see.
+
+        Raises:
+            ConfigError: A cache is given that holds the text before.
+        """
+        if past_key_values is not None and past_key_values.get_seq_length():
+            raise ConfigError(
+                f"past_key_values: expected whole texts, found a cache of {past_key_values.get_seq_length()} tokens; set "
+                "use_cache=False"
+            )
+        if not self.passages:
+            self.check_length(input_ids, None)
+            out = self.base(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+                logits_to_keep=logits_to_keep,
+            )
+            return self.output(mixing.log_softmax(out.logits, self.n_vocab), labels, None)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        kept = torch.arange(input_ids.shape[1])[
+            slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
+        ]
+        shape = (len(input_ids), len(kept), self.n_vocab)
+        log_p = torch.full(shape, -math.log(self.n_vocab), device=self.device)
+        rows = self._rows(input_ids, mask.bool(), kept.tolist())
+        rows.sort(key=lambda row: len(row.ids))
+        for first in range(0, len(rows), _ROWS):
+            self._fill(log_p, rows[first : first + _ROWS])
+        return self.output(log_p, labels, None)
+
+    def _rows(self, input_ids: Int[Tensor, "B T"], mask: Tensor, kept: Sequence[int]) -> list[_Row]:
+        """What the base has to read for the kept positions that are no padding, one row for all of a stride."""
+        rows = []
+        places = (mask.cumsum(1) - 1).tolist()
+        for number, (ids, real) in enumerate(zip(input_ids, mask, strict=True)):
+            text, is_text = ids[real].tolist(), real.tolist()
+            strides: dict[int, list[tuple[int, int]]] = defaultdict(list)
+            for at, column in enumerate(kept):
+                if is_text[column]:
+                    place = places[number][column]  # predicts token place + 1
+                    strides[(place + 1) // self.every * self.every].append((at, place))
+            for start, wanted in strides.items():
+                last = max(place for _, place in wanted)
+                rows.append(_Row(self._read(text, start, last), [(number, at, last - place) for at, place in wanted]))
+        return rows
+
+    def _read(self, text: Sequence[int], start: int, last: int) -> list[int]:
+        """Passage for the stride that begins at token `start`, and the text up to token `last` of it."""
+        passage = self.retriever.best(text[max(0, start - self.query) : start]) if start else []
+        # Room for the whole stride, whatever is asked for of it, or the answer would depend on that.
+        begin = max(0, start + self.every - 1 - (self.context - len(passage)))
+        return [*passage, *text[begin : last + 1]]
+
+    def _fill(self, log_p: Float[Tensor, "B K V"], rows: Sequence[_Row]) -> None:
+        """Run the base over some rows, padded on the left, and put its answers where they belong."""
+        longest = max(len(row.ids) for row in rows)
+        ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids[number, longest - len(row.ids) :] = torch.tensor(row.ids)
+            mask[number, longest - len(row.ids) :] = 1
+        logits = self.base(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(self.device),
+            use_cache=False,
+            logits_to_keep=self.every,
+        ).logits
+        places = [(number, -1 - back, *where) for number, row in enumerate(rows) for *where, back in row.kept]
+        number, back, row_of, at = torch.tensor(places).T
+        log_p[row_of, at] = mixing.log_softmax(logits[number, back], self.n_vocab).to(log_p.device)
+
+
+def check_numbers(retriever: Passages, limit: int | None, *, query: int, every: int, context: int | None) -> int:
+    """Tokens that the base gets at most, if passage and text fit into them.
+
+    Args:
+        retriever: The passages.
+        limit: Positions that the base has; None if it does not say.
+        query: Tokens of a query.
+        every: Tokens between two retrievals.
+        context: Tokens asked for; default `limit`.
+
+    Raises:
+        ConfigError: They do not fit, or a number is out of its range.
+    """
+    if min(query, every) < 1:
+        raise ConfigError(f"query, every: expected at least 1 token, found {query} and {every}")
+    size = limit if context is None else context
+    if size is None or (limit is not None and size > limit):
+        raise ConfigError(
+            f"context: expected at most the positions of the base ({limit or 'not known'}), found {context}"
+        )
+    if retriever.longest + every > size:
+        raise ConfigError(
+            f"{retriever.folder}: expected passages of at most {size - every} tokens for a context of {size}, found "
+            f"{retriever.longest}; run `memdec passages` with a smaller --passage"
+        )
+    return size
+
+
+def check_folders(base: str | Path, passages: Path, settings: RetrievalSettings) -> Passages:
+    """The passages, if they fit the base; no weights are loaded.
+
+    Raises:
+        ArtifactError: The passages are not whole, or of another tokenizer.
+        ConfigError: Passages leave no room for text.
+        ModelError: There is no such base.
+    """
+    retriever, words = Passages(passages), tokens.load_tokenizer(str(base))
+    tokens.check_same(tokens.fingerprint(words), retriever.facts["tokenizer_sha256"], f"{base} with {passages}")
+    limit = loading.n_positions(loading.config(base))
+    check_numbers(retriever, limit, query=settings.query, every=settings.every, context=None)
+    return retriever

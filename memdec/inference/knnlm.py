@@ -1,0 +1,251 @@
+"""`KnnLMForCausalLM`: a frozen base model and its datastore that answer as one causal LM, the kNN-LM.
+
+    p(y|x) = lambda * p_kNN(y|x) + (1 - lambda) * p_base(y|x)
+
+(Khandelwal et al. 2020, equation 3; a baseline of the paper, section 4.1.) The query of a position is read in the very
+forward pass that gives its logits, at the key point of the datastore, and rounded as the keys were; keys depend on hidden
+states alone, so the base's own cache serves as it is. Position by position this is what `memdec evaluate` computes from
+stored targets.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from memdec.artefacts import artefact
+from memdec.datastore.keys import Datastore
+from memdec.datastore.search import Searcher, check_same, load
+from memdec.errors import ArtifactError, ConfigError, NumericsError
+from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, last_positions, shared_vocabulary
+from memdec.maths import kernels, knn, mixing
+from memdec.models import loading
+from memdec.models.keypoints import KeyPoint
+from memdec.settings import KnnLMSettings
+from memdec.text import tokens
+
+_QUERIES = 1024  # of a search
+
+
+class KnnLMForCausalLM(Wrapper):
+    """The base mixed with the distribution of its neighbours; weight 1 is p_kNN alone.
+
+    Args:
+        base: Any causal LM; stays as it is.
+        store: Keys that this very model made.
+        searcher: Search over these keys.
+        weight: lambda, from 0 (base only, nothing is searched) to 1 (p_kNN only, -inf where no neighbour has a token).
+        temperature: Divides the squared distances.
+        neighbours: k.
+        n_vocab: Tokens of the tokenizer, for a check; the output head decides.
+
+    Raises:
+        ArtifactError: The keys are those of another model, or not stored.
+        ConfigError: A number is out of its range.
+        ModelError: The head has fewer than `n_vocab` tokens.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        store: Datastore,
+        searcher: Searcher,
+        *,
+        weight: float = 0.25,
+        temperature: float,
+        neighbours: int,
+        n_vocab: int | None = None,
+    ) -> None:
+        vocab = shared_vocabulary([base], n_vocab)
+        super().__init__(MemDecConfig(parts=[{"config": base.config.to_dict()}], n_vocab=vocab), base)
+        check_search(store, temperature=temperature, neighbours=neighbours)
+        self.set_weight(weight)
+        self.temperature, self.neighbours, self.n_vocab = temperature, neighbours, vocab
+        self._searcher, self._values, self._dtype = searcher, store.values, getattr(torch, store.settings.dtype)
+        if int(self._values.max()) >= vocab:
+            raise ArtifactError(
+                f"{store.folder}: expected tokens below the {vocab} of the output head, found {self._values.max()}; run "
+                "`memdec tokens` and `memdec datastore` with this model's tokenizer"
+            )
+        self.requires_grad_(False)
+        self.eval()
+        self._point = KeyPoint(base, store.settings.key_point)
+        store.check_model(self._point)
+
+    @classmethod
+    def from_folders(
+        cls,
+        base: str | Path,
+        datastore: Path | Sequence[Path],
+        index_folder: Path,
+        settings: KnnLMSettings,
+        *,
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+    ) -> "KnnLMForCausalLM":
+        """Load the base (folder or Hub id), its datastore (all shards) and the index over it; arguments as above.
+
+        Raises:
+            ArtifactError: Datastore, index and base do not belong together.
+            ModelError: There is no such base.
+        """
+        store = check_folders(base, datastore, index_folder, settings)
+        searcher = load(store, index_folder, settings.nprobe, torch.device(device))
+        lm = loading.load(base, dtype=dtype).to(device)
+        numbers = settings.model_dump(exclude={"nprobe"})
+        return cls(lm, store, searcher, **numbers, n_vocab=len(tokens.load_tokenizer(str(base))))
+
+    def set_weight(self, weight: float) -> None:
+        """Use another lambda from now on.
+
+        Raises:
+            ConfigError: It is not a number from 0 to 1.
+        """
+        self.weight = mixing.check_weight(weight)
+
+    def log_probs(
+        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(log p_base, log p_kNN) of a batch without padding on the left, each float32 (B, T or logits_to_keep, V).
+
+        Args:
+            input_ids: Token ids (B, T).
+            which: "base", "memory" (p_kNN) or "both".
+            logits_to_keep: Only the last so many positions; 0 is all.
+        """
+        kept = last_positions(input_ids.shape[1], logits_to_keep)
+        base, found, _ = self._run(
+            which != "base", input_ids.to(self.device), None, logits_to_keep=kept, use_cache=False
+        )
+        return base if which != "memory" else None, found
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits = normalised log-probabilities, float32 (B, T or logits_to_keep, V); p_base at padding."""
+        self.check_length(input_ids, past_key_values)
+        base, found, cache = self._run(
+            self.weight > 0,
+            input_ids,
+            attention_mask,
+            logits_to_keep=logits_to_keep,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache),
+        )
+        return self.output(mixing.mix(base, [found], [self.weight]), labels, cache)
+
+    def _run(
+        self,
+        search: bool,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Int[Tensor, "B past+T"] | None,
+        *,
+        logits_to_keep: int | Tensor,
+        **inputs: Any,
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """(log p_base, log p_kNN or None, cache) of the kept positions."""
+        with self._point.capture() as seen:
+            out = self.base(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep, **inputs)
+        log_p_base = mixing.log_softmax(out.logits, self.n_vocab).to(self.device)
+        if not search:
+            return log_p_base, None, out.past_key_values
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        (hidden,) = seen
+        there = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        there = there[:, kept].to(self.device).bool()
+        vectors = hidden.reshape(*input_ids.shape, -1)[:, kept][there.to(hidden.device)]
+        log_p = self._log_p_knn(vectors, input_ids[:, kept][there], there)
+        return log_p_base, log_p.where(there[..., None], log_p_base), out.past_key_values
+
+    def _log_p_knn(
+        self, vectors: Float[Tensor, "N D"], inputs: Int[Tensor, " N"], there: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, "B K V"]:
+        """log p_kNN of the N positions that are there, -inf where no neighbour has a token."""
+        queries, read = self._queries(vectors, there), inputs.cpu().numpy()
+        log_p = torch.full((there.numel(), self.n_vocab), -math.inf, device=self.device)
+        rows = there.flatten().nonzero()[:, 0]
+        for first in range(0, len(queries), _QUERIES):
+            part = slice(first, first + _QUERIES)
+            sq_dist, ids = self._searcher.search(queries[part], self.neighbours, inputs=read[part])
+            values = torch.from_numpy(self._values[np.maximum(ids, 0)].astype(np.int64))
+            counts, found, probs = knn.aggregate(torch.from_numpy(sq_dist), values, self.temperature)
+            at = rows[part].repeat_interleave(counts.to(self.device))
+            log_p[at, found.to(self.device)] = probs.log().float().to(self.device)
+        return log_p.view(*there.shape, -1)
+
+    def _queries(self, vectors: Float[Tensor, "N D"], there: Bool[Tensor, "B K"]) -> Float[np.ndarray, "N D"]:
+        """Vectors rounded to the type of the keys, as float32.
+
+        Raises:
+            NumericsError: One is NaN or does not fit; names its place among the positions asked for.
+        """
+        queries = vectors.to(self._dtype).float().cpu().numpy()
+        fits = (np.abs(queries) < kernels.LARGEST).all(1)
+        if not fits.all():
+            row, position = there.nonzero()[int(np.argmin(fits))].tolist()
+            dtype = str(self._dtype).removeprefix("torch.")
+            raise NumericsError(
+                f"kNN-LM: expected finite keys within the range of {dtype}, found another one in row {row} at position "
+                f"{position} of those asked for; load the base in float32, or make the datastore with another dtype"
+            )
+        return queries
+
+
+def check_search(store: Datastore, *, temperature: float, neighbours: int) -> None:
+    """Numbers must fit the datastore, whose keys must be there to take distances from.
+
+    Raises:
+        ArtifactError: The keys are streamed.
+        ConfigError: A number is out of its range.
+    """
+    if not store.parts:
+        raise ArtifactError(
+            f"{store.folder}: expected stored keys to take distances from, found a streamed datastore; run `memdec "
+            "datastore --stored`"
+        )
+    if not 1 <= neighbours <= store.n:
+        raise ConfigError(f"neighbours: expected 1 to {store.n} (keys of {store.folder}), found {neighbours}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature: expected a finite number above 0, found {temperature}")
+
+
+def check_folders(
+    base: str | Path, datastore: Path | Sequence[Path], index_folder: Path, settings: KnnLMSettings
+) -> Datastore:
+    """The datastore, if base, keys, index and numbers go together; no weights are loaded.
+
+    Raises:
+        ArtifactError: They do not, or one of them is not whole.
+        ConfigError: A number is out of its range.
+        ModelError: There is no tokenizer of the base.
+    """
+    store = Datastore(datastore)
+    check_search(store, temperature=settings.temperature, neighbours=settings.neighbours)
+    found = check_same(store, index_folder)
+    if found.settings["kind"].startswith("ivf") and settings.nprobe > found.settings["centroids"]:
+        raise ConfigError(
+            f"nprobe: expected at most {found.settings['centroids']} (centroids of {index_folder}), found {settings.nprobe}"
+        )
+    words = tokens.load_tokenizer(str(base))
+    tokens.check_same(tokens.fingerprint(words), store.facts["tokenizer_sha256"], f"{base} with {store.folder}")
+    # A model from elsewhere has no recipe; its keys are compared when it is loaded.
+    if artefact.kind_of(Path(base)) == "model" and artefact.read(Path(base), "model").recipe != store.model:
+        raise ArtifactError(
+            f"{store.folder}: expected keys of {base}, found those of another model; run `memdec datastore` with this one"
+        )
+    return store

@@ -1,0 +1,208 @@
+"""What base, memory, neighbours and their mixture expect at every token of a text."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memdec.datastore import search
+from memdec.datastore.keys import Datastore
+from memdec.errors import ConfigError
+from memdec.inference.mixture import MemDecForCausalLM
+from memdec.maths import knn, mixing, sparse_rows
+from memdec.maths.windows import Window, windows
+from memdec.settings import ExplainSettings
+from memdec.text import tokens
+
+_CHARACTER = 4  # most tokens, one byte each, of one character
+_Row = tuple[float, list[tuple[int, float]]]  # log p of the actual token; (token, p) of the most probable
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A token that a distribution holds likely."""
+
+    token: int
+    text: str
+    p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One distribution at one position: log-probability (nats) of the actual token, and the most probable tokens."""
+
+    log_p: float
+    top: list[Guess]
+
+    @property
+    def p(self) -> float:
+        """Probability of the actual token."""
+        return math.exp(self.log_p)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenReport:
+    """One token of the text and what was expected in its place; `knn` is None without a datastore."""
+
+    position: int
+    token: int
+    text: str
+    base: Prediction
+    memory: Prediction
+    joint: Prediction
+    knn: Prediction | None = None
+
+    @property
+    def memory_over_base(self) -> float:
+        """log(p_mem / p_base), nats."""
+        return self.memory.log_p - self.base.log_p
+
+    @property
+    def gain(self) -> float:
+        """log(p_joint / p_base), nats: what the mixture adds to the log-likelihood."""
+        return self.joint.log_p - self.base.log_p
+
+
+class Neighbours:
+    """p_kNN of the positions of any text, from the keys that the datastore's own model gives them.
+
+    Args:
+        datastore: Its folders.
+        index_folder: Index over its keys.
+        settings: k, temperature and nprobe.
+        tokenizer: The text's; must be the datastore's.
+        device: Of the search; None for a GPU where there is one.
+
+    Raises:
+        ArtifactError: An index of other keys, or another tokenizer.
+        ConfigError: Fewer keys than neighbours, or fewer cells than nprobe.
+    """
+
+    def __init__(
+        self,
+        datastore: Sequence[Path],
+        index_folder: Path,
+        settings: ExplainSettings,
+        tokenizer: Any,
+        device: torch.device | None = None,
+    ) -> None:
+        self.store, self.settings = Datastore(datastore), settings
+        if settings.neighbours > self.store.n:
+            raise ConfigError(
+                f"explain: expected at most {self.store.n} neighbours (keys of {self.store.folder}), found "
+                f"{settings.neighbours}; lower 'neighbours'"
+            )
+        where = f"{self.store.folder} with the models"
+        tokens.check_same(tokens.fingerprint(tokenizer), self.store.facts["tokenizer_sha256"], where)
+        self.searcher = search.load(self.store, index_folder, settings.nprobe, device)
+
+    def rows(self, ids: Int[np.ndarray, " T"], part: Window) -> sparse_rows.SparseRows:
+        """p_kNN of the scored positions of a window, which has these inputs."""
+        point, skip = self.store.forward.point, part.first - part.begin
+        hidden = point(torch.from_numpy(ids)[None].to(point.model.device))[0, skip:]
+        keys = hidden.to(getattr(torch, self.store.settings.dtype)).float().cpu().numpy()  # rounded as the stored ones
+        before = np.where(np.arange(part.first, part.end) > 0, ids[skip:], -1)  # the prefix is no token of a text
+        released = not self.store.parts
+        sq_dist, near = self.searcher.search(keys, self.settings.neighbours, inputs=before, released=released)
+        values = torch.from_numpy(self.store.values[np.maximum(near, 0)].astype(np.int64))
+        counts, found, probs = knn.aggregate(torch.from_numpy(sq_dist), values, self.settings.temperature)
+        return sparse_rows.SparseRows(np.concatenate([[0], np.cumsum(counts.numpy())]), found.numpy(), probs.numpy())
+
+
+@torch.inference_mode()
+def explain(
+    model: MemDecForCausalLM,
+    tokenizer: Any,
+    ids: Sequence[int],
+    *,
+    context: int,
+    stride: int,
+    top: int = 3,
+    neighbours: Neighbours | None = None,
+) -> list[TokenReport]:
+    """Reports of all tokens of a text; each is predicted once, with the most left context (`memdec.maths.windows`).
+
+    Args:
+        model: A mixture; p_mem of several memories is their mixture.
+        tokenizer: Of the models.
+        ids: The text.
+        context: Tokens of a window.
+        stride: Tokens scored per window.
+        top: Most probable tokens to tell of each distribution.
+        neighbours: For p_kNN.
+
+    Raises:
+        ConfigError: No tokens, no memory, or windows that the models cannot see.
+    """
+    if not len(ids) or not model.memories:
+        raise ConfigError(
+            f"explain: expected a text and a mixture with a memory, found {len(ids)} tokens and {len(model.memories)} memories"
+        )
+    if model.n_positions is not None and context > model.n_positions:
+        raise ConfigError(
+            f"context: expected at most {model.n_positions} (positions of the models), found {context}; lower it"
+        )
+    stream, prefix = np.asarray(ids, np.int64), tokens.prefix_id(tokenizer)
+    weight = min(1.0, math.fsum(model.config.weights))
+    spell = _speller(tokenizer)
+    reports = []
+    for part in windows(len(stream), context, stride):
+        inputs, labels = part.inputs(stream, prefix), stream[part.first : part.end]
+        log_p = model.log_probs(torch.from_numpy(inputs)[None], logits_to_keep=part.n_scored)
+        base, memory = (rows[0] for rows in log_p if rows is not None)
+        told = [_dense(rows, labels, top) for rows in (base, memory, mixing.mix(base, [memory], [weight]))]
+        if neighbours is not None:
+            told.append(_sparse(neighbours.rows(inputs, part), labels, top))
+        for position, token, *rows in zip(range(part.first, part.end), labels.tolist(), *told, strict=True):
+            before = tuple(stream[max(0, position - _CHARACTER) : position].tolist())
+            predictions = (Prediction(own, [Guess(t, spell(before, t), p) for t, p in best]) for own, best in rows)
+            reports.append(TokenReport(position, token, spell(before, token), *predictions))
+    return reports
+
+
+def _dense(log_p: Float[Tensor, "n V"], labels: NDArray[np.int64], top: int) -> list[_Row]:
+    own = log_p.gather(1, torch.from_numpy(labels)[:, None].to(log_p.device))[:, 0].tolist()
+    best = log_p.topk(min(top, log_p.shape[1]), dim=1)
+    return [
+        (value, list(zip(ids, probs, strict=True)))
+        for value, ids, probs in zip(own, best.indices.tolist(), best.values.double().exp().tolist(), strict=True)
+    ]
+
+
+def _sparse(rows: sparse_rows.SparseRows, labels: NDArray[np.int64], top: int) -> list[_Row]:
+    own, found = sparse_rows.probability_of(rows, labels), []
+    for row, p in enumerate(own.tolist()):
+        span = slice(rows.indptr[row], rows.indptr[row + 1])
+        best = np.argsort(-rows.probs[span], kind="stable")[:top]
+        likely = list(zip(rows.tokens[span][best].tolist(), rows.probs[span][best].tolist(), strict=True))
+        found.append((math.log(p) if p else -math.inf, likely))
+    return found
+
+
+def _speller(tokenizer: Any) -> Callable[[tuple[int, ...], int], str]:
+    """(tokens before, token) -> what the token adds to the text.
+
+    A token that ends within a character is U+FFFD; the one that ends the character shows all of it.
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    @lru_cache(maxsize=100_000)
+    def spell(before: tuple[int, ...], token: int) -> str:
+        known, whole = decode(before), decode([*before, token])
+        same = next((i for i, (a, b) in enumerate(zip(known, whole, strict=False)) if a != b), len(known))
+        text = whole[same:]
+        if text.endswith("\ufffd") or (not text and whole.endswith("\ufffd")):
+            return "\ufffd"
+        return text or str(tokenizer.convert_ids_to_tokens(token))
+
+    return spell

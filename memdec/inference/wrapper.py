@@ -1,0 +1,198 @@
+"""What all systems are: a causal LM around a frozen base whose logits are normalised log-probabilities."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from memdec.errors import ConfigError, ModelError
+from memdec.models.loading import n_positions
+
+
+class MemDecConfig(PreTrainedConfig):
+    """What a mixture is made of.
+
+    Args:
+        parts: Of the base and then of each memory: `config` (its own configuration, as a dictionary with `model_type`)
+            and, where its weights are elsewhere, `path` and `revision`.
+        weights: Of each memory; what is missing to 1 is the base's.
+        n_vocab: Tokens of the shared vocabulary.
+    """
+
+    model_type = "memdec"
+
+    def __init__(
+        self,
+        parts: Sequence[dict[str, Any]] | None = None,
+        weights: Sequence[float] | None = None,
+        n_vocab: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.parts = [dict(part) for part in parts or ()]
+        self.weights = [float(weight) for weight in weights or ()]
+        self.n_vocab = n_vocab
+        super().__init__(**kwargs)
+
+    def part_config(self, index: int) -> Any:
+        """Configuration of one part: 0 is the base."""
+        plain = dict(self.parts[index]["config"])
+        return AutoConfig.for_model(plain.pop("model_type"), **plain)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Tokens that all parts can see."""
+        fields = ("max_position_embeddings", "n_positions")
+        known = [part["config"][field] for part in self.parts for field in fields if part["config"].get(field)]
+        if not known:
+            raise AttributeError("max_position_embeddings")
+        return int(min(known))
+
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
+        """The base's, with the shared vocabulary: what `generate` reads layers, special tokens and sizes from."""
+        if not self.parts:
+            return self
+        config = self.part_config(0).get_text_config(decoder=decoder, encoder=encoder)
+        config.vocab_size = self.n_vocab or config.vocab_size
+        return config
+
+
+class Wrapper(PreTrainedModel, GenerationMixin):
+    """A causal LM around a frozen base: `forward` gives normalised log-probabilities as logits, float32.
+
+    Args:
+        config: Its first part is the base.
+        base: Any causal LM; stays as it is.
+    """
+
+    config_class = MemDecConfig
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: MemDecConfig, base: Any) -> None:
+        super().__init__(config)
+        self.base = base
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self.n_positions = n_positions(config)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.base.parameters()).device
+        return device
+
+    def get_output_embeddings(self) -> Any:
+        return self.base.get_output_embeddings()
+
+    def get_input_embeddings(self) -> Any:
+        return self.base.get_input_embeddings()
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """All models were tied when they were loaded."""
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(
+            "resize_token_embeddings: the models of a mixture share a vocabulary; resize them before mixing"
+        )
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """Each model makes its own mask of it: their layers may differ."""
+        return attention_mask
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise ConfigError(
+            f"save_pretrained: expected a mixture of models, found {type(self).__name__}; make it from its folders again"
+        )
+
+    def log_probs(
+        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(log p, None) of a batch without padding on the left: there is nothing else to weigh.
+
+        Args:
+            input_ids: Token ids (B, T).
+            which: "base"; models with a second distribution know "both" and "memory", too.
+            logits_to_keep: Only the last so many positions; 0 is all.
+        """
+        kept = last_positions(input_ids.shape[1], logits_to_keep)
+        return self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=kept).logits, None
+
+    def output(self, log_p: Tensor, labels: Tensor | None, cache: Cache | None) -> CausalLMOutputWithPast:
+        """What `forward` returns: with `labels` (B, T) the loss too, in nats per token, as other causal LMs give it."""
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=log_p, labels=labels, vocab_size=log_p.shape[-1])
+        return CausalLMOutputWithPast(loss=loss, logits=log_p, past_key_values=cache)
+
+    def check_length(self, input_ids: Tensor | None, cache: Cache | None) -> None:
+        """Models fail late or answer nonsense beyond the positions they have.
+
+        Raises:
+            ConfigError: The text is longer.
+        """
+        if input_ids is None or torch.compiler.is_compiling():
+            return
+        limit = self.n_positions
+        length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None and not cache.is_compileable else 0)
+        if limit is not None and length > limit:
+            raise ConfigError(
+                f"expected at most {limit} tokens (positions of the models), found {length}; cut the prompt on the left or "
+                "lower max_new_tokens"
+            )
+
+
+def last_positions(n: int, keep: int) -> int | Tensor:
+    """The last `keep` of n positions (0: all) as `logits_to_keep` of a forward pass.
+
+    Positions instead of their number: of a slice, which is not contiguous, torch takes the product with the head row by row
+    on a CPU (32 rows of 256 x 50,257: 146 ms, of a copy 13 ms).
+    """
+    return torch.arange(n - keep, n) if keep else 0
+
+
+def shared_vocabulary(models: Sequence[Any], n_vocab: int | None) -> int:
+    """Tokens that all output heads have: the shortest decides, as some families pad theirs.
+
+    Args:
+        models: Causal LMs.
+        n_vocab: Tokens of the tokenizer, for a check.
+
+    Raises:
+        ModelError: A head is shorter than that.
+    """
+    shortest = min(int(model.get_output_embeddings().weight.shape[0]) for model in models)
+    if n_vocab is not None and n_vocab > shortest:
+        raise ModelError(
+            f"expected output heads of at least {n_vocab} tokens, found {shortest}; use models of one tokenizer"
+        )
+    return shortest
+
+
+def check_room(model: nn.Module, device: torch.device, name: str) -> None:
+    """A model must fit into what is free on a GPU.
+
+    Raises:
+        ModelError: It does not.
+    """
+    if device.type != "cuda":
+        return
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise ModelError(
+            f"{name}: expected {needed / 1e9:.1f} GB free on {device}, found {free / 1e9:.1f} GB; use memory_dtype=bfloat16, "
+            "memory_device=cpu, or device_map=auto for the base"
+        )
+
+
+Which = Literal["both", "base", "memory"]

@@ -1,0 +1,217 @@
+"""Exact nearest neighbours in blocks: the queries stay, the keys stream past, memory does not depend on their number.
+
+Distances are |k|^2 - 2 q k (one matrix product), so they carry its rounding; where exact ones matter they are taken
+again from the keys (`memdec.maths.knn.exact_distances`).
+
+`Nearest` is the search on CPU. The functions below it are the parts of the search on any other device
+(`memdec.datastore.device_search`): they are torch operations alone, and run on the CPU too, where they are tested.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memdec.maths import kernels
+
+_ROWS = 64  # queries per task of a thread
+_UNIT = 2.0**-24  # largest relative rounding error of one float32 operation
+_PAIRS = 16_384  # pairs of query and key whose exact distances are taken at once: 14 bytes x 768 each, 180 MB
+
+
+class Nearest:
+    """The nearest neighbours of fixed queries among the keys seen so far.
+
+    Args:
+        queries: Shape (B, D), on CPU; the search has their dtype.
+        neighbours: How many to keep.
+    """
+
+    def __init__(self, queries: Float[Tensor, "B D"], neighbours: int) -> None:
+        # Distances do not change when all move; near the origin |k|^2 - 2 q k loses the fewest digits. A median, as one
+        # query far away (the first token of a window may be) must not move the others.
+        self._centre = queries.median(0).values
+        self.queries, self.neighbours = queries - self._centre, neighbours
+        self._norms = (self.queries * self.queries).sum(1, keepdim=True)
+        self._keys = self._sq_dist = queries.new_empty(0)
+        self._near = queries.new_full((len(queries), 4 * neighbours), np.inf)
+        self._ids = torch.full((len(queries), 4 * neighbours), -1)
+        self._counts = np.zeros(len(queries), np.int64)
+        self._limits = np.full(len(queries), np.inf, queries.numpy().dtype)
+
+    def update(self, keys: Float[Tensor, "n D"], first: int) -> None:
+        """Add the keys of positions first, first + 1, ...; blocks must come in order."""
+        # Into memory that is there: fresh memory takes a tenth of the time of the product.
+        if len(self._keys) < len(keys):
+            self._keys = self.queries.new_empty(keys.shape)
+            self._sq_dist = self.queries.new_empty(len(self.queries) * len(keys))
+        moved = torch.sub(keys.to(self.queries), self._centre, out=self._keys[: len(keys)])
+        norms = torch.einsum("nd,nd->n", moved, moved)
+        sq_dist = self._sq_dist[: len(self.queries) * len(keys)].view(len(self.queries), len(keys))
+        torch.addmm(norms[None], self.queries, moved.T, alpha=-2, out=sq_dist)
+        near, ids, found = self._near.numpy(), self._ids.numpy(), sq_dist.numpy()
+
+        def work(a: int, b: int) -> None:
+            kernels.keep_nearest(
+                found[a:b], first, near[a:b], ids[a:b], self._counts[a:b], self._limits[a:b], self.neighbours
+            )
+
+        kernels.in_threads(work, len(found), _ROWS)
+
+    def result(self) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+        """Squared distances and positions, in no order; +inf and -1 where there were fewer keys than neighbours.
+
+        The smaller positions are kept in a tie.
+        """
+        near, ids = self._near.numpy(), self._ids.numpy()
+
+        def work(a: int, b: int) -> None:
+            kernels.cut_all(near[a:b], ids[a:b], self._counts[a:b], self.neighbours)
+
+        kernels.in_threads(work, len(near), _ROWS)
+        sq_dist = (self._near[:, : self.neighbours] + self._norms).clamp_(min=0)
+        return sq_dist, self._ids[:, : self.neighbours]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What `restore` needs to go on after a kill."""
+        return {
+            "near": self._near.numpy(),
+            "ids": self._ids.numpy(),
+            "counts": self._counts,
+            "limits": self._limits,
+        }
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Go on from `state()`."""
+        self._near, self._ids = torch.from_numpy(state["near"]), torch.from_numpy(state["ids"])
+        self._counts, self._limits = state["counts"].copy(), state["limits"].copy()
+
+
+# --- parts of the search on another device ------------------------------------------------------------------------
+
+
+def slack(width: int, *, tf32: bool = False) -> float:
+    """How wrong a squared distance by matrix product can be, as a share of |q|^2 + |k|^2 (both about the centre).
+
+    The product of q and k errs by at most (2r + r^2 + c) |q| |k|: r is the rounding of an input, c that of the sum of
+    `width` products in any order. 2 |q| |k| <= |q|^2 + |k|^2 makes this a share of each norm. The last term is for the
+    norms, the sum with them, and the exact distance that is compared with the result.
+
+    Args:
+        width: D.
+        tf32: Inputs are rounded to 11 bits (`to_tf32`) and multiplied by tensor cores, whose sums may cut instead of
+            rounding: four times the error of rounding is allowed for.
+    """
+    rounded = _UNIT + (2.0**-11 if tf32 else 0.0)
+    summed = width * _UNIT * (4 if tf32 else 1)
+    return 2 * rounded + rounded**2 + summed + 32 * _UNIT
+
+
+def to_tf32(values: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
+    """Round float32 to the 11 significant bits of TF32: tensor cores then multiply these very numbers, on any device."""
+    bits = values.view(torch.int32)
+    return bits.add(0x1000).bitwise_and_(~0x1FFF).view(torch.float32)
+
+
+@contextmanager
+def product_of(*, tf32: bool) -> Iterator[None]:
+    """Whether float32 products on CUDA use TF32 within the block; whatever the program has set counts again after it."""
+    flags = torch.backends.cuda.matmul
+    before = flags.fp32_precision
+    flags.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        flags.fp32_precision = before
+
+
+def lower_bounds(
+    queries: Float[Tensor, "B D"], keys: Float[Tensor, "n D"], *, tf32: bool = False
+) -> Float[Tensor, "B n"]:
+    """Lower bounds of the squared distances, less the part of the query (`own_part`): no distance is below its bound.
+
+    Both float32 and moved to a common centre; the queries are already rounded where `tf32`.
+    """
+    norms = _sq_norms(keys).mul_(1 - slack(keys.shape[1], tf32=tf32)).float()
+    # With norms of one dimension cuBLAS adds them as it writes; [1, n] would be spread into [B, n] before.
+    return torch.addmm(norms, queries, (to_tf32(keys) if tf32 else keys).T, alpha=-2)
+
+
+def own_part(queries: Float[Tensor, "B D"], *, tf32: bool = False) -> Float[Tensor, "B 1"]:
+    """What `lower_bounds` leaves out, as it is the same for all keys."""
+    return _sq_norms(queries)[:, None].mul_(1 - slack(queries.shape[1], tf32=tf32)).float()
+
+
+def smallest(values: Float[Tensor, "B n"], keep: int) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+    """The `keep` smallest values of each row and their columns, in no order; any of equal values.
+
+    Two levels: columns lie in n / g groups of g; the groups with the `keep` smallest minima hold all of the `keep`
+    smallest values. A top-k on CUDA reads its input about six times, and so it sees 2 sqrt(n keep) columns instead of n:
+    for n = 131,072 and keep = 1,041 a sixth.
+    """
+    n = values.shape[1]
+    group = math.isqrt(n // keep) if keep else 1
+    if group < 2:
+        near, column = values.topk(min(keep, n), largest=False, sorted=False)
+        return near, column
+    # Group j has the columns j, j + n_groups, ...: neighbouring threads read neighbouring columns.
+    n_groups = n // group
+    members = values[:, : n_groups * group].view(-1, group, n_groups)
+    picked = members.amin(1).topk(keep, largest=False, sorted=False).indices
+    inside = members.gather(2, picked[:, None].expand(-1, group, -1)).flatten(1)
+    near, at = torch.cat([inside, values[:, n_groups * group :]], 1).topk(keep, largest=False, sorted=False)
+    column = (at // keep) * n_groups + picked.gather(1, at % keep)
+    return near, torch.where(at < group * keep, column, at - group * keep + n_groups * group)
+
+
+def row_distances(queries: Float[Tensor, "B D"], keys: Tensor, places: Int[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """Exact squared distances (float32) from each query to `keys[places]` of its row.
+
+    Differences are taken in float32 and summed in float64, so that the sum does not depend on its order, and equal keys
+    have distance 0.
+
+    Args:
+        queries: float32.
+        keys: As on disk: float16, bfloat16 or float32, shape (n, D).
+        places: Keys of each query.
+    """
+    out, size = queries.new_empty(places.shape), max(1, _PAIRS // max(1, places.shape[1]))
+    for low in range(0, len(places), size):
+        out[low : low + size] = _sq_norms(torch.sub(keys[places[low : low + size]], queries[low : low + size, None]))
+    return out
+
+
+def pair_distances(
+    queries: Float[Tensor, "B D"], keys: Tensor, rows: Int[Tensor, " P"], places: Int[Tensor, " P"]
+) -> Float[Tensor, " P"]:
+    """The same for single pairs (queries[rows], keys[places])."""
+    out = queries.new_empty(len(rows))
+    for low in range(0, len(rows), _PAIRS):
+        out[low : low + _PAIRS] = _sq_norms(
+            torch.sub(keys[places[low : low + _PAIRS]], queries[rows[low : low + _PAIRS]])
+        )
+    return out
+
+
+def _sq_norms(apart: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+    # One kernel squares and sums: a product and a sum of their own would read and write the differences once more.
+    norms: Tensor = torch.linalg.vector_norm(apart, dim=-1, dtype=torch.float64)
+    return norms.square_()
+
+
+NONE = (0x7F800000 << 32) | kernels.NOBODY  # code of a missing neighbour: +inf and no position; behind all others
+
+
+def encode(sq_dist: Float[Tensor, "..."], ids: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """(distance, position) as one int64 that sorts by distance, then by position (as in `knn.drop_self`)."""
+    return sq_dist.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(ids)
+
+
+def decode(codes: Int[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Int[Tensor, "..."]]:
+    """Distances and positions of codes; -1 where there is none."""
+    ids = codes.bitwise_and(kernels.NOBODY)
+    return codes.bitwise_right_shift(32).int().view(torch.float32), ids.masked_fill_(ids == kernels.NOBODY, -1)

@@ -1,0 +1,349 @@
+"""A training objective fused with the output head: neither the dense [N, V] target nor the full logits exist.
+
+For the paper's hybrid loss beta * KL(p_kNN || p_mem) + (1 - beta) * CE (equation 5) only the sparse entries of p_kNN
+and one log-normaliser per position are needed:
+
+    KL = sum_j p_j log p_j - sum_j p_j h.w_j + logZ        CE = logZ - h.w_y
+
+Some rows at a time are projected, reduced and turned into gradients inside the forward pass, in one reused block. The
+released code keeps about eight dense [N, V] copies (6 GiB at 8 x 512 tokens, V = 50,257; here 0.09 GiB).
+`memdec.maths.objectives` has the formulas; everything about memory, chunks and precision is here.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from memdec.maths.objectives import KINDS, Hybrid, Objective, Positions, Terms
+
+IGNORED = -100  # label of a position that is not scored
+_BLOCK = {"cpu": 35 << 20, "cuda": 512 << 20}  # bytes of one float32 block of logits
+_FEWEST = 128  # rows of a block, however large the vocabulary: the head's gradient is read and written once per block
+_GROUP = 8  # rows that go through the passes of a softmax together on CPU: 8 x 50,257 x 4 bytes stay in the L2 cache
+_FAR = 40.0  # logits up to here are exponentiated as they are: e^40 leaves 21 orders of magnitude to float32's ends
+_SUMS = 1e-25, 1e30  # sums of exponentials in which no digit is lost
+
+
+class Sums(NamedTuple):
+    """Sums over the scored positions, in nats; only `loss` carries gradients."""
+
+    loss: Float[Tensor, ""]
+    kl: Float[Tensor, ""]
+    ce: Float[Tensor, ""]
+
+
+def fused_loss(
+    hidden: Float[Tensor, "N D"],
+    head: Float[Tensor, "V D"],
+    labels: Int[Tensor, " N"],
+    indptr: Int[Tensor, " N+1"],
+    tokens: Int[Tensor, " nnz"],
+    probs: Float[Tensor, " nnz"],
+    objective: Objective = Hybrid(),  # noqa: B008
+    chunk: int | None = None,
+) -> Sums:
+    """Loss of N positions from their hidden states, summed; gradients to `hidden` and `head`.
+
+    Reductions are in float32 (float64 for float64 input). Products are taken in the type of `hidden`, or in autocast's.
+
+    Args:
+        hidden: Final hidden states (after the last norm).
+        head: Output embedding; rows of a padded head are part of the softmax, as in training the model alone.
+        labels: The true next tokens; rows with -100 are left out, with their row of the target.
+        indptr, tokens, probs: p_kNN in CSR form, distinct tokens in a row, rows that sum to one. All may be empty for
+            cross-entropy, `Hybrid(0.0)`.
+        objective: What to compute.
+        chunk: Positions projected at a time; by default as many as fit into a block of 35 MiB (CUDA: 512 MiB).
+
+    Raises:
+        ValueError: Shapes that do not fit each other.
+    """
+    device = hidden.device.type
+    if chunk is None:
+        chunk = block_rows(len(hidden), len(head), device)
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    tensors = (hidden, head, labels, indptr, tokens, probs)
+    if torch.compiler.is_compiling():
+        need = (hidden.requires_grad, head.requires_grad)
+        sums, _, _ = _fused(*tensors, type(objective).__name__, list(vars(objective).values()), chunk, low, *need)
+        return Sums(*sums.unbind())
+    if not torch.is_grad_enabled():  # autograd.Function would still be told that gradients are needed
+        return Sums(*_run(*tensors, objective, chunk, low, False, False)[0].unbind())
+    return Sums(*_Fused.apply(*tensors, objective, chunk, low))  # type: ignore[no-untyped-call]
+
+
+def block_rows(n: int, vocab: int, device: str) -> int:
+    """Rows of a block of logits by default: as many as its bytes allow, all blocks of one size."""
+    most = max(_FEWEST, _BLOCK.get(device, _BLOCK["cuda"]) // (4 * vocab))
+    return max(1, math.ceil(n / max(1, math.ceil(n / most))))
+
+
+def token_log_probs(
+    hidden: Float[Tensor, "N D"], head: Float[Tensor, "V D"], labels: Int[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """log p of the label at each position, float32, without gradients; the same blocks and types as the loss."""
+    found = []
+    size = block_rows(len(hidden), len(head), hidden.device.type)
+    for first in range(0, len(hidden), size):
+        logits = (hidden[first : first + size] @ head.T).float()
+        found.append(logits.gather(-1, labels[first : first + size, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(found) if found else hidden.new_empty(0, dtype=torch.float32)
+
+
+class _Fused(torch.autograd.Function):
+    """Gradients are made in forward and handed over in backward; a second backward pass makes them again.
+
+    Handing over instead of multiplying a copy keeps one [V, D] gradient alive instead of two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        need = ctx.needs_input_grad[:2]
+        sums, *grads = _run(*arguments, *need)
+        ctx.save_for_backward(*arguments[:6])
+        ctx.rest, ctx.need, ctx.grads = arguments[6:], need, grads
+        loss, kl, ce = sums.unbind()
+        loss, kl, ce = loss.clone(), kl.clone(), ce.clone()
+        ctx.mark_non_differentiable(kl, ce)
+        return loss, kl, ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            grads = _run(*ctx.saved_tensors, *ctx.rest, *ctx.need)[1:]
+        hidden, head = ctx.saved_tensors[:2]
+        scaled = (
+            g.mul_(grad_loss.to(g.dtype)).to(x.dtype) if needed else None
+            for g, x, needed in zip(grads, (hidden, head), ctx.need, strict=True)
+        )
+        return (*scaled, *(None,) * 7)
+
+
+def _run(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    indptr: Tensor,
+    tokens: Tensor,
+    probs: Tensor,
+    objective: Objective,
+    chunk: int,
+    low: torch.dtype,
+    need_hidden: bool,
+    need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, kl, ce) as one tensor, and the gradients (empty where not needed).
+
+    The head's is a sum over all positions, which float16 does not hold: it stays in float32 until it is scaled.
+    """
+    _check(hidden, head, labels, indptr, tokens, probs)
+    if isinstance(objective, Hybrid) and objective.kl_weight == 0:
+        indptr, tokens, probs = labels.new_zeros(len(labels) + 1), tokens[:0], probs[:0]
+    keep = labels != IGNORED
+    if bool(keep.all()):
+        return _scored(hidden, head, labels, indptr, tokens, probs, objective, chunk, low, need_hidden, need_head)
+    counts = indptr.diff()
+    entries = torch.repeat_interleave(keep, counts)
+    indptr = torch.cat([indptr.new_zeros(1), counts[keep].cumsum(0)])
+    sums, grad_kept, grad_head = _scored(
+        hidden[keep], head, labels[keep], indptr, tokens[entries], probs[entries], objective, chunk, low,
+        need_hidden, need_head,
+    )  # fmt: skip
+    if need_hidden:
+        grad_hidden = torch.zeros_like(hidden)
+        grad_hidden[keep] = grad_kept
+        grad_kept = grad_hidden
+    return sums, grad_kept, grad_head
+
+
+def _check(hidden: Tensor, head: Tensor, labels: Tensor, indptr: Tensor, tokens: Tensor, probs: Tensor) -> None:
+    n, nnz = len(hidden), int(indptr[-1]) if len(indptr) else 0
+    rows = len(indptr) if len(indptr) else n + 1
+    for name, expected, found in (
+        ("labels", n, len(labels)),
+        ("indptr", n + 1, rows),
+        ("tokens", nnz, len(tokens)),
+        ("probs", nnz, len(probs)),
+        ("width of the head", hidden.shape[1], head.shape[1]),
+    ):
+        if expected != found:
+            raise ValueError(f"fused_loss: expected {name} {expected} for {n} hidden states, found {found}")
+
+
+def _scored(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    indptr: Tensor,
+    tokens: Tensor,
+    probs: Tensor,
+    objective: Objective,
+    chunk: int,
+    low: torch.dtype,
+    need_hidden: bool,
+    need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_run`, where every row counts."""
+    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    n, vocab = len(hidden), len(head)
+    with torch.autocast(hidden.device.type, enabled=False):
+        wide, h_low, w_low = low == acc, hidden.to(low), head.to(low)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else hidden.new_empty(0)
+        grad_head = head.new_zeros(head.shape if need_head and n == 0 else 0, dtype=acc)
+        sums = torch.zeros(3, dtype=torch.float64 if hidden.device.type == "cpu" else acc, device=hidden.device)
+        # One block for all: a fresh 50 MB per chunk costs 13,000 page faults, more than the softmax itself.
+        block = torch.empty(min(chunk, n), vocab, dtype=acc, device=hidden.device)
+        for begin in range(0, n, chunk):
+            part = slice(begin, min(begin + chunk, n))
+            at = _positions(h_low[part], w_low, labels[part], indptr, tokens, probs, begin, block, objective, wide)
+            terms = objective.terms(at)
+            sums += torch.stack([terms.loss, at.kl, at.ce])
+            if not (need_hidden or need_head):
+                continue
+            # The dense part is `rate * weight`. A row's factor is cheaper on the [n, D] sides of the products than on
+            # the block; float16 and bfloat16 need probabilities in the block itself.
+            rate = None if terms.scale is None else terms.scale / at.total
+            weight, h = _add(at, terms, rate, low), h_low[part]
+            outer = wide and rate is not None
+            if need_hidden:
+                grad = weight @ w_low
+                grad_hidden[part] = grad.mul_(rate[:, None]) if outer else grad  # type: ignore[index]
+            if need_head:
+                h = h * rate[:, None] if outer else h  # type: ignore[index]
+                if wide and begin > 0:
+                    grad_head.addmm_(weight.T, h)
+                else:
+                    part_of_head = _over_positions(weight.T, h, acc)
+                    grad_head = part_of_head if begin == 0 else grad_head.add_(part_of_head)
+        return sums.to(acc), grad_hidden, grad_head
+
+
+def _over_positions(weight: Tensor, h: Tensor, acc: torch.dtype) -> Tensor:
+    """A product that sums over positions; the sum may be beyond float16's range before it is scaled."""
+    if h.dtype != torch.float16:
+        return (weight @ h).to(acc)
+    if h.device.type == "cuda":
+        return torch.mm(weight, h, out_dtype=acc)
+    return weight.to(acc) @ h.to(acc)
+
+
+def _positions(
+    h: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    indptr: Tensor,
+    tokens: Tensor,
+    probs: Tensor,
+    begin: int,
+    block: Tensor,
+    objective: Objective,
+    wide: bool,
+) -> Positions:
+    """Logits of some rows and everything that objectives need of them; `block` is overwritten."""
+    n = len(h)
+    rows, z = torch.arange(n, device=h.device), block[:n]
+    low, high = int(indptr[begin]), int(indptr[begin + n])
+    row = torch.repeat_interleave(rows, indptr[begin : begin + n + 1].diff(), output_size=high - low)
+    token, p = tokens[low:high].long(), probs[low:high].to(z.dtype)
+
+    def project() -> None:
+        if wide:
+            torch.mm(h, head.T, out=z)
+        else:
+            z.copy_(h @ head.T)
+
+    project()
+    top = z.topk(objective.n_top) if objective.n_top else None
+    z_label, z_entry = z[rows, labels], z[row, token]  # before exp takes their place
+    # exp(z - shift) may neither overflow nor vanish. A pass over the block for its maximum, and one to subtract it, are
+    # 6 % of the whole: logits that look small need neither, and where the looks deceive they are made once more.
+    shift = z_label.scatter_reduce(0, row, z_entry, "amax") if wide else z.amax(-1)
+    plain = wide and bool((shift.abs() < _FAR).all())
+    shift = torch.zeros_like(shift) if plain else shift
+    total = _exponentiate(z, None if plain else shift)
+    if wide and not bool(((total > _SUMS[0]) & (total < _SUMS[1])).all()):
+        project()
+        shift = z.amax(-1)
+        total = _exponentiate(z, shift)
+    log_z = total.log() + shift
+    log_q = z_entry - log_z[row]
+    kl = (torch.xlogy(p, p) - p * log_q).sum()  # xlogy: p log p is 0 at p = 0
+    ce = (log_z - z_label).sum()
+    return Positions(z, total, row, token, p, log_q, kl, ce, labels, top)
+
+
+def _exponentiate(z: Tensor, shift: Tensor | None) -> Tensor:
+    """z becomes exp(z - shift); returns its row sums."""
+    total, group = z.new_empty(len(z)), _GROUP if z.device.type == "cpu" else len(z)
+    for first in range(0, len(z), group):
+        rows = slice(first, first + group)
+        part = z[rows] if shift is None else z[rows].sub_(shift[rows, None])
+        torch.sum(part.exp_(), -1, out=total[rows])
+    return total
+
+
+def _add(at: Positions, terms: Terms, rate: Tensor | None, low: torch.dtype) -> Tensor:
+    """The gradient with respect to the logits, divided by `rate` where the products take it up, in the low type."""
+    weight, wide = at.weight, at.weight.dtype == low
+    if rate is not None and not wide:
+        weight.mul_(rate[:, None])
+    for sparse in terms.sparse:
+        value = sparse.value
+        if rate is not None and wide:
+            # All values of a row have one sign and sum to -scale, so none of these is large.
+            value = value / rate[sparse.row].clamp_min(torch.finfo(rate.dtype).tiny)
+        weight.view(-1).index_add_(0, sparse.row * weight.shape[1] + sparse.token, value.to(weight.dtype))
+    return weight.to(low)
+
+
+@torch.library.custom_op("memdec::fused_loss", mutates_args=())
+def _fused(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    indptr: Tensor,
+    tokens: Tensor,
+    probs: Tensor,
+    kind: str,
+    weights: list[float],
+    chunk: int,
+    low: torch.dtype,
+    need_hidden: bool,
+    need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for torch.compile, as one operation of its graph; both gradients are then multiplied in backward."""
+    objective = KINDS[kind](*weights)
+    return _run(hidden, head, labels, indptr, tokens, probs, objective, chunk, low, need_hidden, need_head)
+
+
+@_fused.register_fake
+def _(hidden: Tensor, head: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    need_hidden, need_head = rest[-2:]
+    return (
+        hidden.new_empty(3, dtype=acc),
+        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(head, dtype=acc) if need_head else head.new_empty(0, dtype=acc),
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.need, ctx.types = inputs[-2:], (inputs[0].dtype, inputs[1].dtype)
+
+
+def _hand_over(ctx: Any, grad_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = (
+        (g * grad_sums[0].to(g.dtype)).to(dtype) if needed else None
+        for g, dtype, needed in zip(ctx.saved_tensors, ctx.types, ctx.need, strict=True)
+    )
+    return (*grads, *(None,) * 10)
+
+
+_fused.register_autograd(_hand_over, setup_context=_keep_gradients)

@@ -1,0 +1,160 @@
+"""Two systems on the same items: the value of each, their difference, intervals and a test, by what the value is made of.
+
+Intervals draw items, each with what both systems have of it. The tests ask how large the difference would be if the two
+were exchangeable on every item: exact for 0/1 outcomes, sign flips for sums, exchanged predictions for F1.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from memdec.maths import statistics
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+Average = Literal["micro", "macro", "weighted"]
+
+N_RESAMPLES = 10_000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Values of two systems, 95 % intervals of them and of the difference B - A, two-sided p-value, name of the test."""
+
+    a: float
+    b: float
+    a_interval: Interval
+    b_interval: Interval
+    interval: Interval
+    p: float
+    test: str
+
+
+def means(a: ArrayLike, b: ArrayLike) -> Paired:
+    """Means over N items, (N,) each: McNemar where all outcomes are 0 or 1, else sign flips.
+
+    Raises:
+        ValueError: Not as many values of both, or none.
+    """
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    binary = statistics.is_binary(first) and statistics.is_binary(second)
+    return Paired(
+        float(first.mean()),
+        float(second.mean()),
+        statistics.mean_interval(first),
+        statistics.mean_interval(second),
+        statistics.mean_interval(second - first),
+        statistics.mcnemar(first, second) if binary else statistics.sign_flips(first, second),
+        "McNemar" if binary else "sign flips",
+    )
+
+
+def ratios(a: ArrayLike, b: ArrayLike, counts: ArrayLike, of: Callable[[Floats], Floats]) -> Paired:
+    """A monotonic function of sum / count, such as the perplexity of documents.
+
+    Args:
+        a: log-likelihood (nats) of each document under A, (N,).
+        b: Under B.
+        counts: Its tokens, words or bytes, the same for both.
+        of: Makes the value of the ratio, elementwise.
+    """
+    sums, units = (np.asarray(a, np.float64), np.asarray(b, np.float64)), np.asarray(counts, np.int64)
+    value_a, value_b = (float(of(each.sum() / units.sum())) for each in sums)
+    drawn_a, drawn_b = (of(statistics.resampled_ratios(each, units, N_RESAMPLES, 0)) for each in sums)
+    p = statistics.sign_flips(*sums)  # of the sums, of which `of` keeps the order
+    return Paired(value_a, value_b, *_intervals(drawn_a, drawn_b), p, "sign flips")
+
+
+def f1(
+    gold: Sequence[int],
+    a: Sequence[int],
+    b: Sequence[int],
+    averages: Sequence[Average],
+    groups: Sequence[int] | None = None,
+) -> Paired:
+    """Mean of F1 averages; with groups, the plain mean over groups of that.
+
+    Items that agree in group, right label and both predictions are exchangeable, so only their numbers are drawn: the
+    resamples are those of the bootstrap over items. The test exchanges the predictions of every item with probability
+    1/2 (approximate randomisation; Noreen 1989, Computer-Intensive Methods for Testing Hypotheses).
+
+    Args:
+        gold: Right label of each item, (N,).
+        a: What A predicts.
+        b: What B predicts.
+        averages: As scikit-learn's `average`; several: their plain mean.
+        groups: Group of each item.
+    """
+    columns = np.array([groups if groups is not None else [0] * len(gold), gold, a, b], np.int64)
+    kinds, first, numbers = np.unique(columns, axis=1, return_index=True, return_counts=True)
+    order = np.argsort(first)  # the same draws if A and B change places
+    (group, right, by_a, by_b), numbers = kinds[:, order], numbers[order]
+
+    def value(counts: NDArray[np.integer], predicted: NDArray[np.int64], fold: int = 1) -> Floats:
+        groups, labels = np.tile(group, fold), np.tile(right, fold)
+        found = [grouped_f1(counts, labels, predicted, each, groups) for each in averages]
+        return np.asarray(np.mean(found, axis=0), np.float64)
+
+    value_a, value_b = float(value(numbers[None], by_a)[0]), float(value(numbers[None], by_b)[0])
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(len(gold), numbers / len(gold), size=N_RESAMPLES)
+    intervals = _intervals(value(drawn, by_a), value(drawn, by_b))
+    moved = rng.binomial(numbers, 0.5, size=(N_RESAMPLES, len(numbers)))
+    stay, both = numbers - moved, np.concatenate([by_a, by_b])
+    gaps = value(np.hstack([moved, stay]), both, 2) - value(np.hstack([stay, moved]), both, 2)
+    hits = int((np.abs(gaps) >= abs(value_b - value_a) - 1e-12).sum())
+    p = (1 + hits) / (1 + N_RESAMPLES) if (by_a != by_b).any() else 1.0
+    return Paired(value_a, value_b, *intervals, p, "exchanged predictions")
+
+
+def grouped_f1(
+    counts: NDArray[np.integer],
+    gold: NDArray[np.int64],
+    predicted: NDArray[np.int64],
+    average: Average,
+    groups: NDArray[np.int64],
+) -> Floats:
+    """F1 of each row of counts, as scikit-learn has it of the items; plain mean over the groups that have items.
+
+    Args:
+        counts: Items of each kind, (R, C).
+        gold: Right label of each kind, (C,).
+        predicted: Predicted label of each kind, (C,).
+        average: Over labels: `macro` counts those that are right or predicted somewhere in the row.
+        groups: Group of each kind, (C,).
+
+    Returns:
+        (R,), 0 to 1.
+    """
+    scores, present = np.zeros(len(counts)), np.zeros(len(counts))
+    for group in np.unique(groups):
+        inside = groups == group
+        n_items = counts[:, inside].sum(1)
+        scores += np.where(n_items > 0, _f1(counts[:, inside], gold[inside], predicted[inside], average), 0.0)
+        present += n_items > 0
+    return scores / present
+
+
+def _f1(counts: NDArray[np.integer], gold: NDArray[np.int64], predicted: NDArray[np.int64], average: Average) -> Floats:
+    labels = np.union1d(gold, predicted)
+    is_gold, is_predicted = gold[:, None] == labels, predicted[:, None] == labels
+    hits, n_gold, n_predicted = (counts @ each for each in (is_gold & is_predicted, is_gold, is_predicted))
+    if average == "micro":
+        return _divided(hits.sum(1), n_gold.sum(1))
+    scores = _divided(2 * hits, n_gold + n_predicted)
+    weights = n_gold if average == "weighted" else n_gold + n_predicted > 0
+    return _divided((scores * weights).sum(1), weights.sum(1))
+
+
+def _divided(above: NDArray[np.generic], below: NDArray[np.generic]) -> Floats:
+    quotient: Floats = np.divide(above, below, out=np.zeros(np.shape(above)), where=np.asarray(below) > 0)
+    return quotient
+
+
+def _intervals(a: Floats, b: Floats) -> tuple[Interval, Interval, Interval]:
+    one, other, gap = (statistics.percentiles(each, LEVEL) for each in (a, b, b - a))
+    return one, other, gap

@@ -1,0 +1,39 @@
+"""Sparse next-token distributions in CSR form."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class SparseRows:
+    """N sparse distributions in CSR form: row i has `tokens[indptr[i]:indptr[i+1]]` with `probs` that sum to one."""
+
+    indptr: NDArray[np.int64]  # (N + 1,)
+    tokens: NDArray[np.integer]  # (nnz,)
+    probs: NDArray[np.floating]  # (nnz,)
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+
+def probability_of(rows: SparseRows, tokens: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Probability (float64) that each row gives to one token; zero where the row does not hold it."""
+    counts = np.diff(rows.indptr)
+    hit = rows.tokens == np.repeat(tokens, counts)
+    return np.bincount(np.repeat(np.arange(len(rows)), counts)[hit], rows.probs[hit], minlength=len(rows))
+
+
+def total_variation(ours: SparseRows, other: SparseRows) -> Float[np.ndarray, " N"]:
+    """Total variation distance of each pair of rows, half the L1 distance, from 0 to 1."""
+    out = np.empty(len(ours))
+    for row in range(len(ours)):
+        both: dict[int, float] = {}
+        for rows, sign in ((ours, 1.0), (other, -1.0)):
+            span = slice(rows.indptr[row], rows.indptr[row + 1])
+            for token, prob in zip(rows.tokens[span].tolist(), rows.probs[span].tolist(), strict=True):
+                both[token] = both.get(token, 0.0) + sign * prob
+        out[row] = 0.5 * sum(map(abs, both.values()))
+    return out

@@ -1,0 +1,274 @@
+"""`memdec compare`: two runs of lm-eval with --log_samples, row by row.
+
+Reads results files and the samples beside them (`samples_<task>_<date>.jsonl`). Rows are paired by their number, and a
+task is compared only where both runs had the same documents and version.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from memdec.artefacts import artefact
+from memdec.maths import paired
+from memdec.errors import CorpusError, IncomparableError
+from memdec.maths.paired import Average, Paired
+
+COLUMNS = (
+    "task", "metric", "a", "a_low", "a_high", "b", "b_low", "b_high", "difference", "low", "high", "p", "test", "n",
+)  # fmt: skip
+
+# Aggregations over a whole set, by the name of their function: F1 of (right, predicted), or of (question, right, predicted).
+_F1: dict[str, tuple[Average, ...]] = {
+    "weighted_f1": ("weighted",),
+    "micro_f1": ("micro",),
+    "macro_f1": ("macro",),
+    "micro_macro_mean": ("micro", "macro"),
+    "headline_f1": ("weighted",),
+}
+# And those of (log-likelihood, units): ours, and lm-eval's own.
+_RATIOS: dict[str, Callable[[Any], Any]] = {
+    "perplexity_of_sums": lambda mean: np.exp(-mean),
+    "bits_of_sums": lambda mean: -mean / np.log(2),
+    "weighted_perplexity": lambda mean: np.exp(-mean),
+    "bits_per_byte": lambda mean: -mean / np.log(2),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRun:
+    """One task of one run.
+
+    Attributes:
+        file: Its samples.
+        version: Of the task.
+        reported: Metric with filter (`acc,none`) to the value of the results file.
+        aggregations: Metric to the name of the function that makes the value of the rows.
+    """
+
+    file: Path
+    version: Any
+    reported: Mapping[str, float]
+    aggregations: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A row of a samples file: its line, what names the document, and its metrics (`acc,none`)."""
+
+    line: int
+    document: str
+    values: dict[str, Any]
+
+
+def compare(run_a: Path, run_b: Path) -> pd.DataFrame:
+    """Every metric of every task that both runs have; columns `COLUMNS`.
+
+    The difference is B - A. Intervals and p-values are those of `memdec.maths.paired` for means, F1 and perplexities; where a
+    value is made of its rows in another way, they are empty and `test` says so.
+
+    Args:
+        run_a: Results file, or folder with results files at any depth.
+        run_b: The other one; the same for intervals of one run alone.
+
+    Raises:
+        CorpusError: Something is missing or cannot be read; names file and row.
+        IncomparableError: No common task, or other documents or versions; names file and row.
+    """
+    first, second = read_run(run_a), read_run(run_b)
+    common = [task for task in first if task in second]
+    if not common:
+        raise IncomparableError(
+            f"{run_a} and {run_b}: expected a common task, found {sorted(first)} and {sorted(second)}"
+        )
+    table = [row for task in common for row in _compare_task(task, first[task], second[task])]
+    return pd.DataFrame(table, columns=list(COLUMNS))
+
+
+def shown_alone(rows: pd.DataFrame) -> str:
+    """The rows of one run for a terminal."""
+    lines = [
+        {
+            "task": row["task"],
+            "metric": row["metric"],
+            "value": f"{row['a']:.4g}",
+            "95 %": "-" if np.isnan(row["a_low"]) else f"{row['a_low']:.4g} to {row['a_high']:.4g}",
+            "n": row["n"],
+        }
+        for row in rows.to_dict("records")
+    ]
+    return pd.DataFrame(lines).to_string(index=False)
+
+
+def shown(rows: pd.DataFrame) -> str:
+    """The rows for a terminal."""
+    lines = [
+        {
+            "task": row["task"],
+            "metric": row["metric"],
+            "A": f"{row['a']:.4g}",
+            "B": f"{row['b']:.4g}",
+            "B - A": f"{row['difference']:+.4g}",
+            "95 %": "-" if np.isnan(row["low"]) else f"{row['low']:+.4g} to {row['high']:+.4g}",
+            "p": "-" if np.isnan(row["p"]) else f"{row['p']:.3g}",
+            "n": row["n"],
+            "test": row["test"],
+        }
+        for row in rows.to_dict("records")
+    ]
+    return pd.DataFrame(lines).to_string(index=False)
+
+
+def read_run(path: Path) -> dict[str, TaskRun]:
+    """Tasks of a run that have samples.
+
+    Raises:
+        CorpusError: No results or samples, or a task in two results files.
+    """
+    files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    found: dict[str, TaskRun] = {}
+    for file in files:
+        results = _results(file, needed=not path.is_dir())
+        date = file.stem.rpartition("_")[2]
+        for task, values in results.get("results", {}).items():
+            samples = file.with_name(f"samples_{task}_{date}.jsonl")
+            if not samples.is_file():
+                continue  # a group, or a run without samples
+            if task in found:
+                raise CorpusError(
+                    f"{path}: expected one run of {task}, found {found[task].file.name} and {samples.name}; give the results file"
+                )
+            numbers = {key: float(value) for key, value in values.items() if _is_number(value)}
+            listed = results.get("configs", {}).get(task, {}).get("metric_list") or []
+            names = {each["metric"]: _function(each.get("aggregation") or "mean") for each in listed}
+            found[task] = TaskRun(samples, results.get("versions", {}).get(task), numbers, names)
+    if not found:
+        raise CorpusError(
+            f"{path}: expected results of lm_eval with samples beside them, found none; run it with --output_path and "
+            "--log_samples"
+        )
+    return found
+
+
+def _function(aggregation: str) -> str:
+    """Name of an aggregation, of which lm-eval writes the name or, of a function of a task, the source."""
+    match = re.match(r"def (\w+)\(", aggregation)
+    return match[1] if match else aggregation
+
+
+def _results(file: Path, needed: bool) -> dict[str, Any]:
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"{file}: expected a results file of lm_eval, found {error}") from None
+    if isinstance(results, dict) and isinstance(results.get("results"), dict):
+        return results
+    if needed:
+        raise CorpusError(f"{file}: expected a results file of lm_eval, found JSON without results")
+    return {}
+
+
+def read_samples(file: Path) -> dict[tuple[str, int], Sample]:
+    """Rows by filter and number of the document.
+
+    Raises:
+        CorpusError: Names file and row.
+    """
+    found: dict[tuple[str, int], Sample] = {}
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            try:
+                row = json.loads(line)
+                key = str(row["filter"]), int(row["doc_id"])
+                values = {f"{metric},{key[0]}": row[metric] for metric in row["metrics"]}
+                sample = Sample(number, _document(row["doc"]), values)
+            except (ValueError, KeyError, TypeError) as error:
+                raise CorpusError(f"{file}, row {number}: expected a sample of lm_eval, found {error!r}") from None
+            if key in found:
+                raise CorpusError(f"{file}, row {number}: expected every document once, found {key[1]} again")
+            found[key] = sample
+    return found
+
+
+def _document(doc: Mapping[str, Any]) -> str:
+    """Hash of a document. Not lm-eval's, which also covers token counts that our tasks add from the model's tokenizer."""
+    return artefact.digest({key: value for key, value in doc.items() if not key.endswith("_tokens")})
+
+
+def _compare_task(task: str, run_a: TaskRun, run_b: TaskRun) -> list[dict[str, Any]]:
+    if run_a.version != run_b.version:
+        raise IncomparableError(
+            f"{task}: expected one version of the task, found {run_a.version} in {run_a.file} and {run_b.version} in "
+            f"{run_b.file}; run one of them again"
+        )
+    a, b = read_samples(run_a.file), read_samples(run_b.file)
+    for key in [*a, *b]:
+        if key not in a or key not in b:
+            there, other = (run_a.file, run_b.file) if key in a else (run_b.file, run_a.file)
+            line = (a.get(key) or b[key]).line
+            raise IncomparableError(
+                f"{there}, row {line}: expected document {key[1]} in both runs, found none in {other}; use the same --limit"
+            )
+        if a[key].document != b[key].document:
+            raise IncomparableError(
+                f"{run_b.file}, row {b[key].line}: expected the same document {key[1]} as {run_a.file}, row {a[key].line}, "
+                "found another; evaluate both on the same rows"
+            )
+    metrics = dict.fromkeys(metric for sample in a.values() for metric in sample.values)
+    return [
+        _compare_metric(task, metric, run_a, run_b, *_values(metric, a, b))
+        for metric in metrics
+        if metric in run_a.reported and metric in run_b.reported
+    ]
+
+
+def _values(
+    metric: str, a: Mapping[tuple[str, int], Sample], b: Mapping[tuple[str, int], Sample]
+) -> tuple[list[Any], list[Any]]:
+    keys = [key for key, sample in sorted(a.items()) if metric in sample.values and metric in b[key].values]
+    return [a[key].values[metric] for key in keys], [b[key].values[metric] for key in keys]
+
+
+def _compare_metric(
+    task: str, metric: str, run_a: TaskRun, run_b: TaskRun, a: list[Any], b: list[Any]
+) -> dict[str, Any]:
+    name, _, filtered = metric.partition(",")
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, np.nan)
+    row |= {"task": task, "metric": name if filtered == "none" else metric, "n": len(a)}
+    row |= {"a": run_a.reported[metric], "b": run_b.reported[metric]}
+    row["difference"] = row["b"] - row["a"]
+    if len(a) < 2:
+        return row | {"test": "none: one row"}
+    names = {run.aggregations.get(name, "mean") for run in (run_a, run_b)}
+    found = _paired(names.pop(), a, b) if len(names) == 1 else None
+    if found is None or not np.allclose([found.a, found.b], [row["a"], row["b"]], rtol=1e-6, atol=1e-9):
+        return row | {"test": "none: no test for values of this kind"}
+    row["a_low"], row["a_high"] = found.a_interval
+    row["b_low"], row["b_high"] = found.b_interval
+    row["low"], row["high"] = found.interval
+    return row | {"p": found.p, "test": found.test}
+
+
+def _paired(aggregation: str, a: list[Any], b: list[Any]) -> Paired | None:
+    """The comparison that belongs to an aggregation; None where there is none for these values."""
+    if aggregation == "mean" and all(_is_number(value) for value in [*a, *b]):
+        return paired.means(a, b)
+    try:
+        first, second = np.asarray(a, np.float64).T, np.asarray(b, np.float64).T
+        if aggregation in _RATIOS and (first[1] == second[1]).all():
+            return paired.ratios(first[0], second[0], first[1], _RATIOS[aggregation])
+        if aggregation in _F1 and (first[:-1] == second[:-1]).all():
+            *groups, gold = first[:-1]
+            return paired.f1(gold, first[-1], second[-1], _F1[aggregation], *groups)
+    except (ValueError, IndexError):  # not as many numbers in every row
+        pass
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and bool(np.isfinite(value))

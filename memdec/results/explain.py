@@ -1,0 +1,214 @@
+"""What base, memory, neighbours and their mixture say of every token of a text (paper, Table 6).
+
+`explain` gives the numbers; `table` puts them into the terminal and `page` into one HTML file without outside parts: the
+text as a heat map, blue where the memory gives a token more than the base, orange where less.
+"""
+
+import html
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from memdec.inference.token_reports import _CHARACTER, _Row, Guess, Prediction, TokenReport, Neighbours, explain, _dense, _sparse, _speller
+from memdec.datastore import search
+from memdec.maths import sparse_rows
+from memdec.artefacts import artefact, devices
+from memdec.datastore import index
+from memdec.maths import knn, mixing
+from memdec.text import tokens
+from memdec.settings import AUTO, Compute, ExplainSettings
+from memdec.datastore.keys import Datastore
+from memdec.errors import ConfigError
+from memdec.inference.mixture import MemDecForCausalLM
+from memdec.maths.windows import Window, windows
+
+_DEEPEST = 3.0  # log ratio (a factor of 20) from which colours do not deepen
+_DISTRIBUTIONS = ("base", "memory", "knn", "joint")
+_TITLES = {"base": "base", "memory": "memory", "knn": "kNN", "joint": "joint"}
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+# --- in the terminal ----------------------------------------------------------------------------------------------
+
+
+def summary(reports: Sequence[TokenReport]) -> dict[str, float]:
+    """Perplexity per token under base, memory and joint."""
+    return {
+        name: math.exp(-math.fsum(getattr(report, name).log_p for report in reports) / len(reports))
+        for name in ("base", "memory", "joint")
+    }
+
+
+def table(reports: Sequence[TokenReport]) -> Table:
+    """Per token its probabilities in percent, the most probable tokens below each, and the gain in nats."""
+    names = [name for name in _DISTRIBUTIONS if getattr(reports[0], name) is not None]
+    grid = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    grid.add_column("token", no_wrap=True, max_width=14)
+    for name in names:
+        grid.add_column(f"{_TITLES[name]} %", no_wrap=True, max_width=15, min_width=13)
+    grid.add_column("gain", justify="right", no_wrap=True)
+    for report in reports:
+        cells = [_cell(getattr(report, name), report.token) for name in names]
+        style = "bold blue" if report.memory_over_base > 0 else "bold yellow"
+        grid.add_row(Text(visible(report.text), style=style), *cells, f"{report.gain:+.2f}")
+    return grid
+
+
+def _cell(prediction: Prediction, token: int) -> Text:
+    lines = [Text(percent(prediction.p), style="bold")]
+    for guess in prediction.top:
+        style = "bold" if guess.token == token else "dim"
+        lines.append(Text(f"{percent(guess.p):>5} {visible(guess.text)}", style=style))
+    return Text("\n").join(lines)
+
+
+def percent(p: float) -> str:
+    """Probability in percent with two decimals, as in the paper."""
+    return "<0.01" if 0 < p < 5e-5 else f"{100 * p:.2f}"
+
+
+def visible(text: str) -> str:
+    """White space as signs, other control characters as their code."""
+    text = text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+# --- as a page ----------------------------------------------------------------------------------------------------
+
+
+def page(reports: Sequence[TokenReport], facts: dict[str, str]) -> str:
+    """The text as one HTML file that needs nothing else.
+
+    Args:
+        reports: Of `explain`.
+        facts: What to say about models and settings, by name.
+    """
+    data = [{**_plain(report), "m": report.memory_over_base, "g": report.gain} for report in reports]
+    # Inside a script element only "<" can end or change it.
+    parts = {
+        "facts": "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()),
+        "tokens": "".join(_span(i, report) for i, report in enumerate(reports)),
+        "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "deepest": f"{_DEEPEST:g}",
+        "factor": f"{math.exp(_DEEPEST):.0f}",
+    }
+    template = resources.files("memdec").joinpath("explain.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _plain(report: TokenReport) -> dict[str, Any]:
+    """What the page's script reads of one token."""
+    told = {name: getattr(report, name) for name in _DISTRIBUTIONS}
+    return {
+        "text": report.text,
+        "position": report.position,
+        "told": {
+            _TITLES[name]: {"p": each.p, "top": [asdict(guess) for guess in each.top]}
+            for name, each in told.items()
+            if each is not None
+        },
+        "token": report.token,
+    }
+
+
+def _span(number: int, report: TokenReport) -> str:
+    """One token of the heat map; white space keeps its place and shows faintly."""
+    text = html.escape(report.text)
+    if not report.text.strip(" "):
+        text = text.replace(" ", '<i class="s"> </i>')
+    text = (
+        text.replace("\r", '<i class="r"></i>')
+        .replace("\n", '<i class="n"></i>\n')
+        .replace("\t", '<i class="t">\t</i>')
+    )
+    depth = min(1.0, abs(report.memory_over_base) / _DEEPEST)
+    kind = "more" if report.memory_over_base > 0 else "less"
+    return f'<span class="{kind}" style="--d:{depth:.2f}" data-i="{number}">{text}</span>'
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def run(
+    base: str,
+    memory: str,
+    text: str,
+    settings: ExplainSettings,
+    *,
+    alpha: float,
+    datastore: Sequence[Path] = (),
+    index_folder: Path | None = None,
+    out: Path | None = None,
+    compute: Compute = AUTO,
+) -> None:
+    """Explain a text in the terminal and, with `out`, as a page.
+
+    Raises:
+        ConfigError: An empty text, or a datastore without an index or the other way round.
+        ModelError: The models have different tokenizers.
+    """
+    if bool(datastore) != (index_folder is not None):
+        given, missing = ("a datastore", "index") if datastore else ("an index", "datastore")
+        raise ConfigError(f"explain: expected datastore and index, found {given} alone; give --{missing}, too")
+    if not text:
+        raise ConfigError("explain: expected a text, found an empty one; give it as an argument or by --file")
+    model = MemDecForCausalLM.from_parts(base, [memory], [alpha], dtype=devices.precision(compute))
+    model.to(devices.pick(compute))
+    tokenizer = tokens.load_tokenizer(base)
+    context, stride = _window(model, settings)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    neighbours = (
+        Neighbours(datastore, index_folder, settings, tokenizer, model.device) if index_folder is not None else None
+    )
+    reports = explain(model, tokenizer, ids, context=context, stride=stride, top=settings.top, neighbours=neighbours)
+    perplexity = ", ".join(f"{name} {value:.2f}" for name, value in summary(reports).items())
+    Console().print(table(reports))
+    print(f"\n{len(reports)} tokens, alpha {alpha:g}; perplexity: {perplexity}; gain: ln(p_joint / p_base)")
+    if out is not None:
+        facts = {"Base": base, "Memory": memory, "Alpha": f"{alpha:g}", "Tokens": f"{len(reports):,}"}
+        facts |= {"Perplexity": perplexity, "Window": f"{context} tokens, {stride} scored"}
+        if neighbours is not None:
+            facts["Datastore"] = (
+                f"{neighbours.store.n:,} keys, k {settings.neighbours}, temperature {settings.temperature:g}"
+            )
+        artefact.write_text(out, page(reports, facts))
+        print(f"written: {out}")
+
+
+def _window(model: MemDecForCausalLM, settings: ExplainSettings) -> tuple[int, int]:
+    """Context and stride, with what is not set filled in."""
+    context = settings.context or min(1024, model.n_positions or 1024)
+    return context, settings.stride or max(1, context // 2)

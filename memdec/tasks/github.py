@@ -1,0 +1,141 @@
+"""Rows and word lists in files of public GitHub repositories, by commit: how they are brought, how their text is read.
+
+A parser takes the text of a file and gives rows with the fields that the tasks read; `row` is the number of the line or
+record in that file, counted from 0 without a header.
+"""
+
+import csv
+import http.client
+import io
+import json
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from memdec.errors import CorpusError
+from memdec.tasks import verbalizers
+
+RAW = "https://raw.githubusercontent.com"
+TRIES = 3
+TIMEOUT_S = 60
+PAUSE_S = 2.0
+_SST = re.compile(r"__label__([1-5])\t(.+)")
+_SST_NEUTRAL = 3  # SST2 is SST without it
+
+Row = dict[str, Any]
+Parser = Callable[[str], list[Row]]
+
+
+@dataclass(frozen=True, slots=True)
+class GitHubFile:
+    """A file of a public repository: owner/name, whole commit, path in it, and how its text becomes rows."""
+
+    repository: str
+    revision: str
+    path: str
+    parse: Parser
+
+    @property
+    def name(self) -> str:
+        """Repository and path."""
+        return f"github.com/{self.repository} {self.path}"
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.revision}"
+
+
+def github_rows(file: GitHubFile) -> list[Row]:
+    """Rows of a file on GitHub.
+
+    Raises:
+        CorpusError: It cannot be had whole, or has another form.
+    """
+    data = _download(file)
+    try:
+        return file.parse(data.decode("utf-8"))
+    except (ValueError, AttributeError, csv.Error, CorpusError) as error:
+        raise CorpusError(
+            f"{file}: expected a file in the form that is known of this commit, found: {_short(error)}; put the file under "
+            "MEMDEC_DATA by hand"
+        ) from None
+
+
+def _download(file: GitHubFile) -> bytes:
+    url = f"{RAW}/{file.repository}/{file.revision}/{urllib.parse.quote(file.path)}"
+    tries = 0
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+                data: bytes = answer.read()  # IncompleteRead where it is shorter than announced
+            return data
+        except (OSError, http.client.HTTPException) as error:
+            tries += 1
+            gone = isinstance(error, urllib.error.HTTPError) and error.code in (404, 410)
+            if gone or tries == TRIES:
+                raise CorpusError(
+                    f"{file}: expected the file from GitHub, found: {_short(error)}; put it under MEMDEC_DATA by hand, or check "
+                    "the network"
+                ) from None
+        time.sleep(PAUSE_S)
+
+
+def _short(error: Exception) -> str:
+    return " ".join((str(error) or repr(error)).split())[:160]
+
+
+def sst_lines(text: str) -> list[Row]:
+    """`__label__N`, a tab, the sentence; without the neutral class 3."""
+    found = []
+    for number, line in enumerate(_lines(text)):
+        match = _SST.fullmatch(line)
+        if match is None:
+            raise ValueError(f"line {number}: {line[:40]!r}")
+        if int(match[1]) != _SST_NEUTRAL:
+            found.append({"row": number, "label": int(match[1]), "text": match[2]})
+    return found
+
+
+def csv_records(text: str) -> list[Row]:
+    """CSV with a header."""
+    return _numbered(list(csv.DictReader(io.StringIO(text, newline=""), strict=True)))
+
+
+def json_lines(text: str) -> list[Row]:
+    """One JSON object per line."""
+    return _numbered([json.loads(line) for line in _lines(text)])
+
+
+def word_lines(*names: str) -> Parser:
+    """Parser of a word list with a line per label, in the order of these names; cut to the shortest list."""
+    return lambda text: _labels(verbalizers.parse_text(text, names))
+
+
+def word_object(text: str) -> list[Row]:
+    """A JSON object: words by label; not cut."""
+    return _labels(json.loads(text))
+
+
+def _lines(text: str) -> list[str]:
+    lines = [line.removesuffix("\r") for line in text.split("\n")]  # not splitlines: texts hold other separators
+    return lines if lines[-1] else lines[:-1]
+
+
+def _numbered(records: list[Row]) -> list[Row]:
+    """Records with their number and label numbers as such; a field without a name (an index of pandas) goes."""
+    found = []
+    for number, record in enumerate(records):
+        row = {"row": number} | {name: value for name, value in record.items() if name}
+        for name in ("label", "Class Index"):
+            if isinstance(value := row.get(name), str) and value.isdecimal():
+                row[name] = int(value)
+        found.append(row)
+    return found
+
+
+def _labels(words: dict[str, list[str]]) -> list[Row]:
+    return [{"name": name, "words": list(each)} for name, each in words.items()]

@@ -1,0 +1,137 @@
+"""The perplexity tasks: one row with a whole split, so that windows run over the whole token stream."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from memdec.artefacts import artefact
+from memdec.errors import ConfigError, CorpusError
+from memdec.settings import SPLITS
+from memdec.tasks import rows, task
+from memdec.tasks.rows import HubRows, Rows
+from memdec.text import corpora
+
+WIKITEXT_FOLDER = "wikitext/wikitext-103-raw-v1"  # under MEMDEC_DATA
+WIKITEXT = {
+    split: HubRows(
+        "Salesforce/wikitext",
+        None,
+        split,
+        "b08601e04326c79dfdd32d625aee71d233d685c3",
+        files=f"wikitext-103-raw-v1/{split}-*.parquet",  # not the training files
+    )
+    for split in ("test", "validation")
+}
+
+
+def load_corpus(**metadata: Any) -> dict[str, Rows]:
+    """Rows of `memdec_ppl`: one row with the whole split of a corpus folder.
+
+    The corpus is, in this order: metadata `corpus`, MEMDEC_CORPUS, the corpus the memory was trained on, the corpus the
+    base model was trained on. Metadata `split` (default test) chooses the split.
+    """
+    folder, why = _corpus_folder(metadata)
+    split = metadata.get("split", "test")
+    if split not in SPLITS:
+        raise ConfigError(f"memdec_ppl: expected split train, valid or test, found {split!r}; set it with --metadata")
+    manifest = artefact.read(folder, "corpus")
+    words = task.tokenizer(metadata)
+    rows.log.info("memdec_ppl: %s split of %s (%s)", split, folder, why)
+    text = corpora.joined(corpora.load(folder, split), manifest.facts["separator"], words.eos_token)
+    return _one_row(text, words, source=f"{folder.name} {manifest.facts['sha256']} {split}")
+
+
+def load_wikitext(**metadata: Any) -> dict[str, Rows]:
+    """Rows of `memdec_wikitext`: WikiText-103 raw, one row with a whole split, lines joined as they are.
+
+    Metadata `split` (test, or validation to choose alpha on) says which; either way lm-eval calls it test.
+    """
+    split = metadata.get("split", "test")
+    if split not in WIKITEXT:
+        raise ConfigError(
+            f"memdec_wikitext: expected split test or validation, found {split!r}; set it with --metadata"
+        )
+    file = rows.local_file(f"{WIKITEXT_FOLDER}/{split}.parquet")
+    if file is not None:
+        lines, source = _lines(file), str(file)
+    else:
+        hub = WIKITEXT[split]
+        lines, source = list(rows.hub_rows(hub)["text"]), str(hub)
+    rows.log.info("memdec_wikitext: %d lines of %s", len(lines), source)
+    return _one_row("".join(lines), task.tokenizer(metadata), source=source)
+
+
+def _lines(file: Path) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        column = pq.read_table(file)["text"]
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise CorpusError(
+            f"{file}: expected a parquet file with the field 'text', found {' '.join(str(error).split())}; get it again"
+        ) from None
+    lines: list[str] = column.to_pylist()
+    for number, line in enumerate(lines):
+        if not isinstance(line, str):
+            raise CorpusError(f"{file}, row {number}: expected 'text' of type str, found {line!r}; get the file again")
+    return lines
+
+
+def _one_row(text: str, words: Any, source: str) -> dict[str, Rows]:
+    from datasets import Dataset
+
+    n_tokens = len(words.encode(text, add_special_tokens=False, verbose=False))
+    row = {
+        "text": text,
+        "n_tokens": n_tokens,
+        "n_words": len(text.split()),
+        "n_bytes": len(text.encode()),
+    }
+    return {"test": Rows(Dataset.from_list([row]), source)}
+
+
+def _corpus_folder(metadata: dict[str, Any]) -> tuple[Path, str]:
+    if metadata.get("corpus"):
+        return Path(str(metadata["corpus"])), "metadata"
+    if os.environ.get("MEMDEC_CORPUS"):
+        return Path(os.environ["MEMDEC_CORPUS"]), "MEMDEC_CORPUS"
+    for role in ("memory", "peft", "pretrained"):
+        folder = Path(str(metadata.get(role) or "missing"))
+        kind = artefact.kind_of(folder)
+        if kind is not None:
+            corpus = artefact.read(folder, kind).facts.get("corpus")
+            if corpus:
+                return Path(os.path.relpath((folder / corpus).resolve())), f"what the {role} model was trained on"
+    raise CorpusError(
+        'memdec_ppl: expected a corpus folder, found none; give --metadata \'{"corpus": "results/mini/corpora/NAME"}\' '
+        "or set MEMDEC_CORPUS (make one with `memdec corpus`)"
+    )
+
+
+def rolling_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+    """Metrics of one text from its total log-likelihood (nats)."""
+    (loglikelihood,) = results
+    return {
+        "token_perplexity": (loglikelihood, doc["n_tokens"]),
+        "word_perplexity": (loglikelihood, doc["n_words"]),
+        "bits_per_byte": (loglikelihood, doc["n_bytes"]),
+        "loglikelihood": loglikelihood,
+        "tokens": doc["n_tokens"],
+    }
+
+
+def perplexity_of_sums(items: list[tuple[float, int]]) -> float:
+    """exp(-sum of log-likelihoods / sum of units)."""
+    return math.exp(-sum(total for total, _ in items) / sum(count for _, count in items))
+
+
+def total(items: list[float]) -> float:
+    """Plain sum."""
+    return float(sum(items))
+
+
+def bits_of_sums(items: list[tuple[float, int]]) -> float:
+    """Mean negative log2-likelihood per unit."""
+    return -sum(total for total, _ in items) / sum(count for _, count in items) / math.log(2)

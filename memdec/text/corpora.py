@@ -1,0 +1,347 @@
+"""Documents of a corpus: read, deduplicated, split by source so that nothing leaks, capped, hashed.
+
+Inputs are documentation strings of installed packages (read statically, nothing is imported), local files, or a data
+set of the Hub. Output is a folder with one parquet file per split (columns `text`, `source`).
+"""
+
+import ast
+import glob
+import gzip
+import hashlib
+import importlib.util
+import json
+import lzma
+import sysconfig
+import warnings
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from memdec.artefacts import artefact
+from memdec.errors import CorpusError
+from memdec.settings import SPLITS, CorpusSpec, DocstringCorpus, FileCorpus, HubCorpus, Split
+
+SKIPPED_FOLDERS = {"tests", "test", "_vendor", "_vendored_packages", "idlelib", "lib2to3", "site-packages", "testing"}
+SHINGLE = 12  # words
+MAX_OVERLAP = 0.3  # share of a valid/test document's shingles that may occur in train
+MAX_FILE_SHARE = 0.05  # a file with more of the corpus than this goes to train, or one module would be the test set
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text and where it came from; documents of one `unit` always stay in one split."""
+
+    text: str
+    unit: str
+    source: str
+
+
+def run(spec: CorpusSpec, out: Path, against: Sequence[Path] = ()) -> None:
+    """Stage `corpus`: make the folder `out` from a corpus description.
+
+    Args:
+        spec: What to read.
+        out: Folder to make.
+        against: Corpus folders whose train text must not overlap this corpus's valid and test text.
+    """
+    inputs = {f"against {i}": artefact.read(path, "corpus").recipe for i, path in enumerate(against)}
+    inputs["origin"] = _origin(spec)
+    with artefact.building(out, "corpus", spec, inputs) as build:
+        if build is None:
+            return
+        splits = _splits(spec)
+        dropped = {}
+        if _split_here(spec):  # published splits stay as they are, or the numbers compare with nobody's
+            texts = [doc.text for doc in splits["train"]] + [text for path in against for text in load(path, "train")]
+            dropped = _drop_overlap(splits, _shingles(texts))
+        facts: dict[str, Any] = {"dropped_for_overlap": dropped, "separator": spec.separator, "splits": {}}
+        for split in SPLITS:
+            documents = _capped(splits[split], spec.max_bytes.get(split))
+            n_bytes = sum(len(doc.text.encode()) for doc in documents)
+            if n_bytes < spec.min_bytes:
+                raise CorpusError(
+                    f"{out}: expected at least {spec.min_bytes} bytes in the {split} split, found {n_bytes} in "
+                    f"{len(documents)} documents of {_origin(spec)}; add text, or lower min_bytes"
+                )
+            _write(out / f"{split}.parquet", documents)
+            facts["splits"][split] = {"documents": len(documents), "bytes": n_bytes, "sha256": _text_hash(documents)}
+        facts["sha256"] = artefact.digest(facts["splits"])
+        build.facts.update(facts)
+
+
+def load(path: Path, split: Split) -> list[str]:
+    """Texts of one split of a corpus folder, in order."""
+    artefact.read(path, "corpus")
+    return list(pq.read_table(path / f"{split}.parquet", columns=["text"])["text"].to_pylist())
+
+
+def joined(texts: Iterable[str], separator: str, eos: str) -> str:
+    """One string whose tokens are the token stream of the split: documents, each followed by EOS if so configured."""
+    return "".join(text + eos for text in texts) if separator == "eos" else "".join(texts)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def _splits(spec: CorpusSpec) -> dict[Split, list[Document]]:
+    if isinstance(spec, DocstringCorpus):
+        return _split_by_unit(_deduplicated(_docstring_documents(spec)))
+    if isinstance(spec, FileCorpus):
+        if spec.path is not None:
+            return _split_by_unit(_deduplicated(_file_documents(spec.path, spec)))
+        paths = spec.paths or {}
+        missing = [split for split in SPLITS if split not in paths]
+        if missing:
+            raise CorpusError(f"corpus paths: expected train, valid and test, found no {', '.join(missing)}")
+        return {split: list(_file_documents(paths[split], spec)) for split in SPLITS}
+    return {split: list(_hub_documents(spec, split)) for split in SPLITS}
+
+
+def _split_here(spec: CorpusSpec) -> bool:
+    return isinstance(spec, DocstringCorpus) or (isinstance(spec, FileCorpus) and spec.path is not None)
+
+
+def _origin(spec: CorpusSpec) -> str:
+    """What the text depends on besides the description: versions of packages, sizes and times of files."""
+    if isinstance(spec, DocstringCorpus):
+        return ", ".join(f"{name} {_package_version(name)}" for name in spec.packages)
+    if isinstance(spec, FileCorpus):
+        names = [spec.path] if spec.path is not None else list((spec.paths or {}).values())
+        files = [file for name in names for file in _matches(str(name))]
+        return ", ".join(f"{file.name} {artefact.file_digest(file)}" for file in files)
+    return f"{spec.path} {spec.config or ''} {spec.revision or 'default revision'}"
+
+
+def _package_version(name: str) -> str:
+    import platform
+    from importlib import metadata
+
+    if name == "stdlib":
+        return platform.python_version()
+    distributions = metadata.packages_distributions().get(name, [])
+    return metadata.version(distributions[0]) if distributions else "not installed"
+
+
+def _docstring_documents(spec: DocstringCorpus) -> Iterator[Document]:
+    files = [(root, file) for name in spec.packages for root, file in _package_files(name)]
+    for root, file in tqdm(files, desc="read docstrings", unit="file", mininterval=2):
+        unit = file.relative_to(root).as_posix()
+        try:
+            with warnings.catch_warnings():  # invalid escapes in other people's source
+                warnings.simplefilter("ignore")
+                tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):
+            continue  # templates and files for other Python versions
+        for line, text in sorted(_documentation(tree, file.stem)):
+            text = _clean(text)
+            if len(text) >= spec.min_chars:
+                yield Document(text, unit, f"{unit}:{line}")
+
+
+def _package_files(name: str) -> list[tuple[Path, Path]]:
+    """(folder that contains the package, file) for every Python file of a package."""
+    if name == "stdlib":
+        root = top = Path(sysconfig.get_paths()["stdlib"])
+    else:
+        found = importlib.util.find_spec(name) if name.isidentifier() else None
+        if found is None or not found.submodule_search_locations:
+            raise CorpusError(
+                f"corpus packages: expected an installed package, found no {name!r}; install the pinned requirements"
+            )
+        top = Path(next(iter(found.submodule_search_locations)))
+        root = top.parent
+    files = [file for file in top.rglob("*.py") if not SKIPPED_FOLDERS & set(file.relative_to(top).parts[:-1])]
+    return [(root, file) for file in sorted(files)]
+
+
+def _documentation(tree: ast.Module, stem: str) -> list[tuple[int, str]]:
+    """Docstrings of a module; in modules made of documentation (torch's `_torch_docs`, pydoc's topics) every string."""
+    if stem.endswith("_docs") or stem == "topics":
+        strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        return [(node.lineno, str(node.value)) for node in strings]
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node, clean=False)
+            if text is not None:
+                found.append((getattr(node, "lineno", 0), text))
+    return found
+
+
+def _clean(text: str) -> str:
+    """Uniform indentation and line ends; no character that UTF-8 cannot hold."""
+    import inspect
+
+    return inspect.cleandoc(text.replace("\r\n", "\n")).encode("utf-8", "ignore").decode().strip()
+
+
+def _matches(pattern: str) -> list[Path]:
+    # A name that is there is meant literally, whatever brackets it holds.
+    names = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+    files = sorted(map(Path, names))
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise CorpusError(f"{pattern}: expected text files, found none; check the path in the config")
+    return files
+
+
+def _file_documents(pattern: str, spec: FileCorpus) -> Iterator[Document]:
+    for file in _matches(pattern):
+        try:
+            yield from _one_file(file, spec)
+        except (
+            OSError,
+            UnicodeDecodeError,
+            lzma.LZMAError,
+            zlib.error,
+            EOFError,
+            pa.ArrowInvalid,
+            ValueError,
+        ) as error:
+            raise CorpusError(
+                f"{file}: expected readable UTF-8 text, jsonl or parquet, found: {str(error)[:160]}"
+            ) from None
+
+
+def _one_file(file: Path, spec: FileCorpus) -> Iterator[Document]:
+    suffixes = [suffix for suffix in file.suffixes if suffix not in (".gz", ".xz")]
+    kind = suffixes[-1] if suffixes else ""
+    if kind == ".parquet":
+        rows = pq.read_table(file).to_pylist()
+    else:
+        raw = file.read_bytes()
+        if file.suffix == ".gz":
+            raw = gzip.decompress(raw)
+        elif file.suffix == ".xz":
+            raw = lzma.decompress(raw)
+        content = raw.decode("utf-8").replace("\r\n", "\n")
+        if kind not in (".jsonl", ".json"):
+            parts = {
+                "blank_line": lambda: content.split("\n\n"),
+                "line": lambda: content.split("\n"),
+                "file": lambda: [content],
+            }[spec.documents]()
+            rows = [{spec.field: part.strip("\n")} for part in parts if part.strip()]
+        else:
+            rows = [json.loads(line) for line in content.split("\n") if line.strip()]
+    for number, row in enumerate(rows):
+        yield _row_document(row, spec.field, f"{file.name}:{number}", str(file))
+
+
+def _hub_documents(spec: HubCorpus, split: Split) -> Iterator[Document]:
+    import datasets
+
+    name = spec.splits.get(split)
+    if name is None:
+        raise CorpusError(f"{spec.path}: expected a data set split for '{split}', found none; add it under 'splits'")
+    try:
+        rows = datasets.load_dataset(spec.path, spec.config, split=name, revision=spec.revision)
+    except Exception as error:  # the Hub client raises a dozen unrelated types
+        reason = " ".join(str(error).split())[:200]
+        raise CorpusError(
+            f"{spec.path} ({split} = {name}): expected a data set, found: {reason}; check id, config, revision and network"
+        ) from None
+    for number, row in enumerate(tqdm(rows, desc=f"read {split}", unit="row", mininterval=2)):
+        document = _row_document(row, spec.field, f"{name}:{number}", spec.path)
+        if document.text:
+            yield document
+
+
+def _row_document(row: Any, field: str, source: str, where: str) -> Document:
+    text = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise CorpusError(
+            f"{where}, {source}: expected a text field {field!r}, found {found}; set 'field' in the config"
+        )
+    return Document(text, source, source)
+
+
+# --- splitting ----------------------------------------------------------------------------------------------------
+
+
+def _deduplicated(documents: Iterable[Document]) -> list[Document]:
+    first: dict[str, Document] = {}
+    for document in documents:
+        first.setdefault(document.text, document)
+    return list(first.values())
+
+
+def _fraction(name: str) -> float:
+    """A fixed number in [0, 1) for a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def _split_by_unit(documents: list[Document]) -> dict[Split, list[Document]]:
+    """10 % of the units to test, 6 % to valid, by hash; very large units always to train."""
+    size: dict[str, int] = defaultdict(int)
+    for document in documents:
+        size[document.unit] += len(document.text)
+    limit = MAX_FILE_SHARE * sum(size.values())
+    splits: dict[Split, list[Document]] = {"train": [], "valid": [], "test": []}
+    for document in documents:
+        u = _fraction(document.unit)
+        small = size[document.unit] <= limit
+        splits["test" if small and u < 0.10 else "valid" if small and u < 0.16 else "train"].append(document)
+    return splits
+
+
+def _shingles(texts: Iterable[str]) -> set[int]:
+    return {shingle for text in texts for shingle in _document_shingles(text)}
+
+
+def _document_shingles(text: str) -> list[int]:
+    words = text.split()
+    return [_hash(" ".join(words[i : i + SHINGLE])) for i in range(max(1, len(words) - SHINGLE + 1))]
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _overlap(text: str, seen: set[int]) -> float:
+    shingles = _document_shingles(text)
+    return sum(shingle in seen for shingle in shingles) / len(shingles)
+
+
+def _drop_overlap(splits: dict[Split, list[Document]], seen: set[int]) -> dict[str, int]:
+    """Remove valid and test documents that share too much with train; how many went, by split."""
+    dropped = {}
+    for split in ("valid", "test"):
+        kept = [doc for doc in splits[split] if _overlap(doc.text, seen) <= MAX_OVERLAP]
+        dropped[split] = len(splits[split]) - len(kept)
+        splits[split] = kept
+    return dropped
+
+
+def _capped(documents: list[Document], max_bytes: int | None) -> list[Document]:
+    """Whole documents up to a number of bytes, drawn by hash of their source; without a cap all, in the order read."""
+    if max_bytes is None:
+        return documents
+    chosen, total = [], 0
+    for document in sorted(documents, key=lambda doc: _fraction(doc.source)):
+        size = len(document.text.encode())
+        if total + size > max_bytes:
+            continue
+        chosen.append(document)
+        total += size
+    return chosen
+
+
+def _write(path: Path, documents: list[Document]) -> None:
+    table = pa.table({"text": [doc.text for doc in documents], "source": [doc.source for doc in documents]})
+    pq.write_table(table, path)
+
+
+def _text_hash(documents: list[Document]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.text.encode() + b"\0")
+    return digest.hexdigest()[:32]

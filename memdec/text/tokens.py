@@ -1,0 +1,247 @@
+"""Tokenizers and token streams.
+
+`tokenizer`: a byte-level BPE trained on corpora, or one taken from a model folder or Hub id; a folder that
+`AutoTokenizer` loads. `tokens`: one stream per split of a corpus, `<split>.npy` in the narrowest unsigned integer that
+holds the vocabulary. With separator `eos` every document ends with EOS, so that the stream is exactly what the
+tokenizer makes of the joined text (which is what lm-eval sees).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from memdec.artefacts import artefact, sources
+from memdec.errors import ArtifactError, ConfigError, CorpusError, ModelError
+from memdec.settings import SPLITS, Split, TokenizerSpec
+from memdec.text import corpora
+
+EOS = "<|endoftext|>"
+_BATCH = 1000  # documents per call of the tokenizer
+
+
+def run_tokenizer(spec: TokenizerSpec, out: Path, corpus_folders: Sequence[Path] = ()) -> None:
+    """Stage `tokenizer`: make a tokenizer folder.
+
+    Args:
+        spec: Train on corpora, or take an existing one.
+        out: Folder to make.
+        corpus_folders: One per name in `spec.train_on`.
+    """
+    inputs = {f"corpus {i}": artefact.read(path, "corpus").recipe for i, path in enumerate(corpus_folders)}
+    if spec.train_on is not None and len(corpus_folders) != len(spec.train_on):
+        raise ConfigError(
+            f"{out}: expected {len(spec.train_on)} corpus folders (train_on), found {len(corpus_folders)}"
+        )
+    with artefact.building(out, "tokenizer", spec, inputs) as build:
+        if build is None:
+            return
+        if spec.pretrained is not None:
+            tokenizer = _pretrained(spec, build)
+        else:
+            texts = (text for path in corpus_folders for text in corpora.load(path, "train"))
+            tokenizer = _train(texts, int(spec.vocab_size or 0))
+        tokenizer.save_pretrained(out)
+        build.facts.update(vocab_size=len(tokenizer), sha256=fingerprint(tokenizer))
+
+
+def _pretrained(spec: TokenizerSpec, build: artefact.Build) -> Any:
+    """The tokenizer that is there already; its origin goes into the manifest."""
+    assert spec.pretrained is not None
+    if not sources.is_gguf(spec.pretrained):
+        return load_tokenizer(str(spec.pretrained), spec.revision)
+    with sources.gguf(spec.pretrained) as source:
+        build.facts.update(source.facts)
+        return load_tokenizer(str(source.folder), **source.options)
+
+
+def run_tokens(tokenizer_folder: Path, corpus_folder: Path, out: Path) -> None:
+    """Stage `tokens`: make the token streams of a corpus."""
+    corpus = artefact.read(corpus_folder, "corpus")
+    inputs = {"corpus": corpus.recipe, "tokenizer": artefact.read(tokenizer_folder, "tokenizer").recipe}
+    with artefact.building(out, "tokens", {}, inputs) as build:
+        if build is None:
+            return
+        tokenizer = load_tokenizer(str(tokenizer_folder))
+        end = tokenizer.eos_token_id if corpus.facts["separator"] == "eos" else None
+        width = np.min_scalar_type(len(tokenizer) - 1)
+        counts, hashes = {}, {}
+        for split in SPLITS:
+            stream = _encode(tokenizer, corpora.load(corpus_folder, split), end, split).astype(width)
+            if len(stream) < 2:
+                raise CorpusError(f"{corpus_folder}: expected tokens in the {split} split, found {len(stream)}")
+            np.save(out / f"{split}.npy", stream, allow_pickle=False)
+            counts[split] = len(stream)
+            hashes[split] = artefact.file_digest(out / f"{split}.npy")
+        build.facts.update(
+            tokens=counts,
+            sha256=hashes,
+            corpus=os.path.relpath(corpus_folder.resolve(), out.resolve()),
+            corpus_sha256=corpus.facts["sha256"],
+            tokenizer_sha256=fingerprint(tokenizer),
+            dtype=str(width),
+        )
+
+
+def load_stream(folder: Path, split: Split) -> NDArray[np.integer]:
+    """Memory-mapped token stream of one split, shape (N,)."""
+    artefact.read(folder, "tokens")
+    stream: NDArray[np.integer] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
+    return stream
+
+
+def load_tokenizer(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> Any:
+    """A fast tokenizer from a folder or Hub id.
+
+    Raises:
+        ModelError: There is none, or it has neither EOS nor BOS.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **gguf)
+    except Exception as error:  # the Hub client raises a dozen unrelated types
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{name}: expected a tokenizer folder or Hub id, found: {reason}; check the path or the network"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{name}: expected a tokenizer with an EOS token, found none; set eos_token in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def prefix_id(tokenizer: Any) -> int:
+    """Token that stands before position 0: BOS, or EOS where there is none (as lm-eval does)."""
+    return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
+
+
+def behind(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids that each text (a word with its space) adds behind another text.
+
+    Not the ids of the text alone: SentencePiece puts an empty token before a leading space.
+    """
+    before = ":"
+    n_before = len(tokenizer.encode(before, add_special_tokens=False))
+    rows: list[list[int]] = tokenizer([before + text for text in texts], add_special_tokens=False)["input_ids"]
+    return [ids[n_before:] for ids in rows]
+
+
+def text_behind(tokenizer: Any, token: int) -> str:
+    """What a token adds behind another text, its space included."""
+    before = tokenizer.encode(":", add_special_tokens=False)
+    return str(tokenizer.decode([*before, token])).removeprefix(str(tokenizer.decode(before)))
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Hash of what decides the ids of a string: vocabulary, merges, normaliser, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return artefact.digest(sorted(tokenizer.get_vocab().items()))
+    import json
+
+    state = json.loads(backend.to_str())
+    # "" and null mean the same to the library, and a reloaded tokenizer may say either.
+    state["model"] = {key: value for key, value in state["model"].items() if value}
+    return artefact.digest({key: state.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
+
+
+def _train(texts: Iterator[str], vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    # transformers 5 rebuilds normaliser and pre-tokenizer from the class of the model beside it, so a Qwen2 folder
+    # splits text Qwen2's way whatever tokenizer.json says; with that very split all families agree.
+    template = Qwen2Tokenizer().backend_tokenizer
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = template.normalizer, template.pre_tokenizer, template.decoder
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(texts, trainer)
+    if bpe.get_vocab_size() != vocab_size:
+        raise CorpusError(
+            f"tokenizer: expected text for {vocab_size} tokens, found enough for {bpe.get_vocab_size()}; lower vocab_size"
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=EOS)
+
+
+def _encode(tokenizer: Any, texts: list[str], end: int | None, split: str) -> NDArray[np.int64]:
+    tail = [] if end is None else [end]
+    parts = []
+    for begin in tqdm(range(0, len(texts), _BATCH), desc=f"tokenize {split}", unit="k docs", mininterval=2):
+        batch = tokenizer(
+            texts[begin : begin + _BATCH], add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        parts += [np.asarray(ids + tail, dtype=np.int64) for ids in batch["input_ids"]]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def check_same(ours: str, other: str, where: str) -> None:
+    """Two tokenizer fingerprints must agree.
+
+    Raises:
+        ArtifactError: They differ.
+    """
+    if ours != other:
+        raise ArtifactError(
+            f"{where}: expected one tokenizer, found two (fingerprints {ours[:8]} and {other[:8]}); use models of one "
+            "family, or move the memory to the other vocabulary with `memdec adapt-vocab`"
+        )
+
+
+# Whatever splits tokenizers: contractions, digits, runs of spaces, code, scripts with and without spaces, combining marks.
+SAMPLE = (
+    "It's 3.14159, isn't it?  They'LL pay $1,234,567.89 (or 10^6 EUR) by 2024-02-29.\r\n\n\n\tdef f(x_1):\n        return x_1**2  # "
+    "TODO\n{'a': [1, 2]}; https://example.org/~user?q=%20&z=1 | naïve café, e\u0301, ﬁ, ½, Ⅻ, Straße, ŻÓŁĆ, Ελληνικά, Русский, "
+    "עברית, العربية, हिन्दी, ไทย, 中文字符，日本語テキスト、한국어 \U0001f600\U0001f468\u200d\U0001f469 \u00a0\u3000\u200b end   "
+)
+
+
+def check_same_ids(one: Any, other: Any, where: str) -> None:
+    """Two tokenizers must give the same ids for the same strings.
+
+    Equal fingerprints prove it. Else every token string that both know must have one id, those that only one knows must be
+    control tokens added to it (Qwen2.5 has 19 that Qwen2 lacks), and both must split a sample and the strings of the
+    vocabulary alike.
+
+    Raises:
+        ModelError: They do not; the message names a string.
+    """
+    if fingerprint(one) == fingerprint(other):
+        return
+    ours, theirs = one.get_vocab(), other.get_vocab()
+    control = _control_tokens(one) | _control_tokens(other)
+    differ = (w for w in sorted(ours.keys() | theirs.keys()) if ours.get(w) != theirs.get(w))
+    wrong = next((w for w in differ if (w in ours and w in theirs) or w not in control), None)
+    if wrong is None:
+        some = sorted(set(ours.values()) & set(theirs.values()))[:: max(1, len(ours) // 4096)]
+        for text in (SAMPLE, one.decode(some), *one.batch_decode([[token] for token in some])):
+            ids = [words(text, add_special_tokens=False, verbose=False)["input_ids"] for words in (one, other)]
+            if ids[0] != ids[1]:
+                wrong = text
+                break
+    if wrong is not None:
+        found = [words(wrong, add_special_tokens=False, verbose=False)["input_ids"][:8] for words in (one, other)]
+        raise ModelError(
+            f"{where}: expected one tokenizer, found two: {wrong[:40]!r} has the ids {found[0]} and {found[1]}; use models "
+            "of one family, or move the memory to the other vocabulary with `memdec adapt-vocab`"
+        )
+
+
+def _control_tokens(tokenizer: Any) -> set[str]:
+    """Added tokens that no ordinary text holds: special ones, and those written as `<...>`."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {str(token) for token in added if token.special or (str(token).startswith("<") and str(token).endswith(">"))}

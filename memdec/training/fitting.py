@@ -1,0 +1,410 @@
+"""One training loop for every model: windows of a token stream, a fused loss inside the model, transformers' Trainer.
+
+The loss is a sum over scored tokens divided by their number in the whole update, over all processes: neither gradient
+accumulation nor a ragged last batch nor the number of processes weighs tokens differently (the released code averages
+means of micro-batches). The order of the windows depends on seed and epoch alone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from memdec.artefacts import devices
+from memdec.datastore.target_rows import TargetReader
+from memdec.errors import ArtifactError, ConfigError, NumericsError
+from memdec.maths import mixing, objectives, statistics
+from memdec.maths.losses import IGNORED, fused_loss, token_log_probs
+from memdec.models import flops, loading
+from memdec.settings import AUTO, Compute, MemorySettings, TrainSettings
+from memdec.text import tokens
+from memdec.training.batches import Collate, Order, WindowData
+
+_CHECKPOINTS = 20  # to resume from, over a training without evaluations
+
+
+class LossModel(nn.Module):
+    """A causal LM whose forward pass is the training loss.
+
+    The loss is inside of the module because under DDP and FSDP it is the wrapped forward that synchronises gradients.
+    """
+
+    def __init__(self, lm: Any, objective: objectives.Objective) -> None:
+        super().__init__()
+        self.lm, self.objective = lm, objective
+        self._no_split_modules = getattr(lm, "_no_split_modules", None)  # FSDP wraps these
+
+    def hidden(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states (B T, D), and the head's weight (V, D) in their type."""
+        causal = _causal(self.lm)
+        hidden: Tensor = loading.decoder(causal)(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1), loading.head_weight(causal).to(hidden.dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        spans: Tensor,
+        target_indptr: Tensor | None = None,
+        target_tokens: Tensor | None = None,
+        target_probs: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        score: bool = False,
+    ) -> dict[str, Tensor]:
+        """Loss of windows (B, T) in nats, divided by `num_items_in_batch`; targets are CSR rows of all B T positions.
+
+        With `score` instead log p of the scored positions in order, float32 (n,). It goes through forward too, which is
+        where FSDP gathers the weights.
+        """
+        hidden, head = self.hidden(input_ids)
+        if score:
+            scored = labels.flatten() != IGNORED
+            return {"log_p": token_log_probs(hidden[scored], head, labels.flatten()[scored])}
+        rows = (target_indptr, target_tokens, target_probs)
+        if any(each is None for each in rows):
+            rows = (labels.new_zeros(labels.numel() + 1), labels.new_empty(0), hidden.new_empty(0))
+        sums = fused_loss(hidden, head, labels.flatten(), *rows, self.objective)  # type: ignore[arg-type]
+        if not torch.isfinite(sums.loss):
+            places = ", ".join(f"{first}-{end - 1}" for first, end in spans.tolist() if end > first)
+            raise NumericsError(f"the loss is {sums.loss.item()} on token positions {places}")
+        n = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
+        return {"loss": sums.loss / n}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what."""
+
+    words: Any  # the tokenizer
+    stream: Path
+    context: int
+    seed: int
+    targets: TargetReader | None = None
+    bases: Mapping[str, Path] = field(default_factory=dict)  # mixed with the model at every evaluation
+    ceiling: float | None = None  # most floating point operations
+    compute: Compute = AUTO
+
+
+class LossTrainer(Trainer):
+    """Trainer for `LossModel`: windows in a fixed order, token-exact evaluation, checkpoints of trained weights only.
+
+    Args:
+        where: What the positions in error messages are positions of.
+        base_scores: log p of every valid position by each base model, for the sweep over alphas.
+        alphas: Weights of the model in that sweep.
+        kwargs: Passed on.
+    """
+
+    data_collator: Any
+
+    def __init__(
+        self,
+        *,
+        where: str = "",
+        base_scores: Mapping[str, NDArray[np.float64]] | None = None,
+        alphas: Sequence[float] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.model_accepts_loss_kwargs = True  # forward() divides by num_items_in_batch itself
+        self.where, self.base_scores, self.alphas = where, base_scores or {}, alphas
+
+    def _order(self, data: Any, batch_size: int, seed: int | None) -> Order:
+        return Order(len(data), batch_size * self.args.world_size, seed)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        order = self._order(train_dataset or self.train_dataset, self.args.per_device_train_batch_size, self.args.seed)
+        # accelerate's own set_epoch does not reach a sampler below the batches skipped on resuming.
+        self.add_callback(_Epochs(order))
+        return order
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Order:
+        return self._order(eval_dataset, self.args.per_device_eval_batch_size, None)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; a loss that is not finite names the step and the place in the text."""
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        except NumericsError as error:
+            raise NumericsError(
+                f"step {self.state.global_step + 1}: {error} of {self.where}; look at that text, lower learning_rate, or "
+                "use precision float32"
+            ) from None
+
+    @torch.no_grad()
+    def scores(self) -> NDArray[np.float64]:
+        """log p of every position of the valid split, shape (n,), on every process."""
+        model: Any = self.model_wrapped
+        model.eval()
+        data: Any = self.eval_dataset
+        found = torch.zeros(len(data.stream), dtype=torch.float64)
+        collate, self.data_collator = self.data_collator, Collate(None)  # the targets are of the train split
+        loader = self.get_eval_dataloader()
+        self.data_collator = collate
+        for batch in loader:
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                log_p = model(**batch, score=True)["log_p"].double().cpu()
+            places = [np.arange(first, end) for first, end in batch["spans"].tolist()]
+            found[torch.from_numpy(np.concatenate(places))] = log_p
+        if self.args.world_size > 1:
+            found = self.accelerator.reduce(found.to(self.args.device), "sum").cpu()
+        return found.numpy()
+
+    def measure(self) -> dict[str, float]:
+        """Perplexity of the valid split, alone and mixed with each base at its best alpha.
+
+        `score`, which decides what is best, is the mean log-perplexity of the mixtures, or the model's own without bases.
+        """
+        log_p = self.scores()
+        found = {"loss": -float(log_p.mean()), "perplexity": statistics.perplexity(log_p)}
+        mixed = []
+        for name, base in self.base_scores.items():
+            sweep = {alpha: statistics.perplexity(mixing.mix_scores(base, log_p, alpha)) for alpha in self.alphas}
+            best = min(sweep, key=sweep.__getitem__)
+            found |= {f"alpha_{name}": best, f"mixed_{name}": sweep[best]}
+            mixed.append(math.log(sweep[best]))
+        return found | {"score": sum(mixed) / len(mixed) if mixed else found["loss"]}
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """`measure`, for the Trainer."""
+        result = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
+        self.log(result)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
+        return result
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        from safetensors.torch import save_file
+
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        named = dict(self.model.named_parameters())  # tied ones once
+        source = named if state_dict is None else {name: state_dict[name] for name in named if name in state_dict}
+        weights = {name: p.detach().contiguous() for name, p in source.items() if named[name].requires_grad}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if load_result.unexpected_keys:
+            raise ArtifactError(
+                f"checkpoint: unexpected weights {load_result.unexpected_keys[:3]}; delete the work folder"
+            )
+
+
+class _Epochs(TrainerCallback):
+    def __init__(self, order: Order) -> None:
+        self.order = order
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.order.epoch = int(state.epoch or 0)
+
+
+class _Patience(TrainerCallback):
+    """Stops after so many evaluations without a better one.
+
+    transformers' own counts in memory and begins anew when a run is resumed; the log is in every checkpoint.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        scores = [entry["eval_score"] for entry in state.log_history if "eval_score" in entry]
+        if len(scores) - 1 - int(np.argmin(scores)) >= self.patience:
+            control.should_training_stop = True
+
+
+def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[dict[str, Any], LossTrainer]:
+    """Train a model in place, resuming from the last checkpoint in `work`.
+
+    Returns:
+        What happened, for the manifest, and the trainer, whose weights may be spread over processes.
+    """
+    prefix = tokens.prefix_id(task.words)
+    train, valid = (WindowData(tokens.load_stream(task.stream, s), task.context, prefix) for s in ("train", "valid"))
+    memory = settings if isinstance(settings, MemorySettings) else MemorySettings(objective="ce")
+    arguments = _arguments(settings, work, task.seed, task.compute)
+    rounds = _rounds(settings, len(train), arguments.world_size)
+    cost = flops.flops_per_token(model, task.context) * len(train.stream) / rounds  # of an update, on average
+    steps = math.ceil(settings.epochs * rounds * (1 - 1e-9))  # 0.1 of 12 epochs are 1.2000000000000002
+    if task.ceiling is not None:
+        if task.ceiling < cost * (1 - 1e-9):
+            raise ConfigError(
+                f"budget: expected at least {cost:.3g} floating point operations, which is one update, found "
+                f"{task.ceiling:.3g}; raise budget.epochs"
+            )
+        steps = min(steps, int(task.ceiling / cost * (1 + 1e-9)))
+    _plan(arguments, settings, steps, rounds)
+    loading.check_head(_causal(model))
+    loading.fuse_activations(model)
+    if settings.gradient_checkpointing:
+        _checkpoint_activations(model)
+    trainer = LossTrainer(
+        model=LossModel(model, _objective(memory)),
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=valid,
+        data_collator=Collate(task.targets),
+        where=str(task.stream / "train.npy"),
+        base_scores=_base_scores(task, valid, arguments, work),
+        alphas=memory.alphas,
+        callbacks=[_Patience(settings.patience)] if settings.patience is not None else [],
+    )
+    for callback in trainer.callback_handler.callbacks:
+        # TensorBoard's would put its files into the work folder, which is deleted at the end.
+        if getattr(callback, "logging_dir", "") is None:
+            callback.logging_dir = str(work.parent.parent / "runs" / work.parent.name)
+    result = trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    final, done = trainer.measure(), trainer.state.global_step
+    facts: dict[str, Any] = {
+        "train_loss": result.training_loss,
+        "valid_perplexity": final["perplexity"],
+        "updates": done,
+        "planned_updates": steps,
+        "epochs": done / rounds,
+        "trained_tokens": round(len(train.stream) * done / rounds),
+        "flops": cost * done,
+        "flops_ceiling": task.ceiling,
+        "evaluations": [
+            {key.removeprefix("eval_"): value for key, value in entry.items()}
+            for entry in trainer.state.log_history
+            if "eval_loss" in entry
+        ]
+        + [{**final, "step": trainer.state.best_global_step if settings.keep_best else done}],
+    }
+    return facts, trainer
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Under the old and the new name that transformers has for it."""
+    causal, plain = _causal(model), {"use_reentrant": False}
+    if hasattr(causal, "activation_checkpointing_enable"):
+        causal.activation_checkpointing_enable(activation_checkpointing_kwargs=plain)
+    else:
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=plain)
+
+
+def _causal(model: Any) -> Any:
+    """The causal LM inside of a peft model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_reporting(names: Sequence[str]) -> None:
+    """Where curves are to go must be known to transformers and installed.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    there = get_available_reporting_integrations()
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise ConfigError(
+            f"report_to: expected one of what is installed ({', '.join(there) or 'nothing'}), found {', '.join(missing)}; "
+            "install it, e.g. `pip install tensorboard`"
+        )
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The newest whole checkpoint: the Trainer writes its state last, and a kill may come before."""
+    whole = [path for path in work.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def _objective(settings: MemorySettings) -> objectives.Objective:
+    return objectives.by_name(
+        settings.objective,
+        kl_weight=settings.kl_weight,
+        focal_weight=settings.focal_weight,
+        focal_gamma=settings.focal_gamma,
+        bild_top=settings.bild_top,
+        sparsity_weight=settings.sparsity_weight,
+    )
+
+
+def _rounds(settings: TrainSettings, n_windows: int, n_processes: int) -> int:
+    """Updates of an epoch."""
+    batches = math.ceil(n_windows / (settings.batch_size * n_processes))
+    return math.ceil(batches / settings.accumulation)
+
+
+def _arguments(settings: TrainSettings, work: Path, seed: int, compute: Compute) -> TrainingArguments:
+    on_cpu, precision = devices.pick(compute).type == "cpu", devices.precision(compute)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size * 2,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
+        metric_for_best_model="eval_score",
+        greater_is_better=False,
+        save_total_limit=1,
+        logging_nan_inf_filter=False,
+        seed=seed,
+        report_to=settings.report_to or "none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+    )
+    _ = arguments.device  # sets the number of GPUs
+    arguments._n_gpu = min(arguments._n_gpu, 1)  # several GPUs need a launcher; DataParallel cannot split sparse rows
+    return arguments
+
+
+def _plan(arguments: TrainingArguments, settings: TrainSettings, steps: int, rounds: int) -> None:
+    """Set how long to train, and when to evaluate and save."""
+    arguments.max_steps = steps
+    arguments.warmup_steps = int(settings.warmup * steps)
+    arguments.logging_steps = max(1, steps // 20)
+    arguments.set_save("steps", steps=max(1, steps // _CHECKPOINTS), total_limit=1)
+    if settings.keep_best or settings.evaluate_every is not None:
+        every = max(1, round((settings.evaluate_every or 1) * rounds))
+        arguments.set_evaluate("steps", steps=every, delay=0, batch_size=settings.batch_size * 2)
+        # Saved at every evaluation, and as often as else in between.
+        parts = next(n for n in range(1, every + 1) if every % n == 0 and every // n <= max(1, steps // _CHECKPOINTS))
+        arguments.set_save("steps", steps=every // parts, total_limit=1)
+    arguments.load_best_model_at_end = settings.keep_best
+
+
+def _base_scores(
+    task: Task, valid: WindowData, arguments: TrainingArguments, work: Path
+) -> dict[str, NDArray[np.float64]]:
+    """log p of the valid split by each base, from `work` where a run before has left it."""
+    scores = {}
+    for name, folder in task.bases.items():
+        path = work / f"base-{name}.npy"
+        there = broadcast_object_list([path.is_file()])[0]  # one answer, though files may show up late elsewhere
+        if there:
+            scores[name] = np.load(path, allow_pickle=False)
+            continue
+        model = loading.load(folder)
+        loading.check_head(model)
+        base = LossModel(model, objectives.Hybrid(0.0)).to(arguments.device)
+        scorer = LossTrainer(
+            model=base, args=arguments, eval_dataset=valid, train_dataset=valid, data_collator=Collate(None)
+        )
+        scores[name] = scorer.scores()
+        if arguments.process_index == 0:
+            part = path.with_suffix(".part.npy")
+            np.save(part, scores[name])
+            part.replace(path)
+    return scores
