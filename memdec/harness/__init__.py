@@ -2,3 +2,7 @@
 
 May import: everything up to inference.
 """
+
+from memdec.harness.models import MemDecInterp
+
+__all__ = ["MemDecInterp"]

@@ -18,6 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memdec.errors import ConfigError, ModelError
 from memdec.models.loading import n_positions
 
+Which = Literal["both", "base", "memory"]
+
 
 class MemDecConfig(PreTrainedConfig):
     """What a mixture is made of.
@@ -193,6 +195,3 @@ def check_room(model: nn.Module, device: torch.device, name: str) -> None:
             f"{name}: expected {needed / 1e9:.1f} GB free on {device}, found {free / 1e9:.1f} GB; use memory_dtype=bfloat16, "
             "memory_device=cpu, or device_map=auto for the base"
         )
-
-
-Which = Literal["both", "base", "memory"]

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from memdec.maths import statistics
-
 _HELD = 1 << 22  # random numbers that are held at a time (32 MiB)
 
 
@@ -152,4 +150,4 @@ def bootstrap_perplexity(
     sum(log p) / tokens, so a shorter last block is weighted right.
     """
     sums, counts = window_sums(log_p, window)
-    return statistics.percentiles(np.exp(-statistics.resampled_ratios(sums, counts, n_resamples, seed)), level)
+    return percentiles(np.exp(-resampled_ratios(sums, counts, n_resamples, seed)), level)

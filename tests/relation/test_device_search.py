@@ -276,7 +276,7 @@ def test_shards_and_batches_change_no_bit_of_the_targets(made: Made, tmp_path: P
 def test_a_killed_shard_goes_on_and_gives_the_same_bits(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
-    monkeypatch.setattr(targets, "_CHECKPOINT", 0.0)
+    monkeypatch.setattr(target_rows, "_CHECKPOINT", 0.0)
     chosen = TargetSettings(neighbours=9, temperature=0.7, shards=2, batch_size=16)
     targets.run(*made, tmp_path / "whole", chosen, shard=1)
     real, seen = DeviceSearch.search, []

@@ -17,7 +17,7 @@ from making import write_store, write_tokens
 from numpy.typing import NDArray
 
 from memdec.artefacts import artefact
-from memdec.datastore import index, search, targets
+from memdec.datastore import index, search, target_rows, targets
 from memdec.datastore import keys as datastore
 from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, MemDecError, NumericsError, ResourceError
@@ -227,7 +227,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_fault_9_a_shard_killed_in_its_middle_goes_on_and_gives_the_same_bits(
     made: tuple[list[Path], Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, calls: int
 ) -> None:
-    monkeypatch.setattr(targets, "_CHECKPOINT", 0.0)
+    monkeypatch.setattr(target_rows, "_CHECKPOINT", 0.0)
     chosen = TargetSettings(neighbours=9, temperature=0.7, shards=2, batch_size=4, dtype=dtype)
     targets.run(*made, tmp_path / "whole", chosen, shard=1)
     real, seen = search.Searcher.search, []

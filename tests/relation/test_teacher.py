@@ -10,7 +10,7 @@ import torch
 from making import CONTEXT, write_tokens
 
 from memdec.artefacts import artefact
-from memdec.datastore import targets, teacher
+from memdec.datastore import target_rows, teacher
 from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError
 from memdec.maths.windows import windows
@@ -100,7 +100,7 @@ def test_shards_and_disk_type(make: Callable[..., list[Path]], whole: Path, toke
 def test_a_killed_run_goes_on_where_it_was(
     base_folder: Path, token_folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "_CHECKPOINT", -1.0)
+    monkeypatch.setattr(target_rows, "_CHECKPOINT", -1.0)
     calls: list[int] = []
     plain = teacher._rows
 
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_where_it_was(
     assert calls == [0, 1, 2]
     with pytest.raises(ArtifactError, match="unfinished"):
         artefact.read(tmp_path / "t", "targets")
-    monkeypatch.setattr(targets, "_CHECKPOINT", 30.0)
+    monkeypatch.setattr(target_rows, "_CHECKPOINT", 30.0)
     again: list[int] = []
     monkeypatch.setattr(
         teacher, "_rows", lambda forward, number, *rest: (again.append(number), plain(forward, number, *rest))[1]

@@ -1,0 +1,138 @@
+"""The shape of the code: packages in the order of the data, no circles, light imports, nothing unsafe."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "memdec"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# What stands in one line knows nothing of its neighbours, and only of the lines before; `modeling` is a public name.
+ORDER = [
+    ["errors"],
+    ["settings"],
+    ["maths"],
+    ["artefacts"],
+    ["config"],
+    ["text"],
+    ["models", "tasks"],
+    ["datastore"],
+    ["training", "inference"],
+    ["modeling", "harness"],
+    ["results"],
+    ["cli"],
+]
+LEVEL = {name: number for number, names in enumerate(ORDER) for name in names}
+
+
+def name_of(path: Path) -> str:
+    """Dotted name of a module."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {name_of(path) for path in FILES}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            assert node.module is not None
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in NAMES else node.module
+
+
+def ours(path: Path) -> set[str]:
+    """Modules of this package that a file imports, without the package itself."""
+    return {name for name in imported(path) if name.startswith("memdec.")}
+
+
+def top(name: str) -> str:
+    """Package or module directly under memdec."""
+    return name.split(".")[1]
+
+
+def test_every_folder_has_its_place() -> None:
+    there = {top(name) for name in NAMES if name != "memdec"}
+    assert there == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    if path == PACKAGE / "__init__.py":
+        assert not ours(path)
+        return
+    here = top(name_of(path))
+    wrong = [name for name in ours(path) if top(name) != here and LEVEL[top(name)] >= LEVEL[here]]
+    assert not wrong, f"{name_of(path)} imports {', '.join(wrong)}"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph = {name_of(path): ours(path) for path in FILES}
+    # A package's face names what is inside; whoever imports a module inside does not mean the face.
+    faces = {name_of(path) for path in FILES if path.name == "__init__.py"}
+    list(TopologicalSorter({name: needs - faces for name, needs in graph.items()}).static_order())
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "maths").glob("*.py")), ids=name_of)
+def test_the_formulas_know_no_files_and_no_models(path: Path) -> None:
+    outside = {name.split(".")[0] for name in imported(path)} - {"memdec"} - set(sys.stdlib_module_names)
+    assert outside <= {"numpy", "torch", "jaxtyping", "numba", "llvmlite", "scipy"}
+    assert not {"pathlib", "os", "shutil"} & set(imported(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_module_imports_snakemake(path: Path) -> None:
+    assert not any(name.split(".")[0] == "snakemake" for name in imported(path))
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"], ids=name_of)
+def test_every_package_says_what_is_in_it(path: Path) -> None:
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert doc, "no docstring"
+    assert path.parent == PACKAGE or "May import: " in doc
+
+
+def python(code: str) -> str:
+    """Output of a fresh interpreter."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+BLOCKED = "import sys; sys.modules.update(dict.fromkeys(['faiss', 'numba', 'llvmlite', 'bm25s']))"
+
+
+def test_the_harness_needs_nothing_that_searches() -> None:
+    """`pip install memdec` without an extra has no faiss; compiling with numba costs seconds."""
+    code = f"{BLOCKED}; import memdec.harness, memdec.modeling; print(memdec.harness.MemDecInterp.__name__)"
+    assert python(code).split() == ["MemDecInterp"]
+
+
+def test_the_names_that_users_have_stay() -> None:
+    for line in (
+        "from memdec.modeling import MemDecForCausalLM, MemDecConfig",
+        "from memdec.harness import MemDecInterp",
+        "from memdec.harness.baselines import MemDecIcRag, MemDecKnnLM",
+    ):
+        python(line)
+
+
+def test_nothing_unsafe_is_loaded() -> None:
+    words = ["torch.load", "pickle.load", "import pickle", "yaml.load(", "trust_remote_code=True"]
+    words += ["allow_pickle=True", "eval("]
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        for word in words:
+            assert not re.search(r"(?<![\w.])" + re.escape(word), text), (path.name, word)
