@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from memdec.artefacts import artefact
-from memdec.maths import paired
 from memdec.errors import CorpusError, IncomparableError
+from memdec.maths import paired
 from memdec.maths.paired import Average, Paired
 
 COLUMNS = (

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memdec.maths import statistics
 from memdec.artefacts import artefact, devices
-from memdec.maths import statistics, mixing
-from memdec.settings import AUTO, DEFAULT_MEMORY, FORGETTING, Compute, EvaluateSettings, Split
 from memdec.errors import ArtifactError, ConfigError
 from memdec.harness.scores import TokenScores
+from memdec.maths import mixing, statistics
+from memdec.settings import AUTO, DEFAULT_MEMORY, FORGETTING, Compute, EvaluateSettings, Split
 
 TASK = "memdec_ppl"
 _TUNED_ON: tuple[Split, Split] = ("valid", "test")

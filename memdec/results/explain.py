@@ -8,34 +8,27 @@ import html
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from memdec.inference.token_reports import _CHARACTER, _Row, Guess, Prediction, TokenReport, Neighbours, explain, _dense, _sparse, _speller
-from memdec.datastore import search
-from memdec.maths import sparse_rows
 from memdec.artefacts import artefact, devices
-from memdec.datastore import index
-from memdec.maths import knn, mixing
-from memdec.text import tokens
-from memdec.settings import AUTO, Compute, ExplainSettings
-from memdec.datastore.keys import Datastore
 from memdec.errors import ConfigError
 from memdec.inference.mixture import MemDecForCausalLM
-from memdec.maths.windows import Window, windows
+from memdec.inference.token_reports import (
+    Neighbours,
+    Prediction,
+    TokenReport,
+    explain,
+)
+from memdec.settings import AUTO, Compute, ExplainSettings
+from memdec.text import tokens
 
 _DEEPEST = 3.0  # log ratio (a factor of 20) from which colours do not deepen
 _DISTRIBUTIONS = ("base", "memory", "knn", "joint")
@@ -43,22 +36,6 @@ _TITLES = {"base": "base", "memory": "memory", "knn": "kNN", "joint": "joint"}
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 # --- in the terminal ----------------------------------------------------------------------------------------------

@@ -25,18 +25,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from memdec.datastore import search
 from memdec.artefacts import artefact, devices, provenance
-from memdec.results import figures
-from memdec.inference import icrag, knnlm, speculative
-from memdec.datastore import index
-from memdec.models import loading
-from memdec.text import tokens
-from memdec.settings import AUTO, Compute, KnnLMSettings, LatencySettings, RetrievalSettings
+from memdec.datastore import search
 from memdec.datastore.keys import Datastore
 from memdec.errors import ConfigError, ModelError
+from memdec.inference import icrag, knnlm, speculative
 from memdec.inference.mixture import MemDecForCausalLM
+from memdec.models import loading
 from memdec.models.loading import model_identity
+from memdec.results import figures
+from memdec.settings import AUTO, Compute, KnnLMSettings, LatencySettings, RetrievalSettings
+from memdec.text import tokens
 
 _LEVEL = 0.95
 _MEASURED = (

@@ -4,21 +4,18 @@ The first alpha scores base and memory and stores both; all others read the stor
 metric, alpha, value, stderr), `sweep.png`, `sweep.svg`, `scores/`.
 """
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memdec.harness.alphas import ALPHAS, _FEWSHOT_SEED, best_alpha, evaluated, _quiet, best_of
-from memdec.maths import statistics
 from memdec.artefacts import artefact
-from memdec.maths import statistics, mixing
-from memdec.settings import Split
 from memdec.errors import ConfigError
+from memdec.harness.alphas import ALPHAS, best_of, evaluated
+from memdec.maths import mixing, statistics
 from memdec.models.loading import model_identity
+from memdec.settings import Split
 
 COLUMNS = ("task", "metric", "alpha", "value", "stderr")
 
@@ -77,8 +74,8 @@ def tune(
     **model_args: Any,
 ) -> dict[float, float]:
     """Perplexity of the corpus at every alpha, lowest first."""
-    from memdec.text import corpora
     from memdec.harness.models import MemDecInterp
+    from memdec.text import corpora
 
     weights = sorted({mixing.check_weight(alpha) for alpha in alphas})
     model = MemDecInterp(pretrained=base, memory=memory, alpha=0.5, **model_args)
@@ -96,14 +93,6 @@ def shown(out: Path) -> str:
     first = table.groupby("task", sort=False)["metric"].transform("first")
     wide = table[table["metric"] == first].pivot_table(index="alpha", columns=["task", "metric"], values="value")
     return wide.to_string(float_format=lambda value: f"{value:.4g}")
-
-
-
-
-
-
-
-
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

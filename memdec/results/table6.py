@@ -8,14 +8,14 @@ from typing import Any
 import pandas as pd
 
 from memdec.artefacts import artefact, devices
-from memdec.results import tables
-from memdec.text import tokens
-from memdec.settings import Case, ExplainSettings
 from memdec.config import Config
 from memdec.errors import ConfigError
-from memdec.inference.token_reports import Neighbours, TokenReport, explain
-from memdec.results.explain import percent
 from memdec.inference.mixture import MemDecForCausalLM
+from memdec.inference.token_reports import Neighbours, TokenReport, explain
+from memdec.results import tables
+from memdec.results.explain import percent
+from memdec.settings import Case, ExplainSettings
+from memdec.text import tokens
 
 _COLUMNS = {"memory": "MemDec", "knn": "kNN", "base": "BaseLM"}  # as the paper names them
 

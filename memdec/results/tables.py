@@ -15,9 +15,9 @@ from typing import Any
 import pandas as pd
 
 from memdec.artefacts import artefact, provenance
-from memdec.settings import FORGETTING, portable
 from memdec.config import Config
 from memdec.errors import ArtifactError, ConfigError
+from memdec.settings import FORGETTING, portable
 
 Cell = tuple[str, str, int, Path]  # domain, model, seed, evaluation folder
 

@@ -4,13 +4,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import memdec.modeling
 import pytest
 import torch
 from making import CONTEXT, spec
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+import memdec.modeling
 from memdec.errors import ConfigError, ModelError
 from memdec.inference.mixture import MemDecForCausalLM
 from memdec.models import loading
