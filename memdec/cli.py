@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -488,18 +489,22 @@ def latency(
     compute: Compute = AUTO,
 ) -> None:
     """Prefill and decoding speed of base, MemDec, speculative decoding and, given their folders, kNN-LM and RAG."""
+    from memdec.artefacts import devices
+    from memdec.inference.systems import Parts
     from memdec.results import latency as stage_latency
 
-    folders = stage_latency.Folders(base, memory, [_store_and_index(each) for each in knn], passages)
-    systems = stage_latency.systems(folders, alpha, settings, compute)
-    stage_latency.run(systems, out, settings, inputs=folders.identities(alpha), stream=tokens, compute=compute)
+    dtype, device = devices.precision(compute), str(devices.pick(compute))
+    parts = Parts(base=base, memory=memory, passages=passages, alpha=alpha, dtype=dtype, device=device)
+    stores = [replace(parts, datastore=shards, index=index) for shards, index in map(_store_and_index, knn)]
+    systems, inputs = stage_latency.systems(parts, settings, stores), stage_latency.identities(parts, stores)
+    stage_latency.run(systems, out, settings, inputs=inputs, stream=tokens, compute=compute)
 
 
-def _store_and_index(text: str) -> tuple[list[Path], Path]:
+def _store_and_index(text: str) -> tuple[tuple[Path, ...], Path]:
     stores, colon, index = text.rpartition(":")
     if not colon:
         raise ConfigError(f"--knn: expected STORE:INDEX, found {text!r}")
-    return [Path(folder) for folder in stores.split("+")], Path(index)
+    return tuple(Path(folder) for folder in stores.split("+")), Path(index)
 
 
 @stage(ExplainSettings)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from memdec.artefacts import resources
 from memdec.artefacts.resources import size
 from memdec.errors import ResourceError
 from memdec.settings import AUTO, Compute
@@ -52,6 +53,25 @@ def name(compute: Compute = AUTO) -> str:
 def described(device: torch.device) -> str:
     """A device in words."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def is_cuda(device: str | torch.device) -> bool:
+    """Whether a device is a GPU with memory of its own."""
+    return torch.device(device).type == "cuda"
+
+
+def check_room(n_bytes: float, device: str | torch.device, what: str, instead: str) -> None:
+    """There must be room for `n_bytes` on a device; `instead` says what else could be done.
+
+    Raises:
+        ResourceError: There is not.
+    """
+    if not is_cuda(device):
+        resources.check_memory(n_bytes, what, instead)
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if n_bytes > free:
+        raise ResourceError(f"{what}: expected {size(n_bytes)} free on {device}, found {size(free)}; {instead}")
 
 
 @contextmanager

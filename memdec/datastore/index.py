@@ -37,8 +37,9 @@ from memdec.datastore.search import (
     search_device,
 )
 from memdec.errors import ConfigError
-from memdec.maths import knn, sparse_rows
+from memdec.maths import knn
 from memdec.maths.exact_search import Nearest
+from memdec.maths.sparse_rows import SparseRows, total_variation
 from memdec.settings import IndexSettings
 
 _CHECKPOINT = 60.0  # seconds between two marks to resume from
@@ -62,7 +63,7 @@ def run(
     with artefact.building(out, "index", settings, {"datastore": store.recipe}) as build:
         if build is None:
             return
-        if settings.kind.startswith("ivf"):
+        if settings.is_ivf:
             _train(store, out, settings, device)
         facts = _fill(store, out, settings, build.work, device)
         build.facts.update(keys=store.n, width=store.width, bytes_per_key=sum(_sizes(out)) / store.n, **facts)
@@ -79,10 +80,7 @@ def _check(store: Datastore, settings: IndexSettings) -> None:
     if settings.opq and kind != "ivfpq":
         raise ConfigError(f"index: expected opq with kind ivfpq alone, found kind {kind}; set `opq: false`")
     if kind in ("exact", "flat"):
-        if not store.parts:
-            raise ConfigError(
-                f"index: expected stored keys for kind {kind}, found a streamed datastore; use kind ivfpq or ivfflat"
-            )
+        store.require_stored(f"use kind ivfpq or ivfflat, not {kind}")
         if kind == "flat":
             resources.check_memory(4.0 * n * d, "index of kind flat", "use kind exact or ivfpq")
         return
@@ -173,7 +171,7 @@ def _fill(
     neighbours = min(settings.check_neighbours, store.n - 1)
     truth = Nearest(torch.from_numpy(queries).double(), neighbours + 1)
     trained, encoder, codes = {}, None, None
-    if settings.kind.startswith("ivf"):
+    if settings.is_ivf:
         trained = load_file(out / "trained.safetensors")
         encoder = empty_index(store, settings, trained)
     mark, done = work / "filled.safetensors", 0
@@ -229,7 +227,7 @@ def _measure(
     searcher, neighbours = Searcher(store, settings, out, device), true[1].shape[1]
     results: dict[str, Any] = {}
     cells = sorted({min(nprobe, settings.centroids) for nprobe in settings.check_nprobe})
-    for nprobe in cells if settings.kind.startswith("ivf") else ["all"]:
+    for nprobe in cells if settings.is_ivf else ["all"]:
         if isinstance(nprobe, int):
             searcher.set_nprobe(nprobe)
         results[str(nprobe)] = {}
@@ -238,7 +236,7 @@ def _measure(
                 near = searcher.search(queries, neighbours, own, released=released)
                 results[str(nprobe)][name] = {
                     "recall": knn.recall(near[1], true[1]),
-                    "total_variation": {str(t): _variation(store, near, true, t) for t in _TEMPERATURES},
+                    "total_variation": {str(t): _variation(searcher, near, true, t) for t in _TEMPERATURES},
                 }
     if settings.kind in ("exact", "flat") and results["all"]["rescored"]["recall"] < _EXACT:
         warnings.warn(
@@ -249,19 +247,12 @@ def _measure(
     return results
 
 
-def _variation(store: Datastore, near: Pair, true: Pair, temperature: float) -> float:
+def _variation(searcher: Searcher, near: Pair, true: Pair, temperature: float) -> float:
     """Mean total variation between the p_kNN of two sets of neighbours; 1 for a row that has none."""
     there = np.asarray(np.isfinite(near[0]).any(1))
-    ours, theirs = (_rows(store, sq_dist[there], ids[there], temperature) for sq_dist, ids in (near, true))
-    return float((sparse_rows.total_variation(ours, theirs).sum() + (~there).sum()) / len(there))
 
+    def rows(pair: Pair) -> SparseRows:
+        sq_dist, ids = (torch.from_numpy(each[there]) for each in pair)
+        return SparseRows.of(*searcher.rows(sq_dist, ids, temperature))
 
-def _rows(
-    store: Datastore, sq_dist: NDArray[np.float32], ids: NDArray[np.int64], temperature: float
-) -> sparse_rows.SparseRows:
-    values = torch.from_numpy(store.values[np.maximum(ids, 0)].astype(np.int64))
-    counts, tokens, probs = (x.numpy() for x in knn.aggregate(torch.from_numpy(sq_dist), values, temperature))
-    return sparse_rows.SparseRows(np.concatenate([[0], np.cumsum(counts)]), tokens, probs)
-
-
-# --- search -------------------------------------------------------------------------------------------------------
+    return float((total_variation(rows(near), rows(true)).sum() + (~there).sum()) / len(there))

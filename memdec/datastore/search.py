@@ -22,7 +22,7 @@ from memdec.datastore.keys import Datastore
 from memdec.errors import ArtifactError, ConfigError
 from memdec.maths import kernels, knn
 from memdec.maths.exact_search import Nearest
-from memdec.settings import IndexSettings, parse
+from memdec.settings import IndexSettings, SearchSettings, parse
 
 BLOCK = 2048  # keys per block of exact search: its distances stay in the cache
 PER_CALL = 65_536  # keys per FAISS call
@@ -121,6 +121,7 @@ class Searcher:
     ) -> None:
         self.store, self.settings, self._device = store, settings, device
         self._on_device: DeviceSearch | None = None
+        self._values: Tensor | None = None
         self._index: Any = None
         self._trained: dict[str, NDArray[Any]] = {}
         self._same_token: _SameToken | None = None
@@ -155,12 +156,9 @@ class Searcher:
         Raises:
             ConfigError: There are fewer.
         """
-        if not self.settings.kind.startswith("ivf"):
+        check_cells(self.settings, nprobe)
+        if not self.settings.is_ivf:
             return
-        if nprobe > self.settings.centroids:
-            raise ConfigError(
-                f"search: expected nprobe of at most {self.settings.centroids} centroids, found {nprobe}; lower 'nprobe'"
-            )
         space = faiss.GpuParameterSpace() if n_gpus(self._device) else faiss.ParameterSpace()
         space.set_index_parameter(self._index, "nprobe", nprobe)
 
@@ -218,13 +216,10 @@ class Searcher:
             -1 where the index found fewer.
 
         Raises:
-            ConfigError: There are no stored keys to take distances from.
+            ArtifactError: There are no stored keys to take distances from.
         """
-        if not released and not self._parts:
-            raise ConfigError(
-                "search: expected stored keys to take the distances from, found a streamed datastore; set `released: true` "
-                "(targets), or store the keys"
-            )
+        if not released:
+            self.store.require_stored("set `released: true` (targets), or store the keys")
         if own is None:
             own = np.full(len(queries), -1)
         elif self._same_token is not None:
@@ -236,6 +231,27 @@ class Searcher:
                 ids = np.concatenate([ids, self._same_token.of(inputs)], axis=1)
             sq_dist = knn.exact_distances(queries, self._parts, ids)
         return knn.drop_self(sq_dist, ids, own, neighbours)
+
+    def rows(
+        self, sq_dist: Float[Tensor, "B K"], ids: Int[Tensor, "B K"], temperature: float, **cut: Any
+    ) -> tuple[Int[Tensor, " B"], Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
+        """p_kNN from neighbours, as `knn.aggregate` gives it, on their device.
+
+        Args:
+            sq_dist: Squared distances.
+            ids: Positions in the datastore, -1 where there is none.
+            temperature: tau.
+            cut: `top` and `threshold` of `knn.aggregate`.
+        """
+        return knn.aggregate(sq_dist, self._tokens_of(ids), temperature, **cut)
+
+    def _tokens_of(self, ids: Int[Tensor, "B K"]) -> Int[Tensor, "B K"]:
+        """Token of each position, any where there is none; the stream goes to another device once."""
+        if ids.device.type == "cpu":
+            return torch.from_numpy(self.store.values[np.maximum(ids.numpy(), 0)].astype(np.int64))
+        if self._values is None:
+            self._values = torch.from_numpy(self.store.values.astype(np.int32)).to(ids.device)
+        return self._values[ids.clamp(min=0)].long()
 
     def _candidates(self, queries: NDArray[np.float32], fetch: int) -> Pair:
         if self._index is not None:
@@ -262,6 +278,40 @@ def check_same(store: Datastore, folder: Path) -> artefact.Manifest:
         raise ArtifactError(
             f"{folder}: expected an index of {store.folder}, found one of other keys (another model, text or settings); "
             "run `memdec index` again"
+        )
+    return manifest
+
+
+def check_cells(settings: IndexSettings, nprobe: int) -> None:
+    """An index must have the cells that are to be searched.
+
+    Raises:
+        ConfigError: There are fewer.
+    """
+    if (fault := settings.cells_fault(nprobe)) is not None:
+        raise ConfigError(f"nprobe: {fault}; lower 'nprobe'")
+
+
+def check(store: Datastore, folder: Path, wanted: SearchSettings, *, own: bool = False) -> artefact.Manifest:
+    """Manifest of an index that can give the neighbours that are wanted; nothing is loaded.
+
+    Args:
+        store: The keys.
+        folder: The index.
+        wanted: k and nprobe.
+        own: The queries are the keys themselves, none of which is its own neighbour.
+
+    Raises:
+        ArtifactError: The index is not whole, or of other keys.
+        ConfigError: More neighbours than keys, or more cells than the index has.
+    """
+    manifest = check_same(store, folder)
+    check_cells(parse(IndexSettings, manifest.settings, str(folder)), wanted.nprobe)
+    most = store.n - own
+    if wanted.neighbours > most:
+        raise ConfigError(
+            f"neighbours: expected at most {most} ({store.n} keys of {store.folder}), found {wanted.neighbours}; lower "
+            "'neighbours'"
         )
     return manifest
 

@@ -12,6 +12,7 @@ from memdec.config import Config
 from memdec.errors import ConfigError
 from memdec.inference.mixture import MemDecForCausalLM
 from memdec.inference.token_reports import Neighbours, TokenReport, explain
+from memdec.models import loading
 from memdec.results import tables
 from memdec.results.explain import percent
 from memdec.settings import Case, ExplainSettings
@@ -33,11 +34,7 @@ def probabilities(case: Case, model: MemDecForCausalLM, tokenizer: Any, neighbou
     first, last = len(before), len(before) + len(word)
     inside = [i for i, (low, high) in enumerate(encoding["offset_mapping"]) if low < last and high > first]
     ids = encoding["input_ids"][: inside[-1] + 1]
-    if model.n_positions is not None and len(ids) > model.n_positions:
-        raise ConfigError(
-            f"cases: expected a text of at most {model.n_positions} tokens (positions of the models), found {len(ids)} "
-            f"in {case.text!r}; shorten it"
-        )
+    loading.check_positions(model.n_positions, len(ids), f"cases: {case.text!r}", "shorten it")
     reports = explain(model, tokenizer, ids, context=len(ids), stride=len(ids), top=1, neighbours=neighbours)
     row = {"group": case.group, "text": case.text, "target": word, "tokens": len(inside)}
     return row | {title: _percent([reports[i] for i in inside], name) for name, title in _COLUMNS.items()}

@@ -267,12 +267,7 @@ def _checked(model_folder: Path, stream: Path, context: int) -> Any:
             f"{model_folder}: expected a head for the tokenizer's {len(words)} tokens, found one for {config.vocab_size}; "
             "use a model of this tokenizer, or `memdec adapt-vocab`"
         )
-    limit = loading.n_positions(config)
-    if limit is not None and context > limit:
-        raise ConfigError(
-            f"{model_folder}: expected a context of at most {limit} tokens, which is what the model holds, found "
-            f"{context}; lower 'context'"
-        )
+    loading.check_positions(loading.n_positions(config), context, f"{model_folder}: context", "lower 'context'")
     return words
 
 

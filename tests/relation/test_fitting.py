@@ -112,7 +112,9 @@ FSDP = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from memdec import fitting, models, objectives
+from memdec.maths import objectives
+from memdec.models import loading as models
+from memdec.training import fitting
 
 dist.init_process_group("gloo")
 batch = torch.load(sys.argv[2], weights_only=True)
