@@ -238,7 +238,7 @@ def test_bad_arguments(
 def test_bad_models(base_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"expected a model folder with config\.json, found no such folder"):
         ours(base_folder, tmp_path / "none")
-    with pytest.raises(ConfigError, match="with memory=<memory decoder>, found 0.5 without one"):
+    with pytest.raises(ConfigError, match=r"with memory=<memory decoder>, found 0\.5 without one"):
         ours(base_folder, alpha=0.5)
     with pytest.raises(ConfigError, match="expected pretrained="):
         MemDecInterp(memory=str(base_folder))
