@@ -2,8 +2,8 @@
 
 import json
 import logging
-import os
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
