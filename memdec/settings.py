@@ -305,8 +305,8 @@ class DatastoreSettings(Settings):
 class IndexSettings(Settings):
     """Search structure over the keys; defaults of IVFPQ are the paper's."""
 
-    kind: Literal["exact", "flat", "ivfflat", "ivfpq"] = Field(
-        "exact", description="exact: keys stream past; flat: FAISS, keys in memory; ivfflat, ivfpq: nearest cells only"
+    kind: Literal["exact", "ivfflat", "ivfpq"] = Field(
+        "exact", description="exact: all keys are compared; ivfflat, ivfpq: those of the nearest cells"
     )
     centroids: PositiveInt = Field(4096, description="cells of an ivf index (released: 4096)")
     code_size: PositiveInt = Field(64, description="bytes of a key's code in ivfpq (released: 64)")
