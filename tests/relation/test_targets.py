@@ -369,7 +369,7 @@ def test_streamed_keys_give_the_targets_of_stored_ones(
     for shard in "012":
         assert files(tmp_path / "stored" / shard) == files(tmp_path / "streamed" / shard)
     many = TargetSettings(neighbours=9, nprobe=17)
-    with pytest.raises(ConfigError, match="nprobe: expected at most 16 cells .*, found 17"):
+    with pytest.raises(ConfigError, match=r"nprobe: expected at most 16 cells .*, found 17"):
         targets.run(modes["stored"], modes["index"], token_folder, tmp_path / "x", many)
     with pytest.raises(ConfigError, match="set `released: true` for the distances of the index, or store the keys"):
         targets.run(
