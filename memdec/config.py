@@ -18,8 +18,8 @@ from pydantic import (
 from memdec.errors import ConfigError
 from memdec.settings import (
     DEFAULT_MEMORY,
-    SYSTEMS,
     UNTUNED,
+    WITHOUT_MEMORY,
     AdaptSettings,
     Case,
     Compute,
@@ -224,7 +224,9 @@ class Config(Settings):
     def _names(self, where: str, name: str, memory: MemoryVariant) -> list[str]:
         """Names in a memory that are taken, or not there."""
         wrong = (
-            [f"{where}: expected a name that is not taken, found {name}"] if name in (DEFAULT_MEMORY, SYSTEMS) else []
+            [f"{where}: expected a name that is not taken, found {name}"]
+            if name in (DEFAULT_MEMORY, WITHOUT_MEMORY)
+            else []
         )
         for field in ("memory_model", "key_model"):
             given = getattr(memory, field)

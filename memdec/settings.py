@@ -28,7 +28,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 DEFAULT_MEMORY = "memdec"  # the memory that 'key_model', 'memory_model' and 'memory' describe
-SYSTEMS = "systems"  # folder of what is evaluated without a memory
+WITHOUT_MEMORY = "systems"  # folder of what is evaluated without a memory
 FORGETTING = "forgetting.json"  # records of general corpora in an evaluation
 UNTUNED = "-untuned"  # ending of the folder with the keys of a model as it is
 SystemName = Literal[

@@ -181,7 +181,9 @@ def run(
             positions=n,
             device=devices.name(compute),
             width=forward.point.width,
-            keys_recipe=artefact.digest({"settings": same, "inputs": inputs}),
+            keys_recipe=artefact.digest(
+                {"version": artefact.VERSIONS["datastore"], "settings": same, "inputs": inputs}
+            ),
             tokens_sha256=source.facts["sha256"][settings.split],
             tokenizer_sha256=source.facts["tokenizer_sha256"],
             corpus_sha256=source.facts.get("corpus_sha256"),

@@ -155,7 +155,7 @@ def test_missing_neighbours_are_told(store: list[Path], tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=40), st.integers(0, 4))
 def test_positions_after_the_same_rare_token(values: list[int], limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_SAME_TOKEN", limit)
+        patch.setattr(index, "_SAME_TOKEN", limit)
         found = search._SameToken(np.array(values, np.uint16), 7).of(np.arange(-1, 7))
     for row, token in zip(found, range(-1, 7), strict=True):
         after = [at + 1 for at, value in enumerate(values[:-1]) if value == token]
@@ -231,8 +231,8 @@ def test_streamed_mode_needs_a_code_and_little_more(modes: dict[str, Path], tmp_
 def test_a_killed_fill_goes_on_and_gives_the_same_index(
     store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(index, "PER_CALL", 256)
-    monkeypatch.setattr(index, "BLOCK", 256)
+    monkeypatch.setattr(index, "_ADD", 256)
+    monkeypatch.setattr(index, "_BLOCK", 256)
     monkeypatch.setattr(index, "_CHECKPOINT", 0.0)
     built(store, tmp_path / "whole", **settings)
     real, seen = Datastore.blocks, []
@@ -257,6 +257,25 @@ def test_a_killed_fill_goes_on_and_gives_the_same_index(
     assert one == other
     for name in one.files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_a_raised_version_trains_and_fills_the_index_anew(
+    store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, manifest = tmp_path / "i" / "trained.safetensors", tmp_path / "i" / artefact.MANIFEST
+    built(store, tmp_path / "i", **PQ)
+    whole = trained.stat().st_mtime_ns
+    manifest.unlink()  # as Snakemake does before it runs a rule again
+    built(store, tmp_path / "i", **PQ)
+    assert trained.stat().st_mtime_ns == whole  # the same version goes on where a killed run was
+    for version, is_there in ((98, False), (99, True)):  # by a rule; by hand
+        monkeypatch.setitem(artefact.VERSIONS, "index", version)
+        if not is_there:
+            manifest.unlink()
+        built(store, tmp_path / "i", **PQ)
+        assert artefact.read(tmp_path / "i", "index").version == version
+        assert trained.stat().st_mtime_ns > whole
+        whole = trained.stat().st_mtime_ns
 
 
 @pytest.mark.parametrize("file", ["trained.safetensors", "codes.npy"])
@@ -338,7 +357,7 @@ def test_fault_14_memory_is_bounded_by_blocks_and_asked_for_before(
             seen.append(len(keys))
             yield first, keys
 
-    monkeypatch.setattr(index, "PER_CALL", 512)
+    monkeypatch.setattr(index, "_ADD", 512)
     monkeypatch.setattr(Datastore, "blocks", blocks)
     built(store, tmp_path / "i", **{**PQ, "sample": 1000})
     assert max(seen) <= 512
