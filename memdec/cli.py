@@ -19,7 +19,6 @@ from pydantic_core import PydanticUndefined
 
 from memdec import config as cfg
 from memdec.errors import ConfigError, MemDecError
-from memdec.harness.alphas import ALPHAS
 from memdec.settings import (
     AUTO,
     DEFAULT_MEMORY,
@@ -440,6 +439,7 @@ def sweep(
     compute: Compute = AUTO,
 ) -> None:
     """Tasks of lm-eval at every alpha, from one pass of the models: table and figure."""
+    from memdec.harness.alphas import ALPHAS
     from memdec.results import sweep as stage_sweep
 
     arguments = _model_arguments(batch_size, compute)
@@ -461,6 +461,7 @@ def tune(
     compute: Compute = AUTO,
 ) -> None:
     """The alpha with the lowest perplexity on a corpus, as JSON."""
+    from memdec.harness.alphas import ALPHAS
     from memdec.results import sweep as stage_sweep
 
     arguments = _model_arguments(batch_size, compute)

@@ -155,7 +155,7 @@ def test_missing_neighbours_are_told(store: list[Path], tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=40), st.integers(0, 4))
 def test_positions_after_the_same_rare_token(values: list[int], limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index, "_SAME_TOKEN", limit)
+        patch.setattr(search, "_SAME_TOKEN", limit)
         found = search._SameToken(np.array(values, np.uint16), 7).of(np.arange(-1, 7))
     for row, token in zip(found, range(-1, 7), strict=True):
         after = [at + 1 for at, value in enumerate(values[:-1]) if value == token]
@@ -231,8 +231,8 @@ def test_streamed_mode_needs_a_code_and_little_more(modes: dict[str, Path], tmp_
 def test_a_killed_fill_goes_on_and_gives_the_same_index(
     store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(index, "_ADD", 256)
-    monkeypatch.setattr(index, "_BLOCK", 256)
+    monkeypatch.setattr(index, "PER_CALL", 256)
+    monkeypatch.setattr(index, "BLOCK", 256)
     monkeypatch.setattr(index, "_CHECKPOINT", 0.0)
     built(store, tmp_path / "whole", **settings)
     real, seen = Datastore.blocks, []
@@ -357,12 +357,12 @@ def test_fault_14_memory_is_bounded_by_blocks_and_asked_for_before(
             seen.append(len(keys))
             yield first, keys
 
-    monkeypatch.setattr(index, "_ADD", 512)
+    monkeypatch.setattr(index, "PER_CALL", 512)
     monkeypatch.setattr(Datastore, "blocks", blocks)
     built(store, tmp_path / "i", **{**PQ, "sample": 1000})
     assert max(seen) <= 512
     monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("M", "available")(1000))
-    for kind in ("flat", "ivfpq", "ivfflat"):
+    for kind in ("ivfpq", "ivfflat"):
         with pytest.raises(ResourceError, match=f"index of kind {kind}: expected .* of free memory, found 1 kB"):
             index.run(store, tmp_path / kind, IndexSettings(**{**PQ, "kind": kind}))
 

@@ -371,7 +371,7 @@ def test_streamed_keys_give_the_targets_of_stored_ones(
     many = TargetSettings(neighbours=9, nprobe=17)
     with pytest.raises(ConfigError, match=r"nprobe: expected at most 16 cells .*, found 17"):
         targets.run(modes["stored"], modes["index"], token_folder, tmp_path / "x", many)
-    with pytest.raises(ConfigError, match="set `released: true` for the distances of the index, or store the keys"):
+    with pytest.raises(ArtifactError, match="set `released: true` for the distances of the index, or store the keys"):
         targets.run(
             modes["streamed"], modes["index"], token_folder, tmp_path / "x", TargetSettings(neighbours=9, nprobe=4)
         )

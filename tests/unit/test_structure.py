@@ -119,6 +119,13 @@ def test_the_harness_and_the_names_of_users_need_nothing_that_searches() -> None
     assert run.returncode == 0, run.stderr
 
 
+def test_the_command_line_and_the_rules_load_no_model_library() -> None:
+    """`memdec --help` and every call of Snakemake would pay seconds for it."""
+    code = "import sys, memdec.cli, memdec.results.catalogue; print({'torch', 'transformers', 'lm_eval'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "set()"
+
+
 def test_nothing_unsafe_is_loaded() -> None:
     words = ["torch.load", "pickle.load", "import pickle", "yaml.load(", "trust_remote_code=True"]
     words += ["allow_pickle=True", "eval("]
