@@ -117,12 +117,11 @@ def blocks(page: str) -> list[Block]:
 
 def problems(names: list[str]) -> list[str]:
     """Everything that is wrong with these pages, one line each."""
+    files = {block.words for page in pages() for block in blocks(page) if block.note == "file"}
     found = []
     for page in names:
-        each = blocks(page)
-        files = {block.words for block in each if block.note == "file"}
-        found += [*_indented(page), *_links(page)]
-        for block in each:
+        found += [*_indented(page), *_links(page), *_inline(page, files)]
+        for block in blocks(page):
             found += [f"{block.place}: {text}" for text in (*_note(block), *_content(block, files))]
     return found
 
@@ -133,6 +132,14 @@ def _indented(page: str) -> Iterator[str]:
         inside ^= line.strip().startswith("```")
         if not inside and line.startswith("    ") and line.split()[0] in COMMANDS:
             yield f"{page}:{number}: a command outside of a ```bash block is never checked"
+
+
+def _inline(page: str, files: set[str]) -> Iterator[str]:
+    """Commands between the words of a sentence."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for found in re.finditer(r"`((?:memdec|make) [a-z][^`<]*)`", text):
+        for words in commands(found[1]):
+            yield from (f"{page}: {problem}" for problem in _command(words, files))
 
 
 def _anchors(path: Path) -> set[str]:
