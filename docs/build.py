@@ -16,7 +16,9 @@ BLOCK = re.compile(r"(<!-- generated: (\S+?)(?:, rows: (.+?))? -->\n).*?(<!-- en
 
 def filled(text: str) -> str:
     """The text with every block replaced by the file it names."""
-    return BLOCK.sub(lambda m: m[1] + chosen((ROOT / m[2]).read_text(encoding="utf-8").strip(), m[3]) + "\n" + m[4], text)
+    return BLOCK.sub(
+        lambda m: m[1] + chosen((ROOT / m[2]).read_text(encoding="utf-8").strip(), m[3]) + "\n" + m[4], text
+    )
 
 
 def chosen(table: str, pattern: str | None) -> str:

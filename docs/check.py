@@ -15,6 +15,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import itertools
 import json
 import os
 import re
@@ -34,7 +35,19 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CHANGELOG.md", *(f"{folder}/**/*.md" for folder in ("docs", "config", "harness_tasks"))]
 NOTE = re.compile(r"<!-- (not run|run by|file): (.+) -->")
-COMMANDS = ("memdec", "snakemake", "lm_eval", "make", "pip", "python", "torchrun", "accelerate", "bash", "conda", "pytest")
+COMMANDS = (
+    "memdec",
+    "snakemake",
+    "lm_eval",
+    "make",
+    "pip",
+    "python",
+    "torchrun",
+    "accelerate",
+    "bash",
+    "conda",
+    "pytest",
+)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 # Folders of the mini scale that the pages name, made in one process; the numbers mean nothing. `memdec` command, its --spec.
 SPLITS = {"train": 16000, "valid": 3000, "test": 3000}
@@ -260,7 +273,7 @@ def _memdec(words: list[str]) -> Iterator[str]:
 
 
 def _lm_eval(words: list[str]) -> Iterator[str]:
-    values = dict(zip(words, words[1:], strict=False))
+    values = dict(itertools.pairwise(words))
     tasks = {name for path in (ROOT / "harness_tasks").rglob("*.yaml") for name in _task_names(path)}
     for task in values.get("--tasks", "").split(","):
         if task.startswith(("memdec", "dcpmi", "pubmedqa")) and task not in tasks:
@@ -318,7 +331,7 @@ def prepare(folder: Path) -> tuple[float, str]:
     (folder / "results" / "reference").symlink_to(ROOT / "results" / "reference")
     (folder / "text").mkdir()
     own = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
-    (folder / "text" / "notes.txt").write_text("\n\n".join(own), encoding="utf-8")
+    (folder / "text" / "notes.txt").write_text("\n\n".join(own)[:40_000], encoding="utf-8")
     return bash("mkdir results/mini && cd results/mini && python -c 'import docs.check; docs.check.make()'", folder)
 
 
