@@ -12,7 +12,7 @@ PUBLISH = for end in csv md provenance.json; do cp $(1)/results/memories.$$end r
 # A GPU takes the full memory and three domains; without one a smaller memory and one domain.
 SMOL ?= config/smol.yaml $(if $(wildcard /dev/nvidia0),,config/smol-cpu.yaml)
 
-.PHONY: install table3 smol test check docs-check bench bench-search bench-gpu report regression reference reference-smol ablations
+.PHONY: install table3 smol test check bench bench-search bench-gpu report regression reference reference-smol ablations
 
 install: $(STAMP)
 
@@ -47,6 +47,7 @@ check: $(STAMP)
 	$(BIN)/python -m docs.build --check
 
 # Every command of README.md and the other pages, run in a scratch folder or skipped with its reason.
+.PHONY: docs-check
 docs-check: $(STAMP)
 	$(BIN)/python -m docs.check
 
