@@ -58,6 +58,11 @@ check: $(STAMP)
 	$(BIN)/python -m benchmarks.report --check
 	$(BIN)/python -m docs.build --check
 
+# Every command of README.md and the other pages, run in a scratch folder or skipped with its reason.
+.PHONY: docs-check
+docs-check: $(STAMP)
+	$(BIN)/python -m docs.check
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run --out results/benchmarks.csv
 

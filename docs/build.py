@@ -1,6 +1,7 @@
 """Generated text: `python -m docs.build [--check]`.
 
-README.md and docs/*.md: a block between `<!-- generated: FILE -->` and `<!-- end -->` is the file that a rule wrote.
+README.md and docs/*.md: a block between `<!-- generated: FILE -->` and `<!-- end -->` is the file that a rule wrote. With
+`<!-- generated: FILE, rows: PATTERN -->` it has only the rows of the table in which the pattern is found.
 environment.yml: the pins of constraints.txt for conda users, with faiss-gpu in the place of faiss-cpu.
 """
 
@@ -10,12 +11,29 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- generated: (\S+?)(?:, rows: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
     """The text with every block replaced by the file it names."""
-    return BLOCK.sub(lambda m: m[1] + (ROOT / m[2]).read_text(encoding="utf-8").strip() + "\n" + m[3], text)
+    return BLOCK.sub(
+        lambda m: m[1] + chosen((ROOT / m[2]).read_text(encoding="utf-8").strip(), m[3]) + "\n" + m[4], text
+    )
+
+
+def chosen(table: str, pattern: str | None) -> str:
+    """The table with its head, the rows that have the pattern (None: all), and what stands below it.
+
+    Raises:
+        ValueError: No row has it.
+    """
+    if pattern is None:
+        return table
+    lines = table.splitlines()
+    kept = [line for n, line in enumerate(lines) if n < 2 or line[:1] != "|" or re.search(pattern, line)]
+    if not any(line[:1] == "|" for line in kept[2:]):
+        raise ValueError(f"expected rows with {pattern!r}, found none; correct the block's `rows:`")
+    return "\n".join(kept)
 
 
 def environment() -> str:

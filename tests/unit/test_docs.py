@@ -1,0 +1,73 @@
+"""The pages: whole links, commands and options that exist, a reason for each block that is not run."""
+
+from pathlib import Path
+
+import pytest
+
+from docs import build, check
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_nothing_in_the_pages_is_stale() -> None:
+    names = check.pages()
+    assert {"README.md", "docs/evaluate.md", "docs/train.md", "config/README.md", "harness_tasks/README.md"} < set(
+        names
+    )
+    assert check.problems(names) == []
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("```bash\nmemdec tune --base B --beta 1\n```", "memdec tune --beta: no such option"),
+        ("```bash\nmemdec data fetch --out D --all\n```", "memdec data fetch --all: no such option"),
+        ("```bash\nMEMDEC_DATA=D memdec distil\n```", "memdec distil: no such command"),
+        ("```bash\ntorchrun -m memdec.cli train --rate 1\n```", "memdec train --rate: no such option"),
+        ("```bash\nsnakemake --configfile config/mini.yaml config/maxi.yaml\n```", "config/maxi.yaml: no such config"),
+        (
+            "```bash\nlm_eval --model memdec-interp \\\n  --tasks memdec_pp\n```",
+            "lm_eval --tasks memdec_pp: no such task",
+        ),
+        (
+            "```bash\nlm_eval --model memdec-interp --model_args pretrained=B,beta=1\n```",
+            "lm_eval --model memdec-interp: no argument beta",
+        ),
+        ("```bash\nmake table3 && make table33\n```", "make table33: the Makefile has no such target"),
+        ("`memdec tune --beta 1` is", "memdec tune --beta: no such option"),
+        ("    memdec tune\n", "a command outside of a ```bash block is never checked"),
+        ("<!-- run by: tests/nowhere.py::test_it -->\n```bash\nls\n```", "tests/nowhere.py::test_it runs it"),
+        ("```python\nfrom memdec.modeling import Nothing\n```", "memdec.modeling has no Nothing"),
+        ("```yaml\na: [\n```", "no YAML"),
+        ("```\nls\n```", "a block of no language"),
+        ("[a](b.md)", "link to b.md, which is not there"),
+        ("# A head\n[a](#a-tail)", "link to #a-tail, a heading that is not there"),
+    ],
+)
+def test_each_fault_is_found(text: str, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("Makefile", "config", "harness_tasks", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    (found,) = check.problems(["README.md"])
+    assert problem in found
+
+
+def test_a_failing_command_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Variables hold for later blocks; a block with a reason is not run."""
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    text = "```bash\nA=one\n```\n\n<!-- not run: why -->\n```bash\nexit 3\n```\n\n```bash\necho $A >&2 && false\n```\n"
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert check.run_page("README.md", tmp_path) == ["README.md:11: one\n"]
+
+
+def test_rows_of_a_generated_table() -> None:
+    table = "| a |\n| --- |\n| x 1 |\n| y 1 |\n\nNote."
+    assert build.chosen(table, "y") == "| a |\n| --- |\n| y 1 |\n\nNote."
+    assert build.chosen(table, None) == table
+    with pytest.raises(ValueError, match="found none"):
+        build.chosen(table, "z")
