@@ -30,6 +30,7 @@ from memdec.artefacts import artefact, devices, provenance
 from memdec.results import figures
 from memdec.inference import icrag, knnlm, speculative
 from memdec.datastore import index
+from memdec.maths import statistics
 from memdec.models import loading
 from memdec.text import tokens
 from memdec.settings import AUTO, Compute, KnnLMSettings, LatencySettings, RetrievalSettings
@@ -38,7 +39,6 @@ from memdec.errors import ConfigError, ModelError
 from memdec.inference.mixture import MemDecForCausalLM
 from memdec.models.loading import model_identity
 
-_LEVEL = 0.95
 _MEASURED = (
     "tokens_per_s",
     "low",
@@ -371,10 +371,7 @@ def _median(
     values: Float[np.ndarray, "systems phases turns"], settings: LatencySettings
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Median over turns and the ends of its percentile bootstrap interval, each (systems, phases)."""
-    rng = np.random.default_rng(settings.seed)
-    draws = rng.integers(0, values.shape[-1], size=(settings.resamples, values.shape[-1]))
-    resampled = np.stack([np.median(values[..., draw], axis=-1) for draw in draws])
-    low, high = np.quantile(resampled, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
+    low, high = statistics.bootstrap(np.median, values, n_resamples=settings.resamples, seed=settings.seed)
     return np.median(values, axis=-1), low, high
 
 
