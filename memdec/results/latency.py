@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from memdec.datastore import search
 from memdec.artefacts import artefact, devices, provenance
+from memdec.artefacts.markdown import table as write_markdown
 from memdec.results import figures
 from memdec.inference import icrag, knnlm, speculative
 from memdec.datastore import index
@@ -344,7 +345,7 @@ def markdown(table: pd.DataFrame) -> str:
         "Tokens per forward",
         "Acceptance",
     ]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = []
     for name, rows in table.groupby("system", sort=False):
         prefill, decode, total = (
             rows[(rows["phase"] == phase) & rows["n_tokens"].isin([n])].iloc[0]
@@ -360,9 +361,8 @@ def markdown(table: pd.DataFrame) -> str:
         lines.append([str(name), *shown, *drafts])
     turns, prompt = table["turns"].iloc[0], table["prompt_tokens"].iloc[0]
     where = f"{table['machine'].iloc[0]}, {table['device'].iloc[0]}, {table['threads'].iloc[0]} threads"
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
-        f"{text}\n\nOne text at a time: {prompt} tokens of prompt, {last} new ones, greedy; medians of {turns} turns and their "
+        f"{write_markdown(head, lines, 1)}\n\nOne text at a time: {prompt} tokens of prompt, {last} new ones, greedy; medians of {turns} turns and their "
         f"95 % intervals. {where}.\n"
     )
 
