@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.cases import CASES
+from memdec.artefacts import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -146,9 +147,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 def _table(rows: list[dict[str, str]], columns: dict[str, str], n_words: int) -> list[str]:
     """Markdown table; the first `n_words` columns are words, the others numbers."""
-    rule = ["---"] * n_words + ["---:"] * (len(columns) - n_words)
-    body = [[row[key] for key in columns] for row in rows]
-    return ["| " + " | ".join(line) + " |" for line in [list(columns.values()), rule, *body]]
+    return markdown.table(list(columns.values()), [[row[key] for key in columns] for row in rows], n_words).splitlines()
 
 
 def main() -> int:

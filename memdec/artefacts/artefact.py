@@ -5,16 +5,17 @@ or names files that are missing or of another size is an error that says so. The
 hashes of the inputs, the versions and the facts (counts, shapes, hashes) of what was made.
 """
 
-import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from memdec.artefacts import provenance
@@ -24,6 +25,7 @@ from memdec.settings import describe
 
 MANIFEST = "manifest.json"
 MARK = ".memdec"  # recipe of the build that owns the folder; without it a folder is somebody else's
+LOCK = ".memdec.lock"  # locked while a process builds in the folder; the file stays
 WORK = "work"  # checkpoints and other things needed only to resume; not part of the artefact
 
 # Version of each kind of artefact, or of the stage where several stages make one kind. Raise it when the same settings
@@ -150,8 +152,8 @@ def building(
     with ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(path))
             _refuse_overwriting(path, kind, inputs)
+            stack.enter_context(locked(path))
             _claim(path, recipe)
         except OSError as error:
             raise ArtifactError(
@@ -171,20 +173,18 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         ArtifactError: Another process has it.
     """
-    folder = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtifactError(
-                f"{path}: expected a folder that nobody builds in, found another process at work; wait for it, or choose "
-                "another --out"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+        # Not the marker that filelock can fall back to: a job killed on another machine would leave it for ever.
+        lock: AbstractContextManager[object] = FileLock(path / LOCK, fallback_to_soft=False).acquire(blocking=False)
+    except Timeout:
+        raise ArtifactError(
+            f"{path}: expected a folder that nobody builds in, found another process at work; wait for it, or choose "
+            "another --out"
+        ) from None
+    except (OSError, NotImplementedError):  # a file system without locks; one that is read-only fails at the next step
+        lock = nullcontext()
+    with lock:
         yield
-    finally:
-        os.close(folder)
 
 
 def _finish(build: Build, kind: str, version: int, plain: dict[str, Any], inputs: Mapping[str, str]) -> None:
@@ -193,7 +193,7 @@ def _finish(build: Build, kind: str, version: int, plain: dict[str, Any], inputs
     files = {
         str(file.relative_to(path)): file.stat().st_size
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name not in (MANIFEST, MARK)
+        if file.is_file() and file.name not in (MANIFEST, MARK, LOCK)
     }
     manifest = Manifest(
         kind=kind,
@@ -288,7 +288,15 @@ def kind_of(path: Path) -> str | None:
 
 
 def _refuse_overwriting(path: Path, kind: str, inputs: Mapping[str, str]) -> None:
-    """A mistyped --out must cost nothing: neither an artefact of another kind nor an input of this build is replaced."""
+    """A mistyped --out must cost nothing: other people's files, an artefact of another kind and inputs stay as they are.
+
+    Raises:
+        ArtifactError: One of these is there.
+    """
+    if not (path / MARK).is_file() and any(child.name != LOCK for child in path.iterdir()):
+        raise ArtifactError(
+            f"{path}: expected an empty or new folder for the output, found other files; choose another --out"
+        )
     there = kind_of(path)
     if there is None:
         return
@@ -303,29 +311,19 @@ def _refuse_overwriting(path: Path, kind: str, inputs: Mapping[str, str]) -> Non
 
 
 def _claim(path: Path, recipe: str) -> None:
-    """Take the folder for this recipe: keep what the same recipe left, drop what another one left.
-
-    Raises:
-        ArtifactError: The folder holds files that no build of ours put there; they are not touched.
-    """
+    """Take the folder for this recipe: keep what the same recipe left, drop what another one left."""
     mark = path / MARK
     owner = mark.read_text() if mark.is_file() else None
-    if owner is None and any(path.iterdir()):
-        raise ArtifactError(
-            f"{path}: expected an empty or new folder for the output, found other files; choose another --out"
-        )
     (path / MANIFEST).unlink(missing_ok=True)
     if owner not in (None, recipe):
         for child in path.iterdir():
-            if child != mark:  # a kill in between must leave a folder that is still ours
+            if child.name not in (MARK, LOCK):  # a kill in between must leave a folder that is still ours
                 _remove(child)
     write_text(mark, recipe)
 
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        for child in path.iterdir():
-            _remove(child)
-        path.rmdir()
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -63,10 +63,16 @@ def ratios(a: ArrayLike, b: ArrayLike, counts: ArrayLike, of: Callable[[Floats],
         of: Makes the value of the ratio, elementwise.
     """
     sums, units = (np.asarray(a, np.float64), np.asarray(b, np.float64)), np.asarray(counts, np.int64)
-    value_a, value_b = (float(of(each.sum() / units.sum())) for each in sums)
-    drawn_a, drawn_b = (of(statistics.resampled_ratios(each, units, N_RESAMPLES, 0)) for each in sums)
+
+    def values(a: Floats, b: Floats, units: NDArray[np.int64], axis: int) -> Floats:
+        one, other = (of(each.sum(axis) / units.sum(axis)) for each in (a, b))
+        return np.stack([one, other, other - one])
+
+    value_a, value_b, _ = values(*sums, units, -1).tolist()
+    low, high = statistics.bootstrap(values, *sums, units, n_resamples=N_RESAMPLES, seed=0, level=LEVEL)
     p = statistics.sign_flips(*sums)  # of the sums, of which `of` keeps the order
-    return Paired(value_a, value_b, *_intervals(drawn_a, drawn_b), p, "sign flips")
+    one, other, gap = zip(low.tolist(), high.tolist(), strict=True)
+    return Paired(value_a, value_b, one, other, gap, p, "sign flips")
 
 
 def f1(
@@ -156,5 +162,6 @@ def _divided(above: NDArray[np.generic], below: NDArray[np.generic]) -> Floats:
 
 
 def _intervals(a: Floats, b: Floats) -> tuple[Interval, Interval, Interval]:
-    one, other, gap = (statistics.percentiles(each, LEVEL) for each in (a, b, b - a))
+    low, high = statistics.percentiles(np.stack([a, b, b - a]), LEVEL)
+    one, other, gap = zip(low.tolist(), high.tolist(), strict=True)
     return one, other, gap

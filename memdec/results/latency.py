@@ -26,18 +26,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memdec.artefacts import artefact, devices, provenance
+from memdec.artefacts.markdown import table as write_markdown
 from memdec.datastore.keys import Datastore
 from memdec.errors import ConfigError, ModelError
 from memdec.inference import speculative
 from memdec.inference.mixture import MemDecForCausalLM
 from memdec.inference.systems import SYSTEMS, Parts, System
+from memdec.maths import statistics
 from memdec.models import loading
 from memdec.models.loading import model_identity
 from memdec.results import figures
 from memdec.settings import AUTO, Compute, KnnLMSettings, LatencySettings
 from memdec.text import tokens
 
-_LEVEL = 0.95
 _MEASURED = (
     "tokens_per_s",
     "low",
@@ -321,7 +322,7 @@ def markdown(table: pd.DataFrame) -> str:
         "Tokens per forward",
         "Acceptance",
     ]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = []
     for name, rows in table.groupby("system", sort=False):
         prefill, decode, total = (
             rows[(rows["phase"] == phase) & rows["n_tokens"].isin([n])].iloc[0]
@@ -337,9 +338,8 @@ def markdown(table: pd.DataFrame) -> str:
         lines.append([str(name), *shown, *drafts])
     turns, prompt = table["turns"].iloc[0], table["prompt_tokens"].iloc[0]
     where = f"{table['machine'].iloc[0]}, {table['device'].iloc[0]}, {table['threads'].iloc[0]} threads"
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
-        f"{text}\n\nOne text at a time: {prompt} tokens of prompt, {last} new ones, greedy; medians of {turns} turns and their "
+        f"{write_markdown(head, lines, 1)}\n\nOne text at a time: {prompt} tokens of prompt, {last} new ones, greedy; medians of {turns} turns and their "
         f"95 % intervals. {where}.\n"
     )
 
@@ -348,10 +348,7 @@ def _median(
     values: Float[np.ndarray, "systems phases turns"], settings: LatencySettings
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Median over turns and the ends of its percentile bootstrap interval, each (systems, phases)."""
-    rng = np.random.default_rng(settings.seed)
-    draws = rng.integers(0, values.shape[-1], size=(settings.resamples, values.shape[-1]))
-    resampled = np.stack([np.median(values[..., draw], axis=-1) for draw in draws])
-    low, high = np.quantile(resampled, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
+    low, high = statistics.bootstrap(np.median, values, n_resamples=settings.resamples, seed=settings.seed)
     return np.median(values, axis=-1), low, high
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from memdec.artefacts import artefact, provenance
+from memdec.artefacts.markdown import table as write_markdown
 from memdec.config import Config
 from memdec.errors import ArtifactError, ConfigError
 from memdec.results import catalogue
@@ -228,35 +229,15 @@ def _counts(values: Sequence[int] | Any) -> str:
 
 def markdown(shown: Grid) -> str:
     """The table as GitHub Markdown."""
-    rule = ["---"] * shown.n_labels + ["---:"] * (len(shown.header) - shown.n_labels)
-    rows = ([text.replace("|", r"\|") for text in row] for row in shown.rows)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [shown.header, rule, *rows])
+    return write_markdown(shown.header, shown.rows, shown.n_labels)
 
 
 def latex(shown: Grid) -> str:
     """The table as a LaTeX tabular (booktabs)."""
+    frame = pd.DataFrame(shown.rows, columns=shown.header).replace("–", "--")
+    bold = frame.map(lambda text: len(text) > 4 and text.startswith("**") and text.endswith("**"))
+    plain = frame.where(~bold, frame.map(lambda text: text[2:-2]))
+    style = plain.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
+    style = style.apply(lambda _: bold.map(lambda is_bold: "textbf:--rwrap" if is_bold else ""), axis=None)
     columns = "l" * shown.n_labels + "r" * (len(shown.header) - shown.n_labels)
-    return "\n".join(
-        [
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            _latex_line(shown.header),
-            r"\midrule",
-            *(_latex_line(row) for row in shown.rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )
-
-
-_LATEX = str.maketrans(
-    {c: rf"\{c}" for c in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
-)
-
-
-def _latex_line(cells: Sequence[str]) -> str:
-    bold = [len(c) > 4 and c.startswith("**") and c.endswith("**") for c in cells]
-    plain = [(c[2:-2] if b else c).translate(_LATEX) for c, b in zip(cells, bold, strict=True)]
-    return " & ".join(rf"\textbf{{{c}}}" if b else c for c, b in zip(plain, bold, strict=True)) + r" \\"
+    return str(style.to_latex(hrules=True, column_format=columns))

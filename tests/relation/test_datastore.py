@@ -124,7 +124,11 @@ def test_streamed_keys_are_the_stored_ones(base_folder: Path, token_folder: Path
     stored = Datastore(run(base_folder, token_folder, tmp_path / "stored", dtype=dtype))
     streamed = Datastore(run(base_folder, token_folder, tmp_path / "streamed", dtype=dtype, stored=False))
     assert stored.recipe == streamed.recipe
-    assert sorted(path.name for path in (tmp_path / "streamed").iterdir()) == [".memdec", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "streamed").iterdir()) == [
+        ".memdec",
+        ".memdec.lock",
+        "manifest.json",
+    ]
     np.testing.assert_array_equal(all_keys(streamed, 333), all_keys(stored))
     for begin, end, size in ((0, 1, 7), (50, 51, 1), (777, 1234, 100), (stored.n - 5, stored.n, 64)):
         for one, other in zip(streamed.blocks(begin, end, size), stored.blocks(begin, end, size), strict=True):

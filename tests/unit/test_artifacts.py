@@ -1,6 +1,10 @@
 """Artefact folders: whole or not at all."""
 
+import errno
+import fcntl
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +43,23 @@ def test_two_builds_in_one_folder_are_refused(tmp_path: Path) -> None:
         ):
             make(tmp_path / "a", 2)
     make(tmp_path / "a", 2)  # the lock is gone with the build
+    assert artefact.read(tmp_path / "a", "thing").files == {"data.txt": 1}
+
+
+def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
+    begin = "import os, pathlib, sys; from memdec.artefacts import artefact\n"
+    code = f"{begin}with artefact.building(pathlib.Path(sys.argv[1]), 'thing', {{'value': 1}}, {{}}): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=False).returncode == -9
+    assert make(tmp_path / "a")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert make(tmp_path / "a")
 
 
 def test_an_output_that_cannot_be_a_folder(tmp_path: Path) -> None:

@@ -108,3 +108,17 @@ def test_bad_pairs() -> None:
         statistics.sign_flips([1, 2], [1])
     with pytest.raises(ValueError, match="outcomes 0 and 1"):
         statistics.mcnemar([0.5], [1])
+
+
+def test_one_item_has_an_interval_of_no_width() -> None:
+    assert statistics.mean_interval([0.25]) == (0.25, 0.25)
+    low, high = statistics.bootstrap_perplexity(np.full(5, -1.0), 8, 10, 0)
+    assert low == high == pytest.approx(math.e)
+
+
+def test_an_interval_of_several_rows_is_that_of_each() -> None:
+    rows = np.random.default_rng(0).normal(size=(2, 3, 9))
+    low, high = statistics.bootstrap(np.median, rows, n_resamples=50, seed=4)
+    assert low.shape == high.shape == (2, 3)
+    alone = statistics.bootstrap(np.median, rows[1, 2], n_resamples=50, seed=4)
+    assert (low[1, 2], high[1, 2]) == alone
