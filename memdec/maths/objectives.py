@@ -106,7 +106,7 @@ class JensenShannon:
 class Focal:
     """-sum_i [a (1 - q_i)^g p_i log q_i + (1 - a) q_i^g (1 - p_i) log(1 - q_i)] (a = 0.5, g = 2).
 
-    1 - q_i is at least the machine epsilon, so that a model with q_i = 1 has a finite loss.
+    1 - q_i is clamped to at least the machine epsilon, so that a model with q_i = 1 has a finite loss.
     """
 
     weight_of_targets: float = 0.5
