@@ -168,7 +168,7 @@ def _package_files(name: str) -> list[tuple[Path, Path]]:
 
 
 def _documentation(tree: ast.Module, stem: str) -> list[tuple[int, str]]:
-    """(line, text) of a module's docstrings; in documentation modules (`_torch_docs`, pydoc's topics) of all strings."""
+    """(line, text) of a module's docstrings, or of all strings in documentation modules (`_torch_docs`, `topics`)."""
     if stem.endswith("_docs") or stem == "topics":
         strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
         return [(node.lineno, str(node.value)) for node in strings]
