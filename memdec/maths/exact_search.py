@@ -1,10 +1,10 @@
-"""Exact nearest neighbours in blocks: the queries stay, the keys stream past, memory does not depend on their number.
+"""Exact nearest-neighbour search that compares fixed queries with one block of keys at a time.
 
-Distances are |k|^2 - 2 q k (one matrix product), so they carry its rounding; where exact ones matter they are taken
-again from the keys (`memdec.maths.knn.exact_distances`).
+Memory use does not depend on the number of keys. Distances are computed as |k|^2 - 2 q k (one matrix product), so they
+have its rounding error. Where exact distances matter, `memdec.maths.knn.exact_distances` recomputes them from the keys.
 
-`Nearest` is the search on CPU. The functions below it are the parts of the search on any other device
-(`memdec.datastore.device_search`): they are torch operations alone, and run on the CPU too, where they are tested.
+`Nearest` is the search on the CPU. The functions below it are the parts of the search on any other device
+(`memdec.datastore.device_search`). They use torch operations only, so the tests can run them on the CPU.
 """
 
 import math
@@ -18,22 +18,22 @@ from torch import Tensor
 
 from memdec.maths import kernels
 
-_ROWS = 64  # queries per task of a thread
+_ROWS = 64  # queries that a thread handles at a time
 _UNIT = 2.0**-24  # largest relative rounding error of one float32 operation
-_PAIRS = 16_384  # pairs of query and key whose exact distances are taken at once: 14 bytes x 768 each, 180 MB
+_PAIRS = 16_384  # (query, key) pairs whose exact distances are computed at once: 14 bytes x 768 each, 180 MB
 
 
 class Nearest:
     """The nearest neighbours of fixed queries among the keys seen so far.
 
     Args:
-        queries: Shape (B, D), on CPU; the search has their dtype.
-        neighbours: How many to keep.
+        queries: Shape (B, D), on CPU. The search computes in their dtype.
+        neighbours: Number of neighbours to keep.
     """
 
     def __init__(self, queries: Float[Tensor, "B D"], neighbours: int) -> None:
-        # Distances do not change when all move; near the origin |k|^2 - 2 q k loses the fewest digits. A median, as one
-        # query far away (the first token of a window may be) must not move the others.
+        # Subtracting a common centre does not change distances, and |k|^2 - 2 q k loses the fewest digits near the
+        # origin. The centre is a median, so that one outlier (such as the first token of a window) does not shift it.
         self._centre = queries.median(0).values
         self.queries, self.neighbours = queries - self._centre, neighbours
         self._norms = (self.queries * self.queries).sum(1, keepdim=True)
@@ -44,8 +44,8 @@ class Nearest:
         self._limits = np.full(len(queries), np.inf, queries.numpy().dtype)
 
     def update(self, keys: Float[Tensor, "n D"], first: int) -> None:
-        """Add the keys of positions first, first + 1, ...; blocks must come in order."""
-        # Into memory that is there: fresh memory takes a tenth of the time of the product.
+        """Compare the queries with the keys of positions first, first + 1, ...; blocks must come in order."""
+        # Reuse the buffers: allocating new ones would take a tenth of the time of the product.
         if len(self._keys) < len(keys):
             self._keys = self.queries.new_empty(keys.shape)
             self._sq_dist = self.queries.new_empty(len(self.queries) * len(keys))
@@ -63,9 +63,9 @@ class Nearest:
         kernels.in_threads(work, len(found), _ROWS)
 
     def result(self) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-        """Squared distances and positions, in no order; +inf and -1 where there were fewer keys than neighbours.
+        """Squared distances and positions in no order, padded with +inf and -1 if there were too few keys.
 
-        The smaller positions are kept in a tie.
+        Among equal distances the smaller positions are kept.
         """
         near, ids = self._near.numpy(), self._ids.numpy()
 
@@ -77,7 +77,7 @@ class Nearest:
         return sq_dist, self._ids[:, : self.neighbours]
 
     def state(self) -> dict[str, np.ndarray]:
-        """What `restore` needs to go on after a kill."""
+        """The state that `restore` needs to resume an interrupted search."""
         return {
             "near": self._near.numpy(),
             "ids": self._ids.numpy(),
@@ -86,7 +86,7 @@ class Nearest:
         }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Go on from `state()`."""
+        """Resume from `state()`."""
         self._near, self._ids = torch.from_numpy(state["near"]), torch.from_numpy(state["ids"])
         self._counts, self._limits = state["counts"].copy(), state["limits"].copy()
 
@@ -95,16 +95,16 @@ class Nearest:
 
 
 def slack(width: int, *, tf32: bool = False) -> float:
-    """How wrong a squared distance by matrix product can be, as a share of |q|^2 + |k|^2 (both about the centre).
+    """Bound on the error of a squared distance by matrix product, as a fraction of |q|^2 + |k|^2 (centre subtracted).
 
-    The product of q and k errs by at most (2r + r^2 + c) |q| |k|: r is the rounding of an input, c that of the sum of
-    `width` products in any order. 2 |q| |k| <= |q|^2 + |k|^2 makes this a share of each norm. The last term is for the
-    norms, the sum with them, and the exact distance that is compared with the result.
+    The error of the product of q and k is at most (2r + r^2 + c) |q| |k|. Here r is the rounding error of an input, and
+    c that of the sum of `width` products in any order. Since 2 |q| |k| <= |q|^2 + |k|^2, this is a fraction of each
+    norm. The last term covers the norms, the sum with them, and the exact distance that is compared with the result.
 
     Args:
         width: D.
-        tf32: Inputs are rounded to 11 bits (`to_tf32`) and multiplied by tensor cores, whose sums may cut instead of
-            rounding: four times the error of rounding is allowed for.
+        tf32: Whether inputs are rounded to 11 bits (`to_tf32`) and multiplied by tensor cores. Their sums may truncate
+            instead of rounding, so the bound allows four times the rounding error.
     """
     rounded = _UNIT + (2.0**-11 if tf32 else 0.0)
     summed = width * _UNIT * (4 if tf32 else 1)
@@ -112,14 +112,14 @@ def slack(width: int, *, tf32: bool = False) -> float:
 
 
 def to_tf32(values: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-    """Round float32 to the 11 significant bits of TF32: tensor cores then multiply these very numbers, on any device."""
+    """Round float32 to the 11 significant bits of TF32, so that every device multiplies the same numbers."""
     bits = values.view(torch.int32)
     return bits.add(0x1000).bitwise_and_(~0x1FFF).view(torch.float32)
 
 
 @contextmanager
 def product_of(*, tf32: bool) -> Iterator[None]:
-    """Whether float32 products on CUDA use TF32 within the block; whatever the program has set counts again after it."""
+    """Switch TF32 on or off for float32 products on CUDA within the block, then restore the former setting."""
     flags = torch.backends.cuda.matmul
     before = flags.fp32_precision
     flags.fp32_precision = "tf32" if tf32 else "ieee"
@@ -132,33 +132,35 @@ def product_of(*, tf32: bool) -> Iterator[None]:
 def lower_bounds(
     queries: Float[Tensor, "B D"], keys: Float[Tensor, "n D"], *, tf32: bool = False
 ) -> Float[Tensor, "B n"]:
-    """Lower bounds of the squared distances, less the part of the query (`own_part`): no distance is below its bound.
+    """Lower bounds of the squared distances, without the query's own part (`own_part`).
 
-    Both float32 and moved to a common centre; the queries are already rounded where `tf32`.
+    A distance is never below its bound plus `own_part`. Queries and keys are float32 with a common centre subtracted.
+    With `tf32` the queries must already be rounded.
     """
     norms = _sq_norms(keys).mul_(1 - slack(keys.shape[1], tf32=tf32)).float()
-    # With norms of one dimension cuBLAS adds them as it writes; [1, n] would be spread into [B, n] before.
+    # cuBLAS adds one-dimensional norms while it writes the product; norms of shape [1, n] would first be expanded to
+    # [B, n].
     return torch.addmm(norms, queries, (to_tf32(keys) if tf32 else keys).T, alpha=-2)
 
 
 def own_part(queries: Float[Tensor, "B D"], *, tf32: bool = False) -> Float[Tensor, "B 1"]:
-    """What `lower_bounds` leaves out, as it is the same for all keys."""
+    """The part of the bound that depends on the query only; `lower_bounds` leaves it out."""
     return _sq_norms(queries)[:, None].mul_(1 - slack(queries.shape[1], tf32=tf32)).float()
 
 
 def smallest(values: Float[Tensor, "B n"], keep: int) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-    """The `keep` smallest values of each row and their columns, in no order; any of equal values.
+    """The `keep` smallest values of each row and their columns, in no order; ties are broken arbitrarily.
 
-    Two levels: columns lie in n / g groups of g; the groups with the `keep` smallest minima hold all of the `keep`
-    smallest values. A top-k on CUDA reads its input about six times, and so it sees 2 sqrt(n keep) columns instead of n:
-    for n = 131,072 and keep = 1,041 a sixth.
+    The columns are split into n / g groups of g. The `keep` groups with the smallest minima contain the `keep` smallest
+    values. A top-k on CUDA reads its input about six times. With the groups it reads 2 sqrt(n keep) columns instead of
+    n, which is a sixth for n = 131,072 and keep = 1,041.
     """
     n = values.shape[1]
     group = math.isqrt(n // keep) if keep else 1
     if group < 2:
         near, column = values.topk(min(keep, n), largest=False, sorted=False)
         return near, column
-    # Group j has the columns j, j + n_groups, ...: neighbouring threads read neighbouring columns.
+    # Group j has the columns j, j + n_groups, ..., so that neighbouring threads read neighbouring columns.
     n_groups = n // group
     members = values[:, : n_groups * group].view(-1, group, n_groups)
     picked = members.amin(1).topk(keep, largest=False, sorted=False).indices
@@ -169,15 +171,15 @@ def smallest(values: Float[Tensor, "B n"], keep: int) -> tuple[Float[Tensor, "B 
 
 
 def row_distances(queries: Float[Tensor, "B D"], keys: Tensor, places: Int[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-    """Exact squared distances (float32) from each query to `keys[places]` of its row.
+    """Exact squared distances (float32) from query i to the keys `keys[places[i]]`.
 
-    Differences are taken in float32 and summed in float64, so that the sum does not depend on its order, and equal keys
-    have distance 0.
+    Differences are float32 and their squares are summed in float64. So the result does not depend on the order of the
+    sum, and equal keys have distance 0.
 
     Args:
         queries: float32.
-        keys: As on disk: float16, bfloat16 or float32, shape (n, D).
-        places: Keys of each query.
+        keys: Keys in their type on disk (float16, bfloat16 or float32), shape (n, D).
+        places: Row numbers in `keys`, C for each query.
     """
     out, size = queries.new_empty(places.shape), max(1, _PAIRS // max(1, places.shape[1]))
     for low in range(0, len(places), size):
@@ -188,7 +190,7 @@ def row_distances(queries: Float[Tensor, "B D"], keys: Tensor, places: Int[Tenso
 def pair_distances(
     queries: Float[Tensor, "B D"], keys: Tensor, rows: Int[Tensor, " P"], places: Int[Tensor, " P"]
 ) -> Float[Tensor, " P"]:
-    """The same for single pairs (queries[rows], keys[places])."""
+    """Exact squared distances (as in `row_distances`) of the pairs (queries[rows], keys[places])."""
     out = queries.new_empty(len(rows))
     for low in range(0, len(rows), _PAIRS):
         out[low : low + _PAIRS] = _sq_norms(
@@ -198,20 +200,20 @@ def pair_distances(
 
 
 def _sq_norms(apart: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
-    # One kernel squares and sums: a product and a sum of their own would read and write the differences once more.
+    # One kernel squares and sums. A separate product and sum would read and write the differences once more.
     norms: Tensor = torch.linalg.vector_norm(apart, dim=-1, dtype=torch.float64)
     return norms.square_()
 
 
-NONE = (0x7F800000 << 32) | kernels.NOBODY  # code of a missing neighbour: +inf and no position; behind all others
+NONE = (0x7F800000 << 32) | kernels.NOBODY  # code of a missing neighbour (+inf, no position); it sorts after all others
 
 
 def encode(sq_dist: Float[Tensor, "..."], ids: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """(distance, position) as one int64 that sorts by distance, then by position (as in `knn.drop_self`)."""
+    """Pack (distance, position) into one int64 that sorts by distance, then by position (as in `knn.drop_self`)."""
     return sq_dist.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(ids)
 
 
 def decode(codes: Int[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Int[Tensor, "..."]]:
-    """Distances and positions of codes; -1 where there is none."""
+    """Unpack codes into distances and positions; a missing neighbour has position -1."""
     ids = codes.bitwise_and(kernels.NOBODY)
     return codes.bitwise_right_shift(32).int().view(torch.float32), ids.masked_fill_(ids == kernels.NOBODY, -1)

@@ -1,7 +1,8 @@
-"""Compiled inner loops of the kNN stage on CPU (numba): summing equal tokens, and exact distances to candidates.
+"""Inner loops of the kNN stage on CPU, compiled by numba: sums over equal tokens, and exact distances to candidates.
 
-Plain loops that NumPy would turn into large temporaries. Each call works on one block of rows with its own scratch and
-releases the GIL, so that threads can share the work. `memdec.maths.knn` is the door; CUDA has its own path there.
+The same loops in NumPy would make large temporary arrays. Each call works on one block of rows with its own scratch
+memory and releases the GIL, so that threads can share the work. Other modules call these loops through
+`memdec.maths.knn`, which uses torch operations instead on CUDA.
 """
 
 from collections.abc import Callable
@@ -18,15 +19,15 @@ from numpy.typing import NDArray
 
 LARGEST = 1e17  # squared distances of larger keys could overflow float32
 _LARGEST_BITS = int(np.float32(LARGEST).view(np.int32))
-_STRIP = 32  # distances whose smallest is looked at first
-_AHEAD = 6  # candidates between asking for a key and using it
+_STRIP = 32  # number of distances whose minimum is compared with the limit first
+_AHEAD = 6  # number of candidates between the prefetch of a key and its use
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _widen(_typing: Any, value: Any) -> Any:
-    """float32 of a key element: uint16 holds float16 bits, int16 holds bfloat16 bits, float32 is itself.
+    """Convert a key element to float32: uint16 holds float16 bits, int16 holds bfloat16 bits, float32 is unchanged.
 
-    numba has no float16 on CPU; this is one `vcvtph2ps` where the processor has it.
+    numba has no float16 on CPU. The conversion is one instruction (`vcvtph2ps`) on processors that have it.
     """
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -42,7 +43,7 @@ def _widen(_typing: Any, value: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _prefetch(_typing: Any, keys: Any, row: Any) -> Any:
-    """Ask for a row of a C-contiguous array before it is needed: rows of candidates lie anywhere in memory."""
+    """Prefetch a row of a C-contiguous array into the cache, because candidate rows are scattered in memory."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, args[0])
@@ -53,7 +54,7 @@ def _prefetch(_typing: Any, keys: Any, row: Any) -> Any:
             "llvm.prefetch", [byte.as_pointer()], ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word])
         )
         with cgutils.for_range_slice(builder, stride.type(0), stride, stride.type(64), stride.type) as (offset, _):
-            # To read, into the second level: a fifth faster than into the first.
+            # The arguments say: for reading, into the level 2 cache. That is a fifth faster than into level 1.
             builder.call(prefetch, [builder.gep(begin, [offset]), word(0), word(2), word(1)])
         return context.get_dummy_value()
 
@@ -61,16 +62,17 @@ def _prefetch(_typing: Any, keys: Any, row: Any) -> Any:
 
 
 def bits(keys: NDArray[Any]) -> NDArray[Any]:
-    """Keys as the loops below take them: float16 as uint16."""
+    """View float16 keys as uint16, which is what the loops below take; other types are unchanged."""
     plain = np.asarray(keys)
     return plain.view(np.uint16) if plain.dtype == np.float16 else plain
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def widen(keys: NDArray[Any], out: NDArray[np.float32], out_bits: NDArray[np.int32]) -> bool:
-    """Keys (`bits`) to float32, shape (n, D); whether all are finite and below LARGEST.
+    """Convert keys (`bits`) of shape (n, D) to float32; return whether all are finite and below LARGEST.
 
-    Writes into memory that is there, as fresh memory takes ten times as long. `out_bits` is `out` as int32.
+    The result goes into the existing array `out`, because allocating one takes ten times as long. `out_bits` is a view
+    of `out` as int32.
     """
     largest = np.int32(0)
     for row in range(keys.shape[0]):
@@ -89,17 +91,17 @@ def sq_distances(
     ids: NDArray[np.int64],
     sq_dist: NDArray[np.float32],
 ) -> None:
-    """Fill in the squared distances to the candidates that lie in this part of the datastore.
+    """Fill in the squared distances to those candidates that are in this part of the datastore.
 
-    Differences are squared and summed in one order, so that a distance depends on its two keys alone: not on the
-    batch, the shard or the index, and identical keys have distance 0 (|q|^2 - 2qk + |k|^2 has not).
+    Differences are squared and summed in a fixed order. So a distance depends on its two keys only, not on the batch,
+    the shard or the index. Identical keys have distance 0, which the formula |q|^2 - 2qk + |k|^2 does not guarantee.
 
     Args:
         queries: Shape (B, D).
         keys: Positions `first .. first + len(keys) - 1`, shape (n, D); float32, float16 bits (uint16) or bfloat16
             bits (int16).
         first: Position of the first key.
-        ids: Candidates, shape (B, K); those outside of this part are left alone.
+        ids: Positions of the candidates, shape (B, K); candidates outside of this part are skipped.
         sq_dist: Output, shape (B, K).
     """
     n, width = keys.shape
@@ -118,17 +120,17 @@ def sq_distances(
                 sq_dist[row, column] = total
 
 
-NOBODY = 2**32 - 1  # position that stands for a missing neighbour in a sort key; a datastore must be smaller
+NOBODY = 2**32 - 1  # position of a missing neighbour in a sort key; a datastore must have fewer positions
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def unpack_distinct(order: NDArray[np.uint64], sq_dist: NDArray[np.int32], ids: NDArray[np.int64]) -> None:
-    """Take the first distinct (distance bits, position) pairs of each sorted row apart, until NOBODY or the row is full.
+    """Unpack the first K distinct (distance bits, position) pairs of each sorted row, or fewer if NOBODY comes first.
 
     Args:
-        order: Sorted rows, shape (B, C): the bits of the squared distance above those of the position.
-        sq_dist: Output, bits of float32, shape (B, K); left alone where there are fewer.
-        ids: Output, likewise.
+        order: Sorted rows, shape (B, C): the high 32 bits are the squared distance, the low 32 bits the position.
+        sq_dist: Output, bits of float32, shape (B, K); places without a pair are not written.
+        ids: Output, positions, shape (B, K); places without a pair are not written.
     """
     for row in range(order.shape[0]):
         filled, last = 0, np.uint64(NOBODY)
@@ -144,7 +146,7 @@ def unpack_distinct(order: NDArray[np.uint64], sq_dist: NDArray[np.int32], ids: 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def cut(near: Any, ids: Any, end: int, neighbours: int) -> tuple[int, Any]:
-    """Keep the `neighbours` smallest of `near[:end]` in their order, the earlier one in a tie: (how many, largest)."""
+    """Keep the `neighbours` smallest of `near[:end]` in order, the earlier in a tie; return (count, largest)."""
     if end <= neighbours:
         return end, near[:end].max() if end else np.inf
     limit = np.partition(near[:end], neighbours - 1)[neighbours - 1]
@@ -161,7 +163,7 @@ def cut(near: Any, ids: Any, end: int, neighbours: int) -> tuple[int, Any]:
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def cut_all(near: Any, ids: Any, counts: Any, neighbours: int) -> None:
-    """`cut` for each row; the places after its neighbours become +inf and -1."""
+    """Apply `cut` to each row and fill the places after its neighbours with +inf and -1."""
     for row in range(len(counts)):
         counts[row], _ = cut(near[row], ids[row], counts[row], neighbours)
         near[row, counts[row] : neighbours] = np.inf
@@ -180,17 +182,18 @@ def keep_nearest(
 ) -> None:
     """Add a block of distances to the running nearest neighbours of each query.
 
-    A row of `near` is a buffer of candidates below `limits`; when it is full, the `neighbours` smallest stay and the
-    largest of them becomes the limit. Strips of distances without one below the limit are passed over at once. Among equal distances the smaller position stays, provided the blocks come in order.
+    A row of `near` is a buffer of candidates below the row's limit. When it is full, the `neighbours` smallest stay and
+    the largest of them becomes the limit. A strip of `_STRIP` distances is skipped as a whole if its minimum is not
+    below the limit. Among equal distances the smaller position stays, provided that the blocks come in order.
 
     Args:
         sq_dist: Distances to positions first, first + 1, ..., shape (B, n).
         first: Position of the first column.
         near: Buffer, shape (B, room) with room > neighbours.
         ids: Positions of the buffer, same shape.
-        counts: Filled places, shape (B,).
-        limits: Distances at or above it are of no interest, shape (B,); begins as +inf.
-        neighbours: How many to keep.
+        counts: Number of candidates in each row of the buffer, shape (B,).
+        limits: Distances at or above the limit are ignored, shape (B,); the limit begins as +inf.
+        neighbours: Number of neighbours to keep.
     """
     room, width = near.shape[1], sq_dist.shape[1]
     for row in range(sq_dist.shape[0]):
@@ -199,7 +202,7 @@ def keep_nearest(
             stop = min(begin + _STRIP, width)
             if stop == begin + _STRIP:
                 smallest = sq_dist[row, begin]
-                for column in range(begin, begin + _STRIP):  # becomes a few vector instructions
+                for column in range(begin, begin + _STRIP):  # compiled to a few vector instructions
                     if sq_dist[row, column] < smallest:
                         smallest = sq_dist[row, column]
                 if smallest >= limit:
@@ -228,12 +231,12 @@ def sum_equal(
     """Sum the weights of equal tokens and normalise each row; the tokens of a row keep their order of appearance.
 
     Args:
-        weights: Shape (B, K), not negative; zero weights leave no entry.
+        weights: Shape (B, K), not negative; a zero weight makes no entry.
         values: Token of each weight, shape (B, K), below len(mass).
-        mass: Scratch of the size of the vocabulary, all zero before and after.
+        mass: Scratch memory with one element per vocabulary token, all zero before and after the call.
         counts: Output, entries per row, shape (B,); 0 where all weights are zero.
-        tokens: Output, at least B * K + 1 long (one place is written in vain at the end).
-        probs: Output, likewise.
+        tokens: Output, at least B * K + 1 long, because the loop may write one unused element after the last entry.
+        probs: Output, of the same length.
 
     Returns:
         Number of entries.
@@ -244,7 +247,7 @@ def sum_equal(
         for column in range(weights.shape[1]):
             weight, token = weights[row, column], values[row, column]
             before = mass[token]
-            tokens[end] = token  # without a branch: kept only if this is the token's first weight
+            tokens[end] = token  # no branch: `end` advances only if this is the token's first weight
             end += (before == 0.0) & (weight > 0.0)
             mass[token] = before + weight
             total += weight
@@ -259,10 +262,10 @@ def sum_equal(
 def keep_best(
     counts: NDArray[np.int64], tokens: NDArray[Any], probs: NDArray[np.float64], top: int, threshold: float
 ) -> int:
-    """Drop all but the `top` most probable tokens of each row and those at or below `threshold`, in place.
+    """Keep the `top` most probable tokens of each row whose probability is above `threshold`, in place.
 
-    The most probable token always stays; among equally probable ones the smaller token stays. Rows are normalised
-    again. Returns the number of entries left.
+    The most probable token always stays. Among equally probable tokens the smaller token id stays. The rows are
+    renormalised. Returns the number of entries left.
     """
     begin = end = 0
     for row in range(len(counts)):
@@ -274,9 +277,9 @@ def keep_best(
             limit = max(threshold, np.partition(p, len(p) - top)[len(p) - top])
             if limit > threshold:
                 ties = top - (p > limit).sum()
-        if best <= threshold:  # nothing would stay
+        if best <= threshold:  # no token is above the threshold: keep the most probable one
             limit, ties = best, 1
-        # Tokens exactly at the limit: the smallest `ties` of them.
+        # Of the tokens exactly at the limit, keep the `ties` smallest ids.
         largest = np.int64(-1)
         if limit > threshold or best <= threshold:
             largest = np.sort(t[p == limit])[ties - 1]
@@ -294,7 +297,7 @@ def keep_best(
 
 
 def in_threads(work: Callable[[int, int], Any], n: int, block: int) -> list[Any]:
-    """Results of `work(begin, end)` for all blocks of [0, n), in order, on as many threads as the process may use."""
+    """Call `work(begin, end)` for all blocks of [0, n) on torch's number of threads; return the results in order."""
     threads = torch.get_num_threads()
     spans = [(begin, min(begin + block, n)) for begin in range(0, n, block)]
     if threads < 2 or len(spans) < 2:

@@ -1,12 +1,12 @@
-"""kNN next-token distributions, from neighbours to sparse targets.
+"""kNN next-token distributions: from nearest neighbours to sparse training targets.
 
-p_kNN(y|x) is proportional to the sum over the k neighbours with value y of exp(-d^2 / temperature), where d^2 is the
-squared L2 distance of the keys and the position itself is not a neighbour (paper, section 3.1 and equation 2).
+p_kNN(y|x) is proportional to the sum of exp(-d^2 / temperature) over those of the k neighbours whose token is y. Here
+d^2 is the squared L2 distance of the keys, and a position is not its own neighbour (paper, section 3.1 and equation 2).
 
-The released code drops the neighbour of *rank* zero instead of the position itself, so a position whose key occurs
-twice keeps itself and loses a true neighbour; rows without any neighbour become probability one on the last token;
-product-quantised distances go into the softmax as they are. Here self is removed by identity, an empty row is an
-error, and distances are taken again from the keys.
+The released code differs in three ways. It drops the nearest neighbour (rank zero) instead of the position itself, so a
+position whose key occurs twice may keep itself and lose a true neighbour. It gives a row without neighbours probability
+one on the last token. It puts product-quantised distances into the softmax. Here the position itself is removed by its
+number, a row without neighbours is an error, and distances are recomputed from the keys.
 """
 
 import threading
@@ -26,7 +26,7 @@ _ROWS = 128  # rows per compiled call: 128 x 1024 float64 weights are 1 MB and s
 
 
 class RowError(NumericsError):
-    """A row without a distribution; `row` counts within the batch, so that the caller can name the position."""
+    """A row has no valid distribution. `row` is its number in the batch, from which the caller finds the position."""
 
     def __init__(self, row: int, why: str) -> None:
         super().__init__(f"row {row} of the batch: expected neighbours with finite distances, but {why}")
@@ -38,7 +38,7 @@ def exact_distances(
     parts: Sequence[tuple[int, NDArray[Any]]],
     ids: Int[np.ndarray, "B K"],
 ) -> Float[np.ndarray, "B K"]:
-    """Squared distances to candidates, from the keys themselves; +inf where the candidate is missing (-1).
+    """Squared distances to candidates, computed from the keys; +inf where the candidate is missing (-1).
 
     Args:
         queries: float32.
@@ -59,23 +59,23 @@ def exact_distances(
 def drop_self(
     sq_dist: Float[np.ndarray, "B C"], ids: Int[np.ndarray, "B C"], own: Int[np.ndarray, " B"], neighbours: int
 ) -> tuple[Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]:
-    """The nearest `neighbours` candidates that are not the query's own position; ties go to the smaller position.
+    """The nearest `neighbours` candidates without the query's own position; ties go to the smaller position.
 
     Args:
         sq_dist: Squared distances in any order.
-        ids: Datastore positions; -1 where the index found nothing. One that is there twice, with the same distance,
+        ids: Datastore positions; -1 where the index found nothing. A position that occurs twice with the same distance
             counts once.
-        own: The position each query stands for; -1 for a query from outside the datastore.
-        neighbours: How many to keep.
+        own: Datastore position of each query; -1 for a query from outside the datastore.
+        neighbours: Number of neighbours to keep.
 
     Returns:
-        Distances (float32) and positions, nearest first, +inf and -1 at the end where there are fewer. A self match of
-        any rank is gone; other positions with the very same key stay.
+        Distances (float32) and positions, nearest first, padded with +inf and -1. The query's own position is removed
+        whatever its rank; other positions with an identical key stay.
     """
     gone = (ids < 0) | (ids == own[:, None])
     near = np.where(gone, np.float32(np.inf), np.maximum(sq_dist, np.float32(0))).astype(np.float32, copy=False)
-    # The bits of a float32 that is not negative sort as it does: one sort of (distance, position) in 64 bits takes a
-    # tenth of the time of an argsort.
+    # The bits of non-negative float32 numbers sort like the numbers. One sort of (distance, position) packed into 64
+    # bits takes a tenth of the time of an argsort.
     order = near.view(np.uint32).astype(np.uint64) << np.uint64(32)
     order |= np.where(gone, kernels.NOBODY, ids).astype(np.uint64)
     order.sort(axis=1)
@@ -93,25 +93,27 @@ def aggregate(
     top: int | None = None,
     threshold: float = 0.0,
 ) -> tuple[Int[Tensor, " rows"], Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
-    """Sparse p_kNN rows from neighbour distances and their tokens: compiled loops on CPU, torch on other devices.
+    """Turn neighbour distances and tokens into sparse p_kNN rows, by compiled loops on CPU and by torch elsewhere.
 
     Args:
         sq_dist: Squared L2 distances, in any order. +inf marks a missing neighbour.
         values: Token of each neighbour (ignored where the neighbour is missing).
         temperature: Divides the squared distance before the softmax (paper's tau; released script: 16).
-        top: Keep only the `top` most probable tokens of a row and renormalise (ties: the smaller token).
-        threshold: Drop tokens with a probability at or below it and renormalise; the most probable always stays.
+        top: Keep only the `top` most probable tokens of a row and renormalise (ties: the smaller token id).
+        threshold: Drop tokens whose probability is at or below it and renormalise; the most probable token always
+            stays.
 
     Returns:
-        (counts, tokens, probs): entries per row, shape (N,), then the entries in row order, within a row in the order
-        of the first neighbour that has the token. probs is float64 and sums to one within each row; no entry is zero.
+        (counts, tokens, probs). `counts` is the number of entries per row, shape (N,). The entries are in row order;
+        within a row they are in the order in which the tokens first occur among the neighbours. `probs` is float64 and
+        sums to one within each row; no entry is zero.
 
     Raises:
         RowError: A row has no neighbour at all, a distance is NaN, or a token is negative.
     """
     if not len(sq_dist):
         return values.new_empty(0).long(), values.new_empty(0).long(), sq_dist.new_empty(0).double()
-    # Extremes are vector instructions and carry NaN and inf along; masks of the whole block take ten times as long.
+    # min and max use vector instructions and propagate NaN and inf; masks of the whole block take ten times as long.
     nearest = sq_dist.amin(dim=1, keepdim=True)
     if not torch.isfinite(nearest).all():
         row = int((~torch.isfinite(nearest)).nonzero()[0, 0])
@@ -130,8 +132,8 @@ def aggregate(
 
 
 def _largest(values: Tensor) -> int:
-    """Largest token, or a negative one if there is any."""
-    if values.device.type == "cpu":  # one pass: as unsigned numbers the negative ones are the largest
+    """The largest token, or a negative token if there is one."""
+    if values.device.type == "cpu":  # one pass is enough: negative numbers read as unsigned ones are the largest
         return int(np.asarray(values.numpy()).view(np.uint64).max().astype(np.int64))
     smallest, largest = torch.aminmax(values)
     return int(torch.where(smallest < 0, smallest, largest))
@@ -165,7 +167,7 @@ def _aggregate_compiled(
     parts = kernels.in_threads(work, n_rows, _ROWS)
     if len(parts) == 1:
         return torch.from_numpy(counts), torch.from_numpy(parts[0][0]), torch.from_numpy(parts[0][1])
-    prob = np.concatenate([part.pop() for part in parts])  # one after the other, so that parts go as they are joined
+    prob = np.concatenate([part.pop() for part in parts])  # the parts' probs are freed before tokens are joined
     token = np.concatenate([part.pop() for part in parts], dtype=np.int64)
     return torch.from_numpy(counts), torch.from_numpy(token), torch.from_numpy(prob)
 
@@ -174,7 +176,10 @@ _KEPT = threading.local()
 
 
 def _scratch(name: str, size: int, dtype: type) -> NDArray[Any]:
-    """Memory of this thread that stays between calls, zero when it is new: fresh memory costs more than the sums."""
+    """This thread's scratch array of this name, kept between calls because allocation costs more than the sums.
+
+    It is zero when it is new.
+    """
     found = getattr(_KEPT, name, None)
     if found is None or len(found) < size:
         found = np.zeros(size, dtype)
@@ -186,11 +191,11 @@ def _scratch(name: str, size: int, dtype: type) -> NDArray[Any]:
 def aggregate_torch(
     sq_dist: Tensor, values: Tensor, nearest: Tensor, temperature: float, top: int | None, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in torch operations, for any device."""
+    """The same as `_aggregate_compiled`, in torch operations for any device."""
     n_rows, n_neighbours = values.shape
     weight = (sq_dist.double() - nearest.double()).mul_(-1.0 / temperature).exp_()
 
-    # Keys name (token, neighbour), so that equal tokens of a row meet in a sort and still know their weight.
+    # Sort keys are (token, neighbour): equal tokens of a row become adjacent, and each keeps the number of its weight.
     bits = (n_neighbours - 1).bit_length()
     key = values.bitwise_left_shift(bits)
     key = key.bitwise_or_(torch.arange(n_neighbours, device=key.device)).sort(dim=1).values
@@ -204,10 +209,11 @@ def aggregate_torch(
     mass = _sums(entry, weight.flatten(), len(row))
     mass /= _sums(row, mass, n_rows)[row]
     tokens = token[first]
-    seen = torch.where(weight > 0, place, n_neighbours).flatten()  # a missing neighbour is no appearance
+    seen = torch.where(weight > 0, place, n_neighbours).flatten()  # a missing neighbour does not count as an occurrence
     place = seen.new_full((len(row),), n_neighbours).scatter_reduce_(0, entry, seen, "amin")
 
-    # By row, then falling probability, then token: what to drop; by row, then place of appearance: the order kept.
+    # First sort by row, then falling probability, then token, to choose what to drop. At the end sort the kept entries
+    # by row, then by first occurrence.
     order = tokens.argsort(stable=True)
     order = order[mass[order].argsort(descending=True, stable=True)]
     order = order[row[order].argsort(stable=True)]
@@ -224,11 +230,11 @@ def aggregate_torch(
 
 
 def _sums(group: Tensor, values: Tensor, n_groups: int) -> Tensor:
-    """Sums of the values of each group. `index_add_` on CUDA adds in any order; this gives the same bits in every run."""
+    """Sum the values of each group with the same bits in every run; `index_add_` on CUDA adds in varying order."""
     return values.new_zeros(n_groups).index_put_((group,), values, accumulate=True)
 
 
 def recall(found: Int[np.ndarray, "B K"], true: Int[np.ndarray, "B K"]) -> float:
-    """Share of the true neighbours that were found, over all rows; -1 (missing) counts for nothing."""
+    """Fraction of the true neighbours that were found, over all rows; missing neighbours (-1) are not counted."""
     hits = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(found, true, strict=True))
     return hits / max(1, int((true >= 0).sum()))

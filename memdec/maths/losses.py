@@ -1,13 +1,13 @@
-"""A training objective fused with the output head: neither the dense [N, V] target nor the full logits exist.
+"""A training objective fused with the output head, so that neither a dense [N, V] target nor the full logits exist.
 
-For the paper's hybrid loss beta * KL(p_kNN || p_mem) + (1 - beta) * CE (equation 5) only the sparse entries of p_kNN
-and one log-normaliser per position are needed:
+The paper's hybrid loss beta * KL(p_kNN || p_mem) + (1 - beta) * CE (equation 5) needs only the sparse entries of p_kNN
+and one log-normaliser per position:
 
     KL = sum_j p_j log p_j - sum_j p_j h.w_j + logZ        CE = logZ - h.w_y
 
-Some rows at a time are projected, reduced and turned into gradients inside the forward pass, in one reused block. The
+The forward pass handles some rows at a time: it computes their logits, loss and gradients in one reused block. The
 released code keeps about eight dense [N, V] copies (6 GiB at 8 x 512 tokens, V = 50,257; here 0.09 GiB).
-`memdec.maths.objectives` has the formulas; everything about memory, chunks and precision is here.
+`memdec.maths.objectives` has the formulas. This module deals with memory, chunks and precision.
 """
 
 import math
@@ -22,10 +22,10 @@ from memdec.maths.objectives import KINDS, Hybrid, Objective, Positions, Terms
 
 IGNORED = -100  # label of a position that is not scored
 _BLOCK = {"cpu": 35 << 20, "cuda": 512 << 20}  # bytes of one float32 block of logits
-_FEWEST = 128  # rows of a block, however large the vocabulary: the head's gradient is read and written once per block
-_GROUP = 8  # rows that go through the passes of a softmax together on CPU: 8 x 50,257 x 4 bytes stay in the L2 cache
-_FAR = 40.0  # logits up to here are exponentiated as they are: e^40 leaves 21 orders of magnitude to float32's ends
-_SUMS = 1e-25, 1e30  # sums of exponentials in which no digit is lost
+_FEWEST = 128  # least rows of a block, because the head's whole gradient is read and written once per block
+_GROUP = 8  # rows per softmax step on CPU: 8 x 50,257 x 4 bytes stay in the L2 cache
+_FAR = 40.0  # logits up to +-40 are exponentiated without a shift: e^40 is 21 orders of magnitude from float32's limits
+_SUMS = 1e-25, 1e30  # range in which a sum of exponentials loses no digits
 
 
 class Sums(NamedTuple):
@@ -46,21 +46,21 @@ def fused_loss(
     objective: Objective = Hybrid(),  # noqa: B008
     chunk: int | None = None,
 ) -> Sums:
-    """Loss of N positions from their hidden states, summed; gradients to `hidden` and `head`.
+    """Sum the loss of N positions, computed from their hidden states; gradients flow to `hidden` and `head`.
 
-    Reductions are in float32 (float64 for float64 input). Products are taken in the type of `hidden`, or in autocast's.
+    Reductions are in float32 (float64 for float64 input). Matrix products use the type of `hidden`, or of autocast.
 
     Args:
         hidden: Final hidden states (after the last norm).
-        head: Output embedding; rows of a padded head are part of the softmax, as in training the model alone.
-        labels: The true next tokens; rows with -100 are left out, with their row of the target.
-        indptr, tokens, probs: p_kNN in CSR form, distinct tokens in a row, rows that sum to one. All may be empty for
-            cross-entropy, `Hybrid(0.0)`.
-        objective: What to compute.
-        chunk: Positions projected at a time; by default as many as fit into a block of 35 MiB (CUDA: 512 MiB).
+        head: Output embedding. The softmax includes the rows of a padded head, as in ordinary training of the model.
+        labels: The true next tokens. A position with label -100 is left out, together with its target row.
+        indptr, tokens, probs: p_kNN in CSR form: distinct tokens within a row, and rows that sum to one. All may be
+            empty for cross-entropy, `Hybrid(0.0)`.
+        objective: The loss to compute.
+        chunk: Positions per block of logits; by default as many as fit into 35 MiB (CUDA: 512 MiB).
 
     Raises:
-        ValueError: Shapes that do not fit each other.
+        ValueError: The shapes do not fit each other.
     """
     device = hidden.device.type
     if chunk is None:
@@ -71,13 +71,13 @@ def fused_loss(
         need = (hidden.requires_grad, head.requires_grad)
         sums, _, _ = _fused(*tensors, type(objective).__name__, list(vars(objective).values()), chunk, low, *need)
         return Sums(*sums.unbind())
-    if not torch.is_grad_enabled():  # autograd.Function would still be told that gradients are needed
+    if not torch.is_grad_enabled():  # autograd.Function would compute gradients even here
         return Sums(*_run(*tensors, objective, chunk, low, False, False)[0].unbind())
     return Sums(*_Fused.apply(*tensors, objective, chunk, low))  # type: ignore[no-untyped-call]
 
 
 def block_rows(n: int, vocab: int, device: str) -> int:
-    """Rows of a block of logits by default: as many as its bytes allow, all blocks of one size."""
+    """Default number of rows of a block of logits: as many as its bytes allow, with all blocks of about equal size."""
     most = max(_FEWEST, _BLOCK.get(device, _BLOCK["cuda"]) // (4 * vocab))
     return max(1, math.ceil(n / max(1, math.ceil(n / most))))
 
@@ -85,7 +85,7 @@ def block_rows(n: int, vocab: int, device: str) -> int:
 def token_log_probs(
     hidden: Float[Tensor, "N D"], head: Float[Tensor, "V D"], labels: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
-    """log p of the label at each position, float32, without gradients; the same blocks and types as the loss."""
+    """log p of the label at each position (float32), without gradients, in the same blocks and types as the loss."""
     found = []
     size = block_rows(len(hidden), len(head), hidden.device.type)
     for first in range(0, len(hidden), size):
@@ -95,9 +95,10 @@ def token_log_probs(
 
 
 class _Fused(torch.autograd.Function):
-    """Gradients are made in forward and handed over in backward; a second backward pass makes them again.
+    """Autograd function that computes the gradients in the forward pass and returns them in the backward pass.
 
-    Handing over instead of multiplying a copy keeps one [V, D] gradient alive instead of two.
+    Backward scales them in place, which keeps one [V, D] gradient in memory instead of two. So a second backward pass
+    has to compute them again.
     """
 
     @staticmethod
@@ -138,9 +139,9 @@ def _run(
     need_hidden: bool,
     need_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, kl, ce) as one tensor, and the gradients (empty where not needed).
+    """(loss, kl, ce) as one tensor, and the gradients of `hidden` and `head` (empty where not needed).
 
-    The head's is a sum over all positions, which float16 does not hold: it stays in float32 until it is scaled.
+    The gradient of the head is a sum over all positions and may overflow float16, so it is float32 until it is scaled.
     """
     _check(hidden, head, labels, indptr, tokens, probs)
     if isinstance(objective, Hybrid) and objective.kl_weight == 0:
@@ -189,7 +190,7 @@ def _scored(
     need_hidden: bool,
     need_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_run`, where every row counts."""
+    """The same as `_run`, for rows that are all scored."""
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     n, vocab = len(hidden), len(head)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -197,7 +198,7 @@ def _scored(
         grad_hidden = torch.zeros_like(hidden) if need_hidden else hidden.new_empty(0)
         grad_head = head.new_zeros(head.shape if need_head and n == 0 else 0, dtype=acc)
         sums = torch.zeros(3, dtype=torch.float64 if hidden.device.type == "cpu" else acc, device=hidden.device)
-        # One block for all: a fresh 50 MB per chunk costs 13,000 page faults, more than the softmax itself.
+        # All chunks use one block: allocating 50 MB per chunk costs 13,000 page faults, more than the softmax itself.
         block = torch.empty(min(chunk, n), vocab, dtype=acc, device=hidden.device)
         for begin in range(0, n, chunk):
             part = slice(begin, min(begin + chunk, n))
@@ -206,8 +207,8 @@ def _scored(
             sums += torch.stack([terms.loss, at.kl, at.ce])
             if not (need_hidden or need_head):
                 continue
-            # The dense part is `rate * weight`. A row's factor is cheaper on the [n, D] sides of the products than on
-            # the block; float16 and bfloat16 need probabilities in the block itself.
+            # The dense part of the gradient is `rate * weight`. Multiplying the [n, D] factors of the products by
+            # `rate` is cheaper than multiplying the block. float16 and bfloat16 need probabilities in the block itself.
             rate = None if terms.scale is None else terms.scale / at.total
             weight, h = _add(at, terms, rate, low), h_low[part]
             outer = wide and rate is not None
@@ -225,7 +226,7 @@ def _scored(
 
 
 def _over_positions(weight: Tensor, h: Tensor, acc: torch.dtype) -> Tensor:
-    """A product that sums over positions; the sum may be beyond float16's range before it is scaled."""
+    """The product `weight @ h`, which sums over positions; the unscaled sum may be beyond float16's range."""
     if h.dtype != torch.float16:
         return (weight @ h).to(acc)
     if h.device.type == "cuda":
@@ -245,7 +246,7 @@ def _positions(
     objective: Objective,
     wide: bool,
 ) -> Positions:
-    """Logits of some rows and everything that objectives need of them; `block` is overwritten."""
+    """Compute the logits of some rows and the values that objectives need; `block` is overwritten."""
     n = len(h)
     rows, z = torch.arange(n, device=h.device), block[:n]
     low, high = int(indptr[begin]), int(indptr[begin + n])
@@ -260,9 +261,10 @@ def _positions(
 
     project()
     top = z.topk(objective.n_top) if objective.n_top else None
-    z_label, z_entry = z[rows, labels], z[row, token]  # before exp takes their place
-    # exp(z - shift) may neither overflow nor vanish. A pass over the block for its maximum, and one to subtract it, are
-    # 6 % of the whole: logits that look small need neither, and where the looks deceive they are made once more.
+    z_label, z_entry = z[rows, labels], z[row, token]  # before exp overwrites the logits
+    # exp(z - shift) must neither overflow nor vanish. Finding each row's maximum and subtracting it would take 6 % of
+    # the whole time. So the shift is only the largest label or target logit of a row, and there is no shift at all if
+    # these are within +-40. If a row sum then leaves the range `_SUMS`, the block is recomputed with the true maximum.
     shift = z_label.scatter_reduce(0, row, z_entry, "amax") if wide else z.amax(-1)
     plain = wide and bool((shift.abs() < _FAR).all())
     shift = torch.zeros_like(shift) if plain else shift
@@ -279,7 +281,7 @@ def _positions(
 
 
 def _exponentiate(z: Tensor, shift: Tensor | None) -> Tensor:
-    """z becomes exp(z - shift); returns its row sums."""
+    """Replace z by exp(z - shift) in place; return the row sums."""
     total, group = z.new_empty(len(z)), _GROUP if z.device.type == "cpu" else len(z)
     for first in range(0, len(z), group):
         rows = slice(first, first + group)
@@ -289,14 +291,17 @@ def _exponentiate(z: Tensor, shift: Tensor | None) -> Tensor:
 
 
 def _add(at: Positions, terms: Terms, rate: Tensor | None, low: torch.dtype) -> Tensor:
-    """The gradient with respect to the logits, divided by `rate` where the products take it up, in the low type."""
+    """The gradient with respect to the logits, in the type `low`.
+
+    Where `low` is the block's own type, the result is divided by `rate`, by which the caller multiplies the products.
+    """
     weight, wide = at.weight, at.weight.dtype == low
     if rate is not None and not wide:
         weight.mul_(rate[:, None])
     for sparse in terms.sparse:
         value = sparse.value
         if rate is not None and wide:
-            # All values of a row have one sign and sum to -scale, so none of these is large.
+            # All values of a row have one sign and sum to -scale, so no quotient is large.
             value = value / rate[sparse.row].clamp_min(torch.finfo(rate.dtype).tiny)
         weight.view(-1).index_add_(0, sparse.row * weight.shape[1] + sparse.token, value.to(weight.dtype))
     return weight.to(low)
@@ -317,7 +322,7 @@ def _fused(
     need_hidden: bool,
     need_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for torch.compile, as one operation of its graph; both gradients are then multiplied in backward."""
+    """`_run` as one operation in a graph of torch.compile; backward then multiplies both gradients."""
     objective = KINDS[kind](*weights)
     return _run(hidden, head, labels, indptr, tokens, probs, objective, chunk, low, need_hidden, need_head)
 

@@ -1,4 +1,4 @@
-"""p(y|x) = alpha * p_mem(y|x) + (1 - alpha) * p_base(y|x) (paper, section 3.3), in float32 log space, in one place."""
+"""Mixing in log space: p(y|x) = alpha * p_mem(y|x) + (1 - alpha) * p_base(y|x) (paper, section 3.3)."""
 
 import math
 import sys
@@ -15,10 +15,10 @@ from memdec.maths.statistics import perplexity
 
 
 def check_weight(alpha: float) -> float:
-    """alpha as a float in [0, 1].
+    """Return alpha as a float after checking that it is in [0, 1].
 
     Raises:
-        ConfigError: It is not a number in that range.
+        ConfigError: alpha is not a number in that range.
     """
     try:
         value = float(alpha)
@@ -30,16 +30,16 @@ def check_weight(alpha: float) -> float:
 
 
 def log_weights(alpha: float) -> tuple[float, float]:
-    """(log alpha, log(1 - alpha)), with -inf for a weight of zero."""
+    """(log alpha, log(1 - alpha)); the log of a zero weight is -inf."""
     alpha = check_weight(alpha)
     return (math.log(alpha) if alpha else -math.inf, math.log1p(-alpha) if alpha < 1 else -math.inf)
 
 
 def check_weights(weights: Sequence[float], n_memories: int) -> list[float]:
-    """Weights of several memories, each in [0, 1] and together at most 1; the base has the rest.
+    """Check the weights of several memories: each is in [0, 1] and their sum is at most 1; the base has the rest.
 
     Raises:
-        ConfigError: Another number of them, or another sum.
+        ConfigError: The number of weights or their sum is wrong.
     """
     values = [check_weight(weight) for weight in weights]
     if len(values) != n_memories:
@@ -51,7 +51,7 @@ def check_weights(weights: Sequence[float], n_memories: int) -> list[float]:
 
 
 def base_weight(weights: Sequence[float]) -> float:
-    """What the memories leave to the base; rounding of their sum is no weight."""
+    """The weight that remains for the base. A remainder no larger than rounding error counts as 0."""
     rest = 1.0 - math.fsum(weights)
     return rest if rest > (len(weights) - 1) * sys.float_info.epsilon else 0.0
 
@@ -63,7 +63,7 @@ def mix(
 ) -> Float[Tensor, "*shape"]:
     """log(sum_i w_i p_mem,i + (1 - sum_i w_i) p_base), float32, of log-probabilities of equal shape.
 
-    What has no weight is not read and may be None; one that has all of it is the result to the bit.
+    A distribution with weight 0 is not read and may be None. A distribution with weight 1 is returned bit for bit.
     """
     weights = check_weights(weights, len(log_p_mems))
     parts = [(log_p_base, base_weight(weights)), *zip(log_p_mems, weights, strict=True)]
@@ -79,7 +79,7 @@ def mix(
 
 
 def mix_scores(log_p_base: NDArray[np.floating], log_p_mem: NDArray[np.floating], alpha: float) -> NDArray[np.float64]:
-    """The same for stored per-token scores, in float64, shape (N,): any alpha without another model pass."""
+    """Mix stored per-token log-probabilities, in float64, shape (N,), so that a new alpha needs no model pass."""
     base, memory = np.asarray(log_p_base, np.float64), np.asarray(log_p_mem, np.float64)
     if alpha == 0.0:
         return base
@@ -92,11 +92,11 @@ def mix_scores(log_p_base: NDArray[np.floating], log_p_mem: NDArray[np.floating]
 def log_softmax(logits: Float[Tensor, "*batch V"], n_vocab: int | None = None) -> Float[Tensor, "*batch V"]:
     """log-softmax in float32 over the first `n_vocab` entries.
 
-    Padded head rows (Qwen2.5: 151,936 up to 3B, 152,064 from 7B on) are cut before the softmax; the shorter head
-    decides.
+    `n_vocab` cuts off padded head rows before the softmax (Qwen2.5: 151,936 rows up to 3B, 152,064 from 7B on). It is
+    the size of the shorter head when two models are mixed.
 
     Raises:
-        NumericsError: The logits hold NaN (the released code turns that into probability one).
+        NumericsError: The logits hold NaN (the released code turns them into probability one).
     """
     if n_vocab is not None:
         logits = logits[..., :n_vocab]
@@ -111,11 +111,12 @@ def greedy_interval(
     log_p_mem: Float[Tensor, "*shape V"] | None,
     labels: Int[Tensor, "*shape"],
 ) -> Float[Tensor, "*shape 2"]:
-    """(from, to): the label is the most probable token of the mixture for just the alphas in between; empty: (1, 0).
+    """The interval (from, to) of alphas for which the label is the mixture's most probable token; (1, 0) if empty.
 
-    At alpha the label leads token y by b + alpha (m - b), with b and m what it leads y by in base and memory. So each y
-    rules out one side of alpha = b / (b - m), and what is left is an interval: exact for every alpha, where a stored grid
-    would have to be asked between its points. Without a memory it is [0, 1] or empty.
+    Let b and m be the probability of the label minus that of another token y, in base and memory. In the mixture this
+    difference is b + alpha (m - b). So each y excludes the alphas on one side of b / (b - m), and the rest is an
+    interval. It is exact for every alpha, which results stored for a grid of alphas would not be. Without a memory the
+    interval is [0, 1] or empty.
     """
     p = [None if log_p is None else log_p.exp() for log_p in (log_p_base, log_p_mem)]
     lead = [None if x is None else x.gather(-1, labels[..., None]) - x for x in p]
@@ -137,12 +138,12 @@ def perplexities(
 
     Args:
         log_p_base: log-probabilities (nats) under the base, (N,).
-        log_p_other: Under the memory, or p_kNN.
+        log_p_other: log-probabilities under the memory, or under p_kNN.
         weights: alpha of the memory, or lambda of p_kNN.
     """
     return {weight: perplexity(mix_scores(log_p_base, log_p_other, weight)) for weight in weights}
 
 
 def best_weight(values: Mapping[float, float], *, higher: bool = False) -> float:
-    """The weight with the lowest value, or the highest; of equal ones the smallest weight."""
+    """The weight with the lowest value, or with `higher` the highest; among ties the smallest weight."""
     return min(values, key=lambda weight: (-values[weight] if higher else values[weight], weight))

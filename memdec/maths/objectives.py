@@ -1,13 +1,13 @@
-"""Training objectives: the paper's hybrid loss and those that it reports as failed (paper v1, appendix H).
+"""Training objectives: the paper's hybrid loss and the losses that it reports as failed (paper v1, appendix H).
 
-p = p_kNN (sparse), q = p_mem = softmax(z). An objective sees the logits of a few positions as the weights
-exp(z - shift) with their sum, and p by its entries. It gives its value in nats and its gradient with respect to z in
-the form that never needs a dense target:
+Here p = p_kNN (sparse) and q = p_mem = softmax(z). An objective gets the logits of a few positions as exp(z - shift)
+with the sum over the vocabulary, and p by its sparse entries. It returns its value in nats and its gradient with
+respect to z, in a form that needs no dense target:
 
     d loss / d z_i = scale * q_i + (values at a few tokens i)
 
-The gradient of a function of softmax(z) sums to zero over the vocabulary; with g_i = d loss / d q_i it is
-q_i (g_i - sum_j q_j g_j), and all but `Focal` have the same g_i wherever p_i = 0.
+With g_i = d loss / d q_i, the gradient with respect to z_i is q_i (g_i - sum_j q_j g_j). It sums to zero over the
+vocabulary. The form above exists because all objectives but `Focal` have the same g_i wherever p_i = 0.
 """
 
 import math
@@ -21,22 +21,22 @@ from torch import Tensor
 
 
 class Positions(NamedTuple):
-    """What an objective sees of n positions."""
+    """The input of an objective for n positions."""
 
     weight: Float[Tensor, "n V"]  # exp(z - shift); an objective may overwrite it with a dense gradient
-    total: Float[Tensor, " n"]  # its sum over the vocabulary
-    row: Int[Tensor, " nnz"]  # entries of p: position, token, probability, log q
+    total: Float[Tensor, " n"]  # sum of `weight` over the vocabulary
+    row: Int[Tensor, " nnz"]  # the entries of p: `row` (position), `token`, `p` (probability) and `log_q`
     token: Int[Tensor, " nnz"]
     p: Float[Tensor, " nnz"]
     log_q: Float[Tensor, " nnz"]
-    kl: Float[Tensor, ""]  # sums over the positions
+    kl: Float[Tensor, ""]  # `kl` and `ce` are sums over the positions
     ce: Float[Tensor, ""]
     label: Int[Tensor, " n"]
-    top: tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]] | None  # the model's k leading logits and their tokens
+    top: tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]] | None  # the model's k largest logits and their tokens
 
 
 class Sparse(NamedTuple):
-    """Values at (row, token); equal places add up."""
+    """Sparse values at (row, token); values at the same (row, token) are added."""
 
     row: Int[Tensor, " m"]
     token: Int[Tensor, " m"]
@@ -47,13 +47,16 @@ class Terms(NamedTuple):
     """Sum of the loss over the positions, and its gradient with respect to the logits."""
 
     loss: Float[Tensor, ""]
-    scale: Float[Tensor, " n"] | None  # None: `weight` holds the dense part of the gradient already
+    scale: Float[Tensor, " n"] | None  # None: `weight` already holds the dense part of the gradient
     sparse: tuple[Sparse, ...]
 
 
 @dataclass(frozen=True)
 class Hybrid:
-    """kl_weight * KL(p || q) + (1 - kl_weight) * -log q_y (equation 5; beta = 0.5). 1 is `kl`, 0 is `ce`."""
+    """kl_weight * KL(p || q) + (1 - kl_weight) * -log q_y (equation 5; beta = 0.5).
+
+    Weight 1 is the objective `kl`, weight 0 is `ce`.
+    """
 
     kl_weight: float = 0.5
     n_top: ClassVar[int] = 0
@@ -103,7 +106,7 @@ class JensenShannon:
 class Focal:
     """-sum_i [a (1 - q_i)^g p_i log q_i + (1 - a) q_i^g (1 - p_i) log(1 - q_i)] (a = 0.5, g = 2).
 
-    1 - q_i is taken as at least the spacing of floating point numbers at one, so that a sure model has a finite loss.
+    1 - q_i is clamped to at least the machine epsilon, so that a model with q_i = 1 has a finite loss.
     """
 
     weight_of_targets: float = 0.5
@@ -115,12 +118,12 @@ class Focal:
         q = at.weight.div_(at.total[:, None])  # in place; from here on `weight` is q
         eps = torch.finfo(q.dtype).eps
         rest = (1 - q).clamp_min_(eps)
-        # Everywhere, as if p were zero: value and q_i g_i.
+        # First the loss and q_i g_i of all tokens, as if p were zero.
         power = q**gamma
         log_rest = rest.log()
         loss = -(1 - a) * torch.dot(power.flatten(), log_rest.flatten())
         weighted = log_rest.mul_(gamma).sub_(q / rest).mul_(power).mul_(a - 1)
-        # At the entries of p, the difference: s = p * d/dq of what depends on p, times q.
+        # Then the correction at the entries of p: q times the derivative of the terms with p.
         q_at, rest_at, power_at = q[at.row, at.token], rest[at.row, at.token], power[at.row, at.token]
         log_rest_at, rest_power = rest_at.log(), rest_at**gamma
         loss = loss + (at.p * ((1 - a) * power_at * log_rest_at - a * rest_power * at.log_q)).sum()
@@ -134,12 +137,12 @@ class Focal:
 
 @dataclass(frozen=True)
 class BiLD:
-    """KL[p_led || q_cor] + KL[p_cor || q_led] over softmaxed differences of pairs of leading logits.
+    """KL[p_led || q_cor] + KL[p_cor || q_led] over the softmax of pairwise differences of the top logits.
 
-    The logits of p are log p. `led`: tokens ranked by p (first term) or by q (second term), the k leading ones; `cor`:
-    the other side's logits of the same tokens; all pairs i < j of the ranking. The formula is BiLD's (Li et al., 2024,
-    arXiv 2406.13555) at temperature 1; the Memory Decoder paper prints no k. log p is at least log(1e-10) where p has
-    no mass, the released code's smallest probability.
+    The logits of p are log p. `led` are the logits of the k top tokens, ranked by p in the first term and by q in the
+    second. `cor` are the other distribution's logits of the same tokens. The differences are those of all pairs i < j
+    of the ranking. The formula is BiLD's (Li et al., 2024, arXiv 2406.13555) at temperature 1; the Memory Decoder paper
+    prints no k. log p is at least log(1e-10), because 1e-10 is the released code's smallest probability.
     """
 
     n_top: int = 8
@@ -148,7 +151,7 @@ class BiLD:
     def terms(self, at: Positions) -> Terms:
         if at.top is None:
             raise ValueError(f"bild: expected the {self.n_top} leading logits, found none")
-        at.weight.zero_()  # nothing but the leading tokens has a gradient
+        at.weight.zero_()  # only the top tokens have a gradient
         z_led, token_led = at.top
         token_cor, log_p_led, z_cor, there = self._ranked_by_p(at)
         loss_p, grad_p = _pairs(log_p_led, z_cor, there)
@@ -161,7 +164,7 @@ class BiLD:
         return Terms(loss_p + loss_q, None, tuple(sparse))
 
     def _ranked_by_p(self, at: Positions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens, log p, log q of the k likeliest entries of each row, and which are there; all (n, k)."""
+        """Tokens, log p, log q of the k likeliest entries of each row, and which of the k exist; all (n, k)."""
         order = torch.argsort(at.p, descending=True, stable=True)
         order = order[torch.argsort(at.row[order], stable=True)]
         row = at.row[order]
@@ -177,7 +180,7 @@ class BiLD:
         return token, log_p, log_q, there
 
     def _log_p(self, at: Positions, token: Tensor) -> Tensor:
-        """log p of (n, k) tokens, at least the logarithm of the floor."""
+        """log p of tokens of shape (n, k), not below log(floor)."""
         p = at.p.new_full(token.shape, self.floor)
         entry, rank = (token[at.row] == at.token[:, None]).nonzero(as_tuple=True)
         p[at.row[entry], rank] = at.p[entry].clamp_min(self.floor)
@@ -185,7 +188,7 @@ class BiLD:
 
 
 def _pairs(teacher: Tensor, student: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """KL between softmaxes over the differences of all pairs, and its gradient to the student's (n, k) logits."""
+    """KL between the softmaxes over all pairwise differences, and its gradient with respect to the student's logits."""
     i, j = torch.triu_indices(teacher.shape[1], teacher.shape[1], 1, device=teacher.device)
     valid = there[:, i] & there[:, j]
     log_p, log_q = (
@@ -203,12 +206,12 @@ def _rows(at: Positions) -> Tensor:
 
 
 def _sum(at: Positions, value: Tensor) -> Tensor:
-    """Sum over the entries of each position, (n,)."""
+    """Sum values over the entries of each position, shape (n,)."""
     return torch.zeros_like(at.total).index_add_(0, at.row, value)
 
 
 def _support(at: Positions) -> Tensor:
-    """q at the entries with p > 0, zero at the others, (nnz,)."""
+    """q at the entries with p > 0 and zero at the others, shape (nnz,)."""
     return torch.where(at.p > 0, at.log_q.exp(), 0.0)
 
 
@@ -228,7 +231,7 @@ def by_name(
     bild_top: int = 8,
     sparsity_weight: float = 0.01,
 ) -> Objective:
-    """The objective of a configuration: hybrid, kl, ce, focal, jsd, bild or sparsity."""
+    """The objective with this name: hybrid, kl, ce, focal, jsd, bild or sparsity."""
     known: dict[str, Objective] = {
         "hybrid": Hybrid(kl_weight),
         "kl": Hybrid(1.0),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SparseRows:
-    """N sparse distributions in CSR form: row i has `tokens[indptr[i]:indptr[i+1]]` with `probs` that sum to one."""
+    """N sparse distributions in CSR form: row i has `tokens[indptr[i]:indptr[i+1]]`, and its `probs` sum to one."""
 
     indptr: NDArray[np.int64]  # (N + 1,)
     tokens: NDArray[np.integer]  # (nnz,)
@@ -18,7 +18,7 @@ class SparseRows:
 
     @classmethod
     def of(cls, counts: Int[Tensor, " N"], tokens: Int[Tensor, " nnz"], probs: Float[Tensor, " nnz"]) -> "SparseRows":
-        """Rows from what `knn.aggregate` gives."""
+        """Make rows from the output of `knn.aggregate`."""
         return cls(np.concatenate([[0], np.cumsum(counts.numpy())]), tokens.numpy(), probs.numpy())
 
     def __len__(self) -> int:
@@ -26,14 +26,14 @@ class SparseRows:
 
 
 def probability_of(rows: SparseRows, tokens: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """Probability (float64) that each row gives to one token; zero where the row does not hold it."""
+    """Probability (float64) that row i gives to `tokens[i]`; zero where the row does not contain the token."""
     counts = np.diff(rows.indptr)
     hit = rows.tokens == np.repeat(tokens, counts)
     return np.bincount(np.repeat(np.arange(len(rows)), counts)[hit], rows.probs[hit], minlength=len(rows))
 
 
 def total_variation(ours: SparseRows, other: SparseRows) -> Float[np.ndarray, " N"]:
-    """Total variation distance of each pair of rows, half the L1 distance, from 0 to 1."""
+    """Total variation distance (half the L1 distance, from 0 to 1) of each pair of rows."""
     out = np.empty(len(ours))
     for row in range(len(ours)):
         both: dict[int, float] = {}

@@ -1,7 +1,7 @@
-"""Sliding windows over a token stream: every position is scored exactly once, with the most left context.
+"""Sliding windows over a token stream that score every position exactly once, with as much left context as possible.
 
-Position `p` is the prediction of `tokens[p]` from everything before it; position 0 is predicted from the prefix token
-(BOS, or EOS where there is none). With context 4 and stride 2 over ten tokens (`^` is the prefix):
+Position `p` is the prediction of `tokens[p]` from the tokens before it. Position 0 is predicted from the prefix token
+(BOS, or EOS if the tokenizer has no BOS). With context 4 and stride 2 over ten tokens (`^` is the prefix):
 
     tokens          0  1  2  3  4  5  6  7  8  9
     window 0     ^  0  1  2                         scores 0 1 2 3
@@ -11,7 +11,7 @@ Position `p` is the prediction of `tokens[p]` from everything before it; positio
 
 The paper uses context 1024 and stride 512. `stride == context` gives the disjoint windows of lm-eval's own
 `loglikelihood_rolling`. The released code cuts windows inside each `map` batch, so its perplexity depends on the number
-of workers; here the windows depend on (length, context, stride) alone.
+of workers. Here the windows depend on (length, context, stride) only.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ from memdec.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One model call: inputs are positions `begin - 1 .. end - 2` of the stream, predictions `begin .. end - 1`.
+    """One model call: the inputs are tokens `begin - 1 .. end - 2` and the predictions positions `begin .. end - 1`.
 
     Attributes:
-        begin: First predicted position (its input is the token before it, or the prefix).
-        first: First *scored* position; `begin .. first - 1` were scored by earlier windows.
+        begin: First predicted position; its input is the token before it, or the prefix.
+        first: First *scored* position; earlier windows scored `begin .. first - 1`.
         end: One past the last scored position.
     """
 
@@ -56,9 +56,9 @@ class Window:
 
 
 def windows(n_tokens: int, context: int, stride: int) -> list[Window]:
-    """Windows that score positions `0 .. n_tokens - 1` once each.
+    """The windows that score each of the positions `0 .. n_tokens - 1` once.
 
-    The last window is extended to the left instead of being short, so it too has full context.
+    The last window is extended to the left instead of being short, so that it has full context, too.
 
     Raises:
         ConfigError: `context < 1`, or `stride` outside `1 .. context`.

@@ -1,4 +1,4 @@
-"""Models of transformers: loading and making them, reading keys from them, counting operations, model cards.
+"""Loading and making transformers models, reading keys from them, counting their FLOPs, and writing model cards.
 
 May import: what `text` may, and text.
 """

@@ -1,12 +1,13 @@
-"""Floating point operations of training, counted from the shapes of a model.
+"""Floating point operations (FLOPs) of training, counted from the shapes of a model.
 
-The rule is that of Kaplan et al. 2020 (arXiv 2001.08361, section 2.1) and of PaLM (arXiv 2204.02311, appendix B), with a
-multiplication and an addition as two operations: a weight of a matrix costs 2 per token forward, 2 for its own gradient
-and 2 for the gradient of its input; attention costs 4 x context x width per layer forward and twice that backward. Only
-matrix products count, not norms, activations, softmax, embedding look-ups or the optimiser. Differences from the two:
-the head is counted at every position, and the whole square of the attention, as torch's `FlopCounterMode` does.
+The rule is that of Kaplan et al. 2020 (arXiv 2001.08361, section 2.1) and of PaLM (arXiv 2204.02311, appendix B). A
+multiplication and an addition count as two operations. Per token, a weight of a matrix costs 2 in the forward pass, 2
+for its own gradient, and 2 for the gradient of its input. Attention costs 4 x context x width per layer in the forward
+pass, and twice that in the backward pass. Only matrix products are counted, not norms, activations, softmax, embedding
+look-ups or the optimiser. There are two differences from these papers: the head is counted at every position, and
+attention is counted without the causal mask, as torch's `FlopCounterMode` does.
 
-Not counted: what flash attention or gradient checkpointing compute again in the backward pass.
+What flash attention or gradient checkpointing recomputes in the backward pass is not counted.
 """
 
 from pathlib import Path
@@ -18,15 +19,15 @@ from memdec.models import loading
 
 
 def flops_per_token(model: Any, context: int) -> float:
-    """Operations of one training step (forward and backward) per token of the batch.
+    """FLOPs of one training step (forward and backward) per token of the batch.
 
-    A frozen matrix has no gradient of its own, so LoRA costs 4 per frozen weight and 6 per adapter weight. Frozen layers
-    below the first adapter need no gradient of their input either; that is ignored, which with adapters in every layer
-    counts 2 per weight of the first layer's adapted projections too much.
+    A frozen matrix has no gradient of its own, so LoRA costs 4 per frozen weight and 6 per adapter weight. Layers below
+    the first adapter need no gradient of their input either, which this count ignores. With adapters in every layer it
+    therefore counts 2 too many per weight of the first layer's adapted projections.
 
     Args:
-        model: A decoder with dense layers, with or without a peft adapter; may be on the meta device. What is trained is
-            what requires a gradient.
+        model: A decoder with dense layers, with or without a peft adapter; may be on the meta device. A parameter is
+            counted as trained if it requires a gradient.
         context: Tokens of a window.
     """
     from transformers.pytorch_utils import Conv1D
@@ -37,14 +38,17 @@ def flops_per_token(model: Any, context: int) -> float:
 
 
 def attention_flops(config: Any, context: int) -> int:
-    """Operations per token of the scores and the weighted sums of all layers, forward; groups of heads cost as all."""
+    """FLOPs per token of attention scores and weighted sums in the forward pass of all layers.
+
+    Grouped-query attention costs as much as full attention, because every query head computes its own scores.
+    """
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return int(4 * context * width * config.num_hidden_layers)
 
 
 def ceiling(model_folder: Path, epochs: float, n_tokens: int, context: int) -> float:
-    """Operations of so many epochs of training all weights of a model; the weights are not read.
+    """FLOPs of training all weights of a model for `epochs`; the weights are not read.
 
     Args:
         model_folder: Folder with config.json.
@@ -53,6 +57,6 @@ def ceiling(model_folder: Path, epochs: float, n_tokens: int, context: int) -> f
         context: Tokens of a window.
 
     Raises:
-        ModelError: No config.json there.
+        ModelError: The folder has no config.json.
     """
     return epochs * n_tokens * flops_per_token(loading.on_meta(model_folder), context)

@@ -1,8 +1,8 @@
-"""Where keys come from: the input of the last layer's MLP (paper, section 3.1), or another point of the model by name.
+"""Reading keys from a model: the input of the last layer's MLP (paper, section 3.1), or another hidden state.
 
-Families that are used much are in `FAMILIES`. Elsewhere the layers are the largest list of modules, and the MLP is the
-first part of the last layer with a matrix that is called after the attention. Either way a probe with two short rows
-checks that the point is reached once per pass and gives one vector per token.
+`FAMILIES` has the module names of the common model families. In other models, the largest `ModuleList` is taken as the
+list of layers, and the MLP is the first module with a matrix that the last layer calls after the attention. In both
+cases a probe with two short rows checks that the point is reached once per forward pass and gives one vector per token.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memdec.errors import ModelError
 
-# model_type -> (layers, attention of a layer, MLP of a layer). GPT-NeoX runs both side by side; OPT has no MLP module.
+# model_type -> (layers, attention of a layer, MLP of a layer). GPT-NeoX runs both in parallel; OPT has no MLP module.
 FAMILIES = {
     "gpt2": ("transformer.h", "attn", "mlp"),
     "gpt_neo": ("transformer.h", "attn", "mlp"),
@@ -33,12 +33,12 @@ POINTS = ("mlp", "attention", "final")  # anything else is the path of a module
 
 
 class KeyPoint:
-    """One point of a model: `KeyPoint(model)(ids)` gives its vectors; the LM head does not run.
+    """One point of a model at which hidden states are read: `KeyPoint(model)(ids)`. The LM head does not run.
 
     Args:
         model: A causal LM of transformers.
-        name: "mlp" or "attention" (input of that part of the last layer), "final" (what the LM head gets), or the path
-            of a module, whose input it is (`transformer.h.5.mlp`).
+        name: "mlp" or "attention" (the input of that part of the last layer), "final" (the input of the LM head), or
+            the path of a module (the input of that module, such as `transformer.h.5.mlp`).
 
     Raises:
         ModelError: There is no such point, or it does not give one vector per token.
@@ -58,7 +58,7 @@ class KeyPoint:
         self.width = found[0].numel() // 6
 
     def __call__(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Vectors at every input token, in the model's dtype and on its device."""
+        """The hidden state of every input token, in the model's dtype and on its device."""
         return self._run(ids)[0].reshape(*ids.shape, self.width)
 
     @torch.inference_mode()
@@ -69,9 +69,10 @@ class KeyPoint:
 
     @contextmanager
     def capture(self) -> Iterator[list[Tensor]]:
-        """Collect what is at the point in every pass of the model during the `with` block.
+        """Collect the hidden states at the point in every forward pass of the model during the `with` block.
 
-        One tensor per pass, (B, T, D) or (B * T, D), in the model's dtype and on the device of that layer.
+        The list gets one tensor per pass, (B, T, D) or (B * T, D), in the model's dtype and on the device of that
+        layer.
         """
         seen: list[Tensor] = []
 
@@ -81,7 +82,7 @@ class KeyPoint:
             seen.append(given if given is not None else next(tensors))
 
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            seen.append(output[0])  # the last hidden state, of a tuple or of an output of transformers
+            seen.append(output[0])  # the last hidden state; the output is a tuple or a transformers output object
 
         if self.module is None:
             handle = self.model.base_model.register_forward_hook(after)
@@ -94,7 +95,7 @@ class KeyPoint:
 
 
 def last_mlp(model: Any) -> nn.Module:
-    """The MLP of the last layer, or the first matrix of it where it has no module of its own (OPT)."""
+    """The MLP of the last layer, or its first matrix in models that have no MLP module (OPT)."""
     return _module(model, "mlp")
 
 
@@ -115,7 +116,7 @@ def _module(model: Any, name: str) -> nn.Module:
 
 
 def _detect(model: Any) -> dict[str, nn.Module]:
-    """Attention and MLP of the last layer of an unknown family, by the order in which its parts are called."""
+    """Find attention and MLP in the last layer of an unknown family by the order in which its parts are called."""
     unknown = (
         f"{type(model).__name__}: expected a last layer with an attention and then an MLP, found {{}}; name the key point "
         "by the path of a module (datastore option key_point), or add the family to memdec.models.keypoints.FAMILIES"

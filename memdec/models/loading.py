@@ -1,4 +1,4 @@
-"""Base models: made from scratch (mini scale) or taken from a folder, the Hub or a GGUF file."""
+"""Stage `model`, and loading of models: from scratch (mini scale), a folder, the Hub or a GGUF file."""
 
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,18 @@ def load(
     dropout: float | None = None,
     **kwargs: Any,
 ) -> Any:
-    """A causal LM from an artefact folder, a model folder or a Hub id.
+    """Load a causal LM from an artefact folder, a model folder or a Hub id.
 
     Args:
-        name: Where it is.
-        dtype: Weights' type.
-        revision: Commit, for Hub ids.
-        subfolder: Where in the folder or repository.
-        dropout: Overrides every dropout rate of the configuration.
+        name: Folder or Hub id.
+        dtype: Type of the weights.
+        revision: Commit of a Hub id.
+        subfolder: Subfolder of the folder or repository.
+        dropout: Replaces every dropout rate of the configuration.
         kwargs: Passed on to `from_pretrained`.
 
     Raises:
-        ModelError: Nothing usable there.
+        ModelError: There is no usable model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -54,7 +54,7 @@ def load(
 
 
 def config(name: str | Path, revision: str | None = None) -> Any:
-    """Configuration of a model folder or Hub id."""
+    """The configuration of a model folder or Hub id."""
     from transformers import AutoConfig
 
     check_folder(name)
@@ -62,7 +62,7 @@ def config(name: str | Path, revision: str | None = None) -> Any:
 
 
 def on_meta(name: str | Path, revision: str | None = None) -> Any:
-    """The modules of a model folder or Hub id without their weights, on the meta device."""
+    """The model of a folder or Hub id on the meta device, so without weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -70,9 +70,9 @@ def on_meta(name: str | Path, revision: str | None = None) -> Any:
 
 
 def n_bytes(name: str | Path, dtype: str, revision: str | None = None) -> int:
-    """Bytes of the weights of a model folder or Hub id in a type (`auto`: that of its configuration); loads no weights.
+    """Size in bytes of a model's weights in the type `dtype` (`auto`: that of its configuration); loads no weights.
 
-    Quantised weights, whose size no configuration tells, count nothing.
+    The result is 0 for quantised weights, because the configuration does not state their size.
     """
     model = on_meta(name, revision)
     if getattr(model.config, "quantization_config", None) is not None:
@@ -82,10 +82,10 @@ def n_bytes(name: str | Path, dtype: str, revision: str | None = None) -> int:
 
 
 def placed(model: Any, device: torch.device, name: str) -> Any:
-    """The model on a device, which must have room for it.
+    """Move a model to a device after checking that the device has room for it.
 
     Raises:
-        ResourceError: It has not.
+        ResourceError: The device has too little free memory.
     """
     if devices.is_cuda(device):
         size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -95,7 +95,10 @@ def placed(model: Any, device: torch.device, name: str) -> Any:
 
 
 def check_folder(name: str | Path) -> None:
-    """A path that looks local must exist, whole: the Hub client's own message for it speaks of repository names."""
+    """Check that a name that looks like a local path is a complete model folder.
+
+    Without this check the Hub client would report an invalid repository name.
+    """
     path = Path(name)
     if path.is_dir() and (path / artefact.MARK).exists():
         artefact.read(path, artefact.kind_of(path) or "model")
@@ -115,14 +118,16 @@ def set_dropout(config: Any, rate: float) -> None:
 
 @torch.no_grad()
 def check_head(model: Any, *, bias: bool = False) -> None:
-    """The logits must be the output matrix times the final hidden state, which is all that is computed of them here.
+    """Check that a model's logits are the output matrix times the final hidden state.
+
+    The losses and scores of this package compute the logits that way.
 
     Args:
         model: A causal LM.
-        bias: Whether a bias of the output layer may be there.
+        bias: Whether the output layer may have a bias.
 
     Raises:
-        ModelError: Something else is done to them (Gemma 2, Granite and Cohere scale or cap them; Phi has a bias).
+        ModelError: The model changes its logits (Gemma 2, Granite and Cohere scale or cap them; Phi has a bias).
     """
     training = model.training
     model.eval()
@@ -139,9 +144,9 @@ def check_head(model: Any, *, bias: bool = False) -> None:
 
 
 def fuse_activations(model: nn.Module) -> None:
-    """Compute GPT-2's GELU in one kernel: the same function (to rounding), 8 passes over its input less.
+    """Replace GPT-2's GELU by one fused kernel, which computes the same function with 8 fewer passes over its input.
 
-    Changes the modules alone; the configuration, and so what is saved, stays as it is.
+    Results differ by rounding only. The configuration does not change, and so a saved model does not either.
     """
     from transformers.activations import FastGELUActivation, NewGELUActivation
 
@@ -152,14 +157,15 @@ def fuse_activations(model: nn.Module) -> None:
 
 
 def from_scratch(spec: ModelSpec, vocab_size: int, context: int, eos: int) -> Any:
-    """A randomly initialised decoder of a mini architecture, with tied embeddings."""
+    """A randomly initialised decoder with tied embeddings, of the architecture and size in `spec`."""
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
     if spec.width is None or spec.layers is None or spec.heads is None:
         raise ConfigError("model from scratch: expected width, layers and heads, found one missing")
     torch.manual_seed(spec.seed)
     dropout = spec.train.dropout if spec.train is not None else 0.0
-    # 0.02 suits widths near 1,000; at width 64 it costs half the run: valid perplexity 151 against 70 after 1 M tokens.
+    # The usual 0.02 suits widths near 1,000. At width 64 it costs half of the training: after 1 M tokens the valid
+    # perplexity is 151 instead of 70.
     common: dict[str, Any] = {
         "initializer_range": 0.05,
         "vocab_size": vocab_size,
@@ -177,7 +183,7 @@ def from_scratch(spec: ModelSpec, vocab_size: int, context: int, eos: int) -> An
                 resid_pdrop=dropout,
                 embd_pdrop=dropout,
                 attn_pdrop=dropout,
-                # The same function as GPT-2's gelu_new in one fused kernel: 1.2-1.4 x faster steps on CPU.
+                # The same function as GPT-2's gelu_new, in one fused kernel: steps on CPU are 1.2-1.4 x faster.
                 activation_function="gelu_pytorch_tanh",
                 **common,
             )
@@ -191,7 +197,7 @@ def from_scratch(spec: ModelSpec, vocab_size: int, context: int, eos: int) -> An
             * 2
             // 3
             // 8
-            * 8,  # SwiGLU has three matrices: the same parameters as 4 x width
+            * 8,  # SwiGLU has three matrices, so this has as many parameters as 4 x width
             num_hidden_layers=spec.layers,
             num_attention_heads=spec.heads,
             num_key_value_heads=max(1, spec.heads // 2),
@@ -203,10 +209,10 @@ def from_scratch(spec: ModelSpec, vocab_size: int, context: int, eos: int) -> An
 
 
 def run_pretrained(spec: ModelSpec, tokenizer_folder: Path, out: Path) -> None:
-    """Stage `model` for pretrained models.
+    """Stage `model` for pretrained models: make a model folder.
 
-    A folder or Hub id as it is becomes a folder of links (nothing is copied). A GGUF file, and the first `layers` of
-    any model, are written as float32 safetensors.
+    An unchanged folder or Hub model becomes a folder of links, without copies. A GGUF file, or a model of which only
+    the first `layers` are kept, is written as float32 safetensors.
     """
     assert spec.pretrained is not None
     inputs = {"tokenizer": artefact.read(tokenizer_folder, "tokenizer").recipe}
@@ -235,7 +241,7 @@ def run_pretrained(spec: ModelSpec, tokenizer_folder: Path, out: Path) -> None:
 def _link(folder: Path, out: Path) -> None:
     for file in folder.iterdir():
         if file.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja") and file.name != artefact.MANIFEST:
-            (out / file.name).unlink(missing_ok=True)  # of a build that was killed
+            (out / file.name).unlink(missing_ok=True)  # left by an interrupted build
             (out / file.name).symlink_to(file.resolve())
 
 
@@ -247,10 +253,10 @@ def _write(model: Any, words: Any, layers: int | None, out: Path) -> None:
 
 
 def from_gguf(source: sources.Source) -> Any:
-    """The model of a GGUF file with float32 weights, as an ordinary model of its class.
+    """Load a GGUF file as an ordinary transformers model with float32 weights.
 
     Raises:
-        ModelError: An architecture or file that transformers cannot read, or weights that are not all there.
+        ModelError: transformers cannot read the architecture or file, or weights are missing or left over.
     """
     from transformers import AutoModelForCausalLM
 
@@ -278,18 +284,18 @@ def from_gguf(source: sources.Source) -> Any:
 
 
 def _take_buffers(model: nn.Module, packed: nn.Module) -> None:
-    """Buffers that no file holds (the frequencies of RoPE)."""
+    """Copy the buffers that are not saved in files, such as the frequencies of RoPE."""
     for name, value in packed.named_buffers():
         part, _, last = name.rpartition(".")
         model.get_submodule(part).register_buffer(last, value, persistent=name in packed.state_dict())
 
 
 def keep_layers(model: Any, n: int) -> None:
-    """Drop all decoder layers but the first n, in place; embedding, final norm and head stay.
+    """Keep only the first n decoder layers, in place; embedding, final norm and head stay.
 
     Raises:
-        ConfigError: The model has fewer.
-        ModelError: Its layers are not one list.
+        ConfigError: The model has fewer layers.
+        ModelError: The layers are not in one list.
     """
     config = model.config
     _check_layers(config, n, config._name_or_path)
@@ -314,7 +320,7 @@ def _check_layers(config: Any, n: int, name: str) -> None:
 
 
 def snapshot(name: str, revision: str | None) -> Path:
-    """Local folder of a model folder or Hub id (safetensors, tokenizer and configuration only)."""
+    """The local folder of a model folder or Hub id; downloads safetensors, tokenizer and configuration only."""
     check_folder(name)
     if Path(name).is_dir():
         return Path(name)
@@ -327,7 +333,7 @@ def snapshot(name: str, revision: str | None) -> Path:
 
 
 def n_positions(config: Any) -> int | None:
-    """Tokens that a model can see at most; None where its configuration does not say."""
+    """The most tokens that a model can take (its positions), or None if its configuration does not say."""
     for field in ("max_position_embeddings", "n_positions"):
         if isinstance(getattr(config, field, None), int):
             return int(getattr(config, field))
@@ -335,23 +341,23 @@ def n_positions(config: Any) -> int | None:
 
 
 def check_positions(limit: int | None, n: int, what: str, instead: str) -> None:
-    """Models fail late or answer nonsense beyond the positions that they have.
+    """Check that n tokens fit into the positions of a model; beyond them a model fails late or gives nonsense.
 
     Args:
-        limit: Positions of the model or models; None where it is not known.
-        n: Tokens that are wanted.
-        what: What is so long, in words.
+        limit: Number of positions of the model or models; None if it is not known.
+        n: Number of tokens needed.
+        what: Name of the setting or text with this length, for the message.
         instead: The next step for the user.
 
     Raises:
-        ConfigError: There are fewer.
+        ConfigError: The model has fewer positions.
     """
     if limit is not None and n > limit:
         raise ConfigError(f"{what}: expected at most {limit} tokens (positions of the models), found {n}; {instead}")
 
 
 def n_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
+    """Number of parameters; tied parameters count once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -367,9 +373,9 @@ def head_weight(model: Any) -> Tensor:
 
 
 def model_identity(name: str, revision: str | None = None) -> str:
-    """What decides a model's outputs: a hash of the folder's weights and configuration, or Hub id and revision.
+    """An identifier of a model's outputs: a hash of the folder's weights and configuration, or Hub id and revision.
 
-    Not the recipe of an artefact: the same recipe under changed code may give other weights.
+    It is not the recipe of the artefact, because the same recipe may give other weights after a code change.
     """
     path = Path(name)
     if not path.is_dir():

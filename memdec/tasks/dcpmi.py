@@ -2,9 +2,9 @@
 
     s(y) = sum over words w of label y of ln(P(w|x) + 1e-10) - ln(P(w|d) + 1e-10),  P = alpha P_mem + (1 - alpha) P_base
 
-x is the filled prompt and d the domain premise, the end of the prompt without its text. One forward pass per context
-serves all words, by requests of a kind of our own, `label_word_probs`: (context, words, most tokens of the context), which
-works with any model of lm-eval.
+x is the prompt with its text, and d is the domain premise: the end of the prompt without the text. One forward pass per
+context scores all words. For this the tasks use a request type of their own, `label_word_probs`, with the arguments
+(context, words, most tokens of the context). It works with any lm-eval model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ from memdec.tasks.task import RowsTask
 from memdec.tasks.verbalizers import read_verbalizer
 from memdec.text import tokens
 
-EPSILON = 1e-10  # on probabilities, as in the released scoring code of kNN-Prompt; many words are less likely
-CONTEXT = 1024  # last tokens of a prompt that are read, as in that code, whatever the model holds
+EPSILON = 1e-10  # added to probabilities, as in kNN-Prompt's released code; many words are less likely than this
+CONTEXT = 1024  # number of last tokens of a prompt that are read, as in that code, even if the model could read more
 COLON = ":"  # the premise of knnlm-limits' plain PMI
 _PAIRS = 200_000  # (context, word) pairs that lm-eval's own models get at a time: about 0.2 GB of requests
 
-_PREMISE = "domain premise"  # field of a document that is nothing else
+_PREMISE = "domain premise"  # field of a document that consists of a premise only
 
 Rule = Literal["single_token", "first_token"]
 Asked = tuple[str, tuple[str, ...], int]  # context, words, most tokens of the context
@@ -38,8 +38,9 @@ Asked = tuple[str, tuple[str, ...], int]  # context, words, most tokens of the c
 class LabelWords:
     """The label words of a task in one tokenizer.
 
-    `texts` are those of distinct tokens, with their space. Per label, `labels` are numbers into `texts`, one per word, so
-    that a token that is the first of two words counts twice; `canonical` has one number per label.
+    `texts` are the texts of distinct tokens, with their leading space. For each label, `labels` has one index into
+    `texts` per word. Two label words may share a first token; it is then summed twice. `canonical` has one index per
+    label.
     """
 
     texts: tuple[str, ...]
@@ -48,14 +49,14 @@ class LabelWords:
 
 
 def label_words(words: Sequence[Sequence[str]], canonical: Sequence[str], rule: Rule, tokenizer: Any) -> LabelWords:
-    """Tokens of the words of each label, each with one leading space.
+    """Find the token of each label word, with one leading space.
 
     Args:
-        words: Per label.
-        canonical: One word per label; it may be in no list. Of several tokens it gives its first one.
-        rule: `single_token` leaves out words of several tokens (kNN-Prompt), `first_token` takes their first one
-            (knnlm-limits).
-        tokenizer: Of the model that is evaluated.
+        words: The words of each label.
+        canonical: One word per label, which need not be in `words`. If it has several tokens, the first one counts.
+        rule: For words of several tokens: `single_token` leaves them out (kNN-Prompt), `first_token` takes their first
+            token (knnlm-limits).
+        tokenizer: Tokenizer of the evaluated model.
     """
     numbers: dict[int, int] = {}  # token: its number
 
@@ -73,13 +74,13 @@ def label_words(words: Sequence[Sequence[str]], canonical: Sequence[str], rule: 
 def label_scores(
     log_p: Sequence[float], log_p_premise: Sequence[float], log_p_colon: Sequence[float], words: LabelWords
 ) -> dict[str, list[float]]:
-    """Scores of the labels by the rule of each accuracy: `acc`, `acc_mean`, `acc_lm`, `acc_pmi`, `acc_canonical`.
+    """Score each label by the rule of each accuracy: `acc`, `acc_mean`, `acc_lm`, `acc_pmi`, `acc_canonical`.
 
     Args:
         log_p: log-probabilities (nats) of the words after the prompt, in the order of `words.texts`.
         log_p_premise: The same after the domain premise.
         log_p_colon: The same after a colon.
-        words: Which of them are whose.
+        words: The words that belong to each label.
     """
     p, prior, colon = (np.exp(np.asarray(values, np.float64)) for values in (log_p, log_p_premise, log_p_colon))
     ratios, pmi = (np.log(p + EPSILON) - np.log(each + EPSILON) for each in (prior, colon))
@@ -96,9 +97,9 @@ def label_scores(
 def dcpmi_results(doc: Mapping[str, Any], results: Sequence[Sequence[float]], words: LabelWords) -> dict[str, float]:
     """Metrics of one row from the log-probabilities after its prompt, after the premise and after a colon.
 
-    `acc` is the paper's (DCPMI, sum), `acc_mean` its mean over words, `acc_lm` the sum of probabilities (Table 12),
-    `acc_pmi` as `acc` against a colon, `acc_canonical` DCPMI of the canonical word alone. Of equal scores the first label
-    wins.
+    The predicted label has the highest score; the first label wins a tie. The scores are: `acc`, the paper's sum of
+    DCPMI over words; `acc_mean`, the mean over words; `acc_lm`, the sum of probabilities (Table 12); `acc_pmi`, as
+    `acc` with a colon in place of the premise; `acc_canonical`, the DCPMI of the canonical word.
     """
     log_p, log_p_premise, log_p_colon = results
     scores = label_scores(log_p, log_p_premise, log_p_colon, words)
@@ -108,15 +109,16 @@ def dcpmi_results(doc: Mapping[str, Any], results: Sequence[Sequence[float]], wo
 
 
 def largest_share(labels: Sequence[int]) -> float:
-    """Share of the most frequent label."""
+    """Fraction of rows that have the most frequent label."""
     return float(np.bincount(labels).max() / len(labels))
 
 
 class DcpmiTask(RowsTask):
-    """Task whose rows have the prompt, its premise and a colon scored for all label words at once.
+    """lm-eval task that scores all label words at once after the prompt, after its premise, and after a colon.
 
-    Metadata: `labels` (names), `canonical`, `verbalizer` (name of a file) or `words`, `word_rule`, `premise`;
-    `max_context`: most tokens of a prompt that are read. The share of rows that get label L is the metric `predicted_L`.
+    Metadata: `labels` (names), `canonical`, `verbalizer` (name of a file) or `words`, `word_rule`, `premise`, and
+    `max_context` (most tokens of a prompt that are read). Metric `predicted_L` is the fraction of rows that get label
+    L.
     """
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
@@ -135,7 +137,7 @@ class DcpmiTask(RowsTask):
 
     @cached_property
     def words(self) -> LabelWords:
-        """The label words in the tokenizer of the model; only a run needs one."""
+        """The label words in the model's tokenizer; made at first use, because only a run needs a tokenizer."""
         metadata = self.config.metadata
         with one_line_errors():
             tokenizer = task.tokenizer(metadata)
@@ -152,17 +154,17 @@ class DcpmiTask(RowsTask):
         return words
 
     def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> Any:
-        """The prompt of a row, or the premise itself."""
+        """The prompt of a row; for a premise document, the premise."""
         return doc[_PREMISE] if _PREMISE in doc else super().doc_to_text(doc, doc_to_text)
 
     def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, *args: Any, **kwargs: Any) -> Any:
-        """The prompt; a system prompt or chat template is put around the premises as well."""
+        """The prompt of a row. A system prompt or chat template is applied to the premises as well."""
         premises = ({_PREMISE: each, "gold": 0} for each in (self.config.metadata["premise"], COLON))
         self._premises = [super(DcpmiTask, self).fewshot_context(each, 0, *args, **kwargs) for each in premises]
         return super().fewshot_context(doc, num_fewshot, *args, **kwargs)
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
-        """Three requests: after the prompt, after the premise, after a colon."""
+        """Make three requests: for the words after the prompt, after the premise, and after a colon."""
         plain = {key: value for key, value in kwargs.items() if key not in ("apply_chat_template", "chat_template")}
         limit = int(self.config.metadata.get("max_context", CONTEXT))
         return [
@@ -171,7 +173,7 @@ class DcpmiTask(RowsTask):
         ]
 
     def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
-        """Metrics of one row; none with --predict_only, for which lm-eval takes our function away."""
+        """Metrics of one row; none with --predict_only, for which lm-eval removes our function."""
         if not callable(self.config.process_results):
             return {}
         metrics: dict[str, float] = self.config.process_results(doc, results, self.words)
@@ -181,10 +183,10 @@ class DcpmiTask(RowsTask):
 
 
 def label_word_probs(lm: Any, requests: list[Instance]) -> list[list[float]]:
-    """log-probability (nats) of each of the words as the next token, through the log-likelihoods of any lm-eval model.
+    """log-probability (nats) of each word as the next token, from the log-likelihoods of any lm-eval model.
 
-    `hf` runs one row per context for them (`logits_cache`); equal contexts are asked once. Where a model has tokens, a
-    context is cut on the left to the limit of the request; any model cuts it to what it holds.
+    Equal requests are sent once, and `hf` runs one row per context for all words (`logits_cache`). If the model works
+    with tokens, a context is cut on the left to the request's limit. Every model cuts it to its own maximum.
     """
     asked = list(dict.fromkeys(request.args for request in requests))
     step = max(1, _PAIRS // max(len(words) for _, words, _ in asked))
@@ -202,8 +204,11 @@ def _log_p_texts(lm: Any, asked: Sequence[Asked]) -> Any:
 
 
 def _log_p_tokens(lm: TemplateLM, asked: Sequence[Asked]) -> Any:
-    """As the model's own `loglikelihood`, but that a context is cut, that space at its end (of a chat template) is read and
-    not scored, and that a word's tokens are made once."""
+    """Score words as the model's own `loglikelihood` does, with three differences.
+
+    The context is cut. A space at its end (from a chat template) is part of the context and not of the word. The tokens
+    of a word are computed once.
+    """
     tokens_of: dict[str, list[int]] = {}
     pairs = []
     for context, words, limit in asked:
@@ -215,5 +220,5 @@ def _log_p_tokens(lm: TemplateLM, asked: Sequence[Asked]) -> Any:
     return lm._loglikelihood_tokens(pairs)
 
 
-if not hasattr(LM, "label_word_probs"):  # the name under which lm-eval looks for what answers such requests
+if not hasattr(LM, "label_word_probs"):  # lm-eval calls the method with the name of the request type
     LM.label_word_probs = label_word_probs

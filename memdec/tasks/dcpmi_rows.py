@@ -1,4 +1,4 @@
-"""Rows of the nine zero-shot tasks: their label fields, and where they are from."""
+"""Rows of the nine zero-shot tasks: their text and label fields, and their sources."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -12,20 +12,20 @@ from memdec.errors import ConfigError, CorpusError
 from memdec.tasks import rows
 from memdec.tasks.rows import HubRows, Rows
 
-YAHOO_TEST = 60_000  # rows of the whole test split; the published scores are of 3,000 of them
+YAHOO_TEST = 60_000  # rows of the whole test split; the published scores use 3,000 of them
 _YAHOO_DRAW = "f7d4fc6f5876ed4f381ab8d16595e9f8b7a60482ccd74e00b63579938560a017"
 
 
 @dataclass(frozen=True, slots=True)
 class RowSet:
-    """How a set of rows is read.
+    """How to read the rows of one task.
 
     Args:
         texts: Fields of the prompt.
         label: Field of the label.
-        values: Label index of each value of it; None: such rows are left out.
-        hub: Where the rows are without a file, by split.
-        adapt: Gives a row of the Hub these fields.
+        values: Label index of each value of the label field; rows with index None are left out.
+        hub: Source on the Hub of each split, used if there is no local file.
+        adapt: Converts a row of the Hub to these fields.
     """
 
     texts: tuple[str, ...]
@@ -36,14 +36,17 @@ class RowSet:
 
 
 def _super_glue(name: str) -> dict[str, HubRows]:
-    """The labels of its test split are not published: validation is the test, train serves to choose alpha."""
+    """Splits of a SuperGLUE task: its validation split is our test, and its train split is for choosing alpha.
+
+    The labels of its own test split are not published.
+    """
     commit = "3de24cf8022e94f4ee4b9d55a6f539891524d646"
     splits = {"test": "validation", "validation": "train"}
     return {ours: HubRows("aps/super_glue", name, theirs, commit) for ours, theirs in splits.items()}
 
 
 _ROTTEN = "cornell-movie-review-data/rotten_tomatoes", "aa13bc287fa6fcab6daf52f0dfb9994269ffea28"
-# No commit is known to hold these files; the one that was read is in the results.
+# No commit with these files is known, so the newest one is read. The results state which commit that was.
 _YAHOO = "community-datasets/yahoo_answers_topics", None, "test", rows.NEWEST
 _TWO: Mapping[int | str, int | None] = {0: 0, 1: 1}
 _PAIR = ("premise", "hypothesis")
@@ -75,13 +78,13 @@ SETS = {
 
 
 def load_rows(**metadata: Any) -> dict[str, Rows]:
-    """Rows of the set that metadata `set` names, with their label index as `gold`.
+    """Load the rows of the task that metadata `set` names, with their label index as `gold`.
 
-    Metadata `split` (test, or validation to choose alpha on) says which; either way lm-eval calls it test.
+    Metadata `split` chooses test, or validation for choosing alpha. lm-eval calls either of them test.
 
     Raises:
-        ConfigError: Another split.
-        CorpusError: No rows, or one without text, without label or with an unknown one.
+        ConfigError: The split is neither test nor validation.
+        CorpusError: There are no rows, or a row has no text, no label or an unknown label.
     """
     name, split = str(metadata["set"]), metadata.get("split", "test")
     if split not in ("test", "validation"):
@@ -99,7 +102,7 @@ def load_rows(**metadata: Any) -> dict[str, Rows]:
 
 
 def _with_gold(found: Rows, kind: RowSet) -> Rows:
-    """Rows with `gold`; one that is there already must be the same."""
+    """Add the label index `gold` to the rows; a `gold` that a row already has must be the same."""
     gold: list[int] = []
     kept = []
     for number, row in enumerate(found.rows):
@@ -127,10 +130,10 @@ def _with_gold(found: Rows, kind: RowSet) -> Rows:
 
 
 def yahoo_draw() -> NDArray[np.int64]:
-    """Numbers of the 3,000 rows of Yahoo in the order that knnlm-limits reads them.
+    """Numbers of the 3,000 Yahoo rows that knnlm-limits samples, in its order.
 
     Raises:
-        ConfigError: NumPy's legacy generator draws others here.
+        ConfigError: NumPy's legacy random generator gives other numbers on this machine.
     """
     drawn = np.random.RandomState(42).choice(YAHOO_TEST, 3000, replace=False)
     found = hashlib.sha256(drawn.astype("<i8").tobytes()).hexdigest()

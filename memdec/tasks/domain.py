@@ -1,7 +1,8 @@
-"""The domain tasks of AdaptLLM: finished prompts, options scored by their mean log-likelihood per token.
+"""The domain tasks of AdaptLLM: rows with complete prompts, and options scored by mean log-likelihood per token.
 
-Rows: MEMDEC_DATA/<task>/adaptllm_schema.jsonl, else the AdaptLLM set on the Hub, with the same columns. Metrics are in
-`memdec.tasks.domain_metrics`; prompts, sources and what differs from AdaptLLM's own code in `harness_tasks/domain/README.md`.
+Rows come from MEMDEC_DATA/<task>/adaptllm_schema.jsonl, or else from the AdaptLLM data set on the Hub, which has the
+same columns. `memdec.tasks.domain_metrics` has the metrics. `harness_tasks/domain/README.md` describes the prompts, the
+sources and the differences from AdaptLLM's own code.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,24 +15,24 @@ from memdec.tasks import domain_metrics, rows, task
 from memdec.tasks.rows import HubRows, Rows
 
 HEADLINE_QUESTIONS = 9
-# CaseHOLD with demonstrations: so many last rows serve as demonstrations and are not scored, at any number of shots, so
-# that all of these tasks score the same rows.
+# Without a train file, CaseHOLD takes its demonstrations from these last rows and does not score any of them. Their
+# number is the same for any number of shots, so that all of these tasks score the same rows.
 HELD_OUT = 16
 PLACEHOLDER = "<HOLDING>"
 _ROWS = 256  # rows that are tokenized at a time
 CASEHOLD_PROMPT = "Complete the following excerpt from a US court opinion:\n"
 
-Pair = tuple[str, str]  # what is read, what is scored after it
+Pair = tuple[str, str]  # context, and the continuation that is scored
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def load_choices(**metadata: Any) -> dict[str, Rows]:
-    """Rows of a multiple-choice task: input, options, gold_index; `option_tokens` is added.
+    """Load a multiple-choice task: input, options, gold_index; `option_tokens` is added.
 
     Raises:
-        CorpusError: Names file, row and field.
+        CorpusError: A row is not valid; the message names file, row and field.
     """
     found = _found(metadata, {"input": str, "options": list, "gold_index": int})
     for number, row in enumerate(found.rows):
@@ -40,7 +41,7 @@ def load_choices(**metadata: Any) -> dict[str, Rows]:
 
 
 def load_headlines(**metadata: Any) -> dict[str, Rows]:
-    """As `load_choices`, and class_id: which of the nine questions is asked."""
+    """Load rows as `load_choices` does, with class_id, the number of the row's question among the nine."""
     found = _found(metadata, {"input": str, "options": list, "gold_index": int, "class_id": int})
     for number, row in enumerate(found.rows):
         _check_choices(found, number, row, [row["gold_index"]])
@@ -50,7 +51,7 @@ def load_headlines(**metadata: Any) -> dict[str, Rows]:
 
 
 def load_multi_gold(**metadata: Any) -> dict[str, Rows]:
-    """As `load_choices`, with a list of right options in gold_index."""
+    """Load rows as `load_choices` does, with a list of correct options in gold_index."""
     found = _found(metadata, {"input": str, "options": list, "gold_index": list})
     for number, row in enumerate(found.rows):
         golds = row["gold_index"]
@@ -61,10 +62,11 @@ def load_multi_gold(**metadata: Any) -> dict[str, Rows]:
 
 
 def load_casehold(**metadata: Any) -> dict[str, Rows]:
-    """Rows of CaseHOLD: input_options (prompts), output (shared), gold_index; `option_tokens` is added.
+    """Load CaseHOLD: input_options (one prompt per option), output (common to all), gold_index; adds `option_tokens`.
 
-    Metadata `shots`: completed excerpts before each prompt, from MEMDEC_DATA/casehold/train.jsonl (context, endings,
-    label) or, without that file, from the last rows, which then are not scored.
+    Metadata `shots` is the number of completed excerpts before each prompt. They come from
+    MEMDEC_DATA/casehold/train.jsonl (context, endings, label). Without that file they come from the last rows, which
+    then are not scored.
     """
     found = _found(metadata, {"input_options": list, "output": str, "gold_index": int})
     size = len(found.rows[0]["input_options"])
@@ -81,7 +83,7 @@ def load_casehold(**metadata: Any) -> dict[str, Rows]:
 
 
 def load_entities(**metadata: Any) -> dict[str, Rows]:
-    """Rows of NER: input, label as `Name (type), Name (type)`."""
+    """Load NER: input, and label as `Name (type), Name (type)`."""
     found = _completions(metadata)
     for number, row in enumerate(found.rows):
         if not domain_metrics.entities(row["label"]):
@@ -90,7 +92,7 @@ def load_entities(**metadata: Any) -> dict[str, Rows]:
 
 
 def load_numbers(**metadata: Any) -> dict[str, Rows]:
-    """Rows of ConvFinQA: input, label with a number; or yes, no, which AdaptLLM's metric always counts as wrong."""
+    """Load ConvFinQA: input, and label with a number, or yes or no, which AdaptLLM's metric always counts as wrong."""
     found = _completions(metadata)
     for number, row in enumerate(found.rows):
         if not domain_metrics.numbers(row["label"]) and row["label"].strip().lower() not in ("yes", "no"):
@@ -106,7 +108,7 @@ def _completions(metadata: dict[str, Any]) -> Rows:
 
 
 def _found(metadata: dict[str, Any], fields: dict[str, type]) -> Rows:
-    """The rows of the set that the metadata names, with these fields."""
+    """Load the data set that the metadata names and check that its rows have these fields."""
     name = str(metadata["adaptllm_config"])
     hub = HubRows(str(metadata["adaptllm_path"]), name, "test", str(metadata["adaptllm_revision"]))
     found = rows.load(name, f"{name.lower()}/adaptllm_schema.jsonl", hub)
@@ -158,7 +160,7 @@ def _with_demonstrations(found: Rows, shots: int) -> Rows:
 
 
 def _completed(train: Rows, shots: int) -> list[str]:
-    """Prompts with the right ending, of the first rows that have one place for it."""
+    """The first `shots` prompts with exactly one placeholder, completed by the correct ending."""
     rows.check(train, {"context": str, "endings": list, "label": int})
     texts = []
     for number, row in enumerate(train.rows):
@@ -176,9 +178,9 @@ def _completed(train: Rows, shots: int) -> list[str]:
 
 
 def token_mean_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """AdaptLLM scoring: the option with the highest mean log-likelihood per token is right.
+    """AdaptLLM's scoring: the prediction is the option with the highest mean log-likelihood per token.
 
-    lm-eval's own acc_norm divides by characters instead; `acc_sum` does not divide at all.
+    lm-eval's acc_norm divides by the number of characters instead. `acc_sum` uses the undivided sum.
     """
     mean, total = _predictions(doc, results)
     golds = doc["gold_index"] if isinstance(doc["gold_index"], list) else [doc["gold_index"]]
@@ -187,19 +189,19 @@ def token_mean_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any
 
 
 def weighted_f1_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """The same, and (right, predicted) for the weighted F1."""
+    """`token_mean_results`, and (correct, predicted) for the weighted F1."""
     pair = doc["gold_index"], _predictions(doc, results)[0]
     return token_mean_results(doc, results) | {"weighted_f1": pair, "score": pair}
 
 
 def micro_macro_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """The same, and (right, predicted) for micro and macro F1."""
+    """`token_mean_results`, and (correct, predicted) for micro and macro F1."""
     pair = doc["gold_index"], _predictions(doc, results)[0]
     return token_mean_results(doc, results) | {"micro_f1": pair, "macro_f1": pair, "score": pair}
 
 
 def headline_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """The same, and (question, right, predicted) for the F1 of Headline."""
+    """`token_mean_results`, and (question, correct, predicted) for the F1 of Headline."""
     triple = doc["class_id"], doc["gold_index"], _predictions(doc, results)[0]
     return token_mean_results(doc, results) | {"headline_f1": triple, "score": triple}
 
@@ -211,13 +213,13 @@ def entity_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
 
 
 def number_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
-    """Whether a number of the answer is that of the label."""
+    """Whether a number of the answer equals the label's number."""
     hit = float(domain_metrics.same_number(doc["label"], results[0]))
     return {"exact_match": hit, "score": hit}
 
 
 def _predictions(doc: dict[str, Any], results: list[Any]) -> tuple[int, int]:
-    """Best option by mean log-likelihood per token, and by their sum."""
+    """The best option by mean log-likelihood per token, and the best by summed log-likelihood."""
     sums = [float(log_p) for log_p, _ in results]
     means = [total / size for total, size in zip(sums, doc["option_tokens"], strict=True)]
     return _argmax(means), _argmax(sums)
@@ -236,13 +238,13 @@ def _prompt_pairs(row: dict[str, Any]) -> list[Pair]:
 
 
 def _counted(found: Rows, pairs: Callable[[dict[str, Any]], list[Pair]], metadata: dict[str, Any]) -> Rows:
-    """Adds `option_tokens`: tokens of each option that the model is asked for."""
+    """Add `option_tokens`, the number of scored tokens of each option."""
     words = task.tokenizer(metadata)
     counts = []
     bar = tqdm(total=len(found.rows), desc=f"{metadata['adaptllm_config']}: tokens of options", unit="row", delay=2)
     for first in range(0, len(found.rows), _ROWS):
         part = [pairs(row) for row in found.rows.select(range(first, min(first + _ROWS, len(found.rows))))]
-        # Space at the end of what is read counts, as lm-eval scores it, too.
+        # A space at the end of the context counts as part of the option, because lm-eval scores it, too.
         texts = {text for row in part for before, after in row for text in (before.rstrip(), before + after)}
         listed = list(texts)
         n_tokens = dict(zip(listed, map(len, words(listed, verbose=False)["input_ids"]), strict=True))

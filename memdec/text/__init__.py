@@ -1,4 +1,4 @@
-"""Text: corpora with their splits, tokenizers, token streams.
+"""Corpora with their splits, tokenizers, and token streams.
 
 May import: errors, settings, maths, artefacts, config.
 """

@@ -1,7 +1,8 @@
-"""Documents of a corpus: read, deduplicated, split by source so that nothing leaks, capped, hashed.
+"""Stage `corpus`: read documents, deduplicate them, split them by source, limit their size, and hash them.
 
-Inputs are documentation strings of installed packages (read statically, nothing is imported), local files, or a data
-set of the Hub. Output is a folder with one parquet file per split (columns `text`, `source`).
+Splitting by source keeps parts of one source file from being in both train and test. Inputs are docstrings of installed
+packages (read without importing them), local files, or a data set of the Hub. The output is a folder with one parquet
+file per split (columns `text`, `source`).
 """
 
 import ast
@@ -29,14 +30,14 @@ from memdec.errors import CorpusError, outside
 from memdec.settings import SPLITS, CorpusSpec, DocstringCorpus, FileCorpus, HubCorpus, Split
 
 SKIPPED_FOLDERS = {"tests", "test", "_vendor", "_vendored_packages", "idlelib", "lib2to3", "site-packages", "testing"}
-SHINGLE = 12  # words
-MAX_OVERLAP = 0.3  # share of a valid/test document's shingles that may occur in train
-MAX_FILE_SHARE = 0.05  # a file with more of the corpus than this goes to train, or one module would be the test set
+SHINGLE = 12  # words of a shingle, the unit in which the overlap of two texts is measured
+MAX_OVERLAP = 0.3  # fraction of a valid/test document's shingles that may occur in train
+MAX_FILE_SHARE = 0.05  # a file with a larger fraction of the text goes to train, or it might be most of the test set
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and where it came from; documents of one `unit` always stay in one split."""
+    """One text and its source. All documents of one `unit` (a file, say) are in the same split."""
 
     text: str
     unit: str
@@ -47,9 +48,9 @@ def run(spec: CorpusSpec, out: Path, against: Sequence[Path] = ()) -> None:
     """Stage `corpus`: make the folder `out` from a corpus description.
 
     Args:
-        spec: What to read.
+        spec: The description of the corpus.
         out: Folder to make.
-        against: Corpus folders whose train text must not overlap this corpus's valid and test text.
+        against: Corpus folders whose train text must not overlap the valid and test text of this corpus.
     """
     inputs = {f"against {i}": artefact.read(path, "corpus").recipe for i, path in enumerate(against)}
     inputs["origin"] = _origin(spec)
@@ -58,7 +59,7 @@ def run(spec: CorpusSpec, out: Path, against: Sequence[Path] = ()) -> None:
             return
         splits = _splits(spec)
         dropped = {}
-        if _split_here(spec):  # published splits stay as they are, or the numbers compare with nobody's
+        if _split_here(spec):  # published splits stay as they are, so that results compare with published ones
             texts = [doc.text for doc in splits["train"]] + [text for path in against for text in load(path, "train")]
             dropped = _drop_overlap(splits, _shingles(texts))
         facts: dict[str, Any] = {"dropped_for_overlap": dropped, "separator": spec.separator, "splits": {}}
@@ -77,13 +78,13 @@ def run(spec: CorpusSpec, out: Path, against: Sequence[Path] = ()) -> None:
 
 
 def load(path: Path, split: Split) -> list[str]:
-    """Texts of one split of a corpus folder, in order."""
+    """The texts of one split of a corpus folder, in order."""
     artefact.read(path, "corpus")
     return list(pq.read_table(path / f"{split}.parquet", columns=["text"])["text"].to_pylist())
 
 
 def joined(texts: Iterable[str], separator: str, eos: str) -> str:
-    """One string whose tokens are the token stream of the split: documents, each followed by EOS if so configured."""
+    """Join documents into one string whose tokens are the split's token stream; separator `eos` puts EOS after each."""
     return "".join(text + eos for text in texts) if separator == "eos" else "".join(texts)
 
 
@@ -114,7 +115,7 @@ def _split_here(spec: CorpusSpec) -> bool:
 
 
 def _origin(spec: CorpusSpec) -> str:
-    """What the text depends on besides the description: versions of packages, sizes and times of files."""
+    """What else decides the text: versions of packages, digests of files, or the revision of a Hub data set."""
     if isinstance(spec, DocstringCorpus):
         return ", ".join(f"{name} {_package_version(name)}" for name in spec.packages)
     if isinstance(spec, FileCorpus):
@@ -139,7 +140,7 @@ def _docstring_documents(spec: DocstringCorpus) -> Iterator[Document]:
     for root, file in tqdm(files, desc="read docstrings", unit="file", mininterval=2):
         unit = file.relative_to(root).as_posix()
         try:
-            with warnings.catch_warnings():  # invalid escapes in other people's source
+            with warnings.catch_warnings():  # such as invalid escapes in the packages' source
                 warnings.simplefilter("ignore")
                 tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError):
@@ -167,7 +168,7 @@ def _package_files(name: str) -> list[tuple[Path, Path]]:
 
 
 def _documentation(tree: ast.Module, stem: str) -> list[tuple[int, str]]:
-    """Docstrings of a module; in modules made of documentation (torch's `_torch_docs`, pydoc's topics) every string."""
+    """(line, text) of a module's docstrings, or of all strings in documentation modules (`_torch_docs`, `topics`)."""
     if stem.endswith("_docs") or stem == "topics":
         strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
         return [(node.lineno, str(node.value)) for node in strings]
@@ -181,14 +182,14 @@ def _documentation(tree: ast.Module, stem: str) -> list[tuple[int, str]]:
 
 
 def _clean(text: str) -> str:
-    """Uniform indentation and line ends; no character that UTF-8 cannot hold."""
+    """Make indentation and line ends uniform, and drop characters that UTF-8 cannot encode."""
     import inspect
 
     return inspect.cleandoc(text.replace("\r\n", "\n")).encode("utf-8", "ignore").decode().strip()
 
 
 def _matches(pattern: str) -> list[Path]:
-    # A name that is there is meant literally, whatever brackets it holds.
+    # The name of an existing file is taken literally, even if it contains brackets.
     names = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
     files = sorted(map(Path, names))
     files = [file for file in files if file.is_file()]
@@ -276,12 +277,12 @@ def _deduplicated(documents: Iterable[Document]) -> list[Document]:
 
 
 def _fraction(name: str) -> float:
-    """A fixed number in [0, 1) for a name."""
+    """A number in [0, 1) that depends on the name only."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def _split_by_unit(documents: list[Document]) -> dict[Split, list[Document]]:
-    """10 % of the units to test, 6 % to valid, by hash; very large units always to train."""
+    """Assign about 10 % of the units to test and 6 % to valid, by hash; very large units always go to train."""
     size: dict[str, int] = defaultdict(int)
     for document in documents:
         size[document.unit] += len(document.text)
@@ -313,7 +314,7 @@ def _overlap(text: str, seen: set[int]) -> float:
 
 
 def _drop_overlap(splits: dict[Split, list[Document]], seen: set[int]) -> dict[str, int]:
-    """Remove valid and test documents that share too much with train; how many went, by split."""
+    """Remove valid and test documents that overlap too much with train; return the number removed from each split."""
     dropped = {}
     for split in ("valid", "test"):
         kept = [doc for doc in splits[split] if _overlap(doc.text, seen) <= MAX_OVERLAP]
@@ -323,7 +324,10 @@ def _drop_overlap(splits: dict[Split, list[Document]], seen: set[int]) -> dict[s
 
 
 def _capped(documents: list[Document], max_bytes: int | None) -> list[Document]:
-    """Whole documents up to a number of bytes, drawn by hash of their source; without a cap all, in the order read."""
+    """Choose whole documents of at most `max_bytes` in total, in the order of a hash of their source.
+
+    Without a limit, all documents are kept in the order in which they were read.
+    """
     if max_bytes is None:
         return documents
     chosen, total = [], 0

@@ -1,9 +1,9 @@
-"""Tokenizers and token streams.
+"""Stages `tokenizer` and `tokens`: tokenizers, and the token streams of corpora.
 
-`tokenizer`: a byte-level BPE trained on corpora, or one taken from a model folder or Hub id; a folder that
-`AutoTokenizer` loads. `tokens`: one stream per split of a corpus, `<split>.npy` in the narrowest unsigned integer that
-holds the vocabulary. With separator `eos` every document ends with EOS, so that the stream is exactly what the
-tokenizer makes of the joined text (which is what lm-eval sees).
+Stage `tokenizer` trains a byte-level BPE on corpora or copies the tokenizer of a model folder or Hub id. Its output is
+a folder that `AutoTokenizer` loads. Stage `tokens` writes one token stream per split of a corpus as `<split>.npy`, in
+the smallest unsigned integer type that holds the vocabulary. With separator `eos` every document ends with EOS. So the
+token stream equals the tokens of the joined text, which is the text that lm-eval gets.
 """
 
 import os
@@ -28,9 +28,9 @@ def run_tokenizer(spec: TokenizerSpec, out: Path, corpus_folders: Sequence[Path]
     """Stage `tokenizer`: make a tokenizer folder.
 
     Args:
-        spec: Train on corpora, or take an existing one.
+        spec: Whether to train on corpora or to take an existing tokenizer.
         out: Folder to make.
-        corpus_folders: One per name in `spec.train_on`.
+        corpus_folders: One folder per name in `spec.train_on`.
     """
     inputs = {f"corpus {i}": artefact.read(path, "corpus").recipe for i, path in enumerate(corpus_folders)}
     if spec.train_on is not None and len(corpus_folders) != len(spec.train_on):
@@ -50,7 +50,7 @@ def run_tokenizer(spec: TokenizerSpec, out: Path, corpus_folders: Sequence[Path]
 
 
 def _pretrained(spec: TokenizerSpec, build: artefact.Build) -> Any:
-    """The tokenizer that is there already; its origin goes into the manifest."""
+    """Load the existing tokenizer and write its origin into the manifest."""
     assert spec.pretrained is not None
     if not sources.is_gguf(spec.pretrained):
         return load_tokenizer(str(spec.pretrained), spec.revision)
@@ -97,10 +97,10 @@ def load_stream(folder: Path, split: Split) -> NDArray[np.integer]:
 def load_tokenizer(
     name: str, revision: str | None = None, *, trust_remote_code: bool = False, gguf_file: str | None = None
 ) -> Any:
-    """A fast tokenizer from a folder or Hub id.
+    """Load a fast tokenizer from a folder or Hub id.
 
     Raises:
-        ModelError: There is none, or it has neither EOS nor BOS.
+        ModelError: There is no tokenizer, or it has no EOS token.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -117,14 +117,14 @@ def load_tokenizer(
 
 
 def prefix_id(tokenizer: Any) -> int:
-    """Token that stands before position 0: BOS, or EOS where there is none (as lm-eval does)."""
+    """The token before position 0: BOS, or EOS if the tokenizer has no BOS (as in lm-eval)."""
     return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
 
 
 def behind(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids that each text (a word with its space) adds behind another text.
+    """The token ids that each text (a word with a leading space) adds when it follows another text.
 
-    Not the ids of the text alone: SentencePiece puts an empty token before a leading space.
+    They may differ from the ids of the text alone, because SentencePiece puts an empty token before a leading space.
     """
     before = ":"
     n_before = len(tokenizer.encode(before, add_special_tokens=False))
@@ -133,20 +133,20 @@ def behind(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def text_behind(tokenizer: Any, token: int) -> str:
-    """What a token adds behind another text, its space included."""
+    """The text that a token adds when it follows another text, with its leading space."""
     before = tokenizer.encode(":", add_special_tokens=False)
     return str(tokenizer.decode([*before, token])).removeprefix(str(tokenizer.decode(before)))
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Hash of what decides the ids of a string: vocabulary, merges, normaliser, special tokens."""
+    """Hash of everything that decides the ids of a string: vocabulary, merges, normaliser, special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return artefact.digest(sorted(tokenizer.get_vocab().items()))
     import json
 
     state = json.loads(backend.to_str())
-    # "" and null mean the same to the library, and a reloaded tokenizer may say either.
+    # "" and null mean the same to the library, and a reloaded tokenizer may have either.
     state["model"] = {key: value for key, value in state["model"].items() if value}
     return artefact.digest({key: state.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
 
@@ -155,8 +155,8 @@ def _train(texts: Iterator[str], vocab_size: int) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-    # transformers 5 rebuilds normaliser and pre-tokenizer from the class of the model beside it, so a Qwen2 folder
-    # splits text Qwen2's way whatever tokenizer.json says; with that very split all families agree.
+    # transformers 5 rebuilds normaliser and pre-tokenizer from the class of the model in the same folder. So a Qwen2
+    # folder splits text as Qwen2 does, whatever tokenizer.json says. With Qwen2's rules here, all families agree.
     template = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = template.normalizer, template.pre_tokenizer, template.decoder
@@ -185,7 +185,7 @@ def _encode(tokenizer: Any, texts: list[str], end: int | None, split: str) -> ND
 
 
 def check_same(ours: str, other: str, where: str) -> None:
-    """Two tokenizer fingerprints must agree.
+    """Check that two tokenizer fingerprints are equal.
 
     Raises:
         ArtifactError: They differ.
@@ -197,7 +197,8 @@ def check_same(ours: str, other: str, where: str) -> None:
         )
 
 
-# Whatever splits tokenizers: contractions, digits, runs of spaces, code, scripts with and without spaces, combining marks.
+# Text on which tokenizers often differ: contractions, digits, runs of spaces, code, scripts with and without spaces,
+# combining marks.
 SAMPLE = (
     "It's 3.14159, isn't it?  They'LL pay $1,234,567.89 (or 10^6 EUR) by 2024-02-29.\r\n\n\n\tdef f(x_1):\n        return x_1**2  # "
     "TODO\n{'a': [1, 2]}; https://example.org/~user?q=%20&z=1 | naïve café, e\u0301, ﬁ, ½, Ⅻ, Straße, ŻÓŁĆ, Ελληνικά, Русский, "
@@ -206,14 +207,14 @@ SAMPLE = (
 
 
 def check_same_ids(one: Any, other: Any, where: str) -> None:
-    """Two tokenizers must give the same ids for the same strings.
+    """Check that two tokenizers give the same ids for the same strings.
 
-    Equal fingerprints prove it. Else every token string that both know must have one id, those that only one knows must be
-    control tokens added to it (Qwen2.5 has 19 that Qwen2 lacks), and both must split a sample and the strings of the
-    vocabulary alike.
+    Equal fingerprints prove it. Otherwise three conditions must hold. A token string in both vocabularies has the same
+    id in both. A token string in only one of them is an added control token (Qwen2.5 has 19 that Qwen2 lacks). Both
+    tokenizers give the same ids for a sample text and for strings of the vocabulary.
 
     Raises:
-        ModelError: They do not; the message names a string.
+        ModelError: The ids differ; the message names a string.
     """
     if fingerprint(one) == fingerprint(other):
         return
@@ -237,6 +238,6 @@ def check_same_ids(one: Any, other: Any, where: str) -> None:
 
 
 def _control_tokens(tokenizer: Any) -> set[str]:
-    """Added tokens that no ordinary text holds: special ones, and those written as `<...>`."""
+    """Added tokens that do not occur in ordinary text: special tokens, and tokens written as `<...>`."""
     added = tokenizer.added_tokens_decoder.values()
     return {str(token) for token in added if token.special or (str(token).startswith("<") and str(token).endswith(">"))}
