@@ -12,7 +12,7 @@ PUBLISH = for end in csv md provenance.json; do cp $(1)/results/memories.$$end r
 # A GPU takes the full memory and three domains; without one a smaller memory and one domain.
 SMOL ?= config/smol.yaml $(if $(wildcard /dev/nvidia0),,config/smol-cpu.yaml)
 
-.PHONY: install table3 smol test check bench bench-search bench-gpu report regression reference reference-smol ablations
+.PHONY: install table3 smol test mutants check bench bench-search bench-gpu report regression reference reference-smol ablations
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ smol: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 tests
+
+# Plant known bugs one at a time; every one must make a test fail. Ten minutes of CPU time.
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,9 +10,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hypothesis import settings
-from making import CONTEXT, made_text, spec
+from making import CONTEXT, made_text, other_text, spec
 
-from memdec.settings import FileCorpus, TokenizerSpec
+from memdec.settings import SPLITS, FileCorpus, TokenizerSpec, TrainSettings
 from memdec.text import corpora, tokens
 from memdec.training import stages
 
@@ -34,9 +34,13 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train and valid have one grammar, test another: what is tuned on the wrong split comes out differently."""
     folder = tmp_path_factory.mktemp("corpus")
-    (folder / "text.txt").write_text(made_text(250, 0))
-    corpora.run(FileCorpus(source="files", path=str(folder / "text.txt"), min_bytes=200), folder / "made")
+    texts = {"train": made_text(210, 0), "valid": made_text(15, 1), "test": other_text(25, 2)}
+    for split, text in texts.items():
+        (folder / f"{split}.txt").write_text(text)
+    paths = {split: str(folder / f"{split}.txt") for split in SPLITS}
+    corpora.run(FileCorpus(source="files", paths=paths, min_bytes=200), folder / "made")
     return folder / "made"
 
 
@@ -66,4 +70,13 @@ def small_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: p
     """Another model with the same tokenizer; serves as a memory and as the start of one."""
     out = tmp_path_factory.mktemp("models") / "small"
     stages.run_pretrain(spec(16, seed=1), tokenizer_folder, token_folder, out, context=CONTEXT)
+    return out
+
+
+@pytest.fixture(scope="session")
+def dapt_folder(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base trained on; far better on valid, but hardly on test: there the best mixture with it is another one."""
+    out = tmp_path_factory.mktemp("models") / "dapt"
+    settings = TrainSettings(epochs=0.5, learning_rate=1e-2)
+    stages.run_finetune(base_folder, token_folder, out, settings, context=CONTEXT, seed=0)
     return out
