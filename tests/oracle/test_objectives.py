@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -89,6 +89,7 @@ def rounding(objective: Objective, hidden: Tensor, head: Tensor) -> float:
     return 6 * torch.finfo(hidden.dtype).eps / 2 * max(1.0, largest)
 
 
+@settings(max_examples=min(60, settings().max_examples))
 @given(
     objective=st.sampled_from(ALL),
     n=st.integers(1, 20), most=st.sampled_from([1, 5, 300]), chunk=st.integers(1, 25), seed=st.integers(0, 9999),
