@@ -112,14 +112,16 @@ FSDP = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from memdec import fitting, models, objectives
+from memdec.maths import objectives
+from memdec.models import loading
+from memdec.training import fitting
 
 dist.init_process_group("gloo")
 batch = torch.load(sys.argv[2], weights_only=True)
 grads = []
 for shard in (False, True):
     torch.manual_seed(0)
-    model = fitting.LossModel(models.load(sys.argv[1]), objectives.Hybrid())
+    model = fitting.LossModel(loading.load(sys.argv[1]), objectives.Hybrid())
     model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     if shard:
