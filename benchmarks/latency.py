@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from memdec.artefacts import artefact
+from memdec.artefacts import artefact, devices
+from memdec.inference.systems import Parts
 from memdec.results import latency
 from memdec.settings import Compute, LatencySettings
 
@@ -33,10 +34,12 @@ def main() -> None:
     repeats = 2 if args.tiny else 3
     tables = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    folders = latency.Folders(str(args.shapes / "base"), str(args.shapes / "memory"))
     settings = LatencySettings(new_tokens=[new_tokens], repeats=repeats, warmup=1)
     compute = Compute(precision="bfloat16")
-    systems = latency.systems(folders, ALPHA, settings, compute)
+    base, memory = args.shapes / "base", args.shapes / "memory"
+    device = str(devices.pick(compute))
+    parts = Parts(base=base, memory=memory, alpha=ALPHA, dtype=devices.precision(compute), device=device)
+    systems = latency.systems(parts, settings)
     for prompt in prompts:
         with tempfile.TemporaryDirectory() as scratch:
             now = settings.model_copy(update={"prompt_tokens": prompt})

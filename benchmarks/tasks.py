@@ -125,7 +125,7 @@ def main() -> int:
                 rows[name]["note"] = "; ".join(filter(None, [rows[name].get("note"), why]))
             if system == "MemDec":
                 known = model.get_model_info().get("alphas") or {}
-                rows[name]["alpha"] = known.get(name, {}).get("alpha", model.alpha)
+                rows[name]["alpha"] = known.get(name, {}).get("alpha", model.weight)
             write()
         print(f"{system}: {time.perf_counter() - begin:.0f} s", flush=True)
         del model

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -18,6 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from memdec import config as cfg
 from memdec.errors import ConfigError, MemDecError
+from memdec.harness.alphas import ALPHAS
 from memdec.settings import (
     AUTO,
     DEFAULT_MEMORY,
@@ -438,7 +440,6 @@ def sweep(
     compute: Compute = AUTO,
 ) -> None:
     """Tasks of lm-eval at every alpha, from one pass of the models: table and figure."""
-    from memdec.harness.alphas import ALPHAS
     from memdec.results import sweep as stage_sweep
 
     arguments = _model_arguments(batch_size, compute)
@@ -460,7 +461,6 @@ def tune(
     compute: Compute = AUTO,
 ) -> None:
     """The alpha with the lowest perplexity on a corpus, as JSON."""
-    from memdec.harness.alphas import ALPHAS
     from memdec.results import sweep as stage_sweep
 
     arguments = _model_arguments(batch_size, compute)
@@ -488,18 +488,22 @@ def latency(
     compute: Compute = AUTO,
 ) -> None:
     """Prefill and decoding speed of base, MemDec, speculative decoding and, given their folders, kNN-LM and RAG."""
+    from memdec.artefacts import devices
+    from memdec.inference.systems import Parts
     from memdec.results import latency as stage_latency
 
-    folders = stage_latency.Folders(base, memory, [_store_and_index(each) for each in knn], passages)
-    systems = stage_latency.systems(folders, alpha, settings, compute)
-    stage_latency.run(systems, out, settings, inputs=folders.identities(alpha), stream=tokens, compute=compute)
+    dtype, device = devices.precision(compute), str(devices.pick(compute))
+    parts = Parts(base=base, memory=memory, passages=passages, alpha=alpha, dtype=dtype, device=device)
+    stores = [replace(parts, datastore=shards, index=index) for shards, index in map(_store_and_index, knn)]
+    systems, inputs = stage_latency.systems(parts, settings, stores), stage_latency.identities(parts, stores)
+    stage_latency.run(systems, out, settings, inputs=inputs, stream=tokens, compute=compute)
 
 
-def _store_and_index(text: str) -> tuple[list[Path], Path]:
+def _store_and_index(text: str) -> tuple[tuple[Path, ...], Path]:
     stores, colon, index = text.rpartition(":")
     if not colon:
         raise ConfigError(f"--knn: expected STORE:INDEX, found {text!r}")
-    return [Path(folder) for folder in stores.split("+")], Path(index)
+    return tuple(Path(folder) for folder in stores.split("+")), Path(index)
 
 
 @stage(ExplainSettings)
@@ -534,7 +538,7 @@ def _read(file: Path) -> str:
 
 
 RunConfig = Annotated[Path, typer.Option(help="config of the run, YAML or JSON")]
-Cells = Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:EVALUATION_FOLDER; repeat")]
+Cells = Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of an evaluation or of cases; repeat")]
 TableFile = Annotated[Path, typer.Option(help="CSV file; .md, .tex and .provenance.json are put beside it")]
 
 
@@ -550,17 +554,15 @@ def _cells(texts: list[str]) -> list[tuple[str, str, int, Path]]:
 
 @app.command()
 def table(
+    name: Annotated[str, typer.Option(help="table1, table3, table4, table6, memories or forgetting")],
     config: RunConfig,
     cell: Cells,
     out: TableFile,
-    number: Annotated[
-        int, typer.Option(help="1: one domain; 3; or 4: models of another tokenizer than the key model's")
-    ] = 3,
 ) -> None:
-    """Table 1, 3 or 4 from evaluations."""
-    from memdec.results import tables
+    """A table from evaluations, or Table 6 from `memdec cases`."""
+    from memdec.results import catalogue, tables
 
-    tables.run(tables.numbered(cfg.load(config), number), _cells(cell), out)
+    tables.run(catalogue.table(cfg.load(config), name), _cells(cell), out)
 
 
 @app.command()
@@ -570,20 +572,12 @@ def cases(
     memory: Annotated[Path, typer.Option(help="memory decoder folder")],
     datastore: Annotated[list[Path], typer.Option(help="keys the memory was trained on; repeat for every shard")],
     index: Annotated[Path, typer.Option(help="index folder over the datastore")],
-    out: TableFile,
+    out: Out,
 ) -> None:
-    """Table 6: what memory, neighbours and base give marked words of the config's texts."""
+    """For Table 6: what memory, neighbours and base give marked words of the config's texts."""
     from memdec.results import table6 as stage_cases
 
     stage_cases.run(cfg.load(config), base, memory, datastore, index, out)
-
-
-@app.command()
-def memories(config: RunConfig, cell: Cells, out: TableFile) -> None:
-    """All memories beside all other systems, from evaluations."""
-    from memdec.results import tables
-
-    tables.run(tables.memories(cfg.load(config)), _cells(cell), out)
 
 
 @app.command()
@@ -608,11 +602,16 @@ def check(
 
 
 @app.command()
-def forgetting(config: RunConfig, cell: Cells, out: TableFile) -> None:
-    """All systems and memories on general text, at the weights of their domains."""
-    from memdec.results import tables
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="folder to look through")] = Path("results"),
+) -> None:
+    """Find artefacts that are cut: exit 1 where there are; without their manifests nobody reads them any more."""
+    from memdec.artefacts import doctor as look
 
-    tables.run(tables.forgetting(cfg.load(config)), _cells(cell), out)
+    lines, n_damaged = look.run(folder)
+    print("\n".join(lines))
+    if n_damaged:
+        raise SystemExit(1)
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Files that the tasks read.")

@@ -18,8 +18,8 @@ from pydantic import (
 from memdec.errors import ConfigError
 from memdec.settings import (
     DEFAULT_MEMORY,
-    SYSTEMS,
     UNTUNED,
+    WITHOUT_MEMORY,
     AdaptSettings,
     Case,
     Compute,
@@ -33,7 +33,7 @@ from memdec.settings import (
     Name,
     PassageSettings,
     Settings,
-    System,
+    SystemName,
     TargetSettings,
     TeacherSettings,
     TokenizerSpec,
@@ -133,7 +133,7 @@ class Config(Settings):
         default=[],
         description="general corpora that what was made for a domain is measured on, too, at the domain's weights (ours)",
     )
-    systems: list[System] = Field(
+    systems: list[SystemName] = Field(
         default=["base", "LoRA", "MemDec"], min_length=1, description="what is evaluated with every base model"
     )
     key_model: Name = Field(description="model that is tuned on the domain and gives the keys")
@@ -224,7 +224,9 @@ class Config(Settings):
     def _names(self, where: str, name: str, memory: MemoryVariant) -> list[str]:
         """Names in a memory that are taken, or not there."""
         wrong = (
-            [f"{where}: expected a name that is not taken, found {name}"] if name in (DEFAULT_MEMORY, SYSTEMS) else []
+            [f"{where}: expected a name that is not taken, found {name}"]
+            if name in (DEFAULT_MEMORY, WITHOUT_MEMORY)
+            else []
         )
         for field in ("memory_model", "key_model"):
             given = getattr(memory, field)
@@ -286,9 +288,8 @@ class Config(Settings):
     def _search(self) -> list[str]:
         """Settings of datastore, index and targets that do not go together."""
         wrong = []
-        ivf = self.index.kind.startswith("ivf")
         if not self.datastore.stored:
-            if not ivf:
+            if not self.index.is_ivf:
                 wrong.append(
                     f"index.kind: expected ivfpq or ivfflat with datastore.stored false, found {self.index.kind}"
                 )
@@ -296,10 +297,8 @@ class Config(Settings):
                 wrong.append("targets.released: expected true with datastore.stored false, found false")
             if self.datastore.shards > 1:
                 wrong.append(f"datastore.shards: expected 1 with datastore.stored false, found {self.datastore.shards}")
-        if ivf and self.targets.nprobe > self.index.centroids:
-            wrong.append(
-                f"targets.nprobe: expected at most index.centroids ({self.index.centroids}), found {self.targets.nprobe}"
-            )
+        if (fault := self.index.cells_fault(self.targets.nprobe)) is not None:
+            wrong.append(f"targets.nprobe: {fault}")
         if self.index.opq and self.index.kind != "ivfpq":
             wrong.append(f"index.opq: expected false with index.kind {self.index.kind}, found true")
         return wrong

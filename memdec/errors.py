@@ -46,6 +46,29 @@ class IncomparableError(MemDecError):
     exit_code = 3
 
 
+def reason(error: BaseException, most: int = 200) -> str:
+    """What an error says, on one line and not too long."""
+    return " ".join((str(error) or repr(error)).split())[:most]
+
+
+@contextmanager
+def outside(kind: type[MemDecError], where: object, expected: str, instead: str) -> Iterator[None]:
+    """Turn whatever another library raises into one line of ours: the Hub client alone raises a dozen unrelated types.
+
+    Args:
+        kind: Error to raise.
+        where: File, folder or name that is read.
+        expected: What should be there.
+        instead: The next step for the user.
+    """
+    try:
+        yield
+    except MemDecError:
+        raise
+    except Exception as error:
+        raise kind(f"{where}: expected {expected}, found: {reason(error)}; {instead}") from None
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Inside the `lm_eval` executable an error the user can act on is one line and exit code 2, as in `memdec`."""

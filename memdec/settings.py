@@ -28,10 +28,12 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 DEFAULT_MEMORY = "memdec"  # the memory that 'key_model', 'memory_model' and 'memory' describe
-SYSTEMS = "systems"  # folder of what is evaluated without a memory
+WITHOUT_MEMORY = "systems"  # folder of what is evaluated without a memory
 FORGETTING = "forgetting.json"  # records of general corpora in an evaluation
 UNTUNED = "-untuned"  # ending of the folder with the keys of a model as it is
-System = Literal["base", "In-Context RAG", "kNN-LM", "DAPT", "LoRA", "MemDec"]
+SystemName = Literal[
+    "base", "In-Context RAG", "kNN-LM", "DAPT", "LoRA", "MemDec"
+]  # what is compared; made in `inference.systems`
 
 
 def _expanded(text: str) -> str:
@@ -303,8 +305,8 @@ class DatastoreSettings(Settings):
 class IndexSettings(Settings):
     """Search structure over the keys; defaults of IVFPQ are the paper's."""
 
-    kind: Literal["exact", "flat", "ivfflat", "ivfpq"] = Field(
-        "exact", description="exact: keys stream past; flat: FAISS, keys in memory; ivfflat, ivfpq: nearest cells only"
+    kind: Literal["exact", "ivfflat", "ivfpq"] = Field(
+        "exact", description="exact: all keys are compared; ivfflat, ivfpq: those of the nearest cells"
     )
     centroids: PositiveInt = Field(4096, description="cells of an ivf index (released: 4096)")
     code_size: PositiveInt = Field(64, description="bytes of a key's code in ivfpq (released: 64)")
@@ -321,15 +323,36 @@ class IndexSettings(Settings):
         description="cells searched in that measurement, to choose 'targets.nprobe' by (ours)",
     )
 
+    @property
+    def is_ivf(self) -> bool:
+        """Whether it has cells, of which a search visits some."""
+        return self.kind.startswith("ivf")
 
-class TargetSettings(Settings):
-    """kNN next-token distributions for the training positions."""
+    def cells_fault(self, nprobe: int) -> str | None:
+        """What is wrong with a search of so many cells; None: nothing."""
+        if not self.is_ivf or nprobe <= self.centroids:
+            return None
+        return f"expected at most {self.centroids} cells (centroids of the index), found {nprobe}"
 
-    neighbours: PositiveInt = Field(1024, description="k (released: 1024)")
+
+class SearchSettings(Settings):
+    """The search for neighbours, whoever reads them."""
+
+    neighbours: PositiveInt = Field(1024, description="k (released: 1024; of the kNN-LM not printed in the paper)")
     nprobe: PositiveInt = Field(32, description="cells of an ivf index that are searched (released: 32)")
+
+
+class KnnSettings(SearchSettings):
+    """p_kNN, as memories are trained on it."""
+
     temperature: PositiveFloat = Field(
         16.0, allow_inf_nan=False, description="tau, divides the squared distance (released: 16)"
     )
+
+
+class TargetSettings(KnnSettings):
+    """kNN next-token distributions for the training positions."""
+
     top: PositiveInt | None = Field(None, description="tokens kept of each row, then renormalised (released: all)")
     threshold: float = Field(0.0, ge=0, lt=1, description="smallest probability kept (released: 0)")
     released: bool = Field(
@@ -340,7 +363,7 @@ class TargetSettings(Settings):
     batch_size: PositiveInt = Field(1024, description="queries per search")
 
 
-class KnnLMSettings(Settings):
+class KnnLMSettings(SearchSettings):
     """The kNN-LM at inference, as a baseline."""
 
     weight: float = Field(0.25, ge=0, le=1, description="lambda, of p_kNN (paper: 0.25)")
@@ -349,8 +372,6 @@ class KnnLMSettings(Settings):
         allow_inf_nan=False,
         description="tau, divides the squared distance (paper: 1 for GPT-2 small and medium, 13 for large and xl)",
     )
-    neighbours: PositiveInt = Field(1024, description="k (not printed in the paper; as in targets)")
-    nprobe: PositiveInt = Field(32, description="cells of an ivf index that are searched")
 
 
 class PassageSettings(Settings):
@@ -359,14 +380,14 @@ class PassageSettings(Settings):
     passage: PositiveInt = Field(256, description="most tokens of a passage (not printed; Ram et al. 2023: 256)")
 
 
-class RetrievalSettings(PassageSettings):
+class RetrievalSettings(Settings):
     """In-Context RAG (Ram et al. 2023), as a baseline."""
 
     query: PositiveInt = Field(32, description="last tokens that make the query (paper: 32)")
     every: PositiveInt = Field(4, description="tokens between two retrievals (paper: 4)")
 
 
-class EvaluateSettings(Settings):
+class EvaluateSettings(SearchSettings, RetrievalSettings):
     """Perplexity through lm-eval, alpha tuned on the valid split."""
 
     alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
@@ -380,17 +401,13 @@ class EvaluateSettings(Settings):
         min_length=1,
         description="candidates for tau of the kNN-LM (paper: 1 for GPT-2 small and medium, 13 for large and xl)",
     )
-    neighbours: PositiveInt = Field(1024, description="k of the kNN-LM (not printed in the paper; as in targets)")
-    nprobe: PositiveInt = Field(32, description="cells of an ivf index that the kNN-LM searches (released: 32)")
-    query: PositiveInt = Field(32, description="last tokens that make the query of In-Context RAG (paper: 32)")
-    every: PositiveInt = Field(4, description="tokens between two retrievals of In-Context RAG (paper: 4)")
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
     resamples: PositiveInt = Field(
         2000, description="bootstrap resamples for the 95 % interval over test windows (ours)"
     )
 
 
-class LatencySettings(Settings):
+class LatencySettings(SearchSettings):
     """Speed of prefill and decoding, one text at a time (the paper gives no settings; all are ours)."""
 
     prompt_tokens: PositiveInt = Field(64, description="length of a prompt")
@@ -400,13 +417,11 @@ class LatencySettings(Settings):
     repeats: int = Field(15, ge=2, description="turns, each with a prompt of its own; the median counts")
     warmup: PositiveInt = Field(2, description="calls of each system before the first turn")
     n_draft: PositiveInt = Field(4, description="tokens the memory drafts per round of speculative decoding")
-    neighbours: PositiveInt = Field(1024, description="k of the kNN-LM, at most the keys there are (released: 1024)")
-    nprobe: PositiveInt = Field(32, description="cells of an ivf index that the kNN-LM searches (released: 32)")
     seed: int = Field(0, ge=0, description="of made-up prompts and of the bootstrap")
     resamples: PositiveInt = Field(2000, description="bootstrap resamples for the 95 % intervals over turns")
 
 
-class ExplainSettings(Settings):
+class ExplainSettings(KnnSettings):
     """What models expect at every token of a text (paper, Table 6)."""
 
     top: PositiveInt = Field(3, description="most probable tokens to show of each distribution (ours)")
@@ -414,9 +429,6 @@ class ExplainSettings(Settings):
         None, description="tokens of a window (default: 1024, or what the models hold if that is less)"
     )
     stride: PositiveInt | None = Field(None, description="tokens scored per window (default: half of it, as the paper)")
-    neighbours: PositiveInt = Field(1024, description="k of p_kNN (released: 1024)")
-    temperature: PositiveFloat = Field(16.0, allow_inf_nan=False, description="tau of p_kNN (released: 16)")
-    nprobe: PositiveInt = Field(32, description="cells of an ivf index that are searched (released: 32)")
 
 
 class Case(Settings):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from memdec.artefacts import resources
 from memdec.artefacts.resources import size
 from memdec.errors import ResourceError
 from memdec.settings import AUTO, Compute
@@ -36,6 +37,11 @@ def pick(compute: Compute = AUTO) -> torch.device:
     return torch.device("cuda", number)
 
 
+def pick_for(asked: torch.device | None) -> torch.device:
+    """The device asked for, else the one of `auto`."""
+    return asked or pick()
+
+
 def precision(compute: Compute = AUTO) -> Precision:
     """Name of the weights' type in torch: float32, bfloat16 or float16."""
     if compute.precision != "auto":
@@ -52,6 +58,25 @@ def name(compute: Compute = AUTO) -> str:
 def described(device: torch.device) -> str:
     """A device in words."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def is_cuda(device: str | torch.device) -> bool:
+    """Whether a device is a GPU with memory of its own."""
+    return torch.device(device).type == "cuda"
+
+
+def check_room(n_bytes: float, device: str | torch.device, what: str, instead: str) -> None:
+    """There must be room for `n_bytes` on a device; `instead` says what else could be done.
+
+    Raises:
+        ResourceError: There is not.
+    """
+    if not is_cuda(device):
+        resources.check_memory(n_bytes, what, instead)
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if n_bytes > free:
+        raise ResourceError(f"{what}: expected {size(n_bytes)} free on {device}, found {size(free)}; {instead}")
 
 
 @contextmanager

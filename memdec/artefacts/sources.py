@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from memdec.artefacts import artefact
-from memdec.errors import ModelError
+from memdec.errors import ModelError, outside
 from memdec.settings import WheelFile
 
 GGUF = ".gguf"
@@ -74,12 +74,8 @@ def gguf(pretrained: str | WheelFile) -> Iterator[Source]:
 def _source(path: Path, name: str, licence: str | None) -> Source:
     from gguf import GGUFReader
 
-    try:
+    with outside(ModelError, name, "a whole GGUF file", "get it again"):
         fields = GGUFReader(path).fields
-    except Exception as error:  # the reader raises whatever the first wrong byte leads to
-        raise ModelError(
-            f"{name}: expected a GGUF file, found one that cannot be read ({' '.join(str(error).split())[:120]}); get it again"
-        ) from None
     stated = fields["general.license"].contents() if "general.license" in fields else None
     facts = {"source": name, "source_sha256": artefact.file_digest(path), "licence": licence or stated or _UNKNOWN}
     return Source(path.parent, path.name, facts)

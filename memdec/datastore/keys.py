@@ -66,15 +66,9 @@ class Forward:
         self._check_context()
 
     def _check_context(self) -> None:
-        from transformers import AutoConfig
-
-        limit = loading.n_positions(AutoConfig.from_pretrained(self.model_folder))
+        limit = loading.n_positions(loading.config(self.model_folder))
         longest = max(part.n_inputs for part in self.batches[0])
-        if limit is not None and longest > limit:
-            raise ConfigError(
-                f"{self.model_folder}: expected a context of at most {limit} tokens, which is what the model holds, found "
-                f"{longest}; lower 'context'"
-            )
+        loading.check_positions(limit, longest, f"{self.model_folder}: context", "lower 'context'")
 
     @property
     def point(self) -> KeyPoint:
@@ -187,7 +181,9 @@ def run(
             positions=n,
             device=devices.name(compute),
             width=forward.point.width,
-            keys_recipe=artefact.digest({"settings": same, "inputs": inputs}),
+            keys_recipe=artefact.digest(
+                {"version": artefact.VERSIONS["datastore"], "settings": same, "inputs": inputs}
+            ),
             tokens_sha256=source.facts["sha256"][settings.split],
             tokenizer_sha256=source.facts["tokenizer_sha256"],
             corpus_sha256=source.facts.get("corpus_sha256"),
@@ -298,6 +294,19 @@ class Datastore:
                 "again"
             )
         return path
+
+    def require_stored(self, instead: str = "run `memdec datastore --stored`") -> None:
+        """Keys must be on disk to take distances from; `instead` is the next step for the user.
+
+        Raises:
+            ArtifactError: They are streamed.
+        """
+        if not self.parts:
+            raise ArtifactError(f"{self.folder}: expected stored keys, found a streamed datastore; {instead}")
+
+    def rounded(self, vectors: Float[Tensor, "n D"]) -> Float[np.ndarray, "n D"]:
+        """Vectors of a key point as queries: rounded as the keys on disk are, then float32."""
+        return vectors.to(getattr(torch, self.settings.dtype)).float().cpu().numpy()
 
     def check_model(self, point: KeyPoint) -> None:
         """A model must give the keys that are stored, up to the rounding of its weights; the last window is compared.

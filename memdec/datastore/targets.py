@@ -12,14 +12,13 @@ The queries may also be another split of the same model's keys (evaluation text 
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from memdec.artefacts import artefact, devices, resources
@@ -63,12 +62,12 @@ def run(
     asked = Datastore(queries) if queries else store
     if asked.recipe == store.recipe:
         asked = store
-    found = search.check_same(store, index_folder)
+    found = search.check(store, index_folder, settings, own=asked is store)
     if source.facts["sha256"][store.settings.split] != store.facts["tokens_sha256"]:
         raise ArtifactError(
             f"{store.folder}: expected keys of {stream}, found keys of other tokens; run `memdec datastore` again"
         )
-    _check(store, asked, found, settings)
+    _check(store, asked, settings)
     # The batch size moves no row by more than rounding, so it is not part of the recipe.
     plain = {**settings.model_dump(mode="json", exclude={"batch_size"}), "shard": shard}
     inputs = {"datastore": store.recipe, "index": found.recipe, "tokens": source.recipe}
@@ -82,7 +81,7 @@ def run(
         _check_values(values, store, stream)
         searcher = search.load(store, index_folder, settings.nprobe, device)
         with RowWriter(out, build.work, values.dtype, np.dtype(settings.dtype)) as rows:
-            _write(rows, _search(searcher, asked, values, settings, begin + rows.n, end), end - begin, out)
+            _write(rows, _search(searcher, asked, settings, begin + rows.n, end), end - begin, out)
             rows.finish()
         if rows.n_short:
             warnings.warn(
@@ -95,33 +94,20 @@ def run(
             end=end,
             entries=rows.n_entries,
             short_rows=rows.n_short,
-            device=devices.described(search.search_device(device)),
+            device=devices.described(devices.pick_for(device)),
             positions=asked.n,
             tokens_sha256=asked.facts["tokens_sha256"],
         )
 
 
-def _check(store: Datastore, asked: Datastore, found: artefact.Manifest, settings: TargetSettings) -> None:
+def _check(store: Datastore, asked: Datastore, settings: TargetSettings) -> None:
     """What can be known to be wrong before the first search."""
-    most = store.n - 1 if asked is store else store.n
-    if settings.neighbours > most:
-        raise ConfigError(
-            f"targets: expected at most {most} neighbours for {store.n} keys, found {settings.neighbours}; lower 'neighbours'"
-        )
-    cells = found.settings["centroids"]
-    if found.settings["kind"].startswith("ivf") and settings.nprobe > cells:
-        raise ConfigError(
-            f"targets: expected nprobe of at most {cells} centroids of the index, found {settings.nprobe}; lower 'nprobe'"
-        )
     if settings.shards > asked.n:
         raise ConfigError(
             f"targets: expected at most {asked.n} shards for {asked.n} positions, found {settings.shards}; lower 'shards'"
         )
-    if not settings.released and not store.parts:
-        raise ConfigError(
-            "targets: expected stored keys to take exact distances from, found a streamed datastore; set `released: true` "
-            "for the distances of the index, or store the keys"
-        )
+    if not settings.released:
+        store.require_stored("set `released: true` for the distances of the index, or store the keys")
     ours, theirs = (
         {**{name: x.settings.model_dump()[name] for name in ("key_point", "dtype")}, "model": x.model}
         for x in (store, asked)
@@ -168,13 +154,12 @@ def _write(rows: "RowWriter", batches: Iterator[_Batch], n: int, out: Path) -> N
 def _search(
     searcher: search.Searcher,
     asked: Datastore,
-    values: NDArray[np.integer],
     settings: TargetSettings,
     begin: int,
     end: int,
 ) -> Iterator[_Batch]:
     """(counts, tokens, probs, short rows) of the positions [begin, end), batch by batch of the grid."""
-    size, of = settings.batch_size, _lookup(values, searcher)
+    size = settings.batch_size
     if searcher.on_device is not None:
         size = max(size, device_search.QUERIES)  # not what memory allows just now: a resumed run needs the same grid
     grid = begin // size * size  # the whole first batch is searched again: its rows do not depend on where we begin
@@ -185,9 +170,8 @@ def _search(
         low, high = max(begin - first, 0), min(end - first, len(queries))
         sq_dist, ids = sq_dist[low:high], ids[low:high]
         try:
-            counts, tokens, probs = knn.aggregate(
-                sq_dist, of(ids), settings.temperature, top=settings.top, threshold=settings.threshold
-            )
+            cut = {"top": settings.top, "threshold": settings.threshold}
+            counts, tokens, probs = searcher.rows(sq_dist, ids, settings.temperature, **cut)
         except knn.RowError as error:
             raise NumericsError(
                 f"targets: expected neighbours for position {first + low + error.row}, but {error.why}"
@@ -195,14 +179,6 @@ def _search(
         if searcher.on_device is not None:  # as on disk: 8,192 rows of 1,024 entries are 134 MB before and 67 after
             tokens, probs = tokens.int(), probs.to(getattr(torch, settings.dtype))
         yield counts.cpu().numpy(), tokens.cpu().numpy(), probs.cpu().numpy(), int((ids[:, -1] < 0).sum())
-
-
-def _lookup(values: NDArray[np.integer], searcher: search.Searcher) -> Callable[[Tensor], Tensor]:
-    """The tokens of neighbours, any where there is none; the stream goes to the device of the search once."""
-    if searcher.on_device is None:
-        return lambda ids: torch.from_numpy(values[np.maximum(ids.numpy(), 0)].astype(np.int64))
-    held = torch.from_numpy(values.astype(np.int32)).to(searcher.on_device.device)
-    return lambda ids: held[ids.clamp(min=0)].long()
 
 
 def _inputs(asked: Datastore, positions: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,79 +1,84 @@
-"""Tasks of lm-eval at many alphas from one pass of the models, and the best alpha of a task."""
+"""Which alpha each task of a run has: one for all, the paper's, or the best on a split that the task declares."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from memdec.errors import ConfigError
+from memdec.maths import mixing
+from memdec.tasks.task import Declared, TaskSplit, declared
+
+log = logging.getLogger("lm_eval.models.memdec.alpha")  # the executable shows what is under lm_eval
 
 ALPHAS = tuple(round(0.05 * i, 2) for i in range(21))
-_FEWSHOT_SEED = 1234  # lm-eval's default
+TUNE = "tune"
+Mode = Literal["given", "paper", "tune"]
+Answer = Callable[[Sequence[Any], float], Sequence[Any]]  # (requests, alpha) -> answers
 
 
-def best_alpha(model: Any, task: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The alpha with the best value of a task's first metric: alpha, metric, value, and all values by alpha.
+class TaskAlphas:
+    """alpha by task.
 
     Args:
-        model: `memdec-interp` with a score store.
-        task: Name of the task.
-        metadata: Of the task; says the split.
+        mode: given: the same for all tasks. paper: the paper's, where a task declares one. tune: the best of 0, 0.05 ... 1
+            on the split that a task declares for it, else the paper's.
+        usual: alpha of all tasks, or of those that declare none.
+
+    Attributes:
+        chosen: Of each task: alpha, where it comes from, and what it was chosen by.
     """
-    rows, better = evaluated(model, [task], ALPHAS, metadata, None)
-    first = [row for row in rows if row["metric"] == rows[0]["metric"]]
-    best = best_of(first, first[0], better)
+
+    def __init__(self, mode: Mode, usual: float) -> None:
+        self.mode, self.usual = mode, usual
+        self.chosen: dict[str, dict[str, Any]] = {}
+
+    def of(self, requests: Sequence[Any], answer: Answer) -> list[float]:
+        """alpha of each request; `answer` is asked where a task has to be tuned.
+
+        Raises:
+            ConfigError: A task is to be tuned and declares neither a split nor an alpha.
+        """
+        says = {request.task_name: declared(request) for request in requests}
+        if self.mode == "given":
+            return [self.usual] * len(requests)
+        if self.mode == "tune":
+            wrong = [name for name, each in says.items() if each.tune_split is None and each.paper_alpha is None]
+            if wrong:
+                raise ConfigError(
+                    "alpha=tune: expected tasks with a split to tune on or an alpha of the paper, found "
+                    f"{', '.join(map(str, wrong))}; give alpha a number"
+                )
+        for name, each in says.items():
+            if name is not None and name not in self.chosen:
+                self.chosen[name] = self._choice(name, each, answer)
+        return [self.usual if r.task_name is None else float(self.chosen[r.task_name]["alpha"]) for r in requests]
+
+    def _choice(self, name: str, says: Declared, answer: Answer) -> dict[str, Any]:
+        if self.mode == "tune" and says.tune_split is not None:
+            return tuned(name, says, answer)
+        if says.paper_alpha is None:
+            found = {"alpha": self.usual, "source": "default"}
+        else:
+            why = "paper; no split to tune on" if self.mode == "tune" else "paper"
+            found = {"alpha": float(says.paper_alpha), "source": why}
+        level = logging.WARNING if self.mode == "tune" else logging.INFO
+        log.log(level, "%s: alpha %g (%s)", name, found["alpha"], found["source"])
+        return found
+
+
+def tuned(name: str, says: Declared, answer: Answer) -> dict[str, Any]:
+    """The alpha with the best first metric of a task on the split that it declares: alpha, source, metric, value, sweep."""
+    log.info("%s: alpha is tuned on %s", name, says.tune_split)
+    split = TaskSplit(name, {**says.metadata, "split": says.tune_split})
+    found = {alpha: split.value(answer(split.requests, alpha)) for alpha in ALPHAS}
+    metric, _, higher = found[ALPHAS[0]]
+    values = {alpha: value for alpha, (_, value, _) in found.items()}
+    best = mixing.best_weight(values, higher=higher)
+    log.info("%s: alpha %g, %s %.4g on %s", name, best, metric, values[best], says.tune_split)
     return {
-        **{key: best[key] for key in ("alpha", "metric", "value")},
-        "sweep": {f"{row['alpha']:g}": row["value"] for row in first},
+        "alpha": best,
+        "metric": metric,
+        "value": values[best],
+        "sweep": {f"{alpha:g}": value for alpha, value in values.items()},
+        "source": f"tuned on {says.tune_split}",
     }
-
-
-def evaluated(
-    model: Any, tasks: Sequence[str], alphas: Sequence[float], metadata: dict[str, Any], limit: int | None
-) -> tuple[list[dict[str, Any]], dict[tuple[str, str], bool]]:
-    """Rows of the table, and of each (task, metric) whether higher is better."""
-    from lm_eval import evaluate
-    from lm_eval.tasks import TaskManager
-
-    from memdec import HARNESS_TASKS
-
-    loaded = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata).load(list(tasks))
-    rows: list[dict[str, Any]] = []
-    better: dict[tuple[str, str], bool] = {}
-    for number, alpha in enumerate(alphas):
-        model.set_alpha(alpha)
-        for task in loaded["tasks"].values():  # as `simple_evaluate` does, for every alpha alike
-            if task.get_config("num_fewshot") is None:
-                task.set_config("num_fewshot", 0)
-            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-        with _quiet(number > 0):
-            results = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
-        assert results is not None
-        for task, values in results["results"].items():
-            for name, value in values.items():
-                metric = name.split(",")[0]
-                if not isinstance(value, int | float) or metric.endswith("_stderr") or "," not in name:
-                    continue
-                stderr = values.get(name.replace(metric, f"{metric}_stderr"))
-                stderr = stderr if isinstance(stderr, int | float) else None
-                rows.append({"task": task, "metric": metric, "alpha": alpha, "value": float(value), "stderr": stderr})
-                better[task, metric] = bool(results["higher_is_better"].get(task, {}).get(metric, True))
-    return rows, better
-
-
-@contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    """Without what lm-eval logs of every run."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    if quiet:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def best_of(rows: Sequence[dict[str, Any]], row: dict[str, Any], better: dict[tuple[str, str], bool]) -> dict[str, Any]:
-    """The row of the same task and metric with the best value; of equals that of the smallest alpha."""
-    key = row["task"], row["metric"]
-    same = [each for each in rows if (each["task"], each["metric"]) == key]
-    return max(same, key=lambda each: (each["value"] if better[key] else -each["value"], -each["alpha"]))

@@ -11,7 +11,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -24,10 +25,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from memdec.errors import ConfigError, ModelError, one_line_errors
+from memdec.errors import ConfigError, ModelError, one_line_errors, outside
 from memdec.harness.scores import ScoreStore, TokenScores, request_key
 from memdec.harness.scoring import score_labels, score_stream, score_words
-from memdec.inference.wrapper import Which, Wrapper
+from memdec.inference.systems import Parts, System
+from memdec.inference.wrapper import Which
 from memdec.maths import mixing
 from memdec.maths.windows import windows
 from memdec.models import loading
@@ -43,6 +45,8 @@ _NO_NUMBERS = {
     "logits_cache", "parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan", "tokenizer",
     "use_fast_tokenizer", "add_bos_token", "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args",
 }  # fmt: skip
+# Arguments that spread the base over devices, or store it smaller than its type says.
+_ELSEWHERE = ("parallelize", "tp_plan", "gguf_file", "autogptq", "gptqmodel", "load_in_4bit", "load_in_8bit")
 _LOGITS = 1 << 28  # most logits of one model that are held at a time (1 GiB in float32)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
@@ -52,11 +56,12 @@ AnyItem = TypeVar("AnyItem", Item, WordItem)
 
 
 class WrappedLM(HFLM):
-    """A base and a second distribution that is mixed with it, as an lm-eval model; subclasses say which.
+    """A system as an lm-eval model; subclasses say which, and take its parts as their arguments.
 
     Args:
-        pretrained: Base model, folder or Hub id.
-        weight: Of the second distribution, from 0 to 1.
+        system: What answers.
+        parts: What it is made of.
+        weight: Of the second distribution, from 0 to 1: alpha of a memory, lambda of p_kNN.
         context: Tokens of a rolling window (default 1024, or what the models hold if that is less).
         stride: Tokens scored per rolling window (default: half the context, as in the paper; `stride=context` gives
             the disjoint windows of lm-eval's `hf`).
@@ -64,25 +69,30 @@ class WrappedLM(HFLM):
         kwargs: As for lm-eval's `hf` (dtype, device, batch_size, peft, parallelize, max_length ...).
     """
 
-    second = True  # whether there is a second distribution
     remembers = False  # whether scores are kept while the process lives, without a folder
 
     def __init__(
         self,
-        pretrained: str,
+        system: System,
+        parts: Parts,
         weight: float,
         context: int | None = None,
         stride: int | None = None,
         scores: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.alpha, self.base_name = mixing.check_weight(weight), pretrained
+        self.system, self.weight, self.base_name = system, mixing.check_weight(weight), str(parts.base)
         self.n_cut = 0  # requests whose left end did not fit
+        pretrained = self.base_name
         loading.check_folder(pretrained)
-        self._check(kwargs.get("revision"), kwargs.get("trust_remote_code", False))
+        self._spread = any(kwargs.get(key) for key in _ELSEWHERE)
+        given = {key: kwargs[key] for key in ("revision", "trust_remote_code", "device") if kwargs.get(key) is not None}
+        dtype = str(kwargs.get("dtype") or "auto").removeprefix("torch.")
+        self.parts = replace(parts, dtype=dtype, **given)
+        system.check_parts(self.parts)
         self._load_base: Callable[[], None] | None = None
         self._configuring = True
-        with _model_errors(pretrained):
+        with _loading(pretrained):
             super().__init__(pretrained=pretrained, **kwargs)
             self._n_positions = min(int(super().max_length), self._most_positions() or sys.maxsize)
         self._configuring = False
@@ -94,27 +104,11 @@ class WrappedLM(HFLM):
         if self.store is not None:
             log.info("scores: %d requests known in %s", len(self.store), self.store.folder or "memory")
 
-    # --- what a subclass says ---------------------------------------------------------------------------------------
-
-    def _check(self, revision: str | None, trust: bool) -> None:
-        """Raise where what is mixed does not go together, before anything large is loaded."""
-        raise NotImplementedError
-
-    def _wrap(self, base: Any) -> Wrapper:
-        """The mixture around the loaded base."""
-        raise NotImplementedError
-
-    def _identity(self) -> dict[str, str]:
-        """What decides the second distribution."""
-        raise NotImplementedError
-
-    def _info(self) -> dict[str, Any]:
-        """What the results file says of it."""
-        raise NotImplementedError
-
     def _most_positions(self) -> int | None:
-        """Tokens that it can see, where the base may see more."""
-        return None
+        """Tokens that the memory can see, where the base may see more."""
+        if self.parts.memory is None:
+            return None
+        return loading.n_positions(loading.config(self.parts.memory, self.parts.memory_revision))
 
     # --- the models, when they are needed ---------------------------------------------------------------------------
 
@@ -130,12 +124,16 @@ class WrappedLM(HFLM):
             return
         load_base, self._load_base = self._load_base, None
         start = time.perf_counter()
-        with _model_errors(self.base_name):
+        if not self._spread:  # it is not known where what goes
+            self.system.check_room(replace(self.parts, device=str(self._device)))
+        with _loading(self.base_name):
             load_base()
         base: Any = self._model
         if not getattr(base, "hf_device_map", None):
             base.to(self._device)
-        self._model = self._wrap(base.eval())
+        self._model = self.system.wrap(base.eval(), self.parts, len(self.tokenizer))
+        if self.system.weight is not None:
+            self._model.set_weight(self.weight)
         log.info("loaded %s in %.1f s", self.base_name, time.perf_counter() - start)
 
     @property
@@ -152,8 +150,8 @@ class WrappedLM(HFLM):
 
     def _windows(self, context: int | None, stride: int | None) -> tuple[int, int]:
         limit = self._n_positions
-        if context is not None and int(context) > limit:
-            raise ConfigError(f"context: expected at most {limit} (positions of the models), found {context}; lower it")
+        if context is not None:
+            loading.check_positions(limit, int(context), "context", "lower it")
         size = int(context) if context is not None else min(DEFAULT_CONTEXT, limit)
         step = int(stride) if stride is not None else max(1, size // 2)
         windows(1, size, step)  # checks both
@@ -169,16 +167,18 @@ class WrappedLM(HFLM):
         }
         setting = {key: model_identity(name, revision) for key, (name, revision) in named.items() if name}
         numbers = {key: str(value) for key, value in kwargs.items() if key not in (*named, *_NO_NUMBERS)}
-        return ScoreStore(Path(folder) if folder is not None else None, setting | self._identity() | numbers)
+        return ScoreStore(
+            Path(folder) if folder is not None else None, setting | self.system.second(self.parts) | numbers
+        )
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
     @property
     def _which(self) -> Which:
         """Models that run. With a store both always do, so that any alpha can be read from it later."""
-        if not self.second:
+        if self.system.weight is None:
             return "base"
-        return "both" if self.store is not None or 0 < self.alpha < 1 else "memory" if self.alpha else "base"
+        return "both" if self.store is not None or 0 < self.weight < 1 else "memory" if self.weight else "base"
 
     def _keep(self, key: bytes, scores: TokenScores) -> None:
         if self.store is not None:
@@ -204,7 +204,7 @@ class WrappedLM(HFLM):
         found = self._scores(items, score, disable_tqdm)
         answers = []
         for (strings, _, _), (key, _, _) in zip(requests, items, strict=True):
-            answer = float(found[key].log_p(self.alpha).sum()), found[key].is_greedy(self.alpha)
+            answer = float(found[key].log_p(self.weight).sum()), found[key].is_greedy(self.weight)
             if strings is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
             answers.append(answer)
@@ -329,7 +329,7 @@ class WrappedLM(HFLM):
             read = contexts[context][-limit:]
             items.append((request_key("words", read, ids[words]), read, ids[words]))
         found = self._scores(items, self._score_words, disable_tqdm)
-        answers = {key: scores.log_p(self.alpha).tolist() for key, scores in found.items()}
+        answers = {key: scores.log_p(self.weight).tolist() for key, scores in found.items()}
         return [answers[key] for key, _, _ in items]
 
     def _word_ids(self, words: tuple[str, ...]) -> torch.Tensor:
@@ -395,7 +395,7 @@ class WrappedLM(HFLM):
         results = []
         for request in requests:
             (text,) = request.args
-            total = float(self.token_scores(text, disable_tqdm=disable_tqdm).log_p(self.alpha).sum())
+            total = float(self.token_scores(text, disable_tqdm=disable_tqdm).log_p(self.weight).sum())
             results.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return results
@@ -415,26 +415,35 @@ class WrappedLM(HFLM):
         texts: list[str] = super().generate_until(requests, disable_tqdm)
         return texts
 
-    def set_alpha(self, alpha: float) -> None:
-        """Use another weight from now on."""
-        self.alpha = mixing.check_weight(alpha)
-        if self._load_base is None:
-            self._set_weight()
+    def set_weight(self, weight: float) -> None:
+        """Use another weight of the second distribution from now on.
 
-    def _set_weight(self) -> None:
-        """Tell the loaded model."""
-        raise NotImplementedError
+        Raises:
+            ConfigError: It is not a number from 0 to 1, or nothing is mixed.
+        """
+        if weight and self.system.weight is None:
+            raise ConfigError(f"{self.system.name}: expected no weight, found {weight}: nothing is mixed")
+        self.weight = mixing.check_weight(weight)
+        if self._load_base is None:
+            self._model.set_weight(self.weight)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results file says about the model."""
+        """What the results file says about the model; its weight by name, `alpha` or `lambda`."""
         loaded = super().get_model_info() if self._load_base is None else {}
-        windows = {"context": self.context, "stride": self.stride}
+        named = {name: self.parts.of(name) for name in self.system.needs if name != "base"}
+        folders = {
+            key: [str(each) for each in value] if isinstance(value, tuple) else str(value)
+            for key, value in named.items()
+        }
+        weight = {} if self.system.weight is None else {self.system.weight: self.weight}
         return {
             **loaded,
             "pretrained": self.base_name,
-            **self._info(),
-            "alpha": self.alpha,
-            **windows,
+            **folders,
+            **self.system.numbers(self.parts),
+            **weight,
+            "context": self.context,
+            "stride": self.stride,
             "requests_cut": self.n_cut,
         }
 
@@ -453,13 +462,8 @@ class WrappedLM(HFLM):
             return model
 
 
-@contextmanager
-def _model_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{name}: expected a causal LM, found: {reason}; check the path or the network") from error
+def _loading(name: str) -> AbstractContextManager[None]:
+    return outside(ModelError, name, "a causal LM", "check the path or the network")
 
 
 def _kept(batch: list[list[Item]]) -> int:

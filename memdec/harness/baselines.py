@@ -1,20 +1,15 @@
-"""The baselines as models of lm-eval: `memdec-knnlm` and `memdec-icrag`.
+"""The baselines as models of lm-eval: `memdec-knnlm` and `memdec-icrag`; and any system as one.
 
-What they share with `memdec-interp` is in `memdec.harness.base_lm`. Here is what each of them mixes or reads.
+What they share with `memdec-interp` is in `memdec.harness.base_lm`.
 """
 
 from pathlib import Path
 from typing import Any
 
-from memdec.artefacts import artefact
-from memdec.datastore.search import load as load_index
-from memdec.errors import ConfigError
 from memdec.harness.base_lm import WrappedLM
-from memdec.inference.icrag import IcRagForCausalLM
-from memdec.inference.icrag import check_folders as check_passages
-from memdec.inference.knnlm import KnnLMForCausalLM, check_folders
-from memdec.inference.wrapper import Wrapper
-from memdec.settings import KnnLMSettings, RetrievalSettings, parse
+from memdec.harness.models import MemDecInterp
+from memdec.inference.systems import SYSTEMS, Parts
+from memdec.settings import KnnLMSettings, RetrievalSettings, SystemName, parse
 
 
 class MemDecKnnLM(WrappedLM):
@@ -45,36 +40,10 @@ class MemDecKnnLM(WrappedLM):
         **kwargs: Any,
     ) -> None:
         numbers = {"weight": weight, "temperature": temperature, "neighbours": neighbours, "nprobe": nprobe}
-        self.settings = parse(KnnLMSettings, numbers, "memdec-knnlm")
-        self.folders, self.index_folder = [Path(folder) for folder in datastore.split("+")], Path(index)
-        super().__init__(pretrained, self.settings.weight, **kwargs)
-
-    def _check(self, revision: str | None, trust: bool) -> None:
-        self._keys = check_folders(self.base_name, self.folders, self.index_folder, self.settings)
-
-    def _wrap(self, base: Any) -> Wrapper:
-        searcher = load_index(self._keys, self.index_folder, self.settings.nprobe, base.device)
-        return KnnLMForCausalLM(
-            base,
-            self._keys,
-            searcher,
-            weight=self.alpha,
-            temperature=self.settings.temperature,
-            neighbours=self.settings.neighbours,
-            n_vocab=len(self.tokenizer),
-        )
-
-    def _set_weight(self) -> None:
-        self._model.set_weight(self.alpha)
-
-    def _identity(self) -> dict[str, str]:
-        index = artefact.read(self.index_folder, "index")
-        numbers = self.settings.model_dump(exclude={"weight"})
-        return {"keys": self._keys.recipe, "index": index.recipe, **{key: str(value) for key, value in numbers.items()}}
-
-    def _info(self) -> dict[str, Any]:
-        folders = {"datastore": [str(folder) for folder in self.folders], "index": str(self.index_folder)}
-        return {**folders, **self.settings.model_dump(exclude={"weight"})}
+        settings: KnnLMSettings = parse(KnnLMSettings, numbers, "memdec-knnlm")
+        shards = tuple(Path(folder) for folder in datastore.split("+"))
+        parts = Parts(base=pretrained, datastore=shards, index=Path(index), knn_lm=settings)
+        super().__init__(SYSTEMS["kNN-LM"], parts, settings.weight, **kwargs)
 
 
 class MemDecIcRag(WrappedLM):
@@ -90,27 +59,25 @@ class MemDecIcRag(WrappedLM):
         kwargs: As for `WrappedLM`.
     """
 
-    second = False
-
     def __init__(self, pretrained: str, passages: str, query: int = 32, every: int = 4, **kwargs: Any) -> None:
-        self.settings = parse(RetrievalSettings, {"query": query, "every": every}, "memdec-icrag")
-        self.folder = Path(passages)
-        super().__init__(pretrained, 0.0, **kwargs)
+        settings: RetrievalSettings = parse(RetrievalSettings, {"query": query, "every": every}, "memdec-icrag")
+        parts = Parts(base=pretrained, passages=Path(passages), retrieval=settings)
+        super().__init__(SYSTEMS["In-Context RAG"], parts, 0.0, **kwargs)
 
-    def _check(self, revision: str | None, trust: bool) -> None:
-        self._passages = check_passages(self.base_name, self.folder, self.settings)
 
-    def _wrap(self, base: Any) -> Wrapper:
-        return IcRagForCausalLM(
-            base, self._passages, query=self.settings.query, every=self.settings.every, n_vocab=len(self.tokenizer)
-        )
-
-    def set_alpha(self, alpha: float) -> None:
-        raise ConfigError(f"memdec-icrag: expected no weight, found {alpha}: a passage is read, nothing is mixed")
-
-    def _identity(self) -> dict[str, str]:
-        recipe = artefact.read(self.folder, "passages").recipe
-        return {"passages": recipe, "query": str(self.settings.query), "every": str(self.settings.every)}
-
-    def _info(self) -> dict[str, Any]:
-        return {"passages": str(self.folder), "query": self.settings.query, "every": self.settings.every}
+def of_system(name: SystemName, parts: Parts, **kwargs: Any) -> WrappedLM:
+    """A system as a model of lm-eval; type and device are those of the parts, `kwargs` as for `WrappedLM`."""
+    base = str(parts.base)
+    kwargs = {"dtype": parts.dtype, "device": parts.device, **kwargs}
+    if name == "kNN-LM":
+        shards = "+".join(str(shard) for shard in parts.datastore)
+        return MemDecKnnLM(base, shards, str(parts.index), **parts.knn_lm.model_dump(), **kwargs)
+    if name == "In-Context RAG":
+        return MemDecIcRag(base, str(parts.passages), **parts.retrieval.model_dump(), **kwargs)
+    more: dict[str, dict[str, Any]] = {
+        "base": {},
+        "DAPT": {"pretrained": str(parts.dapt)},
+        "LoRA": {"peft": str(parts.lora)},
+        "MemDec": {"memory": str(parts.memory), "alpha": parts.alpha},
+    }
+    return MemDecInterp(**{"pretrained": base, **more[name]}, **kwargs)

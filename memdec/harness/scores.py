@@ -36,14 +36,14 @@ class TokenScores:
     memory: NDArray[np.float32] | None
     greedy: tuple[float, float] | None = None
 
-    def log_p(self, memory_weight: float) -> NDArray[np.float64]:
+    def log_p(self, alpha: float) -> NDArray[np.float64]:
         """log-probability of each token under the mixture."""
-        return mixing.mix_scores(self.base, self.base if self.memory is None else self.memory, memory_weight)
+        return mixing.mix_scores(self.base, self.base if self.memory is None else self.memory, alpha)
 
-    def is_greedy(self, memory_weight: float) -> bool:
+    def is_greedy(self, alpha: float) -> bool:
         """Whether greedy decoding of the mixture gives just these tokens."""
         assert self.greedy is not None
-        return self.greedy[0] <= memory_weight <= self.greedy[1]
+        return self.greedy[0] <= alpha <= self.greedy[1]
 
 
 def request_key(kind: str, *parts: Any) -> bytes:

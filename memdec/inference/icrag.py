@@ -90,27 +90,6 @@ class IcRagForCausalLM(Wrapper):
         self.requires_grad_(False)
         self.eval()
 
-    @classmethod
-    def from_folders(
-        cls,
-        base: str | Path,
-        passages: Path,
-        settings: RetrievalSettings,
-        *,
-        dtype: str = "float32",
-        device: str | torch.device = "cpu",
-    ) -> "IcRagForCausalLM":
-        """Load the base (folder or Hub id) and the passages; arguments as above.
-
-        Raises:
-            ArtifactError: They have different tokenizers.
-            ModelError: There is no such base.
-        """
-        retriever = check_folders(base, passages, settings)
-        lm = loading.load(base, dtype=dtype).to(device)
-        n_vocab = len(tokens.load_tokenizer(str(base)))
-        return cls(lm, retriever, query=settings.query, every=settings.every, n_vocab=n_vocab)
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As for other models, but always without a cache."""
         return super().generate(*args, **(kwargs | {"use_cache": False}))

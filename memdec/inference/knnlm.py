@@ -20,14 +20,13 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.artefacts import artefact
+from memdec.datastore import search
 from memdec.datastore.keys import Datastore
-from memdec.datastore.search import Searcher, check_same, load
-from memdec.errors import ArtifactError, ConfigError, NumericsError
+from memdec.errors import ArtifactError, NumericsError
 from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, last_positions, shared_vocabulary
-from memdec.maths import kernels, knn, mixing
-from memdec.models import loading
+from memdec.maths import kernels, mixing
 from memdec.models.keypoints import KeyPoint
-from memdec.settings import KnnLMSettings
+from memdec.settings import KnnLMSettings, parse
 from memdec.text import tokens
 
 _QUERIES = 1024  # of a search
@@ -55,7 +54,7 @@ class KnnLMForCausalLM(Wrapper):
         self,
         base: Any,
         store: Datastore,
-        searcher: Searcher,
+        searcher: search.Searcher,
         *,
         weight: float = 0.25,
         temperature: float,
@@ -64,42 +63,21 @@ class KnnLMForCausalLM(Wrapper):
     ) -> None:
         vocab = shared_vocabulary([base], n_vocab)
         super().__init__(MemDecConfig(parts=[{"config": base.config.to_dict()}], n_vocab=vocab), base)
-        check_search(store, temperature=temperature, neighbours=neighbours)
+        store.require_stored()
+        parse(KnnLMSettings, {"temperature": temperature, "neighbours": neighbours}, "kNN-LM")
+        search.check_neighbours(store, neighbours)
         self.set_weight(weight)
         self.temperature, self.neighbours, self.n_vocab = temperature, neighbours, vocab
-        self._searcher, self._values, self._dtype = searcher, store.values, getattr(torch, store.settings.dtype)
-        if int(self._values.max()) >= vocab:
+        self._searcher = searcher
+        if int(store.values.max()) >= vocab:
             raise ArtifactError(
-                f"{store.folder}: expected tokens below the {vocab} of the output head, found {self._values.max()}; run "
+                f"{store.folder}: expected tokens below the {vocab} of the output head, found {store.values.max()}; run "
                 "`memdec tokens` and `memdec datastore` with this model's tokenizer"
             )
         self.requires_grad_(False)
         self.eval()
         self._point = KeyPoint(base, store.settings.key_point)
         store.check_model(self._point)
-
-    @classmethod
-    def from_folders(
-        cls,
-        base: str | Path,
-        datastore: Path | Sequence[Path],
-        index_folder: Path,
-        settings: KnnLMSettings,
-        *,
-        dtype: str = "float32",
-        device: str | torch.device = "cpu",
-    ) -> "KnnLMForCausalLM":
-        """Load the base (folder or Hub id), its datastore (all shards) and the index over it; arguments as above.
-
-        Raises:
-            ArtifactError: Datastore, index and base do not belong together.
-            ModelError: There is no such base.
-        """
-        store = check_folders(base, datastore, index_folder, settings)
-        searcher = load(store, index_folder, settings.nprobe, torch.device(device))
-        lm = loading.load(base, dtype=dtype).to(device)
-        numbers = settings.model_dump(exclude={"nprobe"})
-        return cls(lm, store, searcher, **numbers, n_vocab=len(tokens.load_tokenizer(str(base))))
 
     def set_weight(self, weight: float) -> None:
         """Use another lambda from now on.
@@ -182,8 +160,8 @@ class KnnLMForCausalLM(Wrapper):
         for first in range(0, len(queries), _QUERIES):
             part = slice(first, first + _QUERIES)
             sq_dist, ids = self._searcher.search(queries[part], self.neighbours, inputs=read[part])
-            values = torch.from_numpy(self._values[np.maximum(ids, 0)].astype(np.int64))
-            counts, found, probs = knn.aggregate(torch.from_numpy(sq_dist), values, self.temperature)
+            near = torch.from_numpy(sq_dist), torch.from_numpy(ids)
+            counts, found, probs = self._searcher.rows(*near, self.temperature)
             at = rows[part].repeat_interleave(counts.to(self.device))
             log_p[at, found.to(self.device)] = probs.log().float().to(self.device)
         return log_p.view(*there.shape, -1)
@@ -194,34 +172,16 @@ class KnnLMForCausalLM(Wrapper):
         Raises:
             NumericsError: One is NaN or does not fit; names its place among the positions asked for.
         """
-        queries = vectors.to(self._dtype).float().cpu().numpy()
+        queries = self._searcher.store.rounded(vectors)
         fits = (np.abs(queries) < kernels.LARGEST).all(1)
         if not fits.all():
             row, position = there.nonzero()[int(np.argmin(fits))].tolist()
-            dtype = str(self._dtype).removeprefix("torch.")
+            dtype = self._searcher.store.settings.dtype
             raise NumericsError(
                 f"kNN-LM: expected finite keys within the range of {dtype}, found another one in row {row} at position "
                 f"{position} of those asked for; load the base in float32, or make the datastore with another dtype"
             )
         return queries
-
-
-def check_search(store: Datastore, *, temperature: float, neighbours: int) -> None:
-    """Numbers must fit the datastore, whose keys must be there to take distances from.
-
-    Raises:
-        ArtifactError: The keys are streamed.
-        ConfigError: A number is out of its range.
-    """
-    if not store.parts:
-        raise ArtifactError(
-            f"{store.folder}: expected stored keys to take distances from, found a streamed datastore; run `memdec "
-            "datastore --stored`"
-        )
-    if not 1 <= neighbours <= store.n:
-        raise ConfigError(f"neighbours: expected 1 to {store.n} (keys of {store.folder}), found {neighbours}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(f"temperature: expected a finite number above 0, found {temperature}")
 
 
 def check_folders(
@@ -235,12 +195,8 @@ def check_folders(
         ModelError: There is no tokenizer of the base.
     """
     store = Datastore(datastore)
-    check_search(store, temperature=settings.temperature, neighbours=settings.neighbours)
-    found = check_same(store, index_folder)
-    if found.settings["kind"].startswith("ivf") and settings.nprobe > found.settings["centroids"]:
-        raise ConfigError(
-            f"nprobe: expected at most {found.settings['centroids']} (centroids of {index_folder}), found {settings.nprobe}"
-        )
+    store.require_stored()
+    search.check(store, index_folder, settings)
     words = tokens.load_tokenizer(str(base))
     tokens.check_same(tokens.fingerprint(words), store.facts["tokenizer_sha256"], f"{base} with {store.folder}")
     # A model from elsewhere has no recipe; its keys are compared when it is loaded.

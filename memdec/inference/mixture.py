@@ -29,9 +29,9 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.errors import ConfigError, ModelError
-from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, check_room, last_positions, shared_vocabulary
+from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, last_positions, shared_vocabulary
 from memdec.maths import mixing
-from memdec.models.loading import load
+from memdec.models.loading import load, placed
 from memdec.text import tokens
 
 FOLDERS = ("base", "memory")  # in a self-contained folder: base, memory-0, memory-1 ...
@@ -105,7 +105,8 @@ class MemDecForCausalLM(Wrapper):
             kwargs: Passed on to the base's `from_pretrained`.
 
         Raises:
-            ModelError: A model is missing, has another tokenizer, or the memories do not fit on their device.
+            ModelError: A model is missing or has another tokenizer.
+            ResourceError: The memories do not fit on their device.
         """
         commits = list(revisions or [None] * (1 + len(memories)))
         words = tokens.load_tokenizer(str(base), commits[0])
@@ -118,8 +119,7 @@ class MemDecForCausalLM(Wrapper):
         small = []
         for name, commit in zip(memories, commits[1:], strict=True):
             model = load(name, dtype=memory_dtype or dtype, revision=commit)
-            check_room(model, place, str(name))
-            small.append(model.to(place))
+            small.append(placed(model, place, str(name)))
         mixture = cls.from_models(lm, small, weights, n_vocab=len(words))
         mixture._tokenizer = words
         return mixture
@@ -189,8 +189,7 @@ class MemDecForCausalLM(Wrapper):
             model = load(part.get("path", name), dtype=wanted, **where, **place, **known)
             if index:
                 device = torch.device(memory_device) if memory_device is not None else loaded[0].device
-                check_room(model, device, f"memory {index - 1} of {name}")
-                model = model.to(device)
+                model = placed(model, device, f"memory {index - 1} of {name}")
             loaded.append(model)
         mixture: MemDecForCausalLM = cls(config, loaded[0], loaded[1:])
         mixture.name_or_path = str(name)
@@ -204,6 +203,10 @@ class MemDecForCausalLM(Wrapper):
             ConfigError: One per memory is expected, none negative, together at most 1.
         """
         self.config.weights = mixing.check_weights(weights, len(self.memories))
+
+    def set_weight(self, weight: float) -> None:
+        """Give every memory this weight; a mixture of one memory has one, alpha."""
+        self.set_weights([weight for _ in self.memories])
 
     # --- running --------------------------------------------------------------------------------------------------
 

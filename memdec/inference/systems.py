@@ -1,67 +1,66 @@
-"""Everything that is compared, by name: each system is a causal LM made from folders, or says why it cannot be.
+"""Everything that is compared, by name: what a system is made of, whether its parts go together, how it is loaded.
 
-    system = SYSTEMS["knn-lm"]
-    parts = Parts(base=Path("models/gpt2-L"), datastore=(Path("keys/datastore"),), index=Path("keys/index"))
+    system = SYSTEMS["kNN-LM"]
+    parts = Parts(base="models/gpt2-L", datastore=(Path("keys/datastore"),), index=Path("keys/index"))
     model = system.build(parts) if system.reason(parts) is None else None
 
-Harness, evaluation and latency treat all of them alike: `forward` gives normalised log-probabilities, `generate` works.
+Config, rules, evaluation, harness and latency all use these names and checks. `forward` of a system gives normalised
+log-probabilities, and `generate` works. Importing this module loads no model code: a system imports its own when asked.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
-from memdec.artefacts import artefact, resources
-from memdec.errors import ArtifactError, ConfigError, MemDecError, ResourceError
-from memdec.inference import icrag, knnlm
-from memdec.inference.icrag import IcRagForCausalLM
-from memdec.inference.knnlm import KnnLMForCausalLM
-from memdec.inference.mixture import MemDecForCausalLM
-from memdec.inference.wrapper import Wrapper
-from memdec.models import loading
-from memdec.settings import KnnLMSettings, RetrievalSettings
-from memdec.text import tokens
+from memdec.artefacts import artefact
+from memdec.errors import ArtifactError, ConfigError, MemDecError
+from memdec.settings import DEFAULT_ALPHA, KnnLMSettings, RetrievalSettings, SystemName
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What systems around one base are made of; a system needs some of the folders.
+    """What the systems around one base are made of; each system needs some of them.
 
     Attributes:
-        base: Model folder.
+        base: Base model: folder or Hub id.
         dapt: The base after DAPT.
         lora: LoRA adapter of the base.
-        memory: Memory decoder.
-        dapt_memory: Small model after DAPT, mixed in as a memory is.
+        memory: Memory decoder, or a small model after DAPT that is mixed in as one: folder or Hub id.
         datastore: All shards of the base's own keys.
         index: Index over them.
         passages: Passages for In-Context RAG.
-        alpha: Weight of `memory` or `dapt_memory` (default: best single value of the paper's Table 7).
-        knn_lm: Numbers of the kNN-LM.
+        alpha: Weight of `memory`.
+        knn_lm: Numbers of the kNN-LM; `weight` is lambda.
         retrieval: Numbers of In-Context RAG.
-        dtype: Weights' type of all models.
-        device: Where they go.
+        dtype: Type of the weights; `auto` is the one that they were saved in.
+        memory_dtype: The same of the memory; None: as the base.
+        device: Where all of it goes.
+        revision: Commit of the base, for Hub ids.
+        memory_revision: Commit of the memory.
+        trust_remote_code: Whether the user let the tokenizers run code of their own.
     """
 
-    base: Path
+    base: str | Path
     dapt: Path | None = None
     lora: Path | None = None
-    memory: Path | None = None
-    dapt_memory: Path | None = None
+    memory: str | Path | None = None
     datastore: tuple[Path, ...] = ()
     index: Path | None = None
     passages: Path | None = None
-    alpha: float = 0.6
+    alpha: float = DEFAULT_ALPHA
     knn_lm: KnnLMSettings = field(default_factory=KnnLMSettings)
     retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
     dtype: str = "float32"
+    memory_dtype: str | None = None
     device: str = "cpu"
+    revision: str | None = None
+    memory_revision: str | None = None
+    trust_remote_code: bool = False
 
-
-_MODELS = ("base", "dapt", "memory", "dapt_memory")  # parts with weights that count
+    def of(self, name: str) -> Any:
+        """A part that is there, as `System.check_parts` has seen."""
+        return getattr(self, name)
 
 
 @dataclass(frozen=True)
@@ -69,22 +68,30 @@ class System:
     """One thing that is compared.
 
     Attributes:
-        name: As in commands and results.
+        name: The one name that config, records and tables have for it.
         needs: Parts that it is made of.
-        fits: Raises where its parts do not go together; loads no weights.
-        make: Loads it.
+        weight: Name of the weight that its second distribution has; None: there is no second one.
+        fits: Raises where the parts do not go together; loads no weights.
+        load: Loads the causal LM that the system runs as its base.
+        wrap: (that base, parts, tokens of the vocabulary) -> the system.
     """
 
-    name: str
+    name: SystemName
     needs: tuple[str, ...]
+    weight: Literal["alpha", "lambda"] | None
     fits: Callable[[Parts], object]
-    make: Callable[[Parts], Wrapper]
+    load: Callable[[Parts], Any]
+    wrap: Callable[[Any, Parts, int], Any]
 
-    def check(self, parts: Parts) -> None:
-        """Everything that can be known to be wrong before weights are loaded.
+    def given(self, parts: Parts) -> bool:
+        """Whether all its parts are named."""
+        return all(getattr(parts, name) for name in self.needs)
+
+    def check_parts(self, parts: Parts) -> None:
+        """The parts must be there and go together.
 
         Raises:
-            MemDecError: A part is missing, of another model or tokenizer, or too large for the memory.
+            MemDecError: A part is missing, not whole, or of another model or tokenizer.
         """
         missing = [name for name in self.needs if not getattr(parts, name)]
         if missing:
@@ -92,62 +99,110 @@ class System:
                 f"expected the parts {', '.join(self.needs)}, found no {', '.join(missing)}; give its folder"
             )
         self.fits(parts)
-        _check_memory(self.needs, parts)
+
+    def check_room(self, parts: Parts) -> None:
+        """Weights must fit on their device and an index into memory, before any are loaded.
+
+        Raises:
+            ResourceError: They do not.
+        """
+        from memdec.artefacts import devices
+        from memdec.models import loading
+
+        weights = sum(
+            loading.n_bytes(parts.of(name), _dtype(parts, name), _revision(parts, name))
+            for name in self.needs
+            if name in _MODELS
+        )
+        index = sum(artefact.read(parts.of("index"), "index").files.values()) if "index" in self.needs else 0
+        what, instead = f"weights in {parts.dtype}", "use another dtype or device"
+        if devices.is_cuda(parts.device):
+            devices.check_room(index, "cpu", "the index", "use a smaller one (kind ivfpq)")
+            devices.check_room(weights, parts.device, what, instead)
+        else:
+            devices.check_room(weights + index, parts.device, what, instead)
 
     def reason(self, parts: Parts) -> str | None:
         """Why it cannot run here, or None where it can."""
         try:
-            self.check(parts)
+            self.check_parts(parts)
+            self.check_room(parts)
         except MemDecError as error:
             return f"{self.name}: {error}"
         return None
 
-    def build(self, parts: Parts) -> Wrapper:
-        """The system as a causal LM.
+    def build(self, parts: Parts) -> Any:
+        """The system as a causal LM (`inference.wrapper.Wrapper`).
 
         Raises:
             MemDecError: It cannot run here.
         """
-        self.check(parts)
-        return self.make(parts)
+        from memdec.text import tokens
+
+        self.check_parts(parts)
+        self.check_room(parts)
+        n_vocab = len(tokens.load_tokenizer(str(parts.base), parts.revision))
+        return self.wrap(self.load(parts), parts, n_vocab)
+
+    def second(self, parts: Parts) -> dict[str, str]:
+        """What decides its second distribution beside the weight: content of the parts that join the base, and numbers."""
+        from memdec.models.loading import model_identity
+
+        found: dict[str, str] = {
+            name: artefact.read(parts.of(name), name).recipe for name in ("index", "passages") if name in self.needs
+        }
+        if "memory" in self.needs:
+            found["memory"] = model_identity(str(parts.memory), parts.memory_revision)
+            found["memory_dtype"] = str(parts.memory_dtype)
+        return found | {key: str(value) for key, value in self.numbers(parts).items()}
+
+    def numbers(self, parts: Parts) -> dict[str, Any]:
+        """Its settings, without the weight."""
+        if "index" in self.needs:
+            return parts.knn_lm.model_dump(exclude={"weight"})
+        return parts.retrieval.model_dump() if "passages" in self.needs else {}
+
+
+_MODELS = ("base", "dapt", "memory")  # parts whose weights count; an adapter is small
+
+
+def _revision(parts: Parts, name: str) -> str | None:
+    return {"base": parts.revision, "memory": parts.memory_revision}.get(name)
+
+
+def _dtype(parts: Parts, name: str) -> str:
+    return (parts.memory_dtype or parts.dtype) if name == "memory" else parts.dtype
 
 
 # --- whether parts go together ------------------------------------------------------------------------------------
 
 
-def _folder(parts: Parts, name: str) -> Path:
-    path: Path = getattr(parts, name)  # `System.check` has seen that it is there
-    return path
-
-
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(parts: Parts, name: str) -> Any:
     """Tokenizer of a model that is there, and whole if it is an artefact."""
-    loading.check_folder(folder)
-    kind = artefact.kind_of(folder)
-    if kind is not None:
-        artefact.read(folder, kind)
-    return tokens.load_tokenizer(str(folder))
+    from memdec.models import loading
+    from memdec.text import tokens
+
+    model = str(parts.of(name))
+    loading.check_folder(model)
+    return tokens.load_tokenizer(model, _revision(parts, name), trust_remote_code=parts.trust_remote_code)
 
 
 def _fits_alone(parts: Parts) -> None:
-    _tokenizer(parts.base)
+    _tokenizer(parts, "base")
 
 
-def _fits_base(name: str) -> Callable[[Parts], None]:
+def _fits_base(parts: Parts) -> None:
     """A memory must have the base's token ids."""
+    from memdec.text import tokens
 
-    def fits(parts: Parts) -> None:
-        folder = _folder(parts, name)
-        tokens.check_same_ids(_tokenizer(parts.base), _tokenizer(folder), f"{parts.base} with {folder}")
-
-    return fits
+    tokens.check_same_ids(_tokenizer(parts, "base"), _tokenizer(parts, "memory"), f"{parts.base} with {parts.memory}")
 
 
 def _made_from_base(name: str, kind: str) -> Callable[[Parts], None]:
     """DAPT and LoRA must have started from this very base."""
 
     def fits(parts: Parts) -> None:
-        folder, base = _folder(parts, name), artefact.read(parts.base, "model")
+        folder, base = parts.of(name), artefact.read(Path(parts.base), "model")
         if artefact.read(folder, kind).inputs.get("model") != base.recipe:
             raise ArtifactError(
                 f"{folder}: expected what was trained from {parts.base}, found something from another model; check the paths"
@@ -156,85 +211,82 @@ def _made_from_base(name: str, kind: str) -> Callable[[Parts], None]:
     return fits
 
 
-def _fits_knn(parts: Parts) -> None:
-    knnlm.check_folders(parts.base, parts.datastore, _folder(parts, "index"), parts.knn_lm)
+def _fits_keys(parts: Parts) -> None:
+    from memdec.inference import knnlm
+
+    knnlm.check_folders(parts.base, parts.datastore, parts.of("index"), parts.knn_lm)
 
 
 def _fits_passages(parts: Parts) -> None:
-    icrag.check_folders(parts.base, _folder(parts, "passages"), parts.retrieval)
+    from memdec.inference import icrag
 
-
-def _check_memory(needs: tuple[str, ...], parts: Parts) -> None:
-    """Weights must fit on their device, an index into memory.
-
-    Raises:
-        ResourceError: They do not.
-    """
-    n_weights = sum(loading.n_parameters(loading.on_meta(_folder(parts, name))) for name in needs if name in _MODELS)
-    weights = n_weights * getattr(torch, parts.dtype).itemsize
-    index = sum(artefact.read(_folder(parts, "index"), "index").files.values()) if "index" in needs else 0
-    what, instead = f"weights in {parts.dtype}", "use another dtype or device"
-    if torch.device(parts.device).type == "cuda":
-        free, _ = torch.cuda.mem_get_info(parts.device)
-        if weights > free:
-            sizes = f"expected {resources.size(weights)} free on {parts.device}, found {resources.size(free)}"
-            raise ResourceError(f"{what}: {sizes}; {instead}")
-        weights = 0
-    resources.check_memory(weights + index, what, instead)
+    icrag.check_folders(parts.base, parts.of("passages"), parts.retrieval)
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
-def _load(folder: Path, parts: Parts) -> Any:
-    return loading.load(folder, dtype=parts.dtype).to(parts.device)
+def _load(name: str) -> Callable[[Parts], Any]:
+    """Loader of one part, on its device."""
+
+    def load(parts: Parts) -> Any:
+        from memdec.models import loading
+
+        model = loading.load(parts.of(name), dtype=_dtype(parts, name), revision=_revision(parts, name))
+        return model.to(parts.device)
+
+    return load
 
 
-def _mixture(parts: Parts, base: Any, *memories: Path) -> MemDecForCausalLM:
-    n_vocab = len(tokens.load_tokenizer(str(parts.base)))
-    loaded = [_load(memory, parts) for memory in memories]
-    return MemDecForCausalLM.from_models(base, loaded, [parts.alpha for _ in loaded], n_vocab=n_vocab)
-
-
-def _lora(parts: Parts) -> MemDecForCausalLM:
-    """The adapter added to the weights: no slower than the base."""
+def _load_adapted(parts: Parts) -> Any:
+    """The base with the adapter added to its weights: no slower than the base."""
     from peft import PeftModel
 
-    adapted = PeftModel.from_pretrained(_load(parts.base, parts), str(parts.lora))
-    return _mixture(parts, adapted.merge_and_unload())
+    return PeftModel.from_pretrained(_load("base")(parts), str(parts.lora)).merge_and_unload()
 
 
-def _mixed_with(name: str) -> Callable[[Parts], MemDecForCausalLM]:
-    return lambda parts: _mixture(parts, _load(parts.base, parts), _folder(parts, name))
+def _alone(base: Any, parts: Parts, n_vocab: int) -> Any:
+    from memdec.inference.mixture import MemDecForCausalLM
+
+    return MemDecForCausalLM.from_models(base, [], [], n_vocab=n_vocab)
 
 
-def _knn_lm(parts: Parts, **changes: float) -> KnnLMForCausalLM:
-    settings = parts.knn_lm.model_copy(update=changes)
-    return KnnLMForCausalLM.from_folders(
-        parts.base, parts.datastore, _folder(parts, "index"), settings, dtype=parts.dtype, device=parts.device
-    )
+def _mixed(base: Any, parts: Parts, n_vocab: int) -> Any:
+    from memdec.inference.mixture import MemDecForCausalLM
+    from memdec.models import loading
+
+    dtype = parts.memory_dtype or str(base.dtype).removeprefix("torch.")
+    memory = loading.load(parts.of("memory"), dtype=dtype, revision=parts.memory_revision)
+    memory = loading.placed(memory, base.device, str(parts.memory))
+    return MemDecForCausalLM.from_models(base, [memory], [parts.alpha], n_vocab=n_vocab)
 
 
-def _ic_rag(parts: Parts) -> IcRagForCausalLM:
-    return IcRagForCausalLM.from_folders(
-        parts.base, _folder(parts, "passages"), parts.retrieval, dtype=parts.dtype, device=parts.device
-    )
+def _with_neighbours(base: Any, parts: Parts, n_vocab: int) -> Any:
+    from memdec.datastore import search
+    from memdec.datastore.keys import Datastore
+    from memdec.inference.knnlm import KnnLMForCausalLM
+
+    store, numbers = Datastore(parts.datastore), parts.knn_lm.model_dump(exclude={"nprobe"})
+    searcher = search.load(store, parts.of("index"), parts.knn_lm.nprobe, base.device)
+    return KnnLMForCausalLM(base, store, searcher, **numbers, n_vocab=n_vocab)
 
 
-_KEYS = ("base", "datastore", "index")
-SYSTEMS: dict[str, System] = {
+def _with_passages(base: Any, parts: Parts, n_vocab: int) -> Any:
+    from memdec.datastore.passages import Passages
+    from memdec.inference.icrag import IcRagForCausalLM
+
+    return IcRagForCausalLM(base, Passages(parts.of("passages")), **parts.retrieval.model_dump(), n_vocab=n_vocab)
+
+
+_BASE = _load("base")
+SYSTEMS: dict[SystemName, System] = {
     system.name: system
     for system in (
-        System("base", ("base",), _fits_alone, lambda parts: _mixture(parts, _load(parts.base, parts))),
-        System(
-            "dapt", ("dapt",), _made_from_base("dapt", "model"),
-            lambda parts: _mixture(parts, _load(_folder(parts, "dapt"), parts)),
-        ),
-        System("lora", ("base", "lora"), _made_from_base("lora", "lora"), _lora),
-        System("knn-lm", _KEYS, _fits_knn, _knn_lm),
-        System("ic-rag", ("base", "passages"), _fits_passages, _ic_rag),
-        System("memdec", ("base", "memory"), _fits_base("memory"), _mixed_with("memory")),
-        System("dapt-interp", ("base", "dapt_memory"), _fits_base("dapt_memory"), _mixed_with("dapt_memory")),
-        System("knn-distribution", _KEYS, _fits_knn, lambda parts: _knn_lm(parts, weight=1.0)),
+        System("base", ("base",), None, _fits_alone, _BASE, _alone),
+        System("In-Context RAG", ("base", "passages"), None, _fits_passages, _BASE, _with_passages),
+        System("kNN-LM", ("base", "datastore", "index"), "lambda", _fits_keys, _BASE, _with_neighbours),
+        System("DAPT", ("dapt",), None, _made_from_base("dapt", "model"), _load("dapt"), _alone),
+        System("LoRA", ("base", "lora"), None, _made_from_base("lora", "lora"), _load_adapted, _alone),
+        System("MemDec", ("base", "memory"), "alpha", _fits_base, _BASE, _mixed),
     )
-}  # fmt: skip
+}

@@ -17,8 +17,10 @@ from memdec.datastore import search
 from memdec.datastore.keys import Datastore
 from memdec.errors import ConfigError
 from memdec.inference.mixture import MemDecForCausalLM
-from memdec.maths import knn, mixing, sparse_rows
+from memdec.maths import mixing
+from memdec.maths.sparse_rows import SparseRows, probability_of
 from memdec.maths.windows import Window, windows
+from memdec.models import loading
 from memdec.settings import ExplainSettings
 from memdec.text import tokens
 
@@ -95,26 +97,20 @@ class Neighbours:
         device: torch.device | None = None,
     ) -> None:
         self.store, self.settings = Datastore(datastore), settings
-        if settings.neighbours > self.store.n:
-            raise ConfigError(
-                f"explain: expected at most {self.store.n} neighbours (keys of {self.store.folder}), found "
-                f"{settings.neighbours}; lower 'neighbours'"
-            )
+        search.check(self.store, index_folder, settings)
         where = f"{self.store.folder} with the models"
         tokens.check_same(tokens.fingerprint(tokenizer), self.store.facts["tokenizer_sha256"], where)
         self.searcher = search.load(self.store, index_folder, settings.nprobe, device)
 
-    def rows(self, ids: Int[np.ndarray, " T"], part: Window) -> sparse_rows.SparseRows:
+    def rows(self, ids: Int[np.ndarray, " T"], part: Window) -> SparseRows:
         """p_kNN of the scored positions of a window, which has these inputs."""
         point, skip = self.store.forward.point, part.first - part.begin
         hidden = point(torch.from_numpy(ids)[None].to(point.model.device))[0, skip:]
-        keys = hidden.to(getattr(torch, self.store.settings.dtype)).float().cpu().numpy()  # rounded as the stored ones
         before = np.where(np.arange(part.first, part.end) > 0, ids[skip:], -1)  # the prefix is no token of a text
-        released = not self.store.parts
-        sq_dist, near = self.searcher.search(keys, self.settings.neighbours, inputs=before, released=released)
-        values = torch.from_numpy(self.store.values[np.maximum(near, 0)].astype(np.int64))
-        counts, found, probs = knn.aggregate(torch.from_numpy(sq_dist), values, self.settings.temperature)
-        return sparse_rows.SparseRows(np.concatenate([[0], np.cumsum(counts.numpy())]), found.numpy(), probs.numpy())
+        released, k = not self.store.parts, self.settings.neighbours
+        near = self.searcher.search(self.store.rounded(hidden), k, inputs=before, released=released)
+        sq_dist, positions = map(torch.from_numpy, near)
+        return SparseRows.of(*self.searcher.rows(sq_dist, positions, self.settings.temperature))
 
 
 @torch.inference_mode()
@@ -146,10 +142,7 @@ def explain(
         raise ConfigError(
             f"explain: expected a text and a mixture with a memory, found {len(ids)} tokens and {len(model.memories)} memories"
         )
-    if model.n_positions is not None and context > model.n_positions:
-        raise ConfigError(
-            f"context: expected at most {model.n_positions} (positions of the models), found {context}; lower it"
-        )
+    loading.check_positions(model.n_positions, context, "context", "lower it")
     stream, prefix = np.asarray(ids, np.int64), tokens.prefix_id(tokenizer)
     weight = min(1.0, math.fsum(model.config.weights))
     spell = _speller(tokenizer)
@@ -177,8 +170,8 @@ def _dense(log_p: Float[Tensor, "n V"], labels: NDArray[np.int64], top: int) -> 
     ]
 
 
-def _sparse(rows: sparse_rows.SparseRows, labels: NDArray[np.int64], top: int) -> list[_Row]:
-    own, found = sparse_rows.probability_of(rows, labels), []
+def _sparse(rows: SparseRows, labels: NDArray[np.int64], top: int) -> list[_Row]:
+    own, found = probability_of(rows, labels), []
     for row, p in enumerate(own.tolist()):
         span = slice(rows.indptr[row], rows.indptr[row + 1])
         best = np.argsort(-rows.probs[span], kind="stable")[:top]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     Cache,
@@ -16,7 +16,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.errors import ConfigError, ModelError
-from memdec.models.loading import n_positions
+from memdec.models.loading import check_positions, n_positions
 
 Which = Literal["both", "base", "memory"]
 
@@ -53,8 +53,7 @@ class MemDecConfig(PreTrainedConfig):
     @property
     def max_position_embeddings(self) -> int:
         """Tokens that all parts can see."""
-        fields = ("max_position_embeddings", "n_positions")
-        known = [part["config"][field] for part in self.parts for field in fields if part["config"].get(field)]
+        known = [n for i in range(len(self.parts)) if (n := n_positions(self.part_config(i))) is not None]
         if not known:
             raise AttributeError("max_position_embeddings")
         return int(min(known))
@@ -137,20 +136,16 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=log_p, past_key_values=cache)
 
     def check_length(self, input_ids: Tensor | None, cache: Cache | None) -> None:
-        """Models fail late or answer nonsense beyond the positions they have.
+        """The text must not be longer than what the models can see.
 
         Raises:
             ConfigError: The text is longer.
         """
         if input_ids is None or torch.compiler.is_compiling():
             return
-        limit = self.n_positions
         length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None and not cache.is_compileable else 0)
-        if limit is not None and length > limit:
-            raise ConfigError(
-                f"expected at most {limit} tokens (positions of the models), found {length}; cut the prompt on the left or "
-                "lower max_new_tokens"
-            )
+        instead = "cut the prompt on the left or lower max_new_tokens"
+        check_positions(self.n_positions, length, "text", instead)
 
 
 def last_positions(n: int, keep: int) -> int | Tensor:
@@ -178,20 +173,3 @@ def shared_vocabulary(models: Sequence[Any], n_vocab: int | None) -> int:
             f"expected output heads of at least {n_vocab} tokens, found {shortest}; use models of one tokenizer"
         )
     return shortest
-
-
-def check_room(model: nn.Module, device: torch.device, name: str) -> None:
-    """A model must fit into what is free on a GPU.
-
-    Raises:
-        ModelError: It does not.
-    """
-    if device.type != "cuda":
-        return
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise ModelError(
-            f"{name}: expected {needed / 1e9:.1f} GB free on {device}, found {free / 1e9:.1f} GB; use memory_dtype=bfloat16, "
-            "memory_device=cpu, or device_map=auto for the base"
-        )

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,26 +11,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memdec.errors import ConfigError, NumericsError
+from memdec.maths.statistics import perplexity
 
 
-def check_weight(memory_weight: float) -> float:
+def check_weight(alpha: float) -> float:
     """alpha as a float in [0, 1].
 
     Raises:
         ConfigError: It is not a number in that range.
     """
     try:
-        value = float(memory_weight)
+        value = float(alpha)
     except (TypeError, ValueError):
         value = math.nan
     if not 0.0 <= value <= 1.0:
-        raise ConfigError(f"alpha: expected a number from 0 (base only) to 1 (memory only), found {memory_weight!r}")
+        raise ConfigError(f"alpha: expected a number from 0 (base only) to 1 (memory only), found {alpha!r}")
     return value
 
 
-def log_weights(memory_weight: float) -> tuple[float, float]:
+def log_weights(alpha: float) -> tuple[float, float]:
     """(log alpha, log(1 - alpha)), with -inf for a weight of zero."""
-    alpha = check_weight(memory_weight)
+    alpha = check_weight(alpha)
     return (math.log(alpha) if alpha else -math.inf, math.log1p(-alpha) if alpha < 1 else -math.inf)
 
 
@@ -77,16 +78,14 @@ def mix(
     return mixed
 
 
-def mix_scores(
-    log_p_base: NDArray[np.floating], log_p_mem: NDArray[np.floating], memory_weight: float
-) -> NDArray[np.float64]:
+def mix_scores(log_p_base: NDArray[np.floating], log_p_mem: NDArray[np.floating], alpha: float) -> NDArray[np.float64]:
     """The same for stored per-token scores, in float64, shape (N,): any alpha without another model pass."""
     base, memory = np.asarray(log_p_base, np.float64), np.asarray(log_p_mem, np.float64)
-    if memory_weight == 0.0:
+    if alpha == 0.0:
         return base
-    if memory_weight == 1.0:
+    if alpha == 1.0:
         return memory
-    log_a, log_b = log_weights(memory_weight)
+    log_a, log_b = log_weights(alpha)
     return np.logaddexp(memory + log_a, base + log_b)
 
 
@@ -129,3 +128,21 @@ def greedy_interval(
     never = ((b < 0) & (m < 0)).any(-1) | (low > high)
     interval = torch.stack([low, high], -1)
     return torch.where(never[..., None], interval.new_tensor([1.0, 0.0]), interval)
+
+
+def perplexities(
+    log_p_base: NDArray[np.floating], log_p_other: NDArray[np.floating], weights: Iterable[float]
+) -> dict[float, float]:
+    """Perplexity of N true tokens at every weight of the second distribution.
+
+    Args:
+        log_p_base: log-probabilities (nats) under the base, (N,).
+        log_p_other: Under the memory, or p_kNN.
+        weights: alpha of the memory, or lambda of p_kNN.
+    """
+    return {weight: perplexity(mix_scores(log_p_base, log_p_other, weight)) for weight in weights}
+
+
+def best_weight(values: Mapping[float, float], *, higher: bool = False) -> float:
+    """The weight with the lowest value, or the highest; of equal ones the smallest weight."""
+    return min(values, key=lambda weight: (-values[weight] if higher else values[weight], weight))

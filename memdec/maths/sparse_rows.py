@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,11 @@ class SparseRows:
     indptr: NDArray[np.int64]  # (N + 1,)
     tokens: NDArray[np.integer]  # (nnz,)
     probs: NDArray[np.floating]  # (nnz,)
+
+    @classmethod
+    def of(cls, counts: Int[Tensor, " N"], tokens: Int[Tensor, " nnz"], probs: Float[Tensor, " nnz"]) -> "SparseRows":
+        """Rows from what `knn.aggregate` gives."""
+        return cls(np.concatenate([[0], np.cumsum(counts.numpy())]), tokens.numpy(), probs.numpy())
 
     def __len__(self) -> int:
         return len(self.indptr) - 1

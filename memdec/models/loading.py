@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memdec.artefacts import artefact, sources
-from memdec.errors import ConfigError, ModelError
+from memdec.artefacts import artefact, devices, sources
+from memdec.errors import ConfigError, ModelError, outside
 from memdec.settings import ModelSpec
 from memdec.text import tokens
 from memdec.text.tokens import load_tokenizer
@@ -38,7 +38,7 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_folder(Path(name, subfolder) if Path(name).is_dir() else name)
-    try:
+    with outside(ModelError, name, "a causal LM with safetensors weights", "check the path or the network"):
         config = AutoConfig.from_pretrained(name, revision=revision, subfolder=subfolder)
         if dropout is not None:
             set_dropout(config, dropout)
@@ -51,11 +51,6 @@ def load(
             use_safetensors=True,
             **kwargs,
         )
-    except Exception as error:  # the Hub client raises a dozen unrelated types
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{name}: expected a causal LM with safetensors weights, found: {reason}; check the path or the network"
-        ) from None
 
 
 def config(name: str | Path, revision: str | None = None) -> Any:
@@ -66,12 +61,37 @@ def config(name: str | Path, revision: str | None = None) -> Any:
     return AutoConfig.from_pretrained(name, revision=revision)
 
 
-def on_meta(name: str | Path) -> Any:
-    """The modules of a model folder without their weights, on the meta device."""
+def on_meta(name: str | Path, revision: str | None = None) -> Any:
+    """The modules of a model folder or Hub id without their weights, on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config(name))
+        return AutoModelForCausalLM.from_config(config(name, revision))
+
+
+def n_bytes(name: str | Path, dtype: str, revision: str | None = None) -> int:
+    """Bytes of the weights of a model folder or Hub id in a type (`auto`: that of its configuration); loads no weights.
+
+    Quantised weights, whose size no configuration tells, count nothing.
+    """
+    model = on_meta(name, revision)
+    if getattr(model.config, "quantization_config", None) is not None:
+        return 0
+    kind = model.config.dtype if dtype == "auto" else getattr(torch, dtype)
+    return n_parameters(model) * (kind or torch.float32).itemsize
+
+
+def placed(model: Any, device: torch.device, name: str) -> Any:
+    """The model on a device, which must have room for it.
+
+    Raises:
+        ResourceError: It has not.
+    """
+    if devices.is_cuda(device):
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        instead = "use memory_dtype=bfloat16, memory_device=cpu, or device_map=auto for the base"
+        devices.check_room(size, device, name, instead)
+    return model.to(device)
 
 
 def check_folder(name: str | Path) -> None:
@@ -235,16 +255,11 @@ def from_gguf(source: sources.Source) -> Any:
     from transformers import AutoModelForCausalLM
 
     name = source.facts["source"]
-    try:
+    what = "a GGUF file of an architecture that transformers reads"
+    with outside(ModelError, name, what, "use the model's safetensors folder"):
         packed, report = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=torch.float32, output_loading_info=True, **source.options
         )
-    except Exception as error:  # transformers and gguf raise a dozen unrelated types
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{name}: expected a GGUF file of an architecture that transformers reads, found: {reason}; use the model's "
-            "safetensors folder"
-        ) from None
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in sorted(report[kind])]
     if wrong:
         raise ModelError(
@@ -305,17 +320,10 @@ def snapshot(name: str, revision: str | None) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-            )
-        )
-    except Exception as error:  # the Hub client raises a dozen unrelated types
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{name}: expected a model of the Hub, found: {reason}; download it on a machine with network and give the folder"
-        ) from None
+    instead = "download it on a machine with network and give the folder"
+    with outside(ModelError, name, "a model of the Hub", instead):
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
 def n_positions(config: Any) -> int | None:
@@ -324,6 +332,22 @@ def n_positions(config: Any) -> int | None:
         if isinstance(getattr(config, field, None), int):
             return int(getattr(config, field))
     return None
+
+
+def check_positions(limit: int | None, n: int, what: str, instead: str) -> None:
+    """Models fail late or answer nonsense beyond the positions that they have.
+
+    Args:
+        limit: Positions of the model or models; None where it is not known.
+        n: Tokens that are wanted.
+        what: What is so long, in words.
+        instead: The next step for the user.
+
+    Raises:
+        ConfigError: There are fewer.
+    """
+    if limit is not None and n > limit:
+        raise ConfigError(f"{what}: expected at most {limit} tokens (positions of the models), found {n}; {instead}")
 
 
 def n_parameters(model: nn.Module) -> int:

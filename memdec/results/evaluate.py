@@ -10,17 +10,36 @@ domain `forgetting.json`.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 from numpy.typing import NDArray
 
+from memdec import HARNESS_TASKS
 from memdec.artefacts import artefact, devices
 from memdec.errors import ArtifactError, ConfigError
+from memdec.harness.base_lm import WrappedLM
+from memdec.harness.baselines import of_system
 from memdec.harness.scores import TokenScores
+from memdec.inference.systems import SYSTEMS, Parts
 from memdec.maths import mixing, statistics
-from memdec.settings import AUTO, DEFAULT_MEMORY, FORGETTING, Compute, EvaluateSettings, Split
+from memdec.settings import (
+    AUTO,
+    DEFAULT_MEMORY,
+    FORGETTING,
+    Compute,
+    EvaluateSettings,
+    KnnLMSettings,
+    RetrievalSettings,
+    Split,
+    SystemName,
+)
+from memdec.text import corpora
 
 TASK = "memdec_ppl"
 _TUNED_ON: tuple[Split, Split] = ("valid", "test")
@@ -66,21 +85,24 @@ def run(
         compute: Device, and the type of the models' weights.
     """
     text = artefact.read(corpus, "corpus")
+    parts = Parts(
+        base=base,
+        dapt=dapt,
+        lora=lora,
+        memory=memory,
+        datastore=tuple(datastore),
+        index=index,
+        passages=passages,
+        alpha=settings.alphas[0],
+        knn_lm=_knn_settings(settings, settings.lambdas[0], settings.temperatures[0]),
+        retrieval=RetrievalSettings(query=settings.query, every=settings.every),
+        dtype=devices.precision(compute),
+        device=str(devices.pick(compute)),
+    )
     inputs = {"base": artefact.read(base, "model").recipe, "corpus": text.recipe}
     others = {folder.name: artefact.read(folder, "corpus") for folder in also}
     inputs |= {f"also {name}": manifest.recipe for name, manifest in others.items()}
-    memory_kind = "model" if memory is not None and artefact.kind_of(memory) == "model" else "memory"
-    for label, folder, kind in (("memory", memory, memory_kind), ("lora", lora, "lora"), ("dapt", dapt, "model")):
-        if folder is not None:
-            inputs[label] = _trained_on(folder, kind, corpus, text)
-    if bool(datastore) != (index is not None):
-        raise ConfigError("memdec evaluate: expected --datastore and --index together, found one of them; give both")
-    if index is not None:
-        for shard in datastore:
-            _trained_on(shard, "datastore", corpus, text)
-        inputs["index"] = artefact.read(index, "index").recipe
-    if passages is not None:
-        inputs["passages"] = _trained_on(passages, "passages", corpus, text)
+    inputs |= _made_of(parts, corpus, text)
     plain = {
         **settings.model_dump(mode="json", exclude={"batch_size"}),
         "context": context,
@@ -92,16 +114,11 @@ def run(
     with artefact.building(out, "evaluation", plain, inputs) as build:
         if build is None:
             return
-        session = _Session(base, [corpus, *also], out, settings, context, stride, seed, compute)
-        records = session.single("base") if memory is None else session.interpolated(memory, name)
-        if lora is not None:
-            records += session.single("LoRA", peft=str(lora))
-        if dapt is not None:
-            records += session.single("DAPT", pretrained=str(dapt))
-        if index is not None:
-            records += session.knn_lm(datastore, index)
-        if passages is not None:
-            records += session.in_context_rag(passages)
+        session = _Session(parts, [corpus, *also], out, settings, context, stride, seed)
+        records = session.interpolated(name) if memory is not None else session.alone("base")
+        for system in SYSTEMS.values():
+            if system.name not in ("base", "MemDec") and system.given(parts):
+                records += session.knn_lm() if system.name == "kNN-LM" else session.alone(system.name)
         artefact.write_json(out / "records.json", [record for record in records if record["on"] == corpus.name])
         if also:
             artefact.write_json(out / FORGETTING, [record for record in records if record["on"] != corpus.name])
@@ -113,6 +130,29 @@ def run(
         build.facts.update(methods=[record["method"] for record in records], corpora_sha256=known)
 
 
+def _knn_settings(settings: EvaluateSettings, weight: float, temperature: float) -> KnnLMSettings:
+    numbers = {"neighbours": settings.neighbours, "nprobe": settings.nprobe}
+    return KnnLMSettings(weight=weight, temperature=temperature, **numbers)
+
+
+def _made_of(parts: Parts, corpus: Path, text: artefact.Manifest) -> dict[str, str]:
+    """Recipes of the parts beside the base, all of which were made from the corpus."""
+    kinds = {"lora": "lora", "dapt": "model", "passages": "passages"}
+    mixed_in = parts.memory is not None and artefact.kind_of(Path(parts.memory)) == "model"
+    kinds["memory"] = "model" if mixed_in else "memory"
+    found = {name: _trained_on(parts.of(name), kind, corpus, text) for name, kind in kinds.items() if parts.of(name)}
+    if bool(parts.datastore) != (parts.index is not None):
+        raise ConfigError("memdec evaluate: expected --datastore and --index together, found one of them; give both")
+    if parts.index is not None:
+        for shard in parts.datastore:
+            _trained_on(shard, "datastore", corpus, text)
+        found["index"] = artefact.read(parts.index, "index").recipe
+    for system in SYSTEMS.values():
+        if system.given(parts):
+            system.check_parts(parts)
+    return found
+
+
 def _trained_on(folder: Path, kind: str, corpus: Path, text: artefact.Manifest) -> str:
     """Recipe of something that was trained on the corpus."""
     manifest = artefact.read(folder, kind)
@@ -122,84 +162,68 @@ def _trained_on(folder: Path, kind: str, corpus: Path, text: artefact.Manifest) 
 
 
 class _Session:
-    """lm-eval runs of one base model on one corpus (the first), and on general ones at the weights tuned on it."""
+    """lm-eval runs of the systems around one base on one corpus (the first), and on general ones at the same weights."""
 
     def __init__(
         self,
-        base: Path,
+        parts: Parts,
         corpora: Sequence[Path],
         out: Path,
         settings: EvaluateSettings,
         context: int,
         stride: int,
         seed: int,
-        compute: Compute,
     ) -> None:
-        self.base, self.corpora, self.out, self.settings, self.compute = base, corpora, out, settings, compute
+        self.parts, self.corpora, self.out, self.settings = parts, corpora, out, settings
         self.context, self.stride, self.seed = context, stride, seed
 
-    def interpolated(self, memory: Path, name: str) -> list[dict[str, Any]]:
+    def interpolated(self, name: str) -> list[dict[str, Any]]:
         """Records of the base and of base + memory, from one pass of both models over valid and test."""
-        model = self._model(memory=str(memory), alpha=self.settings.alphas[0])
+        model = self._model("MemDec", self.parts)
         self._lm_eval(model, "MemDec", "valid", self.corpora[0])
-        valid = self._scores(model, "valid", self.corpora[0])
-        assert valid.memory is not None
-        sweep = _sweep(valid.base, valid.memory, self.settings.alphas)
-        best = min(sweep, key=sweep.__getitem__)
-        tuned = {"alpha": best, "memory": name, "valid_sweep": sweep, "valid": sweep[best]}
-        model.set_alpha(0.0)
+        valid = self._valid(model, self.settings.alphas)
+        best = mixing.best_weight(valid)
+        tuned = {"alpha": best, "memory": name, "valid_sweep": valid, "valid": valid[best]}
+        model.set_weight(0.0)
         records = self._tested(model, "base", 0.0)
-        model.set_alpha(best)
+        model.set_weight(best)
         return records + [record | tuned for record in self._tested(model, "MemDec", best)]
 
-    def single(self, method: str, **model_args: str) -> list[dict[str, Any]]:
-        """Records of one model alone, without a memory."""
-        return self._tested(self._model(alpha=0.0, **model_args), method, 0.0)
+    def alone(self, name: SystemName) -> list[dict[str, Any]]:
+        """Records of a system that has no weight to tune."""
+        return self._tested(self._model(name, self.parts), name, 0.0)
 
-    def knn_lm(self, datastore: Sequence[Path], index: Path) -> list[dict[str, Any]]:
+    def knn_lm(self) -> list[dict[str, Any]]:
         """Records of the base mixed with p_kNN; lambda and tau are the best candidates on valid."""
-        from memdec.harness.baselines import MemDecKnnLM
-
-        sweeps: dict[float, dict[float, float]] = {}
-        for temperature in self.settings.temperatures:
-            model = self._knn(MemDecKnnLM, datastore, index, temperature)
-            valid = self._scores(model, "valid", self.corpora[0])
-            assert valid.memory is not None
-            sweeps[temperature] = _sweep(valid.base, valid.memory, self.settings.lambdas)
+        sweeps = {}
+        for tau in self.settings.temperatures:
+            sweeps[tau] = self._valid(self._knn(tau, self.settings.lambdas[0]), self.settings.lambdas)
         tau = min(sweeps, key=lambda each: min(sweeps[each].values()))
-        best = min(sweeps[tau], key=sweeps[tau].__getitem__)
-        model = self._knn(MemDecKnnLM, datastore, index, tau)
-        model.set_alpha(best)
-        tuned = {"alpha": best, "temperature": tau, "valid_sweep": sweeps[tau], "valid": sweeps[tau][best]}
-        return [record | tuned for record in self._tested(model, "kNN-LM", best)]
+        best = mixing.best_weight(sweeps[tau])
+        tuned = {"lambda": best, "temperature": tau, "valid_sweep": sweeps[tau], "valid": sweeps[tau][best]}
+        return [record | tuned for record in self._tested(self._knn(tau, best), "kNN-LM", best)]
 
-    def _knn(self, kind: Any, datastore: Sequence[Path], index: Path, temperature: float) -> Any:
-        folders = "+".join(str(folder) for folder in datastore)
-        numbers = {"neighbours": self.settings.neighbours, "nprobe": self.settings.nprobe, "temperature": temperature}
-        return self._model(kind, datastore=folders, index=str(index), **numbers)
+    def _knn(self, temperature: float, weight: float) -> WrappedLM:
+        settings = _knn_settings(self.settings, weight, temperature)
+        return self._model("kNN-LM", replace(self.parts, knn_lm=settings))
 
-    def in_context_rag(self, passages: Path) -> list[dict[str, Any]]:
-        """Records of the base with retrieved passages before the text."""
-        from memdec.harness.baselines import MemDecIcRag
-
-        numbers = {"query": self.settings.query, "every": self.settings.every}
-        model = self._model(MemDecIcRag, passages=str(passages), **numbers)
-        return self._tested(model, "In-Context RAG", 0.0)
-
-    def _model(self, kind: Any = None, **kwargs: Any) -> Any:
-        from memdec.harness.models import MemDecInterp
-
-        return (kind or MemDecInterp)(
-            **{"pretrained": str(self.base), **kwargs},
+    def _model(self, name: SystemName, parts: Parts) -> WrappedLM:
+        return of_system(
+            name,
+            parts,
             context=self.context,
             stride=self.stride,
             scores=str(self.out / "scores"),
             batch_size=self.settings.batch_size,
-            dtype=devices.precision(self.compute),
-            device=str(devices.pick(self.compute)),
         )
 
-    def _tested(self, model: Any, method: str, weight: float) -> list[dict[str, Any]]:
+    def _valid(self, model: WrappedLM, weights: Sequence[float]) -> dict[float, float]:
+        """Perplexity of the valid text at every weight of the second distribution."""
+        valid = self._scores(model, "valid", self.corpora[0])
+        assert valid.memory is not None
+        return mixing.perplexities(valid.base, valid.memory, weights)
+
+    def _tested(self, model: WrappedLM, method: str, weight: float) -> list[dict[str, Any]]:
         """Record of the test text of every corpus, at one weight of the second distribution."""
         records = []
         for corpus in self.corpora:
@@ -207,13 +231,8 @@ class _Session:
             records.append(self._record(method, results, scores.log_p(weight)) | {"on": corpus.name})
         return records
 
-    def _lm_eval(self, model: Any, method: str, split: Split, corpus: Path) -> dict[str, Any]:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-
-        from memdec import HARNESS_TASKS
-
-        metadata = {"corpus": str(corpus), "split": split, "pretrained": str(self.base)}
+    def _lm_eval(self, model: WrappedLM, method: str, split: Split, corpus: Path) -> dict[str, Any]:
+        metadata = {"corpus": str(corpus), "split": split, "pretrained": str(self.parts.base)}
         manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=metadata)
         results = simple_evaluate(model=model, tasks=[TASK], task_manager=manager, bootstrap_iters=0, log_samples=False)
         assert results is not None
@@ -222,15 +241,8 @@ class _Session:
         values: dict[str, Any] = results["results"][TASK]
         return values
 
-    def _text(self, model: Any, split: Split, corpus: Path) -> str:
-        from memdec.text import corpora
-
-        separator = artefact.read(corpus, "corpus").facts["separator"]
-        return corpora.joined(corpora.load(corpus, split), separator, model.tokenizer.eos_token)
-
-    def _scores(self, model: Any, split: Split, corpus: Path) -> TokenScores:
-        stored: TokenScores = model.token_scores(self._text(model, split, corpus), disable_tqdm=True)
-        return stored
+    def _scores(self, model: WrappedLM, split: Split, corpus: Path) -> TokenScores:
+        return model.token_scores(corpora.joined_split(corpus, split, model.tokenizer.eos_token), disable_tqdm=True)
 
     def _record(self, method: str, results: dict[str, Any], log_p: NDArray[np.floating]) -> dict[str, Any]:
         low, high = statistics.bootstrap_perplexity(log_p, self.stride, self.settings.resamples, self.seed)
@@ -243,14 +255,8 @@ class _Session:
             "high": high,
             "n": int(results["tokens,none"]),
             "alpha": None,
+            "lambda": None,
             "seed": self.seed,
-            "device": devices.name(self.compute),
-            "precision": devices.precision(self.compute),
+            "device": devices.described(torch.device(self.parts.device)),
+            "precision": self.parts.dtype,
         }
-
-
-def _sweep(
-    log_p_base: NDArray[np.floating], log_p_other: NDArray[np.floating], weights: list[float]
-) -> dict[float, float]:
-    """Perplexity at every weight."""
-    return {weight: statistics.perplexity(mixing.mix_scores(log_p_base, log_p_other, weight)) for weight in weights}

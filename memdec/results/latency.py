@@ -12,7 +12,7 @@ Timings depend on the machine: its name is among the inputs, and on another one 
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memdec.artefacts import artefact, devices, provenance
-from memdec.datastore import search
 from memdec.datastore.keys import Datastore
 from memdec.errors import ConfigError, ModelError
-from memdec.inference import icrag, knnlm, speculative
+from memdec.inference import speculative
 from memdec.inference.mixture import MemDecForCausalLM
+from memdec.inference.systems import SYSTEMS, Parts, System
 from memdec.models import loading
 from memdec.models.loading import model_identity
 from memdec.results import figures
-from memdec.settings import AUTO, Compute, KnnLMSettings, LatencySettings, RetrievalSettings
+from memdec.settings import AUTO, Compute, KnnLMSettings, LatencySettings
 from memdec.text import tokens
 
 _LEVEL = 0.95
@@ -82,75 +82,57 @@ class Entry:
     size: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Folders:
-    """What systems around one base are made of.
+def identities(parts: Parts, knn: Sequence[Parts] = ()) -> dict[str, str]:
+    """`inputs` of `run`: what decides the systems around one base.
 
-    Attributes:
-        base: Model folder or Hub id.
-        memory: Memory folder or Hub id.
-        knn: Datastore shards and index of each kNN-LM; several show how it grows with the datastore.
-        passages: Folder of passages for In-Context RAG.
+    Args:
+        parts: The base, its memory, and passages where In-Context RAG is measured.
+        knn: The same base with datastore and index of each kNN-LM; several show how it grows with the datastore.
     """
-
-    base: str
-    memory: str
-    knn: Sequence[tuple[Sequence[Path], Path]] = ()
-    passages: Path | None = None
-
-    def identities(self, alpha: float) -> dict[str, str]:
-        """`inputs` of `run`."""
-        found = {"base": model_identity(self.base), "memory": model_identity(self.memory), "alpha": repr(alpha)}
-        for i, (_, index_folder) in enumerate(self.knn):
-            found[f"knn {i}"] = artefact.read(index_folder, "index").recipe
-        if self.passages is not None:
-            found["passages"] = artefact.read(self.passages, "passages").recipe
-        return found
+    found = {"base": model_identity(str(parts.base)), "alpha": repr(parts.alpha)}
+    for system in SYSTEMS.values():
+        if system.given(parts):
+            found |= system.second(parts)
+    return found | {f"knn {i}": artefact.read(each.of("index"), "index").recipe for i, each in enumerate(knn)}
 
 
-def systems(
-    folders: Folders,
-    alpha: float,
-    settings: LatencySettings,
-    compute: Compute = AUTO,
-) -> dict[str, Entry]:
-    """The base as the library runs it, and around it every system whose folders are given; weights are loaded once.
+def systems(parts: Parts, settings: LatencySettings, knn: Sequence[Parts] = ()) -> dict[str, Entry]:
+    """The base as the library runs it, and around it the systems whose parts are given; weights are loaded once.
+
+    Args:
+        parts: As for `identities`.
+        settings: Of the measurement.
+        knn: As for `identities`.
 
     Raises:
-        MemDecError: Folders do not go together; nothing is loaded yet.
+        MemDecError: Parts do not go together; nothing is loaded yet.
     """
+    memdec, knn_lm, rag = SYSTEMS["MemDec"], SYSTEMS["kNN-LM"], SYSTEMS["In-Context RAG"]
+    memdec.check_parts(parts)
 
     @cache
     def mixture() -> MemDecForCausalLM:
-        dtype = devices.precision(compute)
-        model = MemDecForCausalLM.from_parts(folders.base, [folders.memory], [alpha], dtype=dtype)
-        return model.to(devices.pick(compute))  # type: ignore[no-any-return]
+        made: MemDecForCausalLM = memdec.build(parts)
+        return made
+
+    def around(system: System, other: Parts) -> Any:
+        return system.wrap(mixture().base, other, mixture().n_vocab)
 
     found = {
         "base": Entry(lambda: mixture().base),
-        "MemDec": Entry(mixture),
-        "MemDec, speculative": Entry(mixture, partial(drafted, n_draft=settings.n_draft)),
+        memdec.name: Entry(mixture),
+        f"{memdec.name}, speculative": Entry(mixture, partial(drafted, n_draft=settings.n_draft)),
     }
-    for shards, index_folder in folders.knn:
-        numbers = KnnLMSettings(neighbours=min(settings.neighbours, Datastore(shards).n), nprobe=settings.nprobe)
-        store = knnlm.check_folders(folders.base, shards, index_folder, numbers)
-        name = f"kNN-LM, {store.n:,} keys"
-        make = partial(_knn_lm, mixture, store, index_folder, numbers)
-        found[name] = Entry(make, kind="kNN-LM", size=store.n)
-    if folders.passages is not None:
-        retrieval = RetrievalSettings()
-        passages = icrag.check_folders(folders.base, folders.passages, retrieval)
-        found["In-Context RAG"] = Entry(
-            lambda: icrag.IcRagForCausalLM(mixture().base, passages, query=retrieval.query, every=retrieval.every)
-        )
+    for each in knn:
+        n = Datastore(each.datastore).n
+        numbers = KnnLMSettings(neighbours=min(settings.neighbours, n), nprobe=settings.nprobe)
+        own = replace(each, knn_lm=numbers)
+        knn_lm.check_parts(own)
+        found[f"{knn_lm.name}, {n:,} keys"] = Entry(partial(around, knn_lm, own), kind=knn_lm.name, size=n)
+    if rag.given(parts):
+        rag.check_parts(parts)
+        found[rag.name] = Entry(partial(around, rag, parts))
     return found
-
-
-def _knn_lm(
-    mixture: Callable[[], MemDecForCausalLM], store: Datastore, index_folder: Path, numbers: KnnLMSettings
-) -> knnlm.KnnLMForCausalLM:
-    searcher = search.load(store, index_folder, numbers.nprobe, mixture().device)
-    return knnlm.KnnLMForCausalLM(mixture().base, store, searcher, **numbers.model_dump(exclude={"nprobe"}))
 
 
 def run(
@@ -247,12 +229,8 @@ def measure(given: Mapping[str, Entry], settings: LatencySettings, stream: Path 
 
 
 def _check_length(name: str, model: Any, needed: int) -> None:
-    limit = loading.n_positions(model.config)
-    if limit is not None and needed > limit:
-        raise ConfigError(
-            f"latency: expected prompts and new tokens of at most {limit} (positions of {name}), found {needed}; lower "
-            "prompt_tokens or new_tokens"
-        )
+    what = f"latency: prompts and new tokens of {name}"
+    loading.check_positions(loading.n_positions(model.config), needed, what, "lower prompt_tokens or new_tokens")
 
 
 def _prompts(model: Any, settings: LatencySettings, stream: Path | None) -> Int[Tensor, "turns T"]:

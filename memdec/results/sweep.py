@@ -4,18 +4,26 @@ The first alpha scores base and memory and stores both; all others read the stor
 metric, alpha, value, stderr), `sweep.png`, `sweep.svg`, `scores/`.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lm_eval import evaluate
+from lm_eval.tasks import TaskManager
 
+from memdec import HARNESS_TASKS
 from memdec.artefacts import artefact
 from memdec.errors import ConfigError
-from memdec.harness.alphas import ALPHAS, best_of, evaluated
-from memdec.maths import mixing, statistics
+from memdec.harness.alphas import ALPHAS
+from memdec.harness.models import MemDecInterp
+from memdec.maths import mixing
 from memdec.models.loading import model_identity
 from memdec.settings import Split
+from memdec.tasks.task import FEWSHOT_SEED
+from memdec.text import corpora
 
 COLUMNS = ("task", "metric", "alpha", "value", "stderr")
 
@@ -54,14 +62,12 @@ def run(
     with artefact.building(out, "sweep", settings, inputs) as build:
         if build is None:
             return
-        from memdec.harness.models import MemDecInterp
-
         metadata = {"corpus": str(corpus), "split": split} if corpus is not None else {}
         model = MemDecInterp(pretrained=base, memory=memory, alpha=0.5, scores=str(out / "scores"), **model_args)
-        rows, better = evaluated(model, tasks, weights, metadata | {"pretrained": base}, limit)
+        rows, better = _evaluate(model, tasks, weights, metadata | {"pretrained": base}, limit)
         artefact.write_text(out / "sweep.csv", _csv(rows))
         _draw(rows, better, out)
-        build.facts.update(best=[row for row in rows if row == best_of(rows, row, better)])
+        build.facts.update(best=[row for row in rows if row == _best(rows, row, better)])
 
 
 def tune(
@@ -74,14 +80,11 @@ def tune(
     **model_args: Any,
 ) -> dict[float, float]:
     """Perplexity of the corpus at every alpha, lowest first."""
-    from memdec.harness.models import MemDecInterp
-    from memdec.text import corpora
-
     weights = sorted({mixing.check_weight(alpha) for alpha in alphas})
     model = MemDecInterp(pretrained=base, memory=memory, alpha=0.5, **model_args)
-    separator = artefact.read(corpus, "corpus").facts["separator"]
-    scores = model.token_scores(corpora.joined(corpora.load(corpus, split), separator, model.tokenizer.eos_token))
-    found = {alpha: statistics.perplexity(scores.log_p(alpha)) for alpha in weights}
+    scores = model.token_scores(corpora.joined_split(corpus, split, model.tokenizer.eos_token))
+    assert scores.memory is not None
+    found = mixing.perplexities(scores.base, scores.memory, weights)
     return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
 
@@ -93,6 +96,55 @@ def shown(out: Path) -> str:
     first = table.groupby("task", sort=False)["metric"].transform("first")
     wide = table[table["metric"] == first].pivot_table(index="alpha", columns=["task", "metric"], values="value")
     return wide.to_string(float_format=lambda value: f"{value:.4g}")
+
+
+def _evaluate(
+    model: Any, tasks: Sequence[str], alphas: Sequence[float], metadata: dict[str, Any], limit: int | None
+) -> tuple[list[dict[str, Any]], dict[tuple[str, str], bool]]:
+    """Rows of the table, and of each (task, metric) whether higher is better."""
+    loaded = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata).load(list(tasks))
+    rows: list[dict[str, Any]] = []
+    better: dict[tuple[str, str], bool] = {}
+    for number, alpha in enumerate(alphas):
+        model.set_weight(alpha)
+        for task in loaded["tasks"].values():  # as `simple_evaluate` does, for every alpha alike
+            if task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        with _quiet(number > 0):
+            results = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+        assert results is not None
+        for task, values in results["results"].items():
+            for name, value in values.items():
+                metric = name.split(",")[0]
+                if not isinstance(value, int | float) or metric.endswith("_stderr") or "," not in name:
+                    continue
+                stderr = values.get(name.replace(metric, f"{metric}_stderr"))
+                stderr = stderr if isinstance(stderr, int | float) else None
+                rows.append({"task": task, "metric": metric, "alpha": alpha, "value": float(value), "stderr": stderr})
+                better[task, metric] = bool(results["higher_is_better"].get(task, {}).get(metric, True))
+    return rows, better
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Without what lm-eval logs of every run."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    if quiet:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _best(rows: Sequence[dict[str, Any]], row: dict[str, Any], better: dict[tuple[str, str], bool]) -> dict[str, Any]:
+    """The row of the same task and metric with the best value."""
+    key = row["task"], row["metric"]
+    same = {each["alpha"]: each for each in rows if (each["task"], each["metric"]) == key}
+    values = {alpha: each["value"] for alpha, each in same.items()}
+    return same[mixing.best_weight(values, higher=better[key])]
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -116,7 +168,7 @@ def _draw(rows: Sequence[dict[str, Any]], better: dict[tuple[str, str], bool], o
         some = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
         alphas, values = np.array([[row["alpha"], row["value"]] for row in some]).T
         axes.plot(alphas, values, color="#0072b2", linewidth=1.6)
-        best = best_of(rows, some[0], better)
+        best = _best(rows, some[0], better)
         axes.plot(best["alpha"], best["value"], "o", color="#d55e00", markersize=5)
         axes.annotate(
             f"{best['value']:.4g} at α = {best['alpha']:g}", (best["alpha"], best["value"]), textcoords="offset points",

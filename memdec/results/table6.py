@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from memdec.artefacts import artefact, devices
 from memdec.config import Config
 from memdec.errors import ConfigError
 from memdec.inference.mixture import MemDecForCausalLM
+from memdec.inference.systems import SYSTEMS, Parts
 from memdec.inference.token_reports import Neighbours, TokenReport, explain
-from memdec.results import tables
-from memdec.results.explain import percent
+from memdec.models import loading
 from memdec.settings import Case, ExplainSettings
 from memdec.text import tokens
 
@@ -33,11 +31,7 @@ def probabilities(case: Case, model: MemDecForCausalLM, tokenizer: Any, neighbou
     first, last = len(before), len(before) + len(word)
     inside = [i for i, (low, high) in enumerate(encoding["offset_mapping"]) if low < last and high > first]
     ids = encoding["input_ids"][: inside[-1] + 1]
-    if model.n_positions is not None and len(ids) > model.n_positions:
-        raise ConfigError(
-            f"cases: expected a text of at most {model.n_positions} tokens (positions of the models), found {len(ids)} "
-            f"in {case.text!r}; shorten it"
-        )
+    loading.check_positions(model.n_positions, len(ids), f"cases: {case.text!r}", "shorten it")
     reports = explain(model, tokenizer, ids, context=len(ids), stride=len(ids), top=1, neighbours=neighbours)
     row = {"group": case.group, "text": case.text, "target": word, "tokens": len(inside)}
     return row | {title: _percent([reports[i] for i in inside], name) for name, title in _COLUMNS.items()}
@@ -48,7 +42,7 @@ def _percent(reports: Sequence[TokenReport], name: str) -> float:
 
 
 def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], index_folder: Path, out: Path) -> None:
-    """Stage `cases`: Table 6 of a run.
+    """Stage `cases`: what Table 6 shows of a run.
 
     Args:
         config: Of the run; `cases` are the rows, `targets` has k, tau and nprobe of p_kNN.
@@ -56,7 +50,7 @@ def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], ind
         memory: Memory decoder.
         datastore: All shards of the keys that the memory was trained on.
         index_folder: Index over them.
-        out: CSV file; .md, .tex and .provenance.json are put beside it.
+        out: Folder to make.
 
     Raises:
         ConfigError: No cases, or one that is too long.
@@ -65,25 +59,16 @@ def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], ind
     if not config.cases:
         raise ConfigError("cases: expected at least one row of Table 6, found none; add them to the config")
     folders = {"base": (base, "model"), "memory": (memory, "memory"), "index": (index_folder, "index")}
-    recipes = {name: artefact.read(folder, kind).recipe for name, (folder, kind) in folders.items()}
+    inputs = {name: artefact.read(folder, kind).recipe for name, (folder, kind) in folders.items()}
     same = {name: getattr(config.targets, name) for name in ("neighbours", "temperature", "nprobe")}
-    tokenizer = tokens.load_tokenizer(str(base))
-    dtype = devices.precision(config.compute)
-    model = MemDecForCausalLM.from_parts(base, [memory], [0.5], dtype=dtype)  # the weight is not used: nothing is mixed
-    model.to(devices.pick(config.compute))
-    neighbours = Neighbours(datastore, index_folder, ExplainSettings(**same), tokenizer, model.device)
-    frame = pd.DataFrame([probabilities(case, model, tokenizer, neighbours) for case in config.cases])
-    rows = []
-    for _, row in frame.iterrows():
-        numbers = [row[title] for title in _COLUMNS.values()]
-        text = str(row["text"]).replace("[[", "[").replace("]]", "]")
-        shown = [percent(p / 100) for p in numbers]
-        best = numbers.index(max(numbers))
-        rows.append([str(row["group"]), text, *(f"**{p}**" if i == best else p for i, p in enumerate(shown))])
-    grid = tables.Grid(["Group", "Text", *_COLUMNS.values()], 2, rows)
-    note = (
-        f"Probability in percent of the word in brackets, scale `{config.scale}`: memory, kNN distribution that it was "
-        f"trained on ({neighbours.store.n:,} keys, k {same['neighbours']}, temperature {same['temperature']:g}) and base "
-        f"model {config.key_model}. A word of several tokens has the product of their probabilities."
-    )
-    tables.write(out, frame, grid, note, "6", config, recipes)
+    dtype, device = devices.precision(config.compute), str(devices.pick(config.compute))
+    plain = {"cases": [case.model_dump(mode="json") for case in config.cases], **same, "precision": dtype}
+    with artefact.building(out, "cases", plain, inputs) as build:
+        if build is None:
+            return
+        tokenizer = tokens.load_tokenizer(str(base))
+        model = SYSTEMS["MemDec"].build(Parts(base=base, memory=memory, dtype=dtype, device=device))
+        neighbours = Neighbours(datastore, index_folder, ExplainSettings(**same), tokenizer, model.device)
+        records = [probabilities(case, model, tokenizer, neighbours) for case in config.cases]
+        artefact.write_json(out / "records.json", records)
+        build.facts.update(keys=neighbours.store.n, device=devices.name(config.compute))

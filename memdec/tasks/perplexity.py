@@ -38,7 +38,7 @@ def load_corpus(**metadata: Any) -> dict[str, Rows]:
     manifest = artefact.read(folder, "corpus")
     words = task.tokenizer(metadata)
     rows.log.info("memdec_ppl: %s split of %s (%s)", split, folder, why)
-    text = corpora.joined(corpora.load(folder, split), manifest.facts["separator"], words.eos_token)
+    text = corpora.joined_split(folder, split, words.eos_token)
     return _one_row(text, words, source=f"{folder.name} {manifest.facts['sha256']} {split}")
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import datasets
 import pyarrow as pa
 from huggingface_hub import HfApi
 
-from memdec.errors import CorpusError
+from memdec.errors import CorpusError, outside
 
 log = logging.getLogger("lm_eval.tasks.memdec")  # the executable shows what is under lm_eval
 
@@ -164,10 +165,8 @@ def pinned(hub: HubRows) -> HubRows:
     """
     if len(hub.revision) == 40 or Path(hub.path).is_dir():
         return hub
-    try:
+    with _reached(hub):
         commits = [each.commit_id for each in HfApi().list_repo_commits(hub.path, repo_type="dataset")]
-    except Exception as error:  # as below
-        raise _unreachable(hub, error) from None
     found = commits[:1] if hub.revision == NEWEST else [each for each in commits if each.startswith(hub.revision)]
     if len(found) != 1:
         raise CorpusError(
@@ -183,21 +182,16 @@ def hub_rows(hub: HubRows) -> datasets.Dataset:
     Raises:
         CorpusError: They cannot be had.
     """
-    try:
+    with _reached(hub):
         options: dict[str, Any] = {"data_files": {hub.split: hub.files}} if hub.files is not None else {}
         if hub.columns is not None:
             options["columns"] = list(hub.columns)
         return datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, **options)
-    except Exception as error:  # the Hub client raises a dozen unrelated types
-        raise _unreachable(hub, error) from None
 
 
-def _unreachable(hub: HubRows, error: Exception) -> CorpusError:
-    reason = " ".join(str(error).split())[:160]
-    return CorpusError(
-        f"{hub}: expected rows from the Hub, found: {reason}; check the network, or set MEMDEC_DATA to a folder that "
-        "`memdec data fetch` filled elsewhere"
-    )
+def _reached(hub: HubRows) -> AbstractContextManager[None]:
+    instead = "check the network, or set MEMDEC_DATA to a folder that `memdec data fetch` filled elsewhere"
+    return outside(CorpusError, hub, "rows from the Hub", instead)
 
 
 def check(rows: Rows, fields: Mapping[str, type | tuple[type, ...]]) -> None:

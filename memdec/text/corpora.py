@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from memdec.artefacts import artefact
-from memdec.errors import CorpusError
+from memdec.errors import CorpusError, outside
 from memdec.settings import SPLITS, CorpusSpec, DocstringCorpus, FileCorpus, HubCorpus, Split
 
 SKIPPED_FOLDERS = {"tests", "test", "_vendor", "_vendored_packages", "idlelib", "lib2to3", "site-packages", "testing"}
@@ -85,6 +85,11 @@ def load(path: Path, split: Split) -> list[str]:
 def joined(texts: Iterable[str], separator: str, eos: str) -> str:
     """One string whose tokens are the token stream of the split: documents, each followed by EOS if so configured."""
     return "".join(text + eos for text in texts) if separator == "eos" else "".join(texts)
+
+
+def joined_split(folder: Path, split: Split, eos: str) -> str:
+    """The whole text of one split of a corpus folder, as `joined` makes it."""
+    return joined(load(folder, split), artefact.read(folder, "corpus").facts["separator"], eos)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -241,13 +246,9 @@ def _hub_documents(spec: HubCorpus, split: Split) -> Iterator[Document]:
     name = spec.splits.get(split)
     if name is None:
         raise CorpusError(f"{spec.path}: expected a data set split for '{split}', found none; add it under 'splits'")
-    try:
+    instead = "check id, config, revision and network"
+    with outside(CorpusError, f"{spec.path} ({split} = {name})", "a data set", instead):
         rows = datasets.load_dataset(spec.path, spec.config, split=name, revision=spec.revision)
-    except Exception as error:  # the Hub client raises a dozen unrelated types
-        reason = " ".join(str(error).split())[:200]
-        raise CorpusError(
-            f"{spec.path} ({split} = {name}): expected a data set, found: {reason}; check id, config, revision and network"
-        ) from None
     for number, row in enumerate(tqdm(rows, desc=f"read {split}", unit="row", mininterval=2)):
         document = _row_document(row, spec.field, f"{name}:{number}", spec.path)
         if document.text:

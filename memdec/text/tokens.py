@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from memdec.artefacts import artefact, sources
-from memdec.errors import ArtifactError, ConfigError, CorpusError, ModelError
+from memdec.errors import ArtifactError, ConfigError, CorpusError, ModelError, outside
 from memdec.settings import SPLITS, Split, TokenizerSpec
 from memdec.text import corpora
 
@@ -106,14 +106,9 @@ def load_tokenizer(
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    try:
+    with outside(ModelError, name, "a tokenizer folder or Hub id", "check the path or the network"):
         gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **gguf)
-    except Exception as error:  # the Hub client raises a dozen unrelated types
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{name}: expected a tokenizer folder or Hub id, found: {reason}; check the path or the network"
-        ) from None
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{name}: expected a tokenizer with an EOS token, found none; set eos_token in tokenizer_config.json"

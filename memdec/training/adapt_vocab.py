@@ -44,7 +44,8 @@ def run(memory: Path, tokenizer: Path, out: Path, settings: AdaptSettings, *, se
     kind: Literal["model", "memory"] = "model" if artefact.kind_of(memory) == "model" else "memory"
     old, new = artefact.read(memory, kind), artefact.read(tokenizer, "tokenizer")
     plain = {**settings.model_dump(mode="json"), "seed": seed}
-    with artefact.building(out, "model", plain, {"memory": old.recipe, "tokenizer": new.recipe}) as build:
+    inputs = {"memory": old.recipe, "tokenizer": new.recipe}
+    with artefact.building(out, "model", plain, inputs, stage="adapt-vocab") as build:
         if build is None:
             return
         words = tokens.load_tokenizer(str(tokenizer))

@@ -168,8 +168,8 @@ class LossTrainer(Trainer):
         found = {"loss": -float(log_p.mean()), "perplexity": statistics.perplexity(log_p)}
         mixed = []
         for name, base in self.base_scores.items():
-            sweep = {alpha: statistics.perplexity(mixing.mix_scores(base, log_p, alpha)) for alpha in self.alphas}
-            best = min(sweep, key=sweep.__getitem__)
+            sweep = mixing.perplexities(base, log_p, self.alphas)
+            best = mixing.best_weight(sweep)
             found |= {f"alpha_{name}": best, f"mixed_{name}": sweep[best]}
             mixed.append(math.log(sweep[best]))
         return found | {"score": sum(mixed) / len(mixed) if mixed else found["loss"]}

@@ -9,6 +9,7 @@ The same command goes on where a killed run was.
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def run_finetune(
     plain = {**_plain(settings, compute), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
     task = fitting.Task(words, stream, context, seed, ceiling=plain.get("flops_ceiling"), compute=compute)
     inputs = _inputs(model_folder, stream)
-    _train("model", lambda: loading.load(model_folder, dropout=settings.dropout), settings, task, out, plain, inputs)
+    make = partial(loading.load, model_folder, dropout=settings.dropout)
+    _train("model", make, settings, task, out, plain, inputs, stage="finetune")
 
 
 def run_lora(
@@ -174,12 +176,13 @@ def _train(
     out: Path,
     plain: dict[str, Any],
     inputs: dict[str, str],
+    stage: str | None = None,
 ) -> None:
     """Make the model, train it, save it with its tokenizer and card."""
     fitting.check_reporting(settings.report_to)
     _refuse_changes(out, {"settings": plain, "inputs": inputs})
     team = resources.team(devices.pick(task.compute).type == "cpu")
-    with artefact.building(out, kind, plain, inputs, team) as build:
+    with artefact.building(out, kind, plain, inputs, team, stage) as build:
         if build is None:
             return
         if team.rank == 0:
@@ -267,12 +270,7 @@ def _checked(model_folder: Path, stream: Path, context: int) -> Any:
             f"{model_folder}: expected a head for the tokenizer's {len(words)} tokens, found one for {config.vocab_size}; "
             "use a model of this tokenizer, or `memdec adapt-vocab`"
         )
-    limit = loading.n_positions(config)
-    if limit is not None and context > limit:
-        raise ConfigError(
-            f"{model_folder}: expected a context of at most {limit} tokens, which is what the model holds, found "
-            f"{context}; lower 'context'"
-        )
+    loading.check_positions(loading.n_positions(config), context, f"{model_folder}: context", "lower 'context'")
     return words
 
 

@@ -16,10 +16,10 @@ expect_moved() { # NAME TABLE
   [ "$code" = 1 ] || failed=1
 }
 
-build() { # FOLDER CONFIG [SNAKEMAKE OPTIONS]
+build() { # FOLDER CONFIG
   echo "$2" > "$1/change.yaml"
-  snakemake --quiet --cores 8 --snakefile "$root/Snakefile" --directory "$1" --workflow-profile "$root/profiles/default" \
-    --configfile "$root/tests/regression/reduced.yaml" "$1/change.yaml" "${@:3}" -- results/table3.csv
+  "$root/workflow/repair.sh" "$1" --quiet --workflow-profile "$root/profiles/default" \
+    --configfile "$root/tests/regression/reduced.yaml" "$1/change.yaml" -- results/table3.csv
 }
 
 copy() { rm -rf "$1" && mkdir -p "$1" && cp -a "$folder/results" "$folder/.snakemake" "$1/"; }
@@ -41,9 +41,8 @@ for shard in 0 1; do
 import sys
 from pathlib import Path
 import numpy as np
-from memdec.datastore import targets
-from memdec.maths import knn
-from memdec.settings import TargetSettings
+from memdec import knn, targets
+from memdec.config import TargetSettings
 
 shard, home = int(sys.argv[1]), Path(sys.argv[2])
 drop_self = knn.drop_self

@@ -51,7 +51,7 @@ def plain_text(model: MemDecInterp, question: str) -> str:
                 m(torch.tensor([ids + new])).logits[0, -1].softmax(-1)
                 for m in (model.model.base, *model.model.memories)
             ]
-        new.append(int(((1 - model.alpha) * p[0] + model.alpha * p[1]).argmax()))
+        new.append(int(((1 - model.weight) * p[0] + model.weight * p[1]).argmax()))
         if new[-1] == model.eot_token_id:
             break
     return str(model.tokenizer.decode(new, skip_special_tokens=True)).split("\n")[0]

@@ -54,7 +54,7 @@ def runs(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMDEC_DATA", str(folder / "data"))
         for name, alpha in (("a", 0.0), ("b", 1.0)):
-            model.set_alpha(alpha)
+            model.set_weight(alpha)
             manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=metadata)
             found = simple_evaluate(
                 model=model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0, log_samples=True

@@ -57,6 +57,17 @@ def test_shards_give_the_same_bits(
             Datastore(folders[1:])
 
 
+def test_a_raised_version_gives_other_keys_a_name_of_their_own(
+    base_folder: Path, token_folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = run(base_folder, token_folder, tmp_path / "old", 0, shards=2)
+    monkeypatch.setitem(artefact.VERSIONS, "datastore", 99)
+    new = [run(base_folder, token_folder, tmp_path / str(i), i, shards=2) for i in range(2)]
+    assert Datastore(new).recipe != Datastore(whole).recipe  # so an index of the old keys is made again
+    with pytest.raises(ArtifactError, match="shards of one run, found different settings, inputs or versions"):
+        Datastore([old, new[1]])
+
+
 def test_two_processes_give_the_same_bits(base_folder: Path, token_folder: Path, whole: Path, tmp_path: Path) -> None:
     arguments = ["--model", base_folder, "--tokens", token_folder, "--out", tmp_path / "two"]
     arguments += ["--context", CONTEXT, "--stride", CONTEXT // 2, "--batch-size", 4]
@@ -200,9 +211,7 @@ def test_a_token_outside_the_vocabulary_is_named(base_folder: Path, token_folder
 
 
 def test_a_context_longer_than_the_model_is_refused(base_folder: Path, token_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=f"expected a context of at most {CONTEXT} tokens, .* found 40; lower 'context'"
-    ):
+    with pytest.raises(ConfigError, match=f"context: expected at most {CONTEXT} tokens .* found 40; lower 'context'"):
         datastore.run(base_folder, token_folder, tmp_path / "d", DatastoreSettings(), context=40, stride=20)
 
 

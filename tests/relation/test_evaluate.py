@@ -14,7 +14,7 @@ from memdec.artefacts import artefact
 from memdec.datastore import index, passages, targets
 from memdec.datastore import keys as datastore
 from memdec.errors import ArtifactError, ConfigError
-from memdec.inference.icrag import IcRagForCausalLM
+from memdec.inference.systems import SYSTEMS, Parts
 from memdec.maths import mixing, statistics
 from memdec.maths.windows import windows
 from memdec.results import evaluate
@@ -85,8 +85,8 @@ def test_knn_lm_and_dapt_equal_plain_loops(
 ) -> None:
     keys = {"datastore": [home / "store"], "index": home / "index"}
     found = records_of(tmp_path / "e", base_folder, corpus_folder, dapt=dapt_folder, **keys)
-    base, dapt, knn_lm = found
-    assert [record["method"] for record in found] == ["base", "DAPT", "kNN-LM"]
+    base, knn_lm, dapt = found
+    assert [record["method"] for record in found] == ["base", "kNN-LM", "DAPT"]
     assert [record["memory"] for record in found] == [None, None, None]
     for record, folder in ((base, base_folder), (dapt, dapt_folder)):
         log_p = plain(folder, token_folder, "test")
@@ -103,7 +103,7 @@ def test_knn_lm_and_dapt_equal_plain_loops(
     assert knn_lm["temperature"] == tau
     found_sweep = {float(weight): value for weight, value in knn_lm["valid_sweep"].items()}
     assert found_sweep == pytest.approx(sweeps[tau], rel=1e-4)
-    assert (knn_lm["alpha"], knn_lm["valid"]) == (best, found_sweep[best])
+    assert (knn_lm["alpha"], knn_lm["lambda"], knn_lm["valid"]) == (None, best, found_sweep[best])
     test = plain_knn_lm(home, base_folder, token_folder, "test", tau, best)
     assert knn_lm["value"] == pytest.approx(test, rel=1e-4)
     assert knn_lm["low"] < knn_lm["value"] < knn_lm["high"]
@@ -126,8 +126,9 @@ def test_in_context_rag_is_the_model_of_that_name(
     home: Path, base_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
 ) -> None:
     base, rag = records_of(tmp_path / "e", base_folder, corpus_folder, passages=home / "passages")
-    settings = RetrievalSettings(passage=12, query=SETTINGS.query, every=SETTINGS.every)
-    model = IcRagForCausalLM.from_folders(base_folder, home / "passages", settings)
+    settings = RetrievalSettings(query=SETTINGS.query, every=SETTINGS.every)
+    parts = Parts(base=base_folder, passages=home / "passages", retrieval=settings)
+    model = SYSTEMS["In-Context RAG"].build(parts)
     stream, prefix, total = (
         stream_of(token_folder, "test"),
         tokens.prefix_id(tokens.load_tokenizer(str(base_folder))),
@@ -163,30 +164,30 @@ def test_a_dapt_model_is_mixed_in_as_a_memory_is(
 
 
 def test_general_text_is_measured_at_the_weights_of_the_domain(
-    dapt_folder: Path, small_folder: Path, corpus_folder: Path, tmp_path: Path
+    base_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text(made_text(250, 6).upper())
     general = tmp_path / "novels"
     corpora.run(FileCorpus(source="files", path=str(tmp_path / "text.txt"), min_bytes=200), general)
     what = {"memory": dapt_folder, "name": "dapt", "dapt": dapt_folder}
-    found = records_of(tmp_path / "e", small_folder, corpus_folder, also=[general], **what)
+    found = records_of(tmp_path / "e", base_folder, corpus_folder, also=[general], **what)
     assert {record["on"] for record in found} == {corpus_folder.name}
     forgotten = json.loads((tmp_path / "e" / FORGETTING).read_text())
     assert [(record["method"], record["on"]) for record in forgotten] == [
         (method, "novels") for method in ("base", "MemDec", "DAPT")
     ]
-    tokenizer = tokens.load_tokenizer(str(small_folder))
+    tokenizer = tokens.load_tokenizer(str(base_folder))
     text = corpora.joined(corpora.load(general, "test"), "eos", tokenizer.eos_token)
     stream = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     prefix = tokens.prefix_id(tokenizer)
-    base, dapt = (plain_scores(folder, stream, prefix, CONTEXT // 2) for folder in (small_folder, dapt_folder))
+    base, dapt = (plain_scores(folder, stream, prefix, CONTEXT // 2) for folder in (base_folder, dapt_folder))
     alpha = next(record["alpha"] for record in found if record["method"] == "MemDec")
     mixed = np.log((1 - alpha) * np.exp(base) + alpha * np.exp(dapt))
     for record, log_p in zip(forgotten, (base, mixed, dapt), strict=True):
         assert record["value"] == pytest.approx(math.exp(-log_p.mean()), rel=1e-5)
         assert record["n"] == len(stream)
     assert forgotten[1]["alpha"] == alpha
-    alone = records_of(tmp_path / "alone", small_folder, corpus_folder, **what)
+    alone = records_of(tmp_path / "alone", base_folder, corpus_folder, **what)
     assert alone == found
     assert not (tmp_path / "alone" / FORGETTING).exists()
 

@@ -113,7 +113,7 @@ import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from memdec.maths import objectives
-from memdec.models import loading
+from memdec.models import loading as models
 from memdec.training import fitting
 
 dist.init_process_group("gloo")
@@ -121,7 +121,7 @@ batch = torch.load(sys.argv[2], weights_only=True)
 grads = []
 for shard in (False, True):
     torch.manual_seed(0)
-    model = fitting.LossModel(loading.load(sys.argv[1]), objectives.Hybrid())
+    model = fitting.LossModel(models.load(sys.argv[1]), objectives.Hybrid())
     model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     if shard:
@@ -490,7 +490,7 @@ def test_bad_input_is_seen_before_the_model_is_loaded(
     out, arguments = tmp_path / "m", {"context": CONTEXT, "seed": 0}
     with pytest.raises(ModelError, match="expected a head for the tokenizer's 300 tokens, found one for 290"):
         stages.run_train(short, token_folder, [rows], out, MemorySettings(), **arguments)
-    with pytest.raises(ConfigError, match="expected a context of at most 32 tokens"):
+    with pytest.raises(ConfigError, match="context: expected at most 32 tokens"):
         stages.run_train(small_folder, token_folder, [rows], out, MemorySettings(), context=64, seed=0)
     with pytest.raises(ArtifactError, match="found an empty shard"):
         stages.run_train(small_folder, token_folder, [empty], out, MemorySettings(), **arguments)

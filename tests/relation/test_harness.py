@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from memdec.models import loading
 from memdec.results import sweep
 from memdec.settings import TokenizerSpec
 from memdec.tasks import perplexity
-from memdec.tasks.task import DECLARED
+from memdec.tasks.task import Declared
 from memdec.text import corpora, tokens
 from memdec.training import stages
 
@@ -241,7 +242,7 @@ def test_bad_arguments(
 def test_bad_models(base_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"expected a model folder with config\.json, found no such folder"):
         ours(base_folder, tmp_path / "none")
-    with pytest.raises(ConfigError, match="expected memory="):
+    with pytest.raises(ConfigError, match=r"with memory=<memory decoder>, found 0\.5 without one"):
         ours(base_folder, alpha=0.5)
     with pytest.raises(ConfigError, match="expected pretrained="):
         MemDecInterp(memory=str(base_folder))
@@ -346,7 +347,7 @@ def plain_choice(model: MemDecInterp, row: dict[str, Any]) -> int:
         with torch.no_grad():
             x = torch.tensor([ids[:-1]])
             base, memory = (m(x).logits[0].log_softmax(-1) for m in (model.model.base, *model.model.memories))
-            log_p = mixing.mix(base, [memory], [model.alpha])
+            log_p = mixing.mix(base, [memory], [model.weight])
         means.append(np.mean([float(log_p[i - cut - 1, whole[i]]) for i in range(n_input, len(whole))]))
     return int(np.argmax(means))
 
@@ -488,7 +489,11 @@ def test_two_processes_share_the_requests_and_their_scores(
     arguments = f"pretrained={base_folder},memory={small_folder},alpha=0.4,scores={scores}"
     words = ["--model", "memdec-interp", "--tasks", "pubmedqa", "--output_path", out, "--model_args", arguments]
     words += ["--batch_size", "auto"]  # which only the other process has to find
-    text = launch(2, "-m", "lm_eval", *words, ACCELERATE_USE_CPU="true")  # `accelerate launch --cpu` starts one process
+    # As after `pip install memdec` without an extra: nothing here searches.
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules.update(dict.fromkeys(['faiss', 'numba']))\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    # `accelerate launch --cpu` starts one process.
+    text = launch(2, "-m", "lm_eval", *words, ACCELERATE_USE_CPU="true", PYTHONPATH=path)
     assert text.count(f"loaded {base_folder}") == 1
     (file,) = out.rglob("results_*.json")
     assert json.loads(file.read_text())["results"]["pubmedqa"]["acc,none"] == alone["acc,none"]
@@ -500,18 +505,24 @@ def test_two_processes_share_the_requests_and_their_scores(
     )
 
 
-def test_tasks_may_declare_their_alpha(base_folder: Path, small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DECLARED, "declares", {"paper_alpha": 0.05})
+def asked(task: str, number: int, says: Declared | None = None) -> Instance:
+    """A request as a task of lm-eval makes it; one of ours says what it declares of alpha."""
+    request = Instance("loglikelihood", {}, PAIRS[number], number, (task, number, 1))
+    if says is not None:
+        request.declared = says
+    return request
+
+
+def test_tasks_may_declare_their_alpha(base_folder: Path, small_folder: Path) -> None:
     model = ours(base_folder, small_folder)
     named = [
-        Instance("loglikelihood", {}, pair, i, ("declares" if i % 2 else "does not", i, 1))
-        for i, pair in enumerate(PAIRS)
+        asked("declares", i, Declared(0.05)) if i % 2 else asked("does not", i, Declared()) for i in range(len(PAIRS))
     ]
     found = model.loglikelihood(named)
     for alpha, some in ((0.6, slice(0, None, 2)), (0.05, slice(1, None, 2))):
         plain = ours(base_folder, small_folder, alpha=alpha).loglikelihood(instances("loglikelihood", PAIRS[some]))
         assert found[some] == pytest.approx(np.array(plain), rel=1e-5)
-    assert model.alpha == 0.6
+    assert model.weight == 0.6
     info = model.get_model_info()
     assert (info["alpha"], info["alphas"]) == (
         None, {"declares": {"alpha": 0.05, "source": "paper"}, "does not": {"alpha": 0.6, "source": "default"}}
@@ -524,7 +535,7 @@ def test_tasks_may_declare_their_alpha(base_folder: Path, small_folder: Path, mo
 
 
 def test_alpha_is_tuned_on_the_split_that_a_task_declares(
-    base_folder: Path, dapt_folder: Path, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch
+    base_folder: Path, dapt_folder: Path, corpus_folder: Path
 ) -> None:
     best, on_test = (
         next(iter(sweep.tune(str(base_folder), str(dapt_folder), corpus_folder, split=split, device="cpu")))
@@ -542,9 +553,8 @@ def test_alpha_is_tuned_on_the_split_that_a_task_declares(
     at_best = evaluate("memdec-interp", "memdec_ppl", pretrained=str(base_folder), memory=str(dapt_folder), alpha=best)
     assert results["results"]["memdec_ppl"]["token_perplexity,none"] == pytest.approx(at_best["token_perplexity,none"])
     with pytest.raises(ConfigError, match="a split to tune on or an alpha of the paper, found declares none; give"):
-        model.loglikelihood([Instance("loglikelihood", {}, PAIRS[0], 0, ("declares none", 0, 1))])
-    monkeypatch.setitem(DECLARED, "has one of the paper", {"paper_alpha": 0.05})
-    model.loglikelihood([Instance("loglikelihood", {}, PAIRS[0], 0, ("has one of the paper", 0, 1))])
+        model.loglikelihood([asked("declares none", 0)])
+    model.loglikelihood([asked("has one of the paper", 0, Declared(0.05))])
     assert model.get_model_info()["alphas"]["has one of the paper"] == {
         "alpha": 0.05,
         "source": "paper; no split to tune on",

@@ -22,11 +22,12 @@ from memdec.datastore import passages
 from memdec.datastore.passages import Passages
 from memdec.errors import ArtifactError, ConfigError, ModelError, ResourceError
 from memdec.inference.icrag import IcRagForCausalLM
+from memdec.inference.systems import SYSTEMS, Parts
 from memdec.models import loading
 from memdec.settings import FileCorpus, PassageSettings, RetrievalSettings, TokenizerSpec
 from memdec.text import corpora, tokens
 
-SETTINGS = RetrievalSettings(passage=12, query=8, every=4)
+SETTINGS, PASSAGE = RetrievalSettings(query=8, every=4), 12
 PROMPTS = ["The matrix", "The token 12 returns the", "A", "The vector 7 reads the index of size 4.\nThe"]
 NEW = 7
 
@@ -34,7 +35,7 @@ NEW = 7
 @pytest.fixture(scope="module")
 def passages_folder(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("icrag") / "passages"
-    passages.run(token_folder, out, PassageSettings(passage=SETTINGS.passage))
+    passages.run(token_folder, out, PassageSettings(passage=PASSAGE))
     return out
 
 
@@ -61,9 +62,15 @@ def base_folder(words: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def from_folders(base: Path, passages: Path) -> IcRagForCausalLM:
+    parts = Parts(base=base, passages=passages, retrieval=SETTINGS)
+    model: IcRagForCausalLM = SYSTEMS["In-Context RAG"].build(parts)
+    return model
+
+
 @pytest.fixture(scope="module")
 def model(base_folder: Path, passages_folder: Path) -> IcRagForCausalLM:
-    return IcRagForCausalLM.from_folders(base_folder, passages_folder, SETTINGS)
+    return from_folders(base_folder, passages_folder)
 
 
 def stream(folder: Path, split: str) -> list[int]:
@@ -81,7 +88,7 @@ def plain_passages(folder: Path) -> list[list[int]]:
     document: list[int] = []
     for token in ids:
         if token == ids[-1]:
-            found += [document[i : i + SETTINGS.passage] for i in range(0, len(document), SETTINGS.passage)]
+            found += [document[i : i + PASSAGE] for i in range(0, len(document), PASSAGE)]
             document = []
         else:
             document.append(token)
@@ -154,7 +161,7 @@ def test_passages_of_a_corpus(token_folder: Path, passages_folder: Path, retriev
     text, edges = (np.load(passages_folder / f"{name}.npy") for name in ("tokens", "edges"))
     assert [text[a:b].tolist() for a, b in pairwise(edges)] == expected
     assert text.dtype == np.uint16
-    assert {len(piece) for piece in expected} == set(range(1, SETTINGS.passage + 1))
+    assert {len(piece) for piece in expected} == set(range(1, PASSAGE + 1))
     assert len(expected) == retriever.facts["passages"]
     arrays = list(passages_folder.glob("*.npy"))
     assert len(arrays) == 5
@@ -165,9 +172,9 @@ def test_passages_of_a_corpus(token_folder: Path, passages_folder: Path, retriev
 
 def test_the_same_passages_again_do_nothing(token_folder: Path, passages_folder: Path, tmp_path: Path) -> None:
     before = (passages_folder / artefact.MANIFEST).stat().st_mtime_ns
-    passages.run(token_folder, passages_folder, PassageSettings(passage=SETTINGS.passage))
+    passages.run(token_folder, passages_folder, PassageSettings(passage=PASSAGE))
     assert (passages_folder / artefact.MANIFEST).stat().st_mtime_ns == before
-    passages.run(token_folder, tmp_path / "p", PassageSettings(passage=SETTINGS.passage))
+    passages.run(token_folder, tmp_path / "p", PassageSettings(passage=PASSAGE))
     names = sorted(path.name for path in passages_folder.glob("*.*") if path.name != artefact.MANIFEST)
     for name in names:
         assert (tmp_path / "p" / name).read_bytes() == (passages_folder / name).read_bytes()
@@ -342,7 +349,7 @@ def test_another_tokenizer_and_vocabulary(
     tokens.run_tokens(tmp_path / "w", corpus_folder, tmp_path / "t")
     passages.run(tmp_path / "t", tmp_path / "p", PassageSettings(passage=12))
     with pytest.raises(ArtifactError, match="expected one tokenizer, found two"):
-        IcRagForCausalLM.from_folders(base_folder, tmp_path / "p", SETTINGS)
+        from_folders(base_folder, tmp_path / "p")
     with pytest.raises(ArtifactError, match="expected passages with tokens below the 300 of the base, found 3"):
         IcRagForCausalLM(loading.load(base_folder), Passages(tmp_path / "p"))
     with pytest.raises(ModelError, match="expected output heads of at least 301 tokens, found 300"):

@@ -22,6 +22,7 @@ from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, MemDecError, ModelError, NumericsError
 from memdec.harness.scoring import score_labels, score_stream
 from memdec.inference.knnlm import KnnLMForCausalLM
+from memdec.inference.systems import SYSTEMS, Parts
 from memdec.maths import sparse_rows
 from memdec.maths.windows import windows
 from memdec.models import loading
@@ -35,6 +36,12 @@ PROMPTS = ["The matrix", "The token 12 returns the", "A", "The vector 7 reads th
 NEW = 7
 
 
+def from_folders(base: Path, store: Path, index_folder: Path, settings: KnnLMSettings) -> KnnLMForCausalLM:
+    parts = Parts(base=base, datastore=(store,), index=index_folder, knn_lm=settings)
+    model: KnnLMForCausalLM = SYSTEMS["kNN-LM"].build(parts)
+    return model
+
+
 @dataclass(frozen=True)
 class Home:
     base: Path
@@ -44,7 +51,7 @@ class Home:
 
     def model(self, **changes: Any) -> KnnLMForCausalLM:
         settings = SETTINGS.model_copy(update=changes)
-        return KnnLMForCausalLM.from_folders(self.base, self.store, self.index, settings)
+        return from_folders(self.base, self.store, self.index, settings)
 
 
 def made(folder: Path, base: Path, stream: Path, **settings: Any) -> Home:
@@ -275,8 +282,8 @@ def test_beams_and_sampling_go_along(model: KnnLMForCausalLM, words: Any) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"neighbours": 10**6}, r"neighbours: expected 1 to \d+ \(keys of .*\), found 1000000"),
-        ({"temperature": math.inf}, "temperature: expected a finite number above 0, found inf"),
+        ({"neighbours": 10**6}, r"neighbours: expected at most \d+ .*, found 1000000"),
+        ({"temperature": math.inf}, "temperature: .*finite number"),
         ({"weight": 1.5}, "expected a number from 0 .* found 1.5"),
     ],
     ids=str,
@@ -303,7 +310,7 @@ def tuned(folder: Path) -> Any:
 
 def test_keys_of_another_model(home: Home, small_folder: Path) -> None:
     with pytest.raises(ArtifactError, match=r"expected keys of .*small, found those of another model"):
-        KnnLMForCausalLM.from_folders(small_folder, home.store, home.index, SETTINGS)
+        from_folders(small_folder, home.store, home.index, SETTINGS)
     with pytest.raises(ArtifactError, match="width 16 and 300 tokens, found keys of width 24 and 300 tokens"):
         loaded(home, loading.load(small_folder))
     torch.manual_seed(0)
@@ -340,18 +347,18 @@ def test_a_vocabulary_that_does_not_fit(home: Home, model: KnnLMForCausalLM) -> 
 
 def test_streamed_keys_and_another_index(home: Home, tmp_path: Path) -> None:
     datastore.run(home.base, home.stream, tmp_path / "s", DatastoreSettings(stored=False), **WINDOW)
-    with pytest.raises(ArtifactError, match=r"expected stored keys .* found a streamed datastore"):
-        KnnLMForCausalLM.from_folders(home.base, tmp_path / "s", home.index, SETTINGS)
+    with pytest.raises(ArtifactError, match=r"expected stored keys, found a streamed datastore"):
+        from_folders(home.base, tmp_path / "s", home.index, SETTINGS)
     other = made(tmp_path, home.base, home.stream, dtype="float32")
     with pytest.raises(ArtifactError, match=r"expected an index of .*, found one of other keys"):
-        KnnLMForCausalLM.from_folders(home.base, home.store, other.index, SETTINGS)
+        from_folders(home.base, home.store, other.index, SETTINGS)
 
 
 def test_more_cells_than_the_index_has(home: Home, tmp_path: Path) -> None:
     index.run(home.store, tmp_path / "i", IndexSettings(kind="ivfflat", centroids=64, check_nprobe=[8]))
     with pytest.raises(ConfigError, match=r"nprobe: expected at most 64 .*, found 65"):
-        KnnLMForCausalLM.from_folders(home.base, home.store, tmp_path / "i", SETTINGS.model_copy(update={"nprobe": 65}))
-    some = KnnLMForCausalLM.from_folders(home.base, home.store, tmp_path / "i", SETTINGS)
+        from_folders(home.base, home.store, tmp_path / "i", SETTINGS.model_copy(update={"nprobe": 65}))
+    some = from_folders(home.base, home.store, tmp_path / "i", SETTINGS)
     ids = text(home, 20)[None]
     torch.testing.assert_close(some(input_ids=ids).logits.exp().sum(-1), torch.ones(1, 20))
 

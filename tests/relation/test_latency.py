@@ -19,6 +19,7 @@ from memdec.datastore import keys as datastore
 from memdec.errors import ArtifactError, ConfigError, ModelError
 from memdec.inference import speculative
 from memdec.inference.mixture import MemDecForCausalLM
+from memdec.inference.systems import Parts
 from memdec.results import figures, latency
 from memdec.results.latency import Entry, Timings
 from memdec.settings import DatastoreSettings, IndexSettings, LatencySettings, PassageSettings
@@ -94,7 +95,7 @@ def test_a_time_that_may_be_none_has_no_rate() -> None:
 
 @pytest.fixture(scope="module")
 def made(base_folder: Path, small_folder: Path) -> dict[str, Entry]:
-    return latency.systems(latency.Folders(str(base_folder), str(small_folder)), 0.5, TINY)
+    return latency.systems(Parts(base=base_folder, memory=small_folder, alpha=0.5), TINY)
 
 
 def test_systems_take_turns_with_the_same_prompts(made: dict[str, Entry], token_folder: Path) -> None:
@@ -154,7 +155,7 @@ def test_an_artefact_with_figures(
 ) -> None:
     # Sizes of a kind: the same mixture under other names.
     sizes = {f"kNN-LM {n}": Entry(made["MemDec"].make, kind="kNN-LM", size=n) for n in (100, 10_000)}
-    inputs = latency.Folders(str(base_folder), str(small_folder)).identities(0.5)
+    inputs = latency.identities(Parts(base=base_folder, memory=small_folder, alpha=0.5))
     out = tmp_path / "latency"
     latency.run(made | sizes, out, TINY, inputs=inputs)
     manifest = artefact.read(out, "latency")
@@ -225,9 +226,10 @@ def test_the_command_with_neighbours_and_passages(
     assert list(dict.fromkeys(name for name, *_ in rows)) == known
     assert {row["size"] for (name, *_), row in rows.items() if name == known[3]} == {n}
     assert {"knn 0", "passages"} <= set(artefact.read(tmp_path / "l", "latency").inputs)
-    swapped = latency.Folders(str(small_folder), str(base_folder), [([home / "store"], home / "index")])
+    swapped = Parts(base=small_folder, memory=base_folder)
+    keys = Parts(base=small_folder, datastore=(home / "store",), index=home / "index")
     with pytest.raises(ArtifactError, match=r"expected keys of .*, found those of another model"):
-        latency.systems(swapped, 0.5, TINY)
+        latency.systems(swapped, TINY, [keys])
 
 
 def test_without_sizes_there_is_no_growth() -> None:
@@ -238,7 +240,9 @@ def test_without_sizes_there_is_no_growth() -> None:
 def test_too_long_is_an_error_before_the_first_call(made: dict[str, Entry]) -> None:
     settings = TINY.model_copy(update={"prompt_tokens": CONTEXT - 7})
     given = {"base": Entry(made["base"].make, generate=lambda *_: pytest.fail("called"))}
-    with pytest.raises(ConfigError, match=rf"at most {CONTEXT} \(positions of base\), found {CONTEXT + 1}; lower"):
+    with pytest.raises(
+        ConfigError, match=rf"of base: expected at most {CONTEXT} tokens .*, found {CONTEXT + 1}; lower"
+    ):
         latency.measure(given, settings)
 
 

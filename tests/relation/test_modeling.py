@@ -10,8 +10,7 @@ from making import CONTEXT, spec
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-import memdec.modeling
-from memdec.errors import ConfigError, ModelError
+from memdec.errors import ConfigError, ModelError, ResourceError
 from memdec.inference.mixture import MemDecForCausalLM
 from memdec.models import loading
 from memdec.text import tokens
@@ -226,9 +225,9 @@ def test_a_cache_that_only_the_base_has_filled_is_refused(mixture: MemDecForCaus
 
 def test_a_memory_that_does_not_fit_is_named(rotary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
-    with pytest.raises(ModelError, match=r"mem: expected .* GB free on cuda:0, found 0\.0 GB; use memory_dtype"):
-        memdec.modeling.check_room(rotary, torch.device("cuda:0"), "mem")
-    memdec.modeling.check_room(rotary, torch.device("cpu"), "mem")
+    with pytest.raises(ResourceError, match=r"mem: expected .*B free on cuda:0, found 1 kB; use memory_dtype"):
+        loading.placed(rotary, torch.device("cuda:0"), "mem")
+    assert loading.placed(rotary, torch.device("cpu"), "mem") is rotary
 
 
 def test_embeddings_are_not_resized(mixture: MemDecForCausalLM) -> None:

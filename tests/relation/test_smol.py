@@ -61,7 +61,7 @@ def test_at_alpha_0_the_mixture_is_hf(home: Path) -> None:
         assert log_p == pytest.approx(theirs, abs=1e-4)
         assert greedy == their_greedy
     assert found[0][1]
-    ours.set_alpha(0.5)
+    ours.set_weight(0.5)
     assert all(
         mixed != pytest.approx(plain, abs=1e-2)
         for (mixed, _), (plain, _) in zip(ours.loglikelihood(requests(), disable_tqdm=True), found, strict=True)

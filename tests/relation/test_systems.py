@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from memdec.settings import (
     LoraSettings,
     PassageSettings,
     RetrievalSettings,
+    SystemName,
     TokenizerSpec,
     TrainSettings,
 )
@@ -35,15 +36,14 @@ from memdec.text import tokens
 from memdec.training import stages
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
-NAMES = ["base", "dapt", "lora", "knn-lm", "ic-rag", "memdec", "dapt-interp", "knn-distribution"]
+NAMES = list(get_args(SystemName))
 TUNE = {"epochs": 0.3, "learning_rate": 1e-2}
 
 
 @pytest.fixture(scope="module")
 def parts(base_folder: Path, small_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
     home = tmp_path_factory.mktemp("systems")
-    for name, folder in (("dapt", base_folder), ("dapt-small", small_folder)):
-        stages.run_finetune(folder, token_folder, home / name, TrainSettings(**TUNE), context=CONTEXT, seed=0)
+    stages.run_finetune(base_folder, token_folder, home / "dapt", TrainSettings(**TUNE), context=CONTEXT, seed=0)
     stages.run_lora(base_folder, token_folder, home / "lora", LoraSettings(rank=2, **TUNE), context=CONTEXT, seed=0)
     datastore.run(base_folder, token_folder, home / "store", DatastoreSettings(), context=CONTEXT, stride=16)
     index.run(home / "store", home / "index", IndexSettings())
@@ -53,13 +53,12 @@ def parts(base_folder: Path, small_folder: Path, token_folder: Path, tmp_path_fa
         dapt=home / "dapt",
         lora=home / "lora",
         memory=small_folder,
-        dapt_memory=home / "dapt-small",
         datastore=(home / "store",),
         index=home / "index",
         passages=home / "passages",
         alpha=0.4,
         knn_lm=KnnLMSettings(temperature=0.5, neighbours=9),
-        retrieval=RetrievalSettings(passage=12, query=8),
+        retrieval=RetrievalSettings(query=8),
     )
 
 
@@ -149,12 +148,11 @@ def test_generation_in_a_padded_batch_is_that_of_each_text(
 
 
 WITHOUT: dict[str, Callable[[Parts], Wrapper]] = {
-    "memdec": lambda parts: SYSTEMS["memdec"].build(dataclasses.replace(parts, alpha=0.0)),
-    "dapt-interp": lambda parts: SYSTEMS["dapt-interp"].build(dataclasses.replace(parts, alpha=0.0)),
-    "knn-lm": lambda parts: SYSTEMS["knn-lm"].build(
+    "MemDec": lambda parts: SYSTEMS["MemDec"].build(dataclasses.replace(parts, alpha=0.0)),
+    "kNN-LM": lambda parts: SYSTEMS["kNN-LM"].build(
         dataclasses.replace(parts, knn_lm=parts.knn_lm.model_copy(update={"weight": 0.0}))
     ),
-    "ic-rag": lambda parts: without_passages(SYSTEMS["ic-rag"].build(parts)),
+    "In-Context RAG": lambda parts: without_passages(SYSTEMS["In-Context RAG"].build(parts)),
 }
 
 
@@ -178,11 +176,11 @@ def test_base_dapt_and_lora_are_those_models(parts: Parts, texts: list[Tensor]) 
 
     ids = texts[0][None]
     lm = AutoModelForCausalLM.from_pretrained(parts.base)
-    plain = {"base": lm, "dapt": AutoModelForCausalLM.from_pretrained(parts.dapt)}
+    plain = {"base": lm, "DAPT": AutoModelForCausalLM.from_pretrained(parts.dapt)}
     for name, expected in plain.items():
         assert torch.equal(SYSTEMS[name].build(parts)(input_ids=ids).logits, expected(ids).logits.log_softmax(-1))
     adapted = PeftModel.from_pretrained(lm, str(parts.lora)).eval()
-    found = p(SYSTEMS["lora"].build(parts), ids)
+    found = p(SYSTEMS["LoRA"].build(parts), ids)
     torch.testing.assert_close(found, adapted(ids).logits.softmax(-1), atol=1e-5, rtol=1e-4)
 
 
@@ -222,14 +220,14 @@ def test_too_little_memory_is_named(name: str, parts: Parts, monkeypatch: pytest
 
 def test_parts_of_another_base_are_named(parts: Parts, small_folder: Path) -> None:
     other = dataclasses.replace(parts, base=small_folder)
-    for name in ("dapt", "lora"):
+    for name in ("DAPT", "LoRA"):
         expected = f"expected what was trained from {small_folder}, found something from another model"
         assert expected in str(SYSTEMS[name].reason(other))
-    for name in ("knn-lm", "knn-distribution"):
+    for name in ("kNN-LM",):
         assert f"expected keys of {small_folder}, found those of another model" in str(SYSTEMS[name].reason(other))
     with pytest.raises(ArtifactError):
-        SYSTEMS["lora"].build(other)
-    for name in ("base", "memdec", "dapt-interp", "ic-rag"):
+        SYSTEMS["LoRA"].build(other)
+    for name in ("base", "MemDec", "In-Context RAG"):
         assert SYSTEMS[name].reason(other) is None
 
 
@@ -238,7 +236,7 @@ def test_another_tokenizer_is_named(parts: Parts, corpus_folder: Path, tmp_path:
     tokens.run_tokens(tmp_path / "w", corpus_folder, tmp_path / "t")
     stages.run_pretrain(spec(16), tmp_path / "w", tmp_path / "t", tmp_path / "foreign", context=CONTEXT)
     other = dataclasses.replace(parts, base=tmp_path / "foreign")
-    for name in ("memdec", "dapt-interp", "knn-lm", "knn-distribution", "ic-rag"):
+    for name in ("MemDec", "kNN-LM", "In-Context RAG"):
         assert "expected one tokenizer, found two" in str(SYSTEMS[name].reason(other))
 
 
@@ -256,8 +254,8 @@ def test_half_a_model_is_named(parts: Parts, tmp_path: Path) -> None:
 def lm(name: str, parts: Parts, **arguments: Any) -> WrappedLM:
     """A system as the stock lm_eval makes it, by name and a string of arguments."""
     given = {
-        "knn-lm": ("memdec-knnlm", f"datastore={parts.datastore[0]},index={parts.index},temperature=0.5,neighbours=9"),
-        "ic-rag": ("memdec-icrag", f"passages={parts.passages},query=8"),
+        "kNN-LM": ("memdec-knnlm", f"datastore={parts.datastore[0]},index={parts.index},temperature=0.5,neighbours=9"),
+        "In-Context RAG": ("memdec-icrag", f"passages={parts.passages},query=8"),
     }
     model, plain = given[name]
     pairs = ",".join([f"pretrained={parts.base}", plain, *(f"{key}={value}" for key, value in arguments.items())])
@@ -277,7 +275,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["knn-lm", "ic-rag"], scope="function")
+@pytest.mark.parametrize("name", ["kNN-LM", "In-Context RAG"], scope="function")
 def test_lm_eval_gets_the_probabilities_of_the_system(name: str, parts: Parts, tmp_path: Path) -> None:
     harness, model = lm(name, parts, scores=tmp_path), SYSTEMS[name].build(parts)
     found = harness.loglikelihood(requests("loglikelihood", PAIRS))
@@ -301,26 +299,26 @@ def test_lm_eval_gets_the_probabilities_of_the_system(name: str, parts: Parts, t
     assert total < 0
     info = harness.get_model_info()
     assert info["pretrained"] == str(parts.base)
-    assert info.keys() >= ({"datastore", "neighbours"} if name == "knn-lm" else {"passages", "every"})
+    assert info.keys() >= ({"datastore", "neighbours"} if name == "kNN-LM" else {"passages", "every"})
 
 
 def test_lambda_of_the_knn_lm_is_read_from_its_scores(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = requests("loglikelihood", PAIRS)
-    lm("knn-lm", parts, scores=tmp_path).loglikelihood(asked)
-    fresh = {weight: lm("knn-lm", parts, weight=weight).loglikelihood(asked) for weight in (0.0, 0.6)}
+    lm("kNN-LM", parts, scores=tmp_path).loglikelihood(asked)
+    fresh = {weight: lm("kNN-LM", parts, weight=weight).loglikelihood(asked) for weight in (0.0, 0.6)}
     monkeypatch.setattr(WrappedLM, "_load", lambda _: pytest.fail("a model was loaded"))
     for weight, expected in fresh.items():
-        found = lm("knn-lm", parts, weight=weight, scores=tmp_path).loglikelihood(asked)
+        found = lm("kNN-LM", parts, weight=weight, scores=tmp_path).loglikelihood(asked)
         assert [g for _, g in found] == [g for _, g in expected]
         assert [x for x, _ in found] == pytest.approx([x for x, _ in expected], abs=1e-4)
 
 
 def test_bad_arguments_through_lm_eval(parts: Parts, small_folder: Path) -> None:
     with pytest.raises(ArtifactError, match=r"expected keys of .*, found those of another model"):
-        lm("knn-lm", dataclasses.replace(parts, base=small_folder))
+        lm("kNN-LM", dataclasses.replace(parts, base=small_folder))
     with pytest.raises(ConfigError, match="weight"):
-        lm("knn-lm", parts, weight=1.5)
+        lm("kNN-LM", parts, weight=1.5)
     with pytest.raises(ConfigError, match=r"expected no weight, found 0\.5"):
-        lm("ic-rag", parts).set_alpha(0.5)
+        lm("In-Context RAG", parts).set_weight(0.5)
