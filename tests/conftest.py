@@ -10,16 +10,20 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hypothesis import settings
-from making import CONTEXT, made_text, spec
+from making import CONTEXT, made_text, other_text, spec
 
-from memdec.settings import FileCorpus, TokenizerSpec
+from memdec.settings import SPLITS, FileCorpus, TokenizerSpec, TrainSettings
 from memdec.text import corpora, tokens
-from memdec.training import stages
 
 torch.set_num_threads(1)
-# The first call of a compiled loop compiles it.
-settings.register_profile("memdec", deadline=None)
-settings.load_profile("memdec")
+# No deadline: the first call of a compiled loop compiles it.
+settings.register_profile("core", deadline=None, max_examples=25)
+settings.register_profile("whole", deadline=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The core suite tries fewer examples of each property."""
+    settings.load_profile("core" if config.option.markexpr == "not slow" else "whole")
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +38,13 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train and valid have one grammar, test another: what is tuned on the wrong split comes out differently."""
     folder = tmp_path_factory.mktemp("corpus")
-    (folder / "text.txt").write_text(made_text(250, 0))
-    corpora.run(FileCorpus(source="files", path=str(folder / "text.txt"), min_bytes=200), folder / "made")
+    texts = {"train": made_text(210, 0), "valid": made_text(15, 1), "test": other_text(25, 2)}
+    for split, text in texts.items():
+        (folder / f"{split}.txt").write_text(text)
+    paths = {split: str(folder / f"{split}.txt") for split in SPLITS}
+    corpora.run(FileCorpus(source="files", paths=paths, min_bytes=200), folder / "made")
     return folder / "made"
 
 
@@ -57,6 +65,8 @@ def token_folder(corpus_folder: Path, tokenizer_folder: Path, tmp_path_factory: 
 @pytest.fixture(scope="session")
 def base_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "base"
+    from memdec.training import stages  # takes seconds, which the tests of plain functions need not wait for
+
     stages.run_pretrain(spec(24), tokenizer_folder, token_folder, out, context=CONTEXT)
     return out
 
@@ -64,6 +74,19 @@ def base_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: py
 @pytest.fixture(scope="session")
 def small_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model with the same tokenizer; serves as a memory and as the start of one."""
+    from memdec.training import stages
+
     out = tmp_path_factory.mktemp("models") / "small"
     stages.run_pretrain(spec(16, seed=1), tokenizer_folder, token_folder, out, context=CONTEXT)
+    return out
+
+
+@pytest.fixture(scope="session")
+def dapt_folder(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base trained on; far better on valid, but hardly on test: there the best mixture with it is another one."""
+    from memdec.training import stages
+
+    out = tmp_path_factory.mktemp("models") / "dapt"
+    settings = TrainSettings(epochs=0.5, learning_rate=1e-2)
+    stages.run_finetune(base_folder, token_folder, out, settings, context=CONTEXT, seed=0)
     return out

@@ -35,6 +35,20 @@ def made_text(n_documents: int, seed: int) -> str:
     return "\n\n".join(documents)
 
 
+def other_text(n_documents: int, seed: int) -> str:
+    """Documents of another grammar with the same nouns."""
+    rng = random.Random(seed)
+    nouns = ["matrix", "window", "token", "model", "sample", "kernel", "vector", "index"]
+    documents = []
+    for _ in range(n_documents):
+        lines = [
+            f"size {rng.randrange(99)} of {rng.choice(nouns)}: {rng.choice(nouns)} reads {rng.choice(nouns)}?"
+            for _ in range(rng.randrange(2, 6))
+        ]
+        documents.append("\n".join(lines))
+    return "\n\n".join(documents)
+
+
 def spec(width: int, **changes: object) -> ModelSpec:
     """A tiny GPT-2-style model."""
     train_settings = TrainSettings(epochs=0.2, learning_rate=1e-2)

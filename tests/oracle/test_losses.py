@@ -34,7 +34,7 @@ def dense(
     return beta * kl + (1 - beta) * torch.nn.functional.nll_loss(log_q, labels, reduction="sum")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=min(40, settings().max_examples))
 @given(
     n=st.integers(1, 30), v=st.integers(2, 60), seed=st.integers(0, 999), chunk=st.integers(1, 40),
     beta=st.sampled_from([0.0, 0.3, 0.5, 1.0]), dtype=st.sampled_from([torch.float32, torch.float64]),

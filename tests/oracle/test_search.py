@@ -36,7 +36,7 @@ def found(nearest: Nearest) -> list[list[tuple[int, int]]]:
     ]
 
 
-@settings(max_examples=60)
+@settings(max_examples=min(60, settings().max_examples))
 @given(keys_of, keys_of, st.integers(1, 12), st.integers(1, 9), st.sampled_from([torch.float32, torch.float64]))
 def test_search_in_blocks_equals_a_plain_sort(
     queries: list[list[int]], keys: list[list[int]], neighbours: int, block: int, dtype: torch.dtype
@@ -102,7 +102,7 @@ def test_widen_tells_whether_all_are_finite(bad: float, dtype: str) -> None:
     np.testing.assert_array_equal(out, keys)
 
 
-@settings(max_examples=60)
+@settings(max_examples=min(60, settings().max_examples))
 @given(st.data(), keys_of.filter(lambda keys: len(keys) > 1), st.sampled_from([0.5, 4.0]))
 def test_the_whole_chain_equals_a_loop_over_dictionaries(
     data: st.DataObject, keys: list[list[int]], temperature: float

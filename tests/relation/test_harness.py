@@ -37,6 +37,7 @@ from memdec.training import stages
 TEXT = "\n".join(f"The kernel {i} scales the window of size {i * 7 % 31}." for i in range(25))
 PAIRS = [
     ("The matrix 3", " returns the token of size 4."),
+    ("The matrix", " 3 returns the token of size 4."),  # the same tokens, of which more are scored
     ("", "The vector 9 reads."),
     ("word " * 80, " shifts the index"),  # longer than the context: cut from the left
     ("The sample", " writes"),
@@ -180,7 +181,9 @@ def test_a_damaged_part_and_other_weights_count_as_no_scores(
     assert again.loglikelihood_rolling(request) == [expected]
     swapped = ours(small_folder, base_folder, alpha=0.4, scores=str(tmp_path))
     assert swapped.loglikelihood_rolling(request) != [expected]
-    assert len(list(tmp_path.iterdir())) == 2
+    another = ours(base_folder, base_folder, alpha=0.4, scores=str(tmp_path))  # only the memory is another one
+    assert another.loglikelihood_rolling(request) != [expected]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_equal_inputs_run_once_and_logits_only_where_they_are_scored(
@@ -532,10 +535,14 @@ def test_tasks_may_declare_their_alpha(base_folder: Path, small_folder: Path) ->
 
 
 def test_alpha_is_tuned_on_the_split_that_a_task_declares(
-    base_folder: Path, small_folder: Path, corpus_folder: Path
+    base_folder: Path, dapt_folder: Path, corpus_folder: Path
 ) -> None:
-    best = next(iter(sweep.tune(str(base_folder), str(small_folder), corpus_folder, device="cpu")))
-    model = ours(base_folder, small_folder, alpha="tune")
+    best, on_test = (
+        next(iter(sweep.tune(str(base_folder), str(dapt_folder), corpus_folder, split=split, device="cpu")))
+        for split in ("valid", "test")
+    )
+    assert best != on_test
+    model = ours(base_folder, dapt_folder, alpha="tune")
     arguments = {"pretrained": str(base_folder), "corpus": str(corpus_folder)}
     manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=arguments)
     results = simple_evaluate(model=model, tasks=["memdec_ppl"], task_manager=manager, bootstrap_iters=0)
@@ -543,7 +550,7 @@ def test_alpha_is_tuned_on_the_split_that_a_task_declares(
     (chosen,) = results["config"]["alphas"].values()
     assert results["config"]["alpha"] == best
     assert (chosen["alpha"], chosen["source"], len(chosen["sweep"])) == (best, "tuned on valid", 21)
-    at_best = evaluate("memdec-interp", "memdec_ppl", pretrained=str(base_folder), memory=str(small_folder), alpha=best)
+    at_best = evaluate("memdec-interp", "memdec_ppl", pretrained=str(base_folder), memory=str(dapt_folder), alpha=best)
     assert results["results"]["memdec_ppl"]["token_perplexity,none"] == pytest.approx(at_best["token_perplexity,none"])
     with pytest.raises(ConfigError, match="a split to tune on or an alpha of the paper, found declares none; give"):
         model.loglikelihood([asked("declares none", 0)])
@@ -552,6 +559,6 @@ def test_alpha_is_tuned_on_the_split_that_a_task_declares(
         "alpha": 0.05,
         "source": "paper; no split to tune on",
     }
-    for wrong in ({"alpha": "best", "memory": small_folder}, {"alpha": "tune"}):
+    for wrong in ({"alpha": "best", "memory": dapt_folder}, {"alpha": "tune"}):
         with pytest.raises(ConfigError, match="alpha: expected a number"):
             ours(base_folder, **wrong)

@@ -66,6 +66,20 @@ def test_logits_are_the_log_probabilities_of_the_mixture(mixture: MemDecForCausa
     torch.testing.assert_close(mixture(input_ids=ids, logits_to_keep=4).logits, out.logits[:, -4:])
 
 
+def test_log_probs_of_several_memories_are_mixed_by_weight(mixture: MemDecForCausalLM) -> None:
+    ids, kept = torch.arange(9)[None], list(mixture.config.weights)
+    try:
+        mixture.set_weights([0.6, 0.15])
+        base, memory = mixture.log_probs(ids, logits_to_keep=4)
+    finally:
+        mixture.set_weights(kept)
+    assert base is not None
+    assert memory is not None
+    alone = [m(ids).logits[:, -4:, : mixture.n_vocab].double().softmax(-1) for m in (mixture.base, *mixture.memories)]
+    torch.testing.assert_close(base.exp().double(), alone[0], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(memory.exp().double(), 0.8 * alone[1] + 0.2 * alone[2], atol=1e-6, rtol=1e-4)
+
+
 def test_what_has_no_weight_does_not_run(mixture: MemDecForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, kept = torch.arange(9)[None], list(mixture.config.weights)
     monkeypatch.setattr(mixture.memories[1], "forward", lambda *_, **__: pytest.fail("ran"))

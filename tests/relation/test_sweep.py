@@ -49,6 +49,13 @@ def test_tune_prints_the_best_alpha(base_folder: Path, small_folder: Path, corpu
     assert found["split"] == "valid"
 
 
+def test_tune_reads_the_valid_text(base_folder: Path, dapt_folder: Path, corpus_folder: Path) -> None:
+    how = {"alphas": [0.5, 0.95], "device": "cpu"}
+    found = sweep.tune(str(base_folder), str(dapt_folder), corpus_folder, **how)  # type: ignore[arg-type]
+    on_test = sweep.tune(str(base_folder), str(dapt_folder), corpus_folder, split="test", **how)  # type: ignore[arg-type]
+    assert (list(found), list(on_test)) == ([0.95, 0.5], [0.5, 0.95])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"alphas": []}, "at least one task and one alpha"), ({"alphas": [1.2]}, "expected a number from 0")],

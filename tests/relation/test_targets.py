@@ -124,7 +124,7 @@ def test_float16_keys_of_a_model_against_brute_force(base_folder: Path, token_fo
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=min(40, settings().max_examples))
 @given(st.lists(st.tuples(st.integers(0, N - 1), st.integers(1, N)), min_size=1, max_size=4))
 def test_rows_of_spans_are_slices(
     readers: tuple[TargetReader, NDArray[np.float64]], lengths: list[tuple[int, int]]

@@ -35,6 +35,15 @@ def test_manifest_is_written_last_and_the_same_again_is_skipped(tmp_path: Path) 
     assert not make(out)
 
 
+def test_other_inputs_make_another_artefact(tmp_path: Path) -> None:
+    for recipe in ("1" * 32, "2" * 32):
+        with artefact.building(tmp_path / "a", "thing", {"value": 1}, {"corpus": recipe}) as build:
+            assert build is not None
+        assert artefact.read(tmp_path / "a", "thing").inputs == {"corpus": recipe}
+    with artefact.building(tmp_path / "a", "thing", {"value": 1}, {"corpus": recipe}) as build:
+        assert build is None
+
+
 def test_two_builds_in_one_folder_are_refused(tmp_path: Path) -> None:
     with artefact.building(tmp_path / "a", "thing", {"value": 1}, {}) as build:
         assert build is not None
