@@ -45,8 +45,10 @@ _NO_NUMBERS = {
     "logits_cache", "parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan", "tokenizer",
     "use_fast_tokenizer", "add_bos_token", "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args",
 }  # fmt: skip
-# Arguments that spread the base over devices, or store it smaller than its type says.
-_ELSEWHERE = ("parallelize", "tp_plan", "gguf_file", "autogptq", "gptqmodel", "load_in_4bit", "load_in_8bit")
+# With these arguments of `hf` the size or place of the base is not known before it is loaded.
+_ELSEWHERE = (
+    "parallelize", "tp_plan", "gguf_file", "autogptq", "gptqmodel", "load_in_4bit", "load_in_8bit", "trust_remote_code",
+)  # fmt: skip
 _LOGITS = 1 << 28  # most logits of one model that are held at a time (1 GiB in float32)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
@@ -69,6 +71,7 @@ class WrappedLM(HFLM):
         kwargs: As for lm-eval's `hf` (dtype, device, batch_size, peft, parallelize, max_length ...).
     """
 
+    cache_hook: Any  # of lm-eval's cache of answers
     remembers = False  # whether scores are kept while the process lives, without a folder
 
     def __init__(

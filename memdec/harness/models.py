@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from lm_eval.api.model import CacheHook
+
 from memdec.errors import ConfigError, one_line_errors
 from memdec.harness.alphas import TUNE, Mode, TaskAlphas
 from memdec.harness.base_lm import WrappedLM, log
@@ -85,14 +87,15 @@ class MemDecInterp(WrappedLM):
 
     def _tuning_answers(self, requests: Sequence[Any], alpha: float) -> Sequence[Any]:
         """Answers to requests of another split, which leave no trace in what is counted."""
-        usual, n_cut = self.weight, self.n_cut
+        usual, n_cut, hook = self.weight, self.n_cut, self.cache_hook
         try:
             super().set_weight(alpha)
+            self.cache_hook = CacheHook(None)  # lm-eval's cache of answers does not know alpha
             kind = requests[0].request_type
             answers: list[Any] = getattr(super(), kind)(list(requests), disable_tqdm=True)
         finally:
             super().set_weight(usual)
-            self.n_cut = n_cut
+            self.n_cut, self.cache_hook = n_cut, hook
         return answers
 
     @one_line_errors()
