@@ -42,7 +42,8 @@ def run(memory: Path, tokenizer: Path, out: Path, settings: AdaptSettings, *, se
     kind: Literal["model", "memory"] = "model" if artifacts.kind_of(memory) == "model" else "memory"
     old, new = artifacts.read(memory, kind), artifacts.read(tokenizer, "tokenizer")
     plain = {**settings.model_dump(mode="json"), "seed": seed}
-    with artifacts.building(out, "model", plain, {"memory": old.recipe, "tokenizer": new.recipe}) as build:
+    inputs = {"memory": old.recipe, "tokenizer": new.recipe}
+    with artifacts.building(out, "model", plain, inputs, stage="adapt-vocab") as build:
         if build is None:
             return
         words = tokens.load_tokenizer(str(tokenizer))

@@ -26,6 +26,29 @@ MANIFEST = "manifest.json"
 MARK = ".memdec"  # recipe of the build that owns the folder; without it a folder is somebody else's
 WORK = "work"  # checkpoints and other things needed only to resume; not part of the artefact
 
+# Version of each kind of artefact, or of the stage where several stages make one kind. Raise it when the same settings
+# and inputs give another result: the number is part of the recipe, so what the old code made is made again whole.
+VERSIONS = {
+    "corpus": 1,
+    "tokenizer": 1,
+    "tokens": 1,
+    "model": 2,
+    "finetune": 2,
+    "adapt-vocab": 1,
+    "lora": 2,
+    "memory": 2,
+    "datastore": 2,
+    "index": 2,
+    "targets": 2,
+    "teacher": 1,
+    "passages": 1,
+    "evaluation": 2,
+    "cases": 1,
+    "latency": 1,
+    "sweep": 1,
+    "table": 1,  # a file, not a folder: the rules alone read this one
+}
+
 
 class Manifest(BaseModel):
     """What an artefact is and how it was made."""
@@ -33,7 +56,8 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
-    recipe: str  # hash of kind, settings and the inputs' recipes: equal recipes, equal artefacts
+    version: int = 0  # of the stage (`VERSIONS`); 0 for manifests from before there were any
+    recipe: str  # hash of kind, version, settings and the inputs' recipes: equal recipes, equal artefacts
     settings: dict[str, Any]
     inputs: dict[str, str]  # name -> recipe of the artefact, or content hash of a file
     facts: dict[str, Any]
@@ -102,15 +126,17 @@ def building(
     settings: BaseModel | Mapping[str, Any],
     inputs: Mapping[str, str],
     team: Team = Team(),  # noqa: B008
+    stage: str | None = None,
 ) -> Iterator[Build | None]:
     """Build an artefact in a `with` block; yields None where the very same one is there already.
 
     The old manifest goes first, the new one comes last, so a killed build leaves a folder that nobody reads; what the
     stage keeps in `work/` lets it resume if settings and inputs are the same. Of several processes the first owns the
-    folder and the others only help to fill it.
+    folder and the others only help to fill it. `stage` is the key of `VERSIONS` where it is not the kind.
     """
     plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
-    recipe = digest({"kind": kind, "settings": plain, "inputs": dict(inputs)})
+    version = VERSIONS.get(stage or kind, 1)
+    recipe = digest({"kind": kind, "version": version, "settings": plain, "inputs": dict(inputs)})
     if team.rank > 0:
         team.wait()
         yield None if _is_current(path, kind, recipe) else Build(path, recipe)
@@ -124,7 +150,7 @@ def building(
     with ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(path))
+            stack.enter_context(locked(path))
             _refuse_overwriting(path, kind, inputs)
             _claim(path, recipe)
         except OSError as error:
@@ -135,11 +161,11 @@ def building(
         team.wait()
         yield build
         team.wait()
-        _finish(build, kind, plain, inputs)
+        _finish(build, kind, version, plain, inputs)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Keep other builds out of a folder; the lock goes with the process, however it ends.
 
     Raises:
@@ -161,7 +187,7 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _finish(build: Build, kind: str, plain: dict[str, Any], inputs: Mapping[str, str]) -> None:
+def _finish(build: Build, kind: str, version: int, plain: dict[str, Any], inputs: Mapping[str, str]) -> None:
     path = build.path
     _remove(path / WORK)
     files = {
@@ -171,6 +197,7 @@ def _finish(build: Build, kind: str, plain: dict[str, Any], inputs: Mapping[str,
     }
     manifest = Manifest(
         kind=kind,
+        version=version,
         recipe=build.recipe,
         settings=plain,
         inputs=dict(inputs),
@@ -231,13 +258,13 @@ def check_shards(found: Sequence[tuple[Manifest, Path]], kind: str) -> None:
         raise ArtifactError(f"{kind}: expected at least one shard, found none; run `memdec {kind}` first")
 
     def shared(manifest: Manifest) -> tuple[object, ...]:
-        return {**manifest.settings, "shard": None}, manifest.inputs, manifest.facts["positions"]
+        return manifest.version, {**manifest.settings, "shard": None}, manifest.inputs, manifest.facts["positions"]
 
     position = 0
     for manifest, folder in found:
         if shared(manifest) != shared(found[0][0]):
             raise ArtifactError(
-                f"{folder}: expected shards of one run, found different settings or inputs; make them again"
+                f"{folder}: expected shards of one run, found different settings, inputs or versions; make them again"
             )
         if manifest.facts["begin"] != position:
             raise ArtifactError(

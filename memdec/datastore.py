@@ -184,7 +184,9 @@ def run(
             positions=n,
             device=devices.name(compute),
             width=forward.point.width,
-            keys_recipe=artifacts.digest({"settings": same, "inputs": inputs}),
+            keys_recipe=artifacts.digest(
+                {"version": artifacts.VERSIONS["datastore"], "settings": same, "inputs": inputs}
+            ),
             tokens_sha256=source.facts["sha256"][settings.split],
             tokenizer_sha256=source.facts["tokenizer_sha256"],
             corpus_sha256=source.facts.get("corpus_sha256"),

@@ -67,7 +67,8 @@ def run(
         )
     plain = {**settings.model_dump(mode="json"), "context": context, "stride": stride, "shard": shard}
     plain["precision"] = devices.precision(compute)
-    with artifacts.building(out, "targets", plain, {"model": base.recipe, "tokens": source.recipe}) as build:
+    inputs = {"model": base.recipe, "tokens": source.recipe}
+    with artifacts.building(out, "targets", plain, inputs, stage="teacher") as build:
         if build is None:
             return
         first, last = shard * n_passes // settings.shards, (shard + 1) * n_passes // settings.shards

@@ -9,6 +9,7 @@ The same command goes on where a killed run was.
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def run_finetune(
     plain = {**_plain(settings, compute), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
     task = fitting.Task(words, stream, context, seed, ceiling=plain.get("flops_ceiling"), compute=compute)
     inputs = _inputs(model_folder, stream)
-    _train("model", lambda: models.load(model_folder, dropout=settings.dropout), settings, task, out, plain, inputs)
+    make = partial(models.load, model_folder, dropout=settings.dropout)
+    _train("model", make, settings, task, out, plain, inputs, stage="finetune")
 
 
 def run_lora(
@@ -171,12 +173,13 @@ def _train(
     out: Path,
     plain: dict[str, Any],
     inputs: dict[str, str],
+    stage: str | None = None,
 ) -> None:
     """Make the model, train it, save it with its tokenizer and card."""
     fitting.check_reporting(settings.report_to)
     _refuse_changes(out, {"settings": plain, "inputs": inputs})
     team = resources.team(devices.pick(task.compute).type == "cpu")
-    with artifacts.building(out, kind, plain, inputs, team) as build:
+    with artifacts.building(out, kind, plain, inputs, team, stage) as build:
         if build is None:
             return
         if team.rank == 0:

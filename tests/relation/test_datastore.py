@@ -54,6 +54,17 @@ def test_shards_give_the_same_bits(
             Datastore(folders[1:])
 
 
+def test_a_raised_version_gives_other_keys_a_name_of_their_own(
+    base_folder: Path, token_folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = run(base_folder, token_folder, tmp_path / "old", 0, shards=2)
+    monkeypatch.setitem(artifacts.VERSIONS, "datastore", 99)
+    new = [run(base_folder, token_folder, tmp_path / str(i), i, shards=2) for i in range(2)]
+    assert Datastore(new).recipe != Datastore(whole).recipe  # so an index of the old keys is made again
+    with pytest.raises(ArtifactError, match="shards of one run, found different settings, inputs or versions"):
+        Datastore([old, new[1]])
+
+
 def test_two_processes_give_the_same_bits(base_folder: Path, token_folder: Path, whole: Path, tmp_path: Path) -> None:
     arguments = ["--model", base_folder, "--tokens", token_folder, "--out", tmp_path / "two"]
     arguments += ["--context", CONTEXT, "--stride", CONTEXT // 2, "--batch-size", 4]

@@ -260,6 +260,25 @@ def test_a_killed_fill_goes_on_and_gives_the_same_index(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
+def test_a_raised_version_trains_and_fills_the_index_anew(
+    store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, manifest = tmp_path / "i" / "trained.safetensors", tmp_path / "i" / artifacts.MANIFEST
+    built(store, tmp_path / "i", **PQ)
+    whole = trained.stat().st_mtime_ns
+    manifest.unlink()  # as Snakemake does before it runs a rule again
+    built(store, tmp_path / "i", **PQ)
+    assert trained.stat().st_mtime_ns == whole  # the same version goes on where a killed run was
+    for version, is_there in ((98, False), (99, True)):  # by a rule; by hand
+        monkeypatch.setitem(artifacts.VERSIONS, "index", version)
+        if not is_there:
+            manifest.unlink()
+        built(store, tmp_path / "i", **PQ)
+        assert artifacts.read(tmp_path / "i", "index").version == version
+        assert trained.stat().st_mtime_ns > whole
+        whole = trained.stat().st_mtime_ns
+
+
 @pytest.mark.parametrize("file", ["trained.safetensors", "codes.npy"])
 def test_an_index_whose_file_was_cut_is_made_again(store: list[Path], tmp_path: Path, file: str) -> None:
     built(store, tmp_path / "i", **PQ)

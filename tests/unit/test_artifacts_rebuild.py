@@ -1,5 +1,6 @@
 """When an artefact is made again, what goes first, and what must never go (damage is in test_artifacts.py)."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,55 @@ def test_the_recipe_is_settings_and_inputs_and_not_their_order(tmp_path: Path) -
     assert make(out, {"p": 1, "q": 2}, {"x": "1", "y": "3"})
     assert make(out, {"p": 1, "q": 3}, {"x": "1", "y": "3"})
     assert artifacts.read(out, "thing").files == {"sub/data.txt": 1}
+
+
+def test_a_raised_version_makes_it_again_and_drops_the_work_of_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a"
+    monkeypatch.setitem(artifacts.VERSIONS, "thing", 1)
+    make(out, {"value": 1})
+    first = artifacts.read(out, "thing")
+    (out / artifacts.MANIFEST).unlink()  # as Snakemake does before it runs a rule again
+    (out / artifacts.WORK).mkdir()
+    (out / artifacts.WORK / "checkpoint").write_text("of version 1")
+    monkeypatch.setitem(artifacts.VERSIONS, "thing", 2)
+    with artifacts.building(out, "thing", {"value": 1}, {}) as build:
+        assert build is not None
+        assert [file.name for file in out.rglob("*")] == [artifacts.MARK]
+    second = artifacts.read(out, "thing")
+    assert (first.version, second.version) == (1, 2)
+    assert first.recipe != second.recipe
+    monkeypatch.setitem(artifacts.VERSIONS, "thing", 3)
+    assert make(out, {"value": 1})  # the same command by hand
+    assert not make(out, {"value": 1})
+
+
+def test_the_version_is_that_of_the_stage_where_several_make_one_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_made(stage: str | None) -> bool:
+        with artifacts.building(tmp_path / str(stage), "model", {}, {}, stage=stage) as build:
+            return build is not None
+
+    assert is_made(None)
+    assert is_made("finetune")
+    monkeypatch.setitem(artifacts.VERSIONS, "finetune", 99)
+    assert not is_made(None)
+    assert is_made("finetune")
+
+
+def test_every_stage_of_the_package_has_a_version() -> None:
+    calls = [
+        call
+        for path in sorted((Path(__file__).resolve().parents[2] / "memdec").rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "building"
+    ]
+    named = {word.value.value for call in calls for word in call.keywords if isinstance(word.value, ast.Constant)}
+    named |= {call.args[1].value for call in calls if isinstance(call.args[1], ast.Constant)}
+    assert len(calls) > 12
+    assert named <= set(artifacts.VERSIONS)
 
 
 def test_typed_settings_and_plain_ones_are_one_recipe(tmp_path: Path) -> None:
