@@ -12,7 +12,13 @@ PUBLISH = for end in csv md provenance.json; do cp $(1)/results/memories.$$end r
 # A GPU takes the full memory and three domains; without one a smaller memory and one domain.
 SMOL ?= config/smol.yaml $(if $(wildcard /dev/nvidia0),,config/smol-cpu.yaml)
 
-.PHONY: install table3 smol test check bench bench-search bench-gpu report regression reference reference-smol ablations
+# What `make repair` looks after: a table, the config files of its run (none: the default) and the folder with `results`.
+TARGET ?= results/table3.csv
+CONFIG ?=
+FOLDER ?= .
+PROFILE ?= profiles/default
+
+.PHONY: install table3 repair smol test check bench bench-search bench-gpu report regression reference reference-smol ablations
 
 install: $(STAMP)
 
@@ -27,6 +33,12 @@ $(STAMP): pyproject.toml constraints.txt memdec_hook.py memdec_hook.pth
 table3: $(STAMP)
 	. $(BIN)/activate && snakemake --cores $(CORES) results/table3.csv
 	@cat results/table3.md
+
+# Makes again what a finished table has lost, and nothing else:
+#   make repair TARGET=results/table1.csv CONFIG='config/mini.yaml config/table1.yaml'
+repair: $(STAMP)
+	. $(BIN)/activate && workflow/repair.sh $(FOLDER) --workflow-profile $(PROFILE) \
+	  $(if $(CONFIG),--configfile $(CONFIG)) -- $(TARGET)
 
 # A real model of 135 M parameters from the package index; the work folder is build/smol.
 smol: $(STAMP)

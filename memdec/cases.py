@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from memdec import artifacts, devices, tables, tokens
+from memdec import artifacts, devices, tokens
 from memdec.config import Case, Config, ExplainSettings
 from memdec.errors import ConfigError
-from memdec.explain import Neighbours, TokenReport, explain, percent
+from memdec.explain import Neighbours, TokenReport, explain
 from memdec.modeling import MemDecForCausalLM
 
 _COLUMNS = {"memory": "MemDec", "knn": "kNN", "base": "BaseLM"}  # as the paper names them
@@ -44,7 +42,7 @@ def _percent(reports: Sequence[TokenReport], name: str) -> float:
 
 
 def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], index_folder: Path, out: Path) -> None:
-    """Stage `cases`: Table 6 of a run.
+    """Stage `cases`: what Table 6 shows of a run.
 
     Args:
         config: Of the run; `cases` are the rows, `targets` has k, tau and nprobe of p_kNN.
@@ -52,7 +50,7 @@ def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], ind
         memory: Memory decoder.
         datastore: All shards of the keys that the memory was trained on.
         index_folder: Index over them.
-        out: CSV file; .md, .tex and .provenance.json are put beside it.
+        out: Folder to make.
 
     Raises:
         ConfigError: No cases, or one that is too long.
@@ -61,25 +59,18 @@ def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], ind
     if not config.cases:
         raise ConfigError("cases: expected at least one row of Table 6, found none; add them to the config")
     folders = {"base": (base, "model"), "memory": (memory, "memory"), "index": (index_folder, "index")}
-    recipes = {name: artifacts.read(folder, kind).recipe for name, (folder, kind) in folders.items()}
+    inputs = {name: artifacts.read(folder, kind).recipe for name, (folder, kind) in folders.items()}
     same = {name: getattr(config.targets, name) for name in ("neighbours", "temperature", "nprobe")}
-    tokenizer = tokens.load_tokenizer(str(base))
-    dtype = devices.precision(config.compute)
-    model = MemDecForCausalLM.from_parts(base, [memory], [0.5], dtype=dtype)  # the weight is not used: nothing is mixed
-    model.to(devices.pick(config.compute))
-    neighbours = Neighbours(datastore, index_folder, ExplainSettings(**same), tokenizer, model.device)
-    frame = pd.DataFrame([probabilities(case, model, tokenizer, neighbours) for case in config.cases])
-    rows = []
-    for _, row in frame.iterrows():
-        numbers = [row[title] for title in _COLUMNS.values()]
-        text = str(row["text"]).replace("[[", "[").replace("]]", "]")
-        shown = [percent(p / 100) for p in numbers]
-        best = numbers.index(max(numbers))
-        rows.append([str(row["group"]), text, *(f"**{p}**" if i == best else p for i, p in enumerate(shown))])
-    grid = tables.Grid(["Group", "Text", *_COLUMNS.values()], 2, rows)
-    note = (
-        f"Probability in percent of the word in brackets, scale `{config.scale}`: memory, kNN distribution that it was "
-        f"trained on ({neighbours.store.n:,} keys, k {same['neighbours']}, temperature {same['temperature']:g}) and base "
-        f"model {config.key_model}. A word of several tokens has the product of their probabilities."
-    )
-    tables.write(out, frame, grid, note, "6", config, recipes)
+    plain = {"cases": [case.model_dump(mode="json") for case in config.cases], **same}
+    plain["precision"] = devices.precision(config.compute)
+    with artifacts.building(out, "cases", plain, inputs) as build:
+        if build is None:
+            return
+        tokenizer = tokens.load_tokenizer(str(base))
+        # Nothing is mixed, so the weight does not matter.
+        model = MemDecForCausalLM.from_parts(base, [memory], [0.5], dtype=plain["precision"])
+        model.to(devices.pick(config.compute))
+        neighbours = Neighbours(datastore, index_folder, ExplainSettings(**same), tokenizer, model.device)
+        records = [probabilities(case, model, tokenizer, neighbours) for case in config.cases]
+        artifacts.write_json(out / "records.json", records)
+        build.facts.update(keys=neighbours.store.n, device=devices.name(config.compute))

@@ -509,7 +509,7 @@ def _read(file: Path) -> str:
 
 
 RunConfig = Annotated[Path, typer.Option(help="config of the run, YAML or JSON")]
-Cells = Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:EVALUATION_FOLDER; repeat")]
+Cells = Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of an evaluation or of cases; repeat")]
 TableFile = Annotated[Path, typer.Option(help="CSV file; .md, .tex and .provenance.json are put beside it")]
 
 
@@ -525,17 +525,15 @@ def _cells(texts: list[str]) -> list[tuple[str, str, int, Path]]:
 
 @app.command()
 def table(
+    name: Annotated[str, typer.Option(help="table1, table3, table4, table6, memories or forgetting")],
     config: RunConfig,
     cell: Cells,
     out: TableFile,
-    number: Annotated[
-        int, typer.Option(help="1: one domain; 3; or 4: models of another tokenizer than the key model's")
-    ] = 3,
 ) -> None:
-    """Table 1, 3 or 4 from evaluations."""
-    from memdec import tables
+    """A table from evaluations, or Table 6 from `memdec cases`."""
+    from memdec import catalogue, tables
 
-    tables.run(tables.numbered(cfg.load(config), number), _cells(cell), out)
+    tables.run(catalogue.table(cfg.load(config), name), _cells(cell), out)
 
 
 @app.command()
@@ -545,20 +543,12 @@ def cases(
     memory: Annotated[Path, typer.Option(help="memory decoder folder")],
     datastore: Annotated[list[Path], typer.Option(help="keys the memory was trained on; repeat for every shard")],
     index: Annotated[Path, typer.Option(help="index folder over the datastore")],
-    out: TableFile,
+    out: Out,
 ) -> None:
-    """Table 6: what memory, neighbours and base give marked words of the config's texts."""
+    """For Table 6: what memory, neighbours and base give marked words of the config's texts."""
     from memdec import cases as stage_cases
 
     stage_cases.run(cfg.load(config), base, memory, datastore, index, out)
-
-
-@app.command()
-def memories(config: RunConfig, cell: Cells, out: TableFile) -> None:
-    """All memories beside all other systems, from evaluations."""
-    from memdec import tables
-
-    tables.run(tables.memories(cfg.load(config)), _cells(cell), out)
 
 
 @app.command()
@@ -583,11 +573,16 @@ def check(
 
 
 @app.command()
-def forgetting(config: RunConfig, cell: Cells, out: TableFile) -> None:
-    """All systems and memories on general text, at the weights of their domains."""
-    from memdec import tables
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="folder to look through")] = Path("results"),
+) -> None:
+    """Find artefacts that are cut: exit 1 where there are; without their manifests nobody reads them any more."""
+    from memdec import doctor as look
 
-    tables.run(tables.forgetting(cfg.load(config)), _cells(cell), out)
+    lines, n_damaged = look.run(folder)
+    print("\n".join(lines))
+    if n_damaged:
+        raise SystemExit(1)
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Files that the tasks read.")

@@ -1,13 +1,11 @@
 """Tables as pivots of evaluation records: CSV (the contract), Markdown and LaTeX, with a provenance file beside them.
 
-Table 1 of the paper: one domain, a row per method, a column per base model and their mean. Tables 3 and 4: rows (family,
-model, method), one column per domain and their mean; 4 has the models of other tokenizers. The mini scale adds, per
-domain, the number of test tokens, the tuned alpha and the 95 % bootstrap interval over test windows. `memories` has a row
-for every memory of the config beside every other system, and the standard deviation over seeds.
+Which tables there are is in `catalogue`. The CSV adds, per column, the number of test tokens, the tuned alpha, the 95 %
+bootstrap interval over test windows and, where the config has several seeds, the standard deviation over them.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,40 +13,11 @@ from typing import Any
 import pandas as pd
 
 from memdec import artifacts, provenance
+from memdec.catalogue import Perplexities, Row, Table
 from memdec.config import FORGETTING, Config, portable
 from memdec.errors import ArtifactError, ConfigError
 
 Cell = tuple[str, str, int, Path]  # domain, model, seed, evaluation folder
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of a table: its labels, and which records are in it (equal in every field that is given)."""
-
-    labels: dict[str, str]
-    where: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """What is in a table.
-
-    Attributes:
-        name: As in file names.
-        config: Of the run.
-        rows: Its lines.
-        columns: Heading and records of each column.
-        best_of: Label whose equal rows are compared, so that the best of them is in bold; None: all rows.
-        extra: Further CSV columns of each column.
-    """
-
-    name: str
-    config: Config
-    rows: list[Row]
-    columns: dict[str, dict[str, str]]
-    best_of: str | None
-    extra: tuple[str, ...]
-    records: str = "records.json"  # file of each evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,83 +29,20 @@ class Grid:
     rows: list[list[str]]
 
 
-def numbered(config: Config, number: int) -> Table:
-    """Table 1 (first domain), 3 (models with the tokenizer of the key model) or 4 (the others), each with the first memory
-    of its tokenizer.
-
-    Raises:
-        ConfigError: Another number.
-    """
-    if number not in (1, 3, 4):
-        raise ConfigError(
-            f"--number: expected 1, 3 or 4, found {number}; `memdec memories` makes the table of all memories"
-        )
-    own = config.models[config.key_model].tokenizer
-    models = [name for name in config.bases if (config.models[name].tokenizer == own) == (number != 4)]
-    if number == 1:
-        where = {"domain": config.domains[0]}
-        rows = [Row({"method": method}, where | _method(config, models[0], method)) for method in config.systems]
-        columns = {model: {"model": model} for model in models}
-        return Table("1", config, rows, columns, None, ("n", "alpha", "low", "high"))
-    rows = [
-        _row(config, model, "method", method, _method(config, model, method))
-        for model in models
-        for method in config.systems
-    ]
-    return Table(str(number), config, rows, _domains(config), "model", ("n", "alpha", "low", "high"))
-
-
-def memories(config: Config) -> Table:
-    """All systems and all memories of every model."""
-    return Table("memories", config, _all_rows(config), _domains(config), "model", ("sd", "alpha", "n", "low", "high"))
-
-
-def forgetting(config: Config) -> Table:
-    """The same on general text: what was made for a domain, at the weights tuned there."""
-    columns = {
-        f"{domain} on {on}": {"domain": domain, "on": on} for domain in config.domains for on in config.forgetting
-    }
-    extra = ("sd", "alpha", "n", "low", "high")
-    return Table("forgetting", config, _all_rows(config), columns, "model", extra, FORGETTING)
-
-
-def _all_rows(config: Config) -> list[Row]:
-    variants = [config.variant(name) for name in config.memory_names]
-    rows = []
-    for model in config.bases:
-        for method in config.systems:
-            if method != "MemDec":
-                rows.append(_row(config, model, "system", method, {"method": method}))
-                continue
-            for v in variants:
-                if model in v.models:
-                    where = {"method": method, "memory": v.name}
-                    rows.append(_row(config, model, "system", f"MemDec: {v.name}", where))
-    return rows
-
-
-def _domains(config: Config) -> dict[str, dict[str, str]]:
-    return {domain: {"domain": domain} for domain in config.domains}
-
-
-def _row(config: Config, model: str, heading: str, label: str, where: dict[str, str]) -> Row:
-    labels = {"family": config.models[model].family, "model": model, heading: label}
-    return Row(labels, {"model": model} | where)
-
-
-def _method(config: Config, model: str, method: str) -> dict[str, str]:
-    """Records of a method; of the memories the first one of the model's tokenizer."""
-    memory = config.memory_for(model) if method == "MemDec" else None
-    return {"method": method} | ({"memory": memory.name} if memory is not None else {})
-
-
 def run(table: Table, cells: Sequence[Cell], out: Path) -> None:
-    """Stage `table`: a table from evaluation folders.
+    """Stage `table`: a table from the folders that it is made from.
 
     Writes `out` (.csv) and, beside it, .md, .tex and .provenance.json.
     """
+    if isinstance(table, Perplexities):
+        _perplexities(table, cells, out)
+    else:
+        _marked_words(table, cells, out)
+
+
+def _perplexities(table: Perplexities, cells: Sequence[Cell], out: Path) -> None:
     records = load_records(table.config, cells, table.records)
-    manifests = [artifacts.read(folder, "evaluation") for *_, folder in cells]
+    manifests = [artifacts.read(folder, table.kind) for *_, folder in cells]
     facts = {
         "corpora_sha256": {name: sha for m in manifests for name, sha in m.facts["corpora_sha256"].items()},
         "evaluations": {
@@ -147,8 +53,34 @@ def run(table: Table, cells: Sequence[Cell], out: Path) -> None:
     write(out, pivot(table, records), grid(table, records), note(table, records), table.name, table.config, facts)
 
 
+def _marked_words(table: Table, cells: Sequence[Cell], out: Path) -> None:
+    """Table 6; the most probable of each row in bold."""
+    from memdec.explain import percent  # torch takes seconds to load, and no other table needs it
+
+    if len(cells) != 1:
+        raise ConfigError(f"{table.name}: expected one --cell with a folder of kind {table.kind}, found {len(cells)}")
+    *_, folder = cells[0]
+    manifest = artifacts.read(folder, table.kind)
+    frame = pd.DataFrame(json.loads((folder / "records.json").read_text(encoding="utf-8")))
+    systems = [name for name in frame.columns if name not in ("group", "text", "target", "tokens")]
+    rows = []
+    for _, row in frame.iterrows():
+        numbers = [row[system] for system in systems]
+        text = str(row["text"]).replace("[[", "[").replace("]]", "]")
+        best = numbers.index(max(numbers))
+        shown = [f"**{percent(p / 100)}**" if i == best else percent(p / 100) for i, p in enumerate(numbers)]
+        rows.append([str(row["group"]), text, *shown])
+    below = (
+        f"Probability in percent of the word in brackets, scale `{table.config.scale}`: memory, kNN distribution that it "
+        f"was trained on ({manifest.facts['keys']:,} keys, k {manifest.settings['neighbours']}, temperature "
+        f"{manifest.settings['temperature']:g}) and base model {table.config.key_model}. A word of several tokens has the "
+        "product of their probabilities."
+    )
+    write(out, frame, Grid(["Group", "Text", *systems], 2, rows), below, table.name, table.config, manifest.inputs)
+
+
 def write(
-    out: Path, frame: pd.DataFrame, shown: Grid, below: str, name: str, config: Config, facts: dict[str, Any]
+    out: Path, frame: pd.DataFrame, shown: Grid, below: str, name: str, config: Config, facts: Mapping[str, Any]
 ) -> None:
     """Write a table.
 
@@ -166,7 +98,7 @@ def write(
     artifacts.write_text(out.with_suffix(".tex"), latex(shown))
     settings = portable(config.model_dump(mode="json"))
     provenance_ = {
-        "table": name,
+        "table": name.removeprefix("table"),
         "scale": config.scale,
         "config": settings,
         "config_sha256": artifacts.digest(settings),
@@ -192,12 +124,12 @@ def load_records(config: Config, cells: Sequence[Cell], file: str = "records.jso
     return pd.DataFrame(rows).drop_duplicates(["domain", "model", "method", "memory", "seed", "on"])
 
 
-def pivot(table: Table, records: pd.DataFrame) -> pd.DataFrame:
+def pivot(table: Perplexities, records: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds; a cell that no run gave is empty and its reason stands in `note`."""
     return pd.DataFrame([_line(table, row, records) for row in table.rows])
 
 
-def _line(table: Table, row: Row, records: pd.DataFrame) -> dict[str, Any]:
+def _line(table: Perplexities, row: Row, records: pd.DataFrame) -> dict[str, Any]:
     chosen = _where(records, row.where)
     cells = {column: _where(chosen, where) for column, where in table.columns.items()}
     missing = [column for column, cell in cells.items() if cell.empty]
@@ -234,7 +166,7 @@ def _join(values: Sequence[float] | Any) -> str:
     return " ".join(dict.fromkeys(f"{value:g}" for value in values))
 
 
-def grid(table: Table, records: pd.DataFrame) -> Grid:
+def grid(table: Perplexities, records: pd.DataFrame) -> Grid:
     """What a person reads: the best of a group and column in bold."""
     frame, columns = pivot(table, records), [*table.columns, "Avg"]
     group = frame[table.best_of] if table.best_of else pd.Series("", index=frame.index)
@@ -254,7 +186,7 @@ def cell(value: float | None, best: bool) -> str:
     return f"**{value:.2f}**" if best else f"{value:.2f}"
 
 
-def note(table: Table, records: pd.DataFrame) -> str:
+def note(table: Perplexities, records: pd.DataFrame) -> str:
     """What stands below the table."""
     config, shown = table.config, records[_shown(table, records)]
     alphas = sorted({f"{value:g}" for value in shown["alpha"].dropna()})
@@ -271,7 +203,7 @@ def note(table: Table, records: pd.DataFrame) -> str:
     )
 
 
-def _shown(table: Table, records: pd.DataFrame) -> pd.Series:
+def _shown(table: Perplexities, records: pd.DataFrame) -> pd.Series:
     """Which records are in a cell of the table."""
     shown = pd.Series(False, index=records.index)
     for row in table.rows:

@@ -8,13 +8,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from memdec import artifacts, regression, tables
+from memdec import artifacts, catalogue, regression, tables
 from memdec import config as cfg
 from memdec.errors import ArtifactError, ConfigError, IncomparableError
 
 CONFIG = cfg.load(Path(__file__).resolve().parents[2] / "tests" / "regression" / "reduced.yaml")
 
-TABLE3 = tables.numbered(CONFIG, 3)
+TABLE3 = catalogue.table3(CONFIG)
+TABLES = ("table1", "table3", "table4", "memories")
 
 
 def record(model: str, method: str, value: float, seed: int = 0, **more: Any) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def test_all_memories_stand_beside_the_systems_with_their_spread() -> None:
             record("n", "MemDec", 70.0, memory="moved", n=77),
         ]
     )
-    table = tables.memories(variants())
+    table = catalogue.memories(variants())
     frame = tables.pivot(table, records)
     named = ["MemDec: memdec", "MemDec: kl", "MemDec: moved"]
     assert list(zip(frame["model"], frame["system"], strict=True)) == [
@@ -116,7 +117,7 @@ def test_all_memories_stand_beside_the_systems_with_their_spread() -> None:
 
 
 def test_table_1_has_a_row_per_method_and_a_column_per_model_of_one_domain() -> None:
-    table = tables.numbered(variants(), 1)
+    table = catalogue.table1(variants())
     records = pd.DataFrame(
         [
             record("gpt2-S", "base", 90.0),
@@ -143,7 +144,7 @@ def test_table_1_has_a_row_per_method_and_a_column_per_model_of_one_domain() -> 
 def test_what_is_forgotten_is_a_table_of_general_text(tmp_path: Path) -> None:
     data = variants().model_dump(mode="json", exclude_unset=True)
     config = cfg.parse(cfg.Config, data | {"forgetting": ["general"]}, "c")
-    table = tables.forgetting(config)
+    table = catalogue.forgetting(config)
     assert list(table.columns) == ["sklearn on general"]
     records = pd.DataFrame(
         [record("gpt2-S", method, value, on="general") for method, value in (("base", 20.0), ("MemDec", 25.0))]
@@ -159,7 +160,7 @@ def test_what_is_forgotten_is_a_table_of_general_text(tmp_path: Path) -> None:
 
 def test_other_tokenizers_have_a_table_of_their_own() -> None:
     config = variants()
-    first, second = tables.numbered(config, 3), tables.numbered(config, 4)
+    first, second = catalogue.table3(config), catalogue.table4(config)
     assert {row.labels["model"] for row in first.rows} == {"gpt2-S", "gpt2-M"}
     assert [row.where for row in second.rows] == [
         {"model": "n", "method": "base"},
@@ -168,8 +169,64 @@ def test_other_tokenizers_have_a_table_of_their_own() -> None:
     ]
     records = pd.DataFrame([record("n", "MemDec", 70.0, memory="moved"), record("n", "MemDec", 7.0, memory="kl")])
     assert tables.pivot(second, records).set_index("method").loc["MemDec", "sklearn"] == 70.0
-    with pytest.raises(ConfigError, match="--number: expected 1, 3 or 4, found 5"):
-        tables.numbered(config, 5)
+    assert (catalogue.main_tables(config), catalogue.main_tables(CONFIG)) == (["table3", "table4"], ["table3"])
+
+
+def test_a_table_without_anything_to_show_says_what_it_lacks() -> None:
+    for name, lack in (
+        ("table9", "expected one of table1, table3, table4, table6, memories, forgetting, found 'table9'"),
+        ("table4", "expected a base model with another tokenizer than the key model gpt2-M, found only gpt2-S, gpt2-M"),
+        ("table6", "expected marked words in 'cases'"),
+        ("forgetting", "expected general corpora in 'forgetting'"),
+    ):
+        with pytest.raises(ConfigError, match=lack):
+            catalogue.table(CONFIG, name)
+    config = CONFIG.model_copy(update={"evaluated": []})
+    for name in ("table1", "table3"):
+        with pytest.raises(ConfigError, match=f"{name}: expected a base model with the tokenizer of the key model"):
+            catalogue.table(variants().model_copy(update={"evaluated": ["n"]}), name)
+    assert catalogue.main_tables(config) == []
+
+
+def test_a_table_is_made_from_the_evaluations_that_its_rows_name() -> None:
+    config = variants()
+    parts = {name: [(part.model, part.name) for part in catalogue.table(config, name).parts] for name in TABLES}
+    systems = [(model, "systems") for model in ("gpt2-S", "gpt2-M", "n")]
+    assert parts["table3"] == parts["table1"] == [*systems[:2], ("gpt2-S", "memdec"), ("gpt2-M", "memdec")]
+    assert parts["table4"] == [systems[2], ("n", "moved")]
+    memories = [("gpt2-S", "memdec"), ("gpt2-M", "memdec"), ("gpt2-S", "kl"), ("n", "moved")]
+    assert parts["memories"] == [*systems, *memories]
+    only = config.model_copy(update={"systems": ["base", "MemDec"]})  # every evaluation of a memory has the base
+    assert [part.name for part in catalogue.memories(only).parts] == ["memdec", "memdec", "kl", "moved"]
+    alone = config.model_copy(update={"systems": ["base"], "domains": ["sklearn", "general"], "seeds": [0, 1]})
+    assert [tuple(part) for part in catalogue.table3(alone).parts if part.model == "gpt2-S"] == [
+        (domain, "gpt2-S", seed, "systems") for domain in ("sklearn", "general") for seed in (0, 1)
+    ]
+    assert {part.domain for part in catalogue.table1(alone).parts} == {"sklearn"}
+
+
+def test_marked_words_are_a_table_of_what_was_measured_on_them(tmp_path: Path) -> None:
+    words = [{"group": "one", "text": "Returns the [[token]] of it.", "target": "token", "tokens": 2}]
+    words = [word | {"MemDec": 12.5, "kNN": 0.004, "BaseLM": 7.25} for word in words]
+    settings = {"cases": [], "neighbours": 8, "temperature": 0.5, "nprobe": 1, "precision": "float32"}
+    with artifacts.building(tmp_path / "cases", "cases", settings, {"base": "b", "memory": "m", "index": "i"}) as build:
+        assert build is not None
+        artifacts.write_json(tmp_path / "cases" / "records.json", words)
+        build.facts["keys"] = 1234
+    data = CONFIG.model_dump(mode="json", exclude_unset=True) | {"cases": [{"text": words[0]["text"]}]}
+    config = cfg.parse(cfg.Config, data, "c")
+    table = catalogue.table6(config)
+    assert [tuple(part) for part in table.parts] == [("sklearn", "gpt2-M", 0, "memdec")]
+    cell = ("sklearn", "gpt2-M", 0, tmp_path / "cases")
+    tables.run(table, [cell], tmp_path / "table6.csv")
+    assert pd.read_csv(tmp_path / "table6.csv").to_dict("records") == words
+    text = (tmp_path / "table6.md").read_text()
+    assert "| one | Returns the [token] of it. | **12.50** | <0.01 | 7.25 |" in text
+    assert "(1,234 keys, k 8, temperature 0.5) and base model gpt2-M." in text
+    found = json.loads((tmp_path / "table6.provenance.json").read_text())
+    assert (found["table"], found["base"], found["memory"], found["index"]) == ("6", "b", "m", "i")
+    with pytest.raises(ConfigError, match="expected one --cell with a folder of kind cases, found 2"):
+        tables.run(table, [cell, cell], tmp_path / "table6.csv")
 
 
 def write_evaluation(folder: Path, memory: str | None, records: list[dict[str, Any]]) -> Path:
@@ -189,7 +246,7 @@ def test_the_base_counts_once_though_every_evaluation_has_it(tmp_path: Path) -> 
         ("sklearn", "gpt2-S", 0, write_evaluation(tmp_path / "c", "kl", [base, other])),
     ]
     assert list(tables.load_records(CONFIG, cells)["value"]) == [90.0, 60.0, 50.0]
-    tables.run(tables.memories(variants()), cells, tmp_path / "memories.csv")
+    tables.run(catalogue.memories(variants()), cells, tmp_path / "memories.csv")
     found = json.loads((tmp_path / "memories.provenance.json").read_text())
     assert list(found["evaluations"]) == [f"sklearn/gpt2-S/0/{name}" for name in ("systems", "memdec", "kl")]
     assert list(pd.read_csv(tmp_path / "memories.csv")["sklearn"].dropna()) == [90.0, 60.0, 50.0]

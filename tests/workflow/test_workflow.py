@@ -22,7 +22,16 @@ BIN = Path(sys.executable).parent
 MODULES = sorted((ROOT / "memdec").glob("*.py"))
 
 
-def snakemake(folder: Path, *words: str) -> str:
+def snakemake(folder: Path, *words: str, snakefile: Path = ROOT / "Snakefile") -> str:
+    return ran("snakemake", "--snakefile", str(snakefile), "--directory", str(folder), *words)
+
+
+def repair(folder: Path, *words: str) -> str:
+    return ran("bash", str(ROOT / "workflow" / "repair.sh"), str(folder), *words)
+
+
+def ran(*command: str) -> str:
+    """What a command says that succeeds."""
     # Any folder does for what is not read.
     environment = {
         "MEMDEC_TEST_DATA": "/",
@@ -30,8 +39,7 @@ def snakemake(folder: Path, *words: str) -> str:
         **os.environ,
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    command = [str(BIN / "snakemake"), "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder), *words]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout + run.stderr
 
@@ -44,20 +52,20 @@ def test_the_schema_is_fresh() -> None:
 def planned(text: str) -> dict[str, int]:
     """Jobs of each rule in a dry run, without those of every run."""
     counts = {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", text, re.MULTILINE)}
-    return {rule: n for rule, n in counts.items() if rule not in ("all", "total", "resolved_config")}
+    return {rule: n for rule, n in counts.items() if rule not in ("all", "default", "total", "resolved_config")}
 
 
 # Jobs per domain of what all of these have: 4 models of one tokenizer, one memory.
 SMALL = {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 4, "finetune": 3, "datastore": 3, "index": 3, "targets": 6}
 SMALL |= {"train": 3, "lora": 12, "evaluate": 12, "evaluate_systems": 12}
 # With the kNN-LM every model has keys of its own too.
-ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
+ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
 
 
 @pytest.mark.parametrize(
     ("files", "targets", "expected"),
     [
-        (["mini"], [], SMALL | {"table3": 1}),
+        (["mini"], [], SMALL | {"table": 1}),
         # 18 more memories that are trained and one that is not, with one base; one teacher for both of its memories
         (
             ["mini", "objectives"],
@@ -71,7 +79,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
             ["mini", "interpolation"],
             ["memories"],
             {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 9, "datastore": 9, "index": 9}
-            | {"targets": 18, "train": 27, "dapt": 27, "evaluate": 72, "evaluate_systems": 27, "memories": 1},
+            | {"targets": 18, "train": 27, "dapt": 27, "evaluate": 72, "evaluate_systems": 27, "table": 1},
         ),
         # 2 sizes of the memory and 5 other key models, each with all bases; 2 more models are fine-tuned. Untuned keys of
         # three models serve the kNN-LM, too.
@@ -96,7 +104,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
                 "index": 24,
             }
             | {"targets": 12, "adapt": 3, "train": 6, "evaluate": 18, "evaluate_systems": 18}
-            | {"table3": 1, "table4": 1},
+            | {"table": 3},
         ),
         # 4 domains, 3 seeds, 2 of 3 models, 2 memories; no LoRA
         (
@@ -104,7 +112,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
             ["memories"],
             {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 24, "datastore": 36}
             | {"index": 36, "targets": 12, "train": 24, "evaluate": 48}
-            | {"evaluate_systems": 24, "memories": 1},
+            | {"evaluate_systems": 24, "table": 1},
         ),
         # 1 domain, 3 models, every system
         (
@@ -120,21 +128,21 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
                 "index": 4,
                 "targets": 2,
             }
-            | {"train": 1, "passages": 1, "dapt": 3, "lora": 3, "evaluate": 3, "evaluate_systems": 3, "table1": 1},
+            | {"train": 1, "passages": 1, "dapt": 3, "lora": 3, "evaluate": 3, "evaluate_systems": 3, "table": 1},
         ),
         # the same of one model, without retrieval
         (
             ["mini", "table1", "gpu-tiny"],
             ["table1"],
             {"corpus": 2, "tokenizer": 1, "tokens": 2, "model": 1, "finetune": 1, "datastore": 1, "index": 1}
-            | {"targets": 1, "train": 1, "dapt": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 1, "table1": 1},
+            | {"targets": 1, "train": 1, "dapt": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 1, "table": 1},
         ),
         # of a pretrained model: no pretraining
         (
             ["smol", "smol-domains", "gpu-run"],
             ["table1"],
             {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 1, "finetune": 1, "datastore": 2, "index": 2}
-            | {"targets": 1, "train": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 1, "table1": 1},
+            | {"targets": 1, "train": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 1, "table": 1},
         ),
         # a pretrained model that is base, key model and memory; 3 domains, 3 more memories
         (
@@ -142,7 +150,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
             ["memories"],
             {"corpus": 3, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
             | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "evaluate": 12}
-            | {"evaluate_systems": 3, "memories": 1},
+            | {"evaluate_systems": 3, "table": 1},
         ),
         # 1 domain; the memories start from the first layers
         (
@@ -150,7 +158,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
             ["memories", "table1"],
             {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 2, "finetune": 1, "datastore": 2, "index": 2}
             | {"targets": 1, "teacher": 1, "train": 4, "passages": 1, "lora": 1, "evaluate": 4}
-            | {"evaluate_systems": 1, "memories": 1, "table1": 1},
+            | {"evaluate_systems": 1, "table": 2},
         ),
         # other domains, and a general corpus to see what is forgotten
         (
@@ -158,21 +166,21 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "memories": 1}
             ["memories", "forgetting"],
             {"corpus": 4, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
             | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "evaluate": 12}
-            | {"evaluate_systems": 3, "memories": 1, "forgetting": 1},
+            | {"evaluate_systems": 3, "table": 2},
         ),
         # one memory of one domain
         (
             ["mini", "table6"],
             ["table6"],
             {"corpus": 4, "tokenizer": 1, "tokens": 2, "model": 2, "finetune": 1, "datastore": 1, "index": 1}
-            | {"targets": 2, "train": 1, "table6": 1},
+            | {"targets": 2, "train": 1, "cases": 1, "table": 1},
         ),
     ],
 )
 def test_dry_run_of_every_config(
     files: list[str], targets: list[str], expected: dict[str, int], tmp_path: Path
 ) -> None:
-    assert len(list((ROOT / "config").glob("*.yaml"))) == 13
+    assert len(list((ROOT / "config").glob("*.yaml"))) == 14  # config.yaml is mini.yaml
     configs = ["--configfile", *(str(ROOT / "config" / f"{name}.yaml") for name in files)]
     text = snakemake(tmp_path, *(f"results/{name}.csv" for name in targets), "-n", "--cores", "8", *configs)
     assert planned(text) == expected
@@ -181,13 +189,45 @@ def test_dry_run_of_every_config(
 def test_another_tokenizer_adds_its_table_to_the_default(tmp_path: Path) -> None:
     configs = ["--configfile", *(str(ROOT / "config" / f"{name}.yaml") for name in ("mini", "vocabulary"))]
     counts = planned(snakemake(tmp_path, "-n", "--cores", "8", *configs))
-    assert (counts["table3"], counts["table4"]) == (1, 1)
-    assert "table4" not in planned(snakemake(tmp_path, "-n", "--cores", "8"))
+    assert counts["table"] == 2
+    assert planned(snakemake(tmp_path, "-n", "--cores", "8"))["table"] == 1
 
 
 def test_a_wrong_key_stops_the_workflow_at_once(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="strid"):
         snakemake(tmp_path, "-n", "--cores", "1", "--config", "strid=3")
+
+
+def test_a_table_that_cannot_be_says_why(tmp_path: Path) -> None:
+    for table, reason in (("table4", "base model with another tokenizer"), ("table9", "one of table1, table3")):
+        with pytest.raises(AssertionError, match=f"expected (a )?{reason}"):
+            snakemake(tmp_path, f"results/{table}.csv", "-n", "--cores", "1")
+
+
+def test_the_catalogue_of_workflows_can_deploy_it(tmp_path: Path) -> None:
+    """What snakedeploy writes: the folder config, and a Snakefile that takes this workflow as a module."""
+    usage = yaml.safe_load((ROOT / ".snakemake-workflow-catalog.yml").read_text())["usage"]
+    assert usage["software-stack-deployment"]["conda"]
+    assert (ROOT / "config" / "README.md").is_file()
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    text = f'''
+configfile: "config/config.yaml"
+module memory_decoder_bench:
+    snakefile: "{ROOT / "workflow" / "Snakefile"}"
+    config: config
+use rule * from memory_decoder_bench
+'''
+    (tmp_path / "Snakefile").write_text(text)
+    found = snakemake(tmp_path, "-n", "--cores", "8", snakefile=tmp_path / "Snakefile")
+    assert planned(found) == SMALL | {"table": 1}
+
+
+def test_the_rules_use_nothing_of_snakemake_that_it_keeps_for_itself() -> None:
+    files = [ROOT / "Snakefile", *(path for path in (ROOT / "workflow").rglob("*") if path.is_file())]
+    assert len(files) >= 10
+    for path in files:
+        for word in ("register_resource", "workflow.dag", "forcefiles", "local_exec", "global_resources"):
+            assert word not in path.read_text(), (path, word)
 
 
 def test_rules_that_compute_take_the_gpu_that_the_config_may_use(tmp_path: Path) -> None:
@@ -217,6 +257,7 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
         },
         "models": {n: {**model, "tokenizer": t} for n, t in (("tiny", "bpe"), ("foreign", "other"))},
         "domains": ["domain"],
+        "forgetting": ["general"],
         "systems": ["base", "In-Context RAG", "kNN-LM", "DAPT", "LoRA", "MemDec"],
         "key_model": "tiny",
         "memory_model": "tiny",
@@ -235,7 +276,7 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     words = ["--cores", "8", "--configfile", str(tmp_path / "tiny.yaml"), "--", "results/table3.csv"]
-    everything = [*words, *(f"results/{name}.csv" for name in ("table1", "table4", "table6", "memories"))]
+    everything = [*words, *(f"results/{name}.csv" for name in ("table1", "table4", "table6", "memories", "forgetting"))]
     first = snakemake(tmp_path, *everything)
     table = (tmp_path / "results" / "table3.csv").read_text()
     rows = pd.read_csv(tmp_path / "results" / "memories.csv")
@@ -249,17 +290,30 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
         assert list(part["method"]) == config["systems"]
         assert set(part["model"]) == {name}
     for name, kind in itertools.product(
-        ("table1", "table3", "table4", "table6", "memories"), ("md", "tex", "provenance.json")
+        ("table1", "table3", "table4", "table6", "memories", "forgetting"), ("md", "tex", "provenance.json")
     ):
         assert (tmp_path / "results" / f"{name}.{kind}").is_file()
     assert "Nothing to be done" in snakemake(tmp_path, *everything)
-    shutil.rmtree(tmp_path / "results" / "tiny" / "domain" / "seed0" / "keys" / "tiny" / "targets" / "1-of-2")
-    again = snakemake(tmp_path, *words)
-    ran = set(re.findall(r"^(?:local)?rule (\w+):", again, re.MULTILINE))
-    assert ran == {"targets", "train", "evaluate", "table3"}
-    assert len(re.findall(r"^localrule targets:|^rule targets:", again, re.MULTILINE)) == 1
+    assert f'cpu=Resource("cpu", {len(os.sched_getaffinity(0))})' in first  # not 8
+
+    targets = tmp_path / "results" / "tiny" / "domain" / "seed0" / "keys" / "tiny" / "targets"
+    hang_on_it = {"targets": 1, "train": 1, "evaluate": 1, "table": 1}
+    whole = (targets / "2-of-2" / "manifest.json").read_bytes()
+    (targets / "2-of-2" / "manifest.json").unlink()
+    assert "Nothing to be done" in snakemake(tmp_path, *words)  # Snakemake alone does not look
+    assert planned(repair(tmp_path, "-n", *words)) == hang_on_it
+    (targets / "2-of-2" / "manifest.json").write_bytes(whole)
+    assert "Nothing to be done" in repair(tmp_path, *words)
+
+    (targets / "1-of-2" / "tokens.npy").write_bytes(b"cut")
+    again = repair(tmp_path, *words)
+    assert re.search(
+        r"targets/1-of-2: damaged; .*tokens\.npy: expected \d+ bytes, found 3 bytes; .*/memory/memdec", again
+    )
+    assert planned(again) == hang_on_it
     assert (tmp_path / "results" / "table3.csv").read_text() == table
-    assert set(re.findall(r"^(?:local)?rule (\w+):", first, re.MULTILINE)) > ran
+    shutil.rmtree(targets / "1-of-2")
+    assert planned(repair(tmp_path, "-n", *words)) == hang_on_it
 
 
 # --- the code -----------------------------------------------------------------------------------------------------
@@ -282,7 +336,7 @@ LAYERS = [
         "scoring",
         "modeling",
     }
-    | {"flops", "cards", "figures", "speculative"},
+    | {"flops", "cards", "figures", "speculative", "catalogue", "doctor"},
     {"datastore", "device_search", "index", "targets", "teacher", "fitting", "train", "adapt", "evaluate"}
     | {"passages", "knnlm", "icrag", "systems", "explain", "latency"},
     {"wrapped", "harness", "sweep", "rows", "tasks", "adaptllm", "adaptllm_metrics", "closed_book", "data", "compare"}

@@ -4,11 +4,8 @@ import os
 import re
 import shlex
 
-import psutil
-from pathlib import Path
-
-from memdec import artifacts, resources as machine
-from memdec.errors import ArtifactError
+from memdec import catalogue, resources as machine
+from memdec.artifacts import VERSIONS
 
 RUN = f"results/{CONFIG.scale}"
 LOG = f"{RUN}/logs"
@@ -17,17 +14,13 @@ HOME = f"{RUN}/{{domain}}/seed{{seed}}"
 MODELS = CONFIG.models
 MEMORIES = {name: CONFIG.variant(name) for name in CONFIG.memory_names}
 SYSTEMS = set(CONFIG.systems)
-# Models whose tokenizer is not the key model's: Table 4.
-OWN = [
-    name
-    for name in CONFIG.bases
-    if MODELS[name].tokenizer == MODELS[CONFIG.key_model].tokenizer
-]
-OTHERS = [name for name in CONFIG.bases if name not in OWN]
-# A stage whose results change for the same settings gets a new number; its rules then run again.
-STAGE = dict(corpus=1, tokenizer=1, tokens=1, model=2, finetune=2, lora=2, datastore=2)
-STAGE |= dict(index=2, targets=2, teacher=1, adapt=1, train=2, passages=1)
-STAGE |= dict(evaluate=2, table=1)
+# Whether jobs that compute ask for a GPU. With `auto` this machine decides, so where jobs run on other machines the config
+# has `compute: {device: cuda}`, or the profile sets the resource: `set-resources: {train: {gpu: 1}, ...}`.
+GPU = int(
+    CONFIG.compute.device == "cuda"
+    or CONFIG.compute.device == "auto"
+    and machine.has_gpu()
+)
 
 
 wildcard_constraints:
@@ -45,28 +38,6 @@ scattergather:
     keys=CONFIG.datastore.shards,
     targets=CONFIG.targets.shards,
     teacher=CONFIG.teacher.shards,
-
-
-# On this machine `--cores` counts CPUs that are there, so --cores 8 on two CPUs starts two jobs at a time; memory
-# likewise. Cluster executors keep their own limits.
-if workflow.local_exec and workflow.global_resources["_cores"].value is not None:
-    workflow.register_resource(
-        "_cores", min(workflow.cores, len(os.sched_getaffinity(0)))
-    )
-    if "mem_mb" not in workflow.global_resources:
-        workflow.register_resource(
-            "mem_mb", int(psutil.virtual_memory().total / 2**20 * 0.9)
-        )
-
-
-# A rule that computes takes the GPU where the config may use one, and by default only one of them runs at a time here.
-HERE = workflow.local_exec
-ON_GPU = CONFIG.compute.device == "cuda" or (
-    CONFIG.compute.device == "auto" and (not HERE or machine.has_gpu())
-)
-GPU = int(ON_GPU)
-if HERE and ON_GPU and "gpu" not in workflow.global_resources:
-    workflow.register_resource("gpu", 1)
 
 
 def options(settings, *leave):
@@ -94,14 +65,31 @@ def shard(wildcards):
     return f"--shard {int(number) - 1} --shards {total}"
 
 
-def folders(flag, manifests):
-    return " ".join(f"--{flag} {os.path.dirname(path)}" for path in manifests)
+def named(wildcards, input):
+    """The inputs by their names, as command line options; an artefact is given as its folder."""
+    words = []
+    for name, paths in input.items():
+        for path in [paths] if isinstance(paths, str) else paths:
+            folder, file = os.path.split(path)
+            place = folder if file == "manifest.json" else path
+            words.append(f"--{name.replace('_', '-')} {place}")
+    return " ".join(words)
 
 
 def spec(kind, name):
-    """One entry of the config as JSON for the shell."""
+    """One entry of the config as a command line option with JSON."""
     entry = getattr(CONFIG, kind)[name].model_dump(mode="json", exclude_unset=True)
-    return shlex.quote(json.dumps(entry, sort_keys=True))
+    return f"--spec {shlex.quote(json.dumps(entry, sort_keys=True))}"
+
+
+def training(wildcards, *settings):
+    """Options of a training on a domain."""
+    return " ".join([*settings, CONTEXT, f"--seed {wildcards.seed}", COMPUTE])
+
+
+def sharded(wildcards, name):
+    """Options of a stage whose shards are jobs of their own."""
+    return f"{options(section(name), 'shards')} {shard(wildcards)}"
 
 
 def manifest(folder):
@@ -131,12 +119,11 @@ BUDGET = (
 )
 
 
-def budget(input, share=1.0):
-    """Options for at most the budget's operations."""
-    if not input.budget:
+def budget(share=1.0):
+    """With the input `budget_model`: at most so many operations."""
+    if CONFIG.budget is None:
         return ""
-    epochs = CONFIG.budget.epochs * share
-    return f"{folders('budget-model', input.budget)} --budget-epochs {epochs:g}"
+    return f"--budget-epochs {CONFIG.budget.epochs * share:g}"
 
 
 # --- keys and memories ----------------------------------------------------------------------------------------------
@@ -198,10 +185,6 @@ def memory_options(wildcards):
 
 # --- evaluations ----------------------------------------------------------------------------------------------------
 
-# What is evaluated without a memory; the base alone comes with every evaluation.
-ALONE = SYSTEMS - {"base", "MemDec"} or "MemDec" not in SYSTEMS
-
-
 # DAPT without settings or a budget of its own is the training that key models have.
 DAPT = "finetuned" if CONFIG.dapt is None and CONFIG.budget is None else "dapt"
 
@@ -222,12 +205,25 @@ GENERAL = [manifest(f"{RUN}/corpora/{name}") for name in CONFIG.forgetting]
 def own_keys(wildcards):
     """Datastore and index of the base's own keys, for the kNN-LM."""
     if "kNN-LM" not in SYSTEMS:
-        return {"datastore": [], "index": []}
-    keys = f"{home(wildcards)}/keys/{wildcards.model}{typed.UNTUNED}"
+        return {}
+    return keys_and_index(wildcards, f"{wildcards.model}{typed.UNTUNED}")
+
+
+def keys_of_memory(wildcards):
+    """Datastore and index that a memory was trained on."""
+    return keys_and_index(wildcards, MEMORIES[wildcards.memory].keys)
+
+
+def keys_and_index(wildcards, key):
+    keys = f"{home(wildcards)}/keys/{key}"
     return {
         "datastore": gather.keys(f"{keys}/datastore/{{scatteritem}}/manifest.json"),
-        "index": [manifest(f"{keys}/index")],
+        "index": manifest(f"{keys}/index"),
     }
+
+
+def evaluation(wildcards):
+    return f"{options(section('evaluate'))} {WINDOW} --seed {wildcards.seed} {COMPUTE}"
 
 
 def passages_of(wildcards):
@@ -237,118 +233,30 @@ def passages_of(wildcards):
     return [manifest(f"{RUN}/passages/{tokenizer}/{wildcards.domain}")]
 
 
-def evaluated_parts(input):
-    """What is evaluated beside the base, as command line options."""
-    names = ("lora", "dapt", "datastore", "index", "passages")
-    return " ".join(folders(name, getattr(input, name)) for name in names)
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def evaluations(models, memories):
-    """(domain, model, seed, folder) of what is evaluated with these memories and without one."""
-    parts = [(model, typed.SYSTEMS) for model in models if ALONE]
-    if "MemDec" in SYSTEMS:
-        parts += [(m, name) for name in memories for m in MEMORIES[name].models]
-    return [
-        (domain, model, seed, f"{RUN}/{domain}/seed{seed}/evaluation/{name}/{model}")
-        for domain in CONFIG.domains
-        for model, name in parts
-        if model in models
-        for seed in CONFIG.seeds
-    ]
+def table_of(wildcards):
+    """What is in a table; says what is wrong where there is no such table."""
+    try:
+        return catalogue.table(CONFIG, wildcards.table)
+    except ConfigError as error:
+        raise WorkflowError(str(error)) from None
 
 
-def first_memories(models):
-    """The memory of each tokenizer that Tables 3 and 4 show."""
-    if "MemDec" not in SYSTEMS:
-        return []
-    return list(dict.fromkeys(CONFIG.memory_for(model).name for model in models))
+def part_folder(kind, part):
+    return f"{RUN}/{part.domain}/seed{part.seed}/{kind}/{part.name}/{part.model}"
 
 
-# Evaluations of each table; Table 1 has one domain.
-CELLS = {
-    "table1": [
-        cell
-        for cell in evaluations(OWN, first_memories(OWN))
-        if cell[0] == CONFIG.domains[0]
-    ],
-    "table3": evaluations(OWN, first_memories(OWN)),
-    "table4": evaluations(OTHERS, first_memories(OTHERS)),
-    "memories": evaluations(CONFIG.bases, MEMORIES),
-}
+def table_parts(wildcards):
+    table = table_of(wildcards)
+    return [manifest(part_folder(table.kind, part)) for part in table.parts]
 
 
-def cells(table):
-    """The evaluations of a table as command line options."""
-    return " ".join(f"--cell {d}:{m}:{seed}:{f}" for d, m, seed, f in CELLS[table])
-
-
-# Snakemake does not look at a missing intermediate file when everything after it is there. An artefact of a finished
-# table that is gone or cut is made again, with what depends on it, as if it had been named with --forcerun. What the
-# table at hand does not need may be in the list; it changes nothing.
-def damaged(table):
-    if not os.path.isfile(f"results/{table}.csv"):
-        return []
-    kinds = {
-        "corpus": [f"{RUN}/corpora/{name}" for name in CONFIG.corpora],
-        "tokenizer": [f"{RUN}/tokenizers/{name}" for name in CONFIG.tokenizers],
-        "tokens": [
-            f"{RUN}/tokens/{tokenizer}/{domain}"
-            for tokenizer in CONFIG.tokenizers
-            for domain in CONFIG.domains
-        ],
-        "model": [f"{RUN}/models/{name}" for name in MODELS],
-        "evaluation": [folder for *_, folder in CELLS.get(table, [])],
-        "passages": [
-            f"{RUN}/passages/{tokenizer}/{domain}"
-            for tokenizer in CONFIG.tokenizers
-            for domain in CONFIG.domains
-        ],
-    }
-    keys = {memory.keys for memory in MEMORIES.values()}
-    keys |= {f"{name}{typed.UNTUNED}" for name in CONFIG.bases}
-    for domain in CONFIG.domains:
-        for seed in CONFIG.seeds:
-            for kind, pattern, names in [
-                ("model", "finetuned/{}", MODELS),
-                ("model", "dapt/{}", MODELS),
-                ("model", "adapted/{}", MEMORIES),
-                ("memory", "memory/{}", MEMORIES),
-                ("lora", "lora/{}", MODELS),
-                ("index", "keys/{}/index", keys),
-                *[
-                    ("datastore", f"keys/{{}}/datastore/{i}", keys)
-                    for i in gather.keys("{scatteritem}")
-                ],
-                *[
-                    ("targets", f"keys/{{}}/targets/{i}", keys)
-                    for i in gather.targets("{scatteritem}")
-                ],
-                *[
-                    ("targets", f"keys/{{}}/teacher/{i}", keys)
-                    for i in gather.teacher("{scatteritem}")
-                ],
-            ]:
-                place = f"{RUN}/{domain}/seed{seed}"
-                kinds.setdefault(kind, []).extend(
-                    f"{place}/{pattern.format(name)}" for name in names
-                )
-    lost = []
-    for kind, paths in kinds.items():
-        for folder in paths:
-            try:
-                artifacts.read(Path(folder), kind)
-            except ArtifactError:
-                lost.append(manifest(folder))
-    return lost
-
-
-def config_file(table):
-    """Input function: the resolved config, and what is lost of a table."""
-
-    def path(wildcards):
-        # Runs while the graph is built, before it is decided what has to run; the command line's own --forcerun is
-        # read earlier, so there is no setting to extend.
-        workflow.dag.forcefiles.update(damaged(table))
-        return f"{RUN}/config.json"
-
-    return path
+def table_cells(wildcards):
+    """What a table is made from as command line options."""
+    table = table_of(wildcards)
+    return " ".join(
+        f"--cell {part.domain}:{part.model}:{part.seed}:{part_folder(table.kind, part)}"
+        for part in table.parts
+    )

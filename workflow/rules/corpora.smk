@@ -1,6 +1,7 @@
+# All stages are this rule with other inputs, outputs and options.
 rule corpus:
     input:
-        lambda w: [
+        against=lambda w: [
             manifest(f"{RUN}/corpora/{name}")
             for name in CONFIG.corpora[w.corpus].disjoint_from
         ],
@@ -19,22 +20,22 @@ rule corpus:
         "../../environment.yml"
     threads: 1
     resources:
+        cpu=lambda wildcards, threads: threads,
         mem_mb=1500,
-        runtime=30,
+        runtime=120,
     params:
-        spec=lambda w: spec("corpora", w.corpus),
-        against=lambda w, input: " ".join(
-            f"--against {os.path.dirname(f)}" for f in input
-        ),
-        stage=STAGE["corpus"],
+        command="corpus",
+        inputs=named,
+        options=lambda w: spec("corpora", w.corpus),
+        version=VERSIONS["corpus"],
     shell:
-        "OMP_NUM_THREADS={threads} memdec corpus --spec {params.spec} {params.against} "
-        "--out $(dirname {output.manifest}) > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} RAYON_NUM_THREADS={threads} memdec {params.command} {params.inputs} "
+        "{params.options} --out $(dirname {output.manifest}) > {log} 2>&1"
 
 
-rule tokenizer:
+use rule corpus as tokenizer with:
     input:
-        lambda w: [
+        corpus=lambda w: [
             manifest(f"{RUN}/corpora/{name}")
             for name in CONFIG.tokenizers[w.tokenizer].train_on or []
         ],
@@ -45,24 +46,14 @@ rule tokenizer:
         f"{LOG}/tokenizer/{{tokenizer}}.log",
     benchmark:
         f"{BENCHMARK}/tokenizer/{{tokenizer}}.tsv"
-    conda:
-        "../../environment.yml"
     threads: 2
-    resources:
-        mem_mb=1500,
-        runtime=60,
     params:
-        spec=lambda w: spec("tokenizers", w.tokenizer),
-        corpora=lambda w, input: " ".join(
-            f"--corpus {os.path.dirname(f)}" for f in input
-        ),
-        stage=STAGE["tokenizer"],
-    shell:
-        "RAYON_NUM_THREADS={threads} OMP_NUM_THREADS={threads} memdec tokenizer --spec {params.spec} "
-        "{params.corpora} --out $(dirname {output.manifest}) > {log} 2>&1"
+        command="tokenizer",
+        options=lambda w: spec("tokenizers", w.tokenizer),
+        version=VERSIONS["tokenizer"],
 
 
-rule tokens:
+use rule corpus as tokens with:
     input:
         corpus=f"{RUN}/corpora/{{corpus}}/manifest.json",
         tokenizer=f"{RUN}/tokenizers/{{tokenizer}}/manifest.json",
@@ -77,15 +68,22 @@ rule tokens:
         f"{LOG}/tokens/{{tokenizer}}/{{corpus}}.log",
     benchmark:
         f"{BENCHMARK}/tokens/{{tokenizer}}/{{corpus}}.tsv"
-    conda:
-        "../../environment.yml"
-    threads: 1
-    resources:
-        mem_mb=1500,
-        runtime=120,
     params:
-        stage=STAGE["tokens"],
-    shell:
-        "RAYON_NUM_THREADS={threads} OMP_NUM_THREADS={threads} memdec tokens "
-        "--tokenizer $(dirname {input.tokenizer}) --corpus $(dirname {input.corpus}) "
-        "--out $(dirname {output.manifest}) > {log} 2>&1"
+        command="tokens",
+        options="",
+        version=VERSIONS["tokens"],
+
+
+use rule corpus as passages with:
+    input:
+        tokens=f"{RUN}/tokens/{{tokenizer}}/{{domain}}/manifest.json",
+    output:
+        manifest=f"{RUN}/passages/{{tokenizer}}/{{domain}}/manifest.json",
+    log:
+        f"{LOG}/passages/{{tokenizer}}-{{domain}}.log",
+    benchmark:
+        f"{BENCHMARK}/passages/{{tokenizer}}-{{domain}}.tsv"
+    params:
+        command="passages",
+        options=options(section("passages")),
+        version=VERSIONS["passages"],

@@ -1,4 +1,4 @@
-rule evaluate:
+use rule finetune as evaluate with:
     input:
         base=f"{RUN}/models/{{model}}/manifest.json",
         corpus=f"{RUN}/corpora/{{domain}}/manifest.json",
@@ -11,49 +11,14 @@ rule evaluate:
         f"{LOG}/evaluate/{{domain}}-{{seed}}-{{memory}}-{{model}}.log",
     benchmark:
         f"{BENCHMARK}/evaluate/{{domain}}-{{seed}}-{{memory}}-{{model}}.tsv"
-    conda:
-        "../../environment.yml"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=600,
-        gpu=GPU,
+    priority: 0
     params:
-        options=options(section("evaluate")),
-        also=lambda w, input: folders("also", input.also),
-        window=WINDOW,
-        compute=COMPUTE,
-        stage=STAGE["evaluate"],
-    shell:
-        "OMP_NUM_THREADS={threads} memdec evaluate --base $(dirname {input.base}) "
-        "--corpus $(dirname {input.corpus}) --memory $(dirname {input.memory}) --name {wildcards.memory} "
-        "{params.also} {params.options} {params.window} --seed {wildcards.seed} {params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
+        command="evaluate",
+        options=lambda w: f"--name {w.memory} {evaluation(w)}",
+        version=VERSIONS["evaluation"],
 
 
-rule passages:
-    input:
-        tokens=f"{RUN}/tokens/{{tokenizer}}/{{domain}}/manifest.json",
-    output:
-        manifest=f"{RUN}/passages/{{tokenizer}}/{{domain}}/manifest.json",
-    log:
-        f"{LOG}/passages/{{tokenizer}}-{{domain}}.log",
-    benchmark:
-        f"{BENCHMARK}/passages/{{tokenizer}}-{{domain}}.tsv"
-    conda:
-        "../../environment.yml"
-    threads: 1
-    resources:
-        mem_mb=1000,
-        runtime=60,
-    params:
-        options=options(section("passages")),
-        stage=STAGE["passages"],
-    shell:
-        "OMP_NUM_THREADS={threads} memdec passages --tokens $(dirname {input.tokens}) {params.options} "
-        "--out $(dirname {output.manifest}) > {log} 2>&1"
-
-
-rule evaluate_systems:
+use rule evaluate as evaluate_systems with:
     input:
         unpack(own_keys),
         base=f"{RUN}/models/{{model}}/manifest.json",
@@ -69,21 +34,24 @@ rule evaluate_systems:
         f"{LOG}/evaluate_systems/{{domain}}-{{seed}}-{{model}}.log",
     benchmark:
         f"{BENCHMARK}/evaluate_systems/{{domain}}-{{seed}}-{{model}}.tsv"
-    conda:
-        "../../environment.yml"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=600,
-        gpu=GPU,
     params:
-        options=options(section("evaluate")),
-        parts=lambda w, input: evaluated_parts(input),
-        also=lambda w, input: folders("also", input.also),
-        window=WINDOW,
-        compute=COMPUTE,
-        stage=STAGE["evaluate"],
-    shell:
-        "OMP_NUM_THREADS={threads} memdec evaluate --base $(dirname {input.base}) "
-        "--corpus $(dirname {input.corpus}) {params.parts} "
-        "{params.also} {params.options} {params.window} --seed {wildcards.seed} {params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
+        options=evaluation,
+
+
+use rule evaluate as cases with:
+    input:
+        unpack(keys_of_memory),
+        config=f"{RUN}/config.json",
+        base=f"{RUN}/models/{{model}}/manifest.json",
+        memory=f"{HOME}/memory/{{memory}}/manifest.json",
+    output:
+        f"{HOME}/cases/{{memory}}/{{model}}/records.json",
+        manifest=f"{HOME}/cases/{{memory}}/{{model}}/manifest.json",
+    log:
+        f"{LOG}/cases/{{domain}}-{{seed}}-{{memory}}-{{model}}.log",
+    benchmark:
+        f"{BENCHMARK}/cases/{{domain}}-{{seed}}-{{memory}}-{{model}}.tsv"
+    params:
+        command="cases",
+        options="",
+        version=VERSIONS["cases"],

@@ -3,7 +3,7 @@ KEYS = gather.keys(
 )
 
 
-rule datastore:
+use rule finetune as datastore with:
     input:
         model=key_model,
         tokens=key_tokens,
@@ -13,27 +13,13 @@ rule datastore:
         f"{LOG}/datastore/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
         f"{BENCHMARK}/datastore/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
-    priority: 5
-    conda:
-        "../../environment.yml"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=600,
-        gpu=GPU,
     params:
-        options=options(section("datastore"), "shards"),
-        shard=shard,
-        window=WINDOW,
-        compute=COMPUTE,
-        stage=STAGE["datastore"],
-    shell:
-        "OMP_NUM_THREADS={threads} memdec datastore --model $(dirname {input.model}) "
-        "--tokens $(dirname {input.tokens}) {params.options} {params.shard} {params.window} "
-        "{params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
+        command="datastore",
+        options=lambda w: f"{sharded(w, 'datastore')} {WINDOW} {COMPUTE}",
+        version=VERSIONS["datastore"],
 
 
-rule index:
+use rule finetune as index with:
     input:
         datastore=KEYS,
     output:
@@ -42,25 +28,13 @@ rule index:
         f"{LOG}/index/{{domain}}-{{seed}}-{{key}}.log",
     benchmark:
         f"{BENCHMARK}/index/{{domain}}-{{seed}}-{{key}}.tsv"
-    priority: 5
-    conda:
-        "../../environment.yml"
-    threads: 1
-    resources:
-        mem_mb=1500,
-        runtime=600,
-        gpu=GPU,
     params:
-        options=options(section("index")),
-        datastore=lambda w, input: folders("datastore", input.datastore),
-        compute=DEVICE,
-        stage=STAGE["index"],
-    shell:
-        "OMP_NUM_THREADS={threads} memdec index {params.datastore} {params.options} "
-        "{params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
+        command="index",
+        options=f"{options(section('index'))} {DEVICE}",
+        version=VERSIONS["index"],
 
 
-rule targets:
+use rule finetune as targets with:
     input:
         datastore=KEYS,
         index=f"{HOME}/keys/{{key}}/index/manifest.json",
@@ -71,27 +45,13 @@ rule targets:
         f"{LOG}/targets/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
         f"{BENCHMARK}/targets/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
-    priority: 5
-    conda:
-        "../../environment.yml"
-    threads: 1
-    resources:
-        mem_mb=1500,
-        runtime=600,
-        gpu=GPU,
     params:
-        options=options(section("targets"), "shards"),
-        shard=shard,
-        datastore=lambda w, input: folders("datastore", input.datastore),
-        compute=DEVICE,
-        stage=STAGE["targets"],
-    shell:
-        "OMP_NUM_THREADS={threads} memdec targets {params.datastore} --index $(dirname {input.index}) "
-        "--tokens $(dirname {input.tokens}) {params.options} {params.shard} "
-        "{params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
+        command="targets",
+        options=lambda w: f"{sharded(w, 'targets')} {DEVICE}",
+        version=VERSIONS["targets"],
 
 
-rule teacher:
+use rule finetune as teacher with:
     input:
         model=key_model,
         tokens=key_tokens,
@@ -101,27 +61,13 @@ rule teacher:
         f"{LOG}/teacher/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
         f"{BENCHMARK}/teacher/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
-    priority: 5
-    conda:
-        "../../environment.yml"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=600,
-        gpu=GPU,
     params:
-        options=options(section("teacher"), "shards"),
-        shard=shard,
-        window=WINDOW,
-        compute=COMPUTE,
-        stage=STAGE["teacher"],
-    shell:
-        "OMP_NUM_THREADS={threads} memdec teacher --model $(dirname {input.model}) "
-        "--tokens $(dirname {input.tokens}) {params.options} {params.shard} {params.window} "
-        "{params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
+        command="teacher",
+        options=lambda w: f"{sharded(w, 'teacher')} {WINDOW} {COMPUTE}",
+        version=VERSIONS["teacher"],
 
 
-rule adapt:
+use rule corpus as adapt with:
     input:
         memory=lambda w: manifest(f"{home(w)}/memory/{MEMORIES[w.memory].adapt}"),
         tokenizer=lambda w: manifest(f"{RUN}/tokenizers/{MEMORIES[w.memory].tokenizer}"),
@@ -133,30 +79,25 @@ rule adapt:
     benchmark:
         f"{BENCHMARK}/adapt/{{domain}}-{{seed}}-{{memory}}.tsv"
     priority: 5
-    conda:
-        "../../environment.yml"
-    threads: 1
     resources:
+        cpu=lambda wildcards, threads: threads,
         mem_mb=2000,
         runtime=600,
     params:
-        options=options(section("adapt")),
-        stage=STAGE["adapt"],
-    shell:
-        "OMP_NUM_THREADS={threads} memdec adapt-vocab --memory $(dirname {input.memory}) "
-        "--tokenizer $(dirname {input.tokenizer}) {params.options} --seed {wildcards.seed} "
-        "--out $(dirname {output.manifest}) > {log} 2>&1"
+        command="adapt-vocab",
+        options=lambda w: f"{options(section('adapt'))} --seed {w.seed}",
+        version=VERSIONS["adapt-vocab"],
 
 
-rule train:
+use rule finetune as train with:
     input:
         model=memory_start,
         tokens=lambda w: manifest(
             f"{RUN}/tokens/{MEMORIES[w.memory].tokenizer}/{w.domain}"
         ),
         targets=memory_targets,
-        bases=memory_bases,
-        budget=BUDGET,
+        base=memory_bases,
+        budget_model=BUDGET,
     output:
         f"{HOME}/memory/{{memory}}/model.safetensors",
         manifest=f"{HOME}/memory/{{memory}}/manifest.json",
@@ -164,23 +105,9 @@ rule train:
         f"{LOG}/train/{{domain}}-{{seed}}-{{memory}}.log",
     benchmark:
         f"{BENCHMARK}/train/{{domain}}-{{seed}}-{{memory}}.tsv"
-    priority: 5
-    conda:
-        "../../environment.yml"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=600,
-        gpu=GPU,
     params:
-        options=memory_options,
-        context=CONTEXT,
-        targets=lambda w, input: folders("targets", input.targets),
-        bases=lambda w, input: folders("base", input.bases),
-        budget=lambda w, input: budget(input, MEMORIES[w.memory].share),
-        compute=COMPUTE,
-        stage=STAGE["train"],
-    shell:
-        "OMP_NUM_THREADS={threads} memdec train --model $(dirname {input.model}) "
-        "--tokens $(dirname {input.tokens}) {params.targets} {params.bases} {params.options} {params.budget} {params.context} "
-        "--seed {wildcards.seed} {params.compute} --out $(dirname {output.manifest}) > {log} 2>&1"
+        command="train",
+        options=lambda w: training(
+            w, memory_options(w), budget(MEMORIES[w.memory].share)
+        ),
+        version=VERSIONS["memory"],

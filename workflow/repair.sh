@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Makes again what a finished table has lost: repair.sh FOLDER [SNAKEMAKE OPTIONS] -- TABLE ..., where FOLDER has `results`.
+#
+# `memdec doctor` takes the manifests of cut artefacts away. Snakemake does not look at a missing file when all that is
+# made from it is there, but its summary names the file; with --forcerun it is made again, and so is what depends on it.
+set -euo pipefail
+folder=$1
+shift
+run=(snakemake --snakefile "$(dirname "$0")/../Snakefile" --directory "$folder")
+
+memdec doctor "$folder/results" || [[ $? == 1 ]]
+summary=$("${run[@]}" --summary --quiet all "$@")
+mapfile -t missing < <(awk -F '\t' '$5 == "missing" { print $1 }' <<< "$summary")
+((${#missing[@]})) && run+=(--forcerun "${missing[@]}")
+"${run[@]}" --rerun-incomplete "$@"
