@@ -49,6 +49,7 @@ def run(folder: Path) -> tuple[list[str], int]:
 
     Raises:
         ConfigError: No such folder.
+        ArtifactError: A manifest cannot be removed.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: expected a folder with artefacts, found none; give the folder 'results' of a run")
@@ -103,7 +104,16 @@ def _examine(found: Found) -> None:
         artifacts.read(found.path, kind or "whole")
     except ArtifactError as error:
         found.problem = str(error).partition("; delete")[0]
+        _remove(manifest)
+
+
+def _remove(manifest: Path) -> None:
+    try:
         manifest.unlink()
+    except OSError as error:
+        raise ArtifactError(
+            f"{manifest}: expected a file that can be removed, found {error}; run `memdec doctor` as its owner"
+        ) from None
 
 
 def _dependants(found: Found, everything: list[Found]) -> list[Found]:

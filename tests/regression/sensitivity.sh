@@ -16,10 +16,10 @@ expect_moved() { # NAME TABLE
   [ "$code" = 1 ] || failed=1
 }
 
-build() { # FOLDER CONFIG [SNAKEMAKE OPTIONS]
+build() { # FOLDER CONFIG
   echo "$2" > "$1/change.yaml"
-  snakemake --quiet --cores 8 --snakefile "$root/Snakefile" --directory "$1" --workflow-profile "$root/profiles/default" \
-    --configfile "$root/tests/regression/reduced.yaml" "$1/change.yaml" "${@:3}" -- results/table3.csv
+  "$root/workflow/repair.sh" "$1" --quiet --workflow-profile "$root/profiles/default" \
+    --configfile "$root/tests/regression/reduced.yaml" "$1/change.yaml" -- results/table3.csv
 }
 
 copy() { rm -rf "$1" && mkdir -p "$1" && cp -a "$folder/results" "$folder/.snakemake" "$1/"; }
