@@ -9,7 +9,7 @@ shift
 run=(snakemake --snakefile "$(dirname "$0")/../Snakefile" --directory "$folder")
 
 memdec doctor "$folder/results" || [[ $? == 1 ]]
-summary=$("${run[@]}" --summary --quiet all "$@")
+summary=$("${run[@]}" --summary --quiet host "$@")
 mapfile -t missing < <(awk -F '\t' '$5 == "missing" { print $1 }' <<< "$summary")
 ((${#missing[@]})) && run+=(--forcerun "${missing[@]}")
 "${run[@]}" --rerun-incomplete "$@"
