@@ -1,17 +1,17 @@
-"""Exact search of a stored datastore on a GPU (or any torch device): whole matrix products, exact distances, no guess.
+"""Exact nearest-neighbour search in a stored datastore on a GPU (or any other torch device).
 
-The keys go to the device once, as they are on disk, where they fit; else they stream past in blocks through pinned
-memory. A search has three steps:
+If the keys fit, they are copied to the device once, in their format on disk. Otherwise every search streams them
+through pinned memory in blocks. A search has three steps:
 
-1. Candidates: one product of a block of queries with each block of keys gives a lower bound of every squared distance
-   (`search.lower_bounds`); the k + 1 + `_MORE` smallest bounds of each query are kept.
-2. Exact distances to the candidates, from the keys themselves; the query's own position is dropped by identity.
-3. Proof: where the k-th exact distance is below the largest bound kept, no other key can be nearer. The few other rows
-   (ties at the k-th place, keys far from the centre) are settled: every key whose bound does not exceed the k-th distance
-   gets its exact distance.
+1. Candidates: the matrix product of a block of queries with each block of keys gives a lower bound of every squared
+   distance (`exact_search.lower_bounds`). The k + 1 + `_MORE` keys with the smallest bounds are the query's candidates.
+2. Exact distances are computed from the keys of the candidates. The query's own position is removed by its number.
+3. Proof: if the k-th exact distance is below the largest bound among the candidates, no other key can be nearer. The
+   few queries without this proof (ties at rank k, keys far from the centre) need a full search ("settling"). It
+   computes the exact distance to every key whose bound does not exceed the k-th distance.
 
-So the neighbours are those of the exact distances, ties by position, whatever the size of a block, the room on the
-device, and the rounding of the product: TF32 may only move rows from step 3's proof to its settling.
+So the result is always that of exact distances, with ties broken by position. It does not depend on the block size,
+the memory of the device or the rounding of the product. TF32 only means that more queries may need the full search.
 
 Cost of a query for N keys of width D: 2 N D operations, about 13 N bytes of traffic for the bounds and 30 k D bytes for
 the exact distances (N = 1 M, D = 768, k = 1024: 1.5 GFLOP, 13 MB and 24 MB).
@@ -28,38 +28,38 @@ from memdec.artefacts import resources
 from memdec.datastore.keys import DISK, Datastore
 from memdec.maths import exact_search, kernels
 
-QUERIES = 8192  # queries per pass over all keys: the price of a pass over streamed keys is shared by so many
+QUERIES = 8192  # queries per pass over all keys; they share the cost of streaming the keys
 _KEYS = 1 << 17  # keys per block: with 8,192 queries the bounds take 4.3 GB
-_MORE = 16  # candidates beyond k and oneself, for the proof
-# Bounds are 25 times as wide in TF32. Of 768 queries at k = 1024 among 77,000 keys of three key points of trained models
-# none had to be settled with 64 more candidates, 6 with 32, 292 with 16.
+_MORE = 16  # candidates beyond k and the query itself, for the proof
+# TF32 makes the error of the bounds 25 times as large. A test had 768 queries, k = 1024, and 77,000 keys of three key
+# points of trained models. With 64 more candidates no query needed the full search, with 32 more 6, with 16 more 292.
 _MORE_TF32 = 128
-_GIVE_UP = 0.25  # share of a block's rows to be settled from which on TF32 costs more than it saves
-_SAMPLE = 4096  # keys whose median is the centre
-_HELD = 0.6  # share of the device's free memory that the keys may take
-_WORK = 0.5  # share of the rest for one block; a search shares the device with the model
-_BYTES = 8  # per bound of a block: itself, and the copies that the selection makes of some
-_BYTES_SETTLED = 64  # per bound where rows are settled: all may be pairs
+_GIVE_UP = 0.25  # if this fraction of a block's queries needs the full search, TF32 costs more than it saves
+_SAMPLE = 4096  # number of keys whose median is the centre
+_HELD = 0.6  # fraction of the device's free memory that the keys may take
+_WORK = 0.5  # fraction of the remaining memory for one block; the model needs memory on the same device
+_BYTES = 8  # bytes per bound of a block: the bound, and the copies that the selection makes of some bounds
+_BYTES_SETTLED = 64  # bytes per bound in the full search, where every bound may become a (query, key) pair
 
 
 class DeviceSearch:
-    """The nearest keys of a stored datastore, searched on one device.
+    """Search for the nearest keys of a stored datastore on one device.
 
     Args:
-        store: The keys; they must be stored.
-        device: Where to search. The CPU runs the same operations.
-        tf32: Take the products in TF32 on tensor cores. The neighbours and distances are the same; where the keys make
-            that slow, because too many rows have to be settled, the search goes on in float32.
-        room: Bytes of device memory to plan with; None for what is free.
+        store: The datastore; its keys must be stored.
+        device: Device of the search. The CPU runs the same operations.
+        tf32: Compute the products in TF32 on tensor cores. Neighbours and distances are the same. If too many queries
+            need the full search, which makes TF32 slow, the search continues in float32.
+        room: Bytes of device memory to plan with; None: the free memory.
 
     Attributes:
         resident: Whether all keys are on the device.
-        n_searched: Queries so far.
-        n_settled: Those that step 3 could not prove at once.
+        n_searched: Number of queries so far.
+        n_settled: Number of queries that needed the full search of step 3.
 
     Raises:
-        NumericsError: A key is NaN, infinite, or so large that squared distances overflow; it is named. Keys that do not
-            fit are read, and checked, by each search.
+        NumericsError: A key is NaN, infinite, or so large that squared distances overflow; the message names it. If the
+            keys do not fit on the device, each search reads and checks them.
     """
 
     def __init__(self, store: Datastore, device: torch.device, *, tf32: bool = False, room: int | None = None) -> None:
@@ -69,10 +69,12 @@ class DeviceSearch:
         n_bytes = store.n * store.width * DISK[store.settings.dtype].itemsize
         self.resident = n_bytes <= _HELD * room
         self._room = int(_WORK * (room - n_bytes * self.resident))
-        # A moved key takes 16 bytes per number, with its copies in TF32 and float64: a quarter of the room.
+        # A centred key takes 16 bytes per element, with its copies in TF32 and float64. A quarter of the room is for
+        # keys.
         self._n_keys = max(1, min(store.n, _KEYS, self._room // (4 * 16 * store.width)))
         _, sample = next(store.blocks(0, min(store.n, _SAMPLE), _SAMPLE))
-        # Near the origin |k|^2 - 2 q k loses the fewest digits; a median, as single keys may be far away.
+        # |k|^2 - 2 q k loses the fewest digits near the origin. The centre is a median because single keys may be far
+        # away.
         self._centre = torch.from_numpy(sample).median(0).values.to(device)
         self._all: Tensor | None = None
         if self.resident:
@@ -86,16 +88,16 @@ class DeviceSearch:
     def search(
         self, queries: Float[Tensor, "B D"], neighbours: int, own: Int[Tensor, " B"] | None = None
     ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-        """The nearest neighbours of each query, without the position it stands for.
+        """Find the nearest neighbours of each query, without the query's own position.
 
         Args:
             queries: float32, on any device.
             neighbours: K.
-            own: Position of each query in the datastore, -1 for one from outside; None if all are.
+            own: Position of each query in the datastore, -1 for a query from outside; None if all are from outside.
 
         Returns:
-            Squared distances (float32) and positions, on the device of the search, nearest first, ties by position; +inf
-            and -1 at the end where there are fewer keys.
+            Squared distances (float32) and positions, on the device of the search, nearest first, ties by position,
+            padded with +inf and -1 if there are too few keys.
         """
         queries = queries.to(self.device)
         own = torch.full((len(queries),), -1) if own is None else own
@@ -111,7 +113,7 @@ class DeviceSearch:
     # --- the three steps ------------------------------------------------------------------------------------------
 
     def _nearest(self, queries: Tensor, neighbours: int, own: Tensor) -> Int[Tensor, "B K"]:
-        """Codes of the nearest neighbours of one block of queries, in order."""
+        """Codes (`exact_search.encode`) of the nearest neighbours of one block of queries, nearest first."""
         fetch = min(neighbours + 1 + (_MORE_TF32 if self.tf32 else _MORE), self.store.n)
         ids, edge = self._candidates(queries, fetch)
         codes = self._exact(queries, ids)
@@ -130,7 +132,7 @@ class DeviceSearch:
         return torch.cat([codes, missing], 1)
 
     def _candidates(self, queries: Tensor, fetch: int) -> tuple[Int[Tensor, "B C"], Float[Tensor, " B"]]:
-        """Positions of the keys with the smallest lower bounds, and a bound for all others."""
+        """Positions of the keys with the smallest lower bounds, and a lower bound for all other keys."""
         moved = queries - self._centre
         rest = exact_search.own_part(moved, tf32=self.tf32)
         moved = exact_search.to_tf32(moved) if self.tf32 else moved
@@ -149,7 +151,7 @@ class DeviceSearch:
             return exact_search.lower_bounds(moved, keys.float() - self._centre, tf32=tf32)
 
     def _exact(self, queries: Tensor, ids: Tensor) -> Int[Tensor, "B C"]:
-        """Codes of the candidates; where keys stream past, each block serves the candidates that lie in it."""
+        """Codes of the candidates with exact distances; streamed keys are handled block by block."""
         if self._all is not None:
             return exact_search.encode(exact_search.row_distances(queries, self._all, ids), ids)
         codes = torch.full_like(ids, exact_search.NONE)
@@ -160,10 +162,10 @@ class DeviceSearch:
         return codes
 
     def _settled(self, queries: Tensor, neighbours: int, own: Tensor, last: Tensor) -> Int[Tensor, "B K"]:
-        """Codes of the nearest among all keys whose bound is not above `last`, the distance of some k-th neighbour."""
+        """Codes of the nearest among all keys whose bound is not above `last`, the distance of the k-th candidate."""
         moved = queries - self._centre
         limit = last[:, None] - exact_search.own_part(moved)
-        # One unit more for the difference just taken.
+        # Allow for the rounding of this subtraction.
         limit += limit.abs() * 2.0**-23
         kept = own.new_full((len(queries), neighbours), exact_search.NONE)
         for first, keys in self._blocks():
@@ -180,16 +182,16 @@ class DeviceSearch:
     # --- the keys -------------------------------------------------------------------------------------------------
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first position, keys as on disk, on the device) of all keys in order, in blocks of `_n_keys`."""
+        """Iterate over all keys on the device in blocks of `_n_keys`: (first position, keys in their type on disk)."""
         if self._all is None:
             return self._stream()
         return ((first, self._all[first : first + self._n_keys]) for first in range(0, self.store.n, self._n_keys))
 
     def _stream(self) -> Iterator[tuple[int, Tensor]]:
-        """The same from the disk, by two buffers: one is filled while the device still works with the other.
+        """Iterate over all keys as `_blocks` does, from disk. One buffer is filled while the device uses the other.
 
-        The copy shares the stream of the work, so the device waits for it: 200 MB of float16 keys take 4 to 8 ms on PCIe 5,
-        the product with 8,192 queries 15 (TF32) to 40.
+        Copies and computation share one CUDA stream, so the device waits for a copy. A copy of 200 MB of float16 keys
+        takes 4 to 8 ms on PCIe 5; the product with 8,192 queries takes 15 (TF32) to 40 ms.
         """
         cuda, shape = self.device.type == "cuda", (self._n_keys, self.store.width)
         dtype = torch.from_numpy(np.empty(0, DISK[self.store.settings.dtype])).dtype
@@ -198,7 +200,7 @@ class DeviceSearch:
         for number, first in enumerate(range(0, self.store.n, self._n_keys)):
             buffer, over, end = buffers[number % 2], copied[number % 2], min(first + self._n_keys, self.store.n)
             if over is not None:
-                over.synchronize()  # before it is overwritten
+                over.synchronize()  # wait for the last copy from this buffer before overwriting it
             filled = 0
             for piece in self.store.pieces(first, end):
                 buffer.numpy()[filled : filled + len(piece)] = piece
@@ -211,13 +213,13 @@ class DeviceSearch:
             yield first, keys
 
     def _check(self, first: int, keys: Tensor) -> None:
-        if not float(keys.abs().amax()) < kernels.LARGEST:  # NaN is not
+        if not float(keys.abs().amax()) < kernels.LARGEST:  # `not <` is also true for NaN
             bad = ~(keys.float().abs() < kernels.LARGEST)
             raise self.store.not_finite(first + int(bad.any(1).nonzero()[0, 0]))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a search may plan with: what the device has free, and what torch holds of it unused."""
+    """Bytes of memory that a search can use: the device's free memory and what torch has reserved but does not use."""
     if device.type != "cuda":
         return resources.free_memory()
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,11 +1,12 @@
-"""Stage `datastore`: one key per position of a split, the input of the last layer's MLP (paper, section 3.1).
+"""Stage `datastore`: make one key per position of a split, the input of the last layer's MLP (paper, section 3.1).
 
-The key of position p is read at p - 1, from the window that gives it the most left context. Only the decoder runs, not
-the output head. The values are the token stream itself.
+The key of position p is the hidden state of token p - 1, in the window that gives it the most left context. Only the
+decoder runs, not the output head. The values of the datastore are the token stream itself.
 
-Stored: `keys.npy` [n, D], memory-mapped by its readers; several shards are several folders. Streamed: only a manifest,
-and every reader makes the keys again by forward passes. Keys depend on the windows that share a forward pass (in the
-last bit), so passes lie on one grid over the whole split: shards, processes, resumed and streamed runs agree exactly.
+A stored datastore has `keys.npy` [n, D], which readers memory-map; each shard is a folder. A streamed datastore has
+only a manifest, and every reader recomputes the keys by forward passes. The last bit of a key depends on the other
+windows in the same batch. So batches are fixed for the whole split, and a shard runs the same batches as an unsharded
+run. Sharded, parallel, resumed and streamed runs give exactly the same keys.
 """
 
 import os
@@ -29,13 +30,13 @@ from memdec.models.keypoints import KeyPoint
 from memdec.settings import AUTO, Compute, DatastoreSettings, parse
 from memdec.text import tokens
 
-_NOT_SETTINGS = ("context", "stride", "shard", "precision")  # in the manifest's settings, of the run
-_CHUNK = 32  # forward passes between two marks to resume from
-_SAMPLED_PASSES = 32  # least number of passes that a sample is drawn from
-# Relative distance up to which keys are those of one model: bfloat16 for float32 weights moved those of three small models
-# by 0.007 to 0.015, ten steps of fine-tuning by 0.2 and more.
+_NOT_SETTINGS = ("context", "stride", "shard", "precision")  # in the manifest's settings, but not in DatastoreSettings
+_CHUNK = 32  # forward passes between two points from which a run can resume
+_SAMPLED_PASSES = 32  # least number of forward passes from which a sample of keys is taken
+# Largest relative distance between the keys of the same model. Using bfloat16 instead of float32 weights changed the
+# keys of three small models by 0.007 to 0.015; ten steps of fine-tuning changed them by 0.2 and more.
 _SAME_MODEL = 0.05
-# numpy has no bfloat16: its bits are kept as int16.
+# NumPy has no bfloat16, so its bits are stored as int16.
 DISK: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.int16),
@@ -47,7 +48,7 @@ DISK: dict[str, np.dtype[Any]] = {
 
 
 class Forward:
-    """Keys of a token stream by forward passes on a fixed grid: pass i has the windows of `batches[i]`."""
+    """Computes the keys of a token stream; forward pass i always has the windows `batches[i]`."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class Forward:
 
     @property
     def point(self) -> KeyPoint:
-        """The key point, with the model loaded at first use."""
+        """The key point; the model is loaded at first use."""
         if self._point is None:
             model = loading.load(self.model_folder, dtype=devices.precision(self.compute))
             model = model.to(devices.pick(self.compute)).eval()
@@ -88,15 +89,15 @@ class Forward:
         return self._point
 
     def keys(self, number: int) -> NDArray[Any]:
-        """Keys of the positions of one pass, shape (n, D), as they are on disk.
+        """Keys of the scored positions of one pass, shape (n, D), in their format on disk.
 
         Raises:
-            NumericsError: One is NaN or does not fit the key type.
+            NumericsError: A key is NaN or does not fit the key type.
         """
         return narrow(torch.cat(self.vectors(number)), self.batches[number][0].first, self.settings.dtype)
 
     def vectors(self, number: int) -> list[Float[Tensor, "n D"]]:
-        """Vectors of the scored positions of one pass, window by window, in the model's dtype and on its device."""
+        """Hidden states of the scored positions of one pass, one tensor per window, in the model's dtype and device."""
         batch, point = self.batches[number], self.point
         ids = torch.zeros(len(batch), max(part.n_inputs for part in batch), dtype=torch.long)
         for row, part in enumerate(batch):
@@ -115,10 +116,10 @@ def _edges(batches: list[list[Window]], n: int) -> NDArray[np.int64]:
 
 
 def narrow(block: torch.Tensor, first: int, dtype: str) -> NDArray[Any]:
-    """Keys as they are on disk, shape unchanged.
+    """Convert keys to their format on disk, without changing the shape.
 
     Raises:
-        NumericsError: One is NaN or does not fit; `first` is the position of the first row.
+        NumericsError: A key is NaN or does not fit the type; `first`, the position of the first row, helps to name it.
     """
     small = block.to(getattr(torch, dtype)).cpu()
     if not torch.isfinite(small).all():
@@ -143,7 +144,7 @@ def run(
     shard: int = 0,
     compute: Compute = AUTO,
 ) -> None:
-    """Make (one shard of) the datastore of a token stream with the keys of a model.
+    """Make the datastore of a token stream, or one shard of it, with the keys of a model.
 
     Under `torchrun` or `accelerate launch` the processes share the work and write the same file.
     """
@@ -217,7 +218,7 @@ def _write(forward: Forward, passes: range, out: Path, work: Path, team: resourc
 
 
 def is_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
-    """Whether a file is a whole .npy of this type and shape: marks beside another one mean nothing."""
+    """Whether a file is a complete .npy of this type and shape; otherwise the marks of finished chunks do not apply."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
@@ -230,18 +231,18 @@ def is_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
 
 
 class Datastore:
-    """Keys of one split, from all shard folders of a stored datastore or the one folder of a streamed one.
+    """The keys of one split, from all shard folders of a stored datastore or the one folder of a streamed datastore.
 
     Attributes:
-        n: Positions.
+        n: Number of positions.
         width: D.
-        facts: Of the manifest.
-        recipe: What decides the keys: equal for stored, streamed and any number of shards.
+        facts: The facts of the manifest.
+        recipe: Hash of everything that decides the keys; equal for stored, streamed and any number of shards.
         model: Recipe of the key model.
-        parts: (first position, keys as on disk, memory-mapped) of each shard; empty where keys are not stored.
+        parts: (first position, memory-mapped keys in their format on disk) of each shard; empty if keys are not stored.
 
     Raises:
-        ArtifactError: Shards of different runs, overlapping or with a gap, or one that is not whole.
+        ArtifactError: The shards are of different runs, overlap or leave a gap, or one is incomplete.
     """
 
     def __init__(self, folders: Path | Sequence[Path]) -> None:
@@ -270,7 +271,7 @@ class Datastore:
 
     @property
     def edges(self) -> Int[np.ndarray, " passes+1"]:
-        """First position of each forward pass, and the end."""
+        """First position of each forward pass, then the end of the last one."""
         return _edges(_passes(self.n, *self._window, self.settings.batch_size), self.n)
 
     @property
@@ -280,7 +281,7 @@ class Datastore:
 
     @property
     def forward(self) -> Forward:
-        """The passes that make the keys of a streamed datastore."""
+        """The forward passes that compute the keys of a streamed datastore."""
         if self._forward is None:
             folders = self._source("model"), self._source("tokens")
             self._forward = Forward(*folders, self.settings, *self._window, Compute(precision=self._precision))
@@ -296,23 +297,23 @@ class Datastore:
         return path
 
     def require_stored(self, instead: str = "run `memdec datastore --stored`") -> None:
-        """Keys must be on disk to take distances from; `instead` is the next step for the user.
+        """Check that the keys are on disk, as exact distances need them; `instead` is the next step for the user.
 
         Raises:
-            ArtifactError: They are streamed.
+            ArtifactError: The datastore is streamed.
         """
         if not self.parts:
             raise ArtifactError(f"{self.folder}: expected stored keys, found a streamed datastore; {instead}")
 
     def rounded(self, vectors: Float[Tensor, "n D"]) -> Float[np.ndarray, "n D"]:
-        """Vectors of a key point as queries: rounded as the keys on disk are, then float32."""
+        """Turn hidden states into queries: round them as the keys on disk are rounded, then convert to float32."""
         return vectors.to(getattr(torch, self.settings.dtype)).float().cpu().numpy()
 
     def check_model(self, point: KeyPoint) -> None:
-        """A model must give the keys that are stored, up to the rounding of its weights; the last window is compared.
+        """Check that a model gives the stored keys, up to the rounding of its weights, by comparing the last window.
 
         Raises:
-            ArtifactError: It gives others.
+            ArtifactError: The model gives other keys.
         """
         folder, width = f"{self.folder}", self.width
         vocab = point.model.get_input_embeddings().num_embeddings
@@ -334,12 +335,12 @@ class Datastore:
             )
 
     def blocks(self, begin: int, end: int, size: int) -> Iterator[tuple[int, Float[np.ndarray, "n D"]]]:
-        """Keys of positions [begin, end) in order, in blocks of `size`: (first position, float32 keys).
+        """Iterate over the keys of positions [begin, end) in blocks of `size`: (first position, float32 keys).
 
-        A block is valid until the next one is asked for.
+        The next block overwrites the memory of the one before.
 
         Raises:
-            NumericsError: A key is NaN, infinite, or so large that squared distances overflow; it is named.
+            NumericsError: A key is NaN, infinite, or so large that squared distances overflow; the message names it.
         """
         block = np.empty((min(size, end - begin), self.width), np.float32)
         first = filled = begin
@@ -356,14 +357,14 @@ class Datastore:
                     first = filled
 
     def not_finite(self, position: int) -> NumericsError:
-        """The error of a key that no distance can be taken from."""
+        """The error for a key that is not finite or is too large for distances."""
         return NumericsError(
             f"{self.folder}: expected finite keys below {kernels.LARGEST:.0e}, found NaN, inf or a larger one at "
             f"position {position}; run `memdec datastore` again"
         )
 
     def pieces(self, begin: int, end: int) -> Iterator[NDArray[Any]]:
-        """Keys of [begin, end) as on disk (`DISK`), unchecked, in the pieces they come in."""
+        """Iterate over the keys of [begin, end) in their format on disk (`DISK`), unchecked, by shard or by pass."""
         if self.settings.stored:
             for at, keys in self.parts:
                 if at < end and begin < at + len(keys):
@@ -377,9 +378,10 @@ class Datastore:
             yield self.forward.keys(number)[max(begin - at, 0) : end - at]
 
     def sample(self, n: int, seed: int) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n D"]]:
-        """Random positions, ascending, and their keys: a part of the passes, drawn by seed, and positions from these.
+        """A random sample of positions, in ascending order, and their keys.
 
-        A streamed datastore runs only those passes; a stored one reads the same positions.
+        The seed chooses some of the forward passes, and then positions from them. So a streamed datastore runs only
+        these passes. A stored datastore reads the same positions.
         """
         rng, edges = np.random.default_rng(seed), self.edges
         drawn: list[int] = []

@@ -1,11 +1,12 @@
-"""Stage `passages`: the training text cut into passages, and a BM25 index over them, for In-Context RAG.
+"""Stage `passages`: cut the training text into passages and build a BM25 index over them, for In-Context RAG.
 
-Passages are consecutive pieces of a document of the train split, the last one of it shorter; none crosses the end of a
-document where the token stream marks it (separator `eos`), and the mark itself is in none. BM25 counts token ids of the
-model's own tokenizer: no second tokenizer, no stemmer. Variant and parameters are bm25s's own (Lucene's, k1 1.5, b 0.75).
+Passages are consecutive pieces of a document of the train split; the last one may be shorter. With separator `eos`, the
+token stream marks the ends of documents. Then no passage crosses such an end or contains the EOS token. BM25 counts
+token ids of the model's own tokenizer, without a second tokenizer or a stemmer. Variant and parameters are the defaults
+of bm25s (Lucene, k1 1.5, b 0.75).
 
-Input: a token folder. Output: `tokens.npy` and `edges.npy` (passage i is tokens[edges[i]:edges[i + 1]]) and the index in
-bm25s's format: .npy and JSON, no pickle. Costs 26 bytes of memory per token while it is made, and 3 us per token.
+Input: a token folder. Output: `tokens.npy` and `edges.npy` (passage i is tokens[edges[i]:edges[i + 1]]), and the index
+in bm25s's format: .npy and JSON, no pickle. Building it takes 26 bytes of memory and 3 us per token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,8 @@ from memdec.errors import ArtifactError, CorpusError
 from memdec.settings import PassageSettings
 from memdec.text import tokens
 
-_BYTES = 32  # of memory per token while bm25s sorts its entries
-_REMEMBERED = 4096  # queries: generation asks for the same one until the next retrieval, requests often share a context
+_BYTES = 32  # bytes of memory per token to plan for while bm25s sorts its entries
+_REMEMBERED = 4096  # cached queries: generation repeats one until the next retrieval; requests often share a context
 
 
 def run(stream: Path, out: Path, settings: PassageSettings) -> None:
@@ -38,8 +39,8 @@ def run(stream: Path, out: Path, settings: PassageSettings) -> None:
         settings: Length of a passage.
 
     Raises:
-        ArtifactError: The corpus of the tokens is gone or another one.
-        CorpusError: There is no text but ends of documents.
+        ArtifactError: The corpus of the tokens is missing or has changed.
+        CorpusError: The token stream has no text, only ends of documents.
         ResourceError: The index does not fit into memory.
     """
     source = artefact.read(stream, "tokens")
@@ -67,36 +68,36 @@ def run(stream: Path, out: Path, settings: PassageSettings) -> None:
 
 
 def _end_of_document(stream: Path, source: artefact.Manifest, ids: NDArray[np.integer]) -> int | None:
-    """Token that ends every document, or None where documents run on."""
+    """The token that ends every document, or None if the token stream does not mark the ends."""
     folder = (stream / str(source.facts["corpus"])).resolve()
     corpus = artefact.read(folder, "corpus")
     if corpus.facts["sha256"] != source.facts["corpus_sha256"]:
         raise ArtifactError(
             f"{folder}: expected the corpus that {stream} was made from, found another one; run `memdec tokens` again"
         )
-    return int(ids[-1]) if corpus.facts["separator"] == "eos" else None  # the last document ends, too
+    return int(ids[-1]) if corpus.facts["separator"] == "eos" else None  # every document ends so
 
 
 def cut(
     ids: Int[np.ndarray, " N"], end: int | None, passage: int
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " passages+1"]]:
-    """Text without the ends of documents, and the first position of each passage in it, then the end.
+    """Return the text without end-of-document tokens, and the first position of each passage in it, then the end.
 
     Args:
         ids: Token stream.
-        end: Token that ends a document; None for one long document.
+        end: Token that ends a document; None if the token stream is one long document.
         passage: Most tokens of a passage.
     """
     is_end = np.zeros(len(ids), bool) if end is None else np.asarray(ids == end)
     text = np.asarray(ids)[~is_end]
-    # Positions in `text` at which a document begins, and the end.
+    # Positions in `text` where a document begins, then the end of the text.
     bounds = np.unique(np.concatenate([[0], np.cumsum(~is_end)[is_end], [len(text)]]))
     starts = [np.arange(begin, stop, passage) for begin, stop in pairwise(bounds)]
     return text, np.concatenate([*starts, [len(text)]]).astype(np.int64)
 
 
 class _Pieces:
-    """Passages one after the other as lists of Python's numbers, which bm25s counts, without all of them in memory."""
+    """Iterates over passages as lists of ints, the input of bm25s, without holding all of them in memory."""
 
     def __init__(self, text: NDArray[np.integer], edges: NDArray[np.int64]) -> None:
         self._text, self._edges = text, edges
@@ -110,7 +111,7 @@ class _Pieces:
 
 
 def _index(pieces: _Pieces, n_vocab: int) -> Any:
-    """BM25 over passages; column i of its matrix is token i."""
+    """Build a BM25 index over passages; column i of its matrix is token i."""
     index = bm25s.BM25()
     vocabulary = {str(token): token for token in range(n_vocab)}
     index.index(Tokenized(ids=pieces, vocab=vocabulary), create_empty_token=False, show_progress=False)
@@ -118,14 +119,14 @@ def _index(pieces: _Pieces, n_vocab: int) -> Any:
 
 
 class Passages:
-    """The passage that is nearest to a query by BM25.
+    """Finds the passage with the highest BM25 score for a query.
 
     Attributes:
         longest: Most tokens of a passage.
-        facts: Of the manifest.
+        facts: The facts of the manifest.
 
     Raises:
-        ArtifactError: The folder is not whole.
+        ArtifactError: The folder is incomplete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -138,7 +139,7 @@ class Passages:
         self._remembered = lru_cache(_REMEMBERED)(self._best)
 
     def best(self, query: Sequence[int]) -> list[int]:
-        """Token ids of the best passage, the first of equals; none if no passage shares a token with the query."""
+        """Token ids of the best passage, the first one in a tie; empty if no passage shares a token with the query."""
         return self._remembered(tuple(query))
 
     def _best(self, query: tuple[int, ...]) -> list[int]:

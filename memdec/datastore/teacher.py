@@ -1,11 +1,11 @@
-"""Stage `teacher`: the key model's own next-token distribution at every position, in the format of the targets.
+"""Stage `teacher`: write the key model's own next-token distribution at every position, in the format of the targets.
 
-A control that the paper lacks: how much of a memory's gain comes from soft targets of a larger, tuned model, and how
-much from its nearest neighbours? Each row is softmax(logits / temperature) of that model with the most left context
-(the windows of the datastore), cut to the most likely tokens and renormalised; `memdec train` reads it like p_kNN.
+This is a control that the paper lacks. It separates how much of a memory's gain comes from soft targets of a larger,
+fine-tuned model, and how much from its nearest neighbours. Each row is softmax(logits / temperature) of the key model
+in the windows of the datastore, cut to the most likely tokens and renormalised. `memdec train` reads it like p_kNN.
 
-Inputs: a model folder and the token stream of its tokenizer. Output: a folder of kind `targets`. Passes lie on one grid
-over the whole split, so rows do not depend on the shard. The head runs on the scored positions of one window at a time:
+Inputs: a model folder and the token stream of its tokenizer. Output: a folder of kind `targets`. Batches are fixed for
+the whole split, so rows do not depend on the shard. The head runs on the scored positions of one window at a time, so
 the largest array is [context, V].
 """
 
@@ -41,18 +41,18 @@ def run(
     """Make one shard of the teacher's rows for the train split.
 
     Args:
-        model_folder: The teacher: the model that also gives the keys.
+        model_folder: The teacher, which is the model that also gives the keys.
         stream: Token stream of the same tokenizer.
         out: Folder to make.
         settings: top, temperature and so on; `settings.shards` is the number of shards.
-        context: Tokens that the model sees at most.
+        context: Most tokens that the model sees at once.
         stride: Tokens scored per window.
-        shard: Which one, from 0.
+        shard: Number of the shard, from 0.
         compute: Device, and the type of the teacher's weights.
 
     Raises:
-        ConfigError: A shard or context that cannot be; seen before the model loads.
-        ArtifactError: The tokens are of another tokenizer; seen before the model loads.
+        ConfigError: The shard or context is out of range; checked before the model is loaded.
+        ArtifactError: The tokens are of another tokenizer; checked before the model is loaded.
         NumericsError: The model gives NaN or inf.
     """
     if not 0 <= shard < settings.shards:
@@ -87,7 +87,7 @@ def run(
 
 
 def _write(forward: Forward, passes: range, settings: TeacherSettings, out: Path, work: Path) -> int:
-    """Append the rows of the passes that are not there yet; returns the number of entries of all."""
+    """Append the rows of the forward passes that are missing; return the number of entries of all rows."""
     begin, end = int(forward.edges[passes.start]), int(forward.edges[passes.stop])
     n_vocab = len(tokens.load_tokenizer(str(forward.model_folder)))
     prob = np.dtype(settings.dtype)
@@ -96,7 +96,7 @@ def _write(forward: Forward, passes: range, settings: TeacherSettings, out: Path
         resources.check_disk(out, row * (end - begin - rows.n), f"{end - begin - rows.n} rows; lower 'top'")
         loading.check_head(forward.point.model, bias=True)
         bar = tqdm(total=end - begin, initial=rows.n, desc="teacher", unit="row", unit_scale=True, mininterval=2)
-        # Marks are set between passes, so what is there ends with a pass.
+        # Rows are committed between passes, so the existing rows end with a whole pass.
         for number in range(int(np.searchsorted(forward.edges, begin + rows.n)), passes.stop):
             ids, probs = _rows(forward, number, settings, n_vocab)
             rows.append(np.full(len(ids), ids.shape[1]), ids.reshape(-1), probs.reshape(-1), 0)
@@ -110,13 +110,13 @@ def _write(forward: Forward, passes: range, settings: TeacherSettings, out: Path
 def _rows(
     forward: Forward, number: int, settings: TeacherSettings, n_vocab: int
 ) -> tuple[Int[np.ndarray, "n top"], Float[np.ndarray, "n top"]]:
-    """Most likely tokens of the positions of one pass, the likeliest first, and their probabilities."""
+    """The most likely tokens at the positions of one pass, the likeliest first, and their probabilities."""
     head = forward.point.model.get_output_embeddings()
     position = int(forward.edges[number])
     ids: list[NDArray[np.int64]] = []
     probs: list[NDArray[np.float64]] = []
     for hidden in forward.vectors(number):
-        # Rows of a padded head beyond the tokenizer's vocabulary stand for no token.
+        # Rows of a padded head beyond the tokenizer's vocabulary belong to no token.
         best, p = most_likely(head(hidden)[:, :n_vocab].float(), settings.top, settings.temperature, position)
         ids.append(best.cpu().numpy())
         probs.append(p.cpu().numpy())
@@ -127,9 +127,9 @@ def _rows(
 def most_likely(
     logits: Float[Tensor, "n V"], top: int, temperature: float, position: int
 ) -> tuple[Int[Tensor, "n top"], Float[Tensor, "n top"]]:
-    """Leading tokens and their probabilities under softmax(logits / temperature), renormalised to sum to one.
+    """The top tokens and their probabilities under softmax(logits / temperature), renormalised to sum to one.
 
-    The renormalised softmax of all logits is the softmax of the leading ones, so no [n, V] probabilities are made.
+    Renormalising the softmax of all logits equals the softmax of the top logits, so no [n, V] probabilities are needed.
 
     Raises:
         NumericsError: A logit is NaN or infinite; `position` is that of the first row.

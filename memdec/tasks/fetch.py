@@ -1,8 +1,7 @@
-"""`memdec data`: the files that the tasks read, where the Hub or GitHub has them, and whether those in a folder are right.
+"""`memdec data`: download the files that the tasks read from the Hub and GitHub, and verify the files of a folder.
 
-`datafiles.FILES` is the one list of what exists. A folder made by `fetch` is a MEMDEC_DATA folder with `sources.json`,
-which tells of each file its origin, commit, number of rows and sha256. A file is written whole or not at all, after its
-entry.
+`tasks.files.FILES` is the list of all files. A folder made by `fetch` is a MEMDEC_DATA folder with `sources.json`,
+which states the origin, commit, number of rows and sha256 of each file. A file is written atomically, after its entry.
 """
 
 import hashlib
@@ -30,13 +29,13 @@ SOURCES = "sources.json"
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A file and what was found.
+    """The result of checking one file.
 
     Attributes:
-        file: What it should be.
-        rows: How many it has; None where that cannot be told.
-        status: "ok", "missing" or what is wrong.
-        commit: That it was fetched from; None for a file of your own.
+        file: The file as it should be.
+        rows: Number of rows found; None if they cannot be read.
+        status: "ok", "missing" or the fault.
+        commit: The commit it was fetched from; None for a file that the user put there.
     """
 
     file: DataFile
@@ -46,7 +45,7 @@ class Checked:
 
 
 def chosen(tasks: Sequence[str]) -> list[DataFile]:
-    """Files of these tasks; all of them where none is named.
+    """The files of these tasks; if none is named, all files.
 
     Raises:
         CorpusError: There is no such task.
@@ -59,10 +58,10 @@ def chosen(tasks: Sequence[str]) -> list[DataFile]:
 
 
 def to_fetch(tasks: Sequence[str] = ()) -> list[DataFile]:
-    """Files of these tasks that `fetch` brings.
+    """The files of these tasks that `fetch` can download.
 
     Raises:
-        CorpusError: There is no such task, or all its files are put there by hand.
+        CorpusError: There is no such task, or the user has to provide all of its files.
     """
     files = [each for each in chosen(tasks) if each.origin is not None]
     for task in tasks:
@@ -75,7 +74,7 @@ def to_fetch(tasks: Sequence[str] = ()) -> list[DataFile]:
 
 
 def origins_line(files: Sequence[DataFile]) -> str:
-    """The data sets and repositories that files are from, each with its tasks, as one line."""
+    """One line with the data sets and repositories of the files, each with its tasks."""
     tasks: dict[str, list[str]] = {}
     for each in files:
         if each.task not in tasks.setdefault(each.publisher, []):
@@ -85,18 +84,18 @@ def origins_line(files: Sequence[DataFile]) -> str:
 
 
 def fetch(out: Path, tasks: Sequence[str] = ()) -> list[Checked]:
-    """Bring what the Hub and GitHub have into a folder; what is there and right stays as it is.
+    """Download the files that the Hub and GitHub have; files of the folder that are correct stay as they are.
 
     Args:
         out: Folder in the layout of MEMDEC_DATA.
-        tasks: Only these.
+        tasks: Only these tasks.
 
     Returns:
-        How each file is now.
+        The state of each file afterwards.
 
     Raises:
-        CorpusError: A named task is not to be had, an origin cannot be reached or gives other rows than it should, or a
-            wrong file is in the way that is not from here.
+        CorpusError: A named task cannot be downloaded, an origin cannot be reached or has other rows than expected, or
+            the folder has a wrong file that `fetch` did not write.
     """
     found = []
     for file in tqdm(to_fetch(tasks), desc="fetch", unit="file"):
@@ -142,12 +141,13 @@ def _fetch(out: Path, file: DataFile) -> None:
 
 
 def content(file: DataFile, found: Sequence[dict[str, Any]]) -> str:
-    """sha256 over what the task reads of rows, in their order: the texts and the label's index, or the words by label.
+    """sha256 over the fields that the task reads, in the order of the rows.
 
-    Other fields and other spellings of the same label make no difference.
+    These are the texts and the label's index, or the words of each label. Other fields and other spellings of the same
+    label make no difference.
 
     Raises:
-        CorpusError: A label that the task does not know, or a `gold` that is not its index.
+        CorpusError: The task does not know a label, or a `gold` is not the label's index.
     """
     if file.task == "verbalizers":
         return verbalizers.fingerprint({each["name"]: each["words"] for each in found})
@@ -164,10 +164,10 @@ def content(file: DataFile, found: Sequence[dict[str, Any]]) -> str:
 
 
 def verify(folder: Path, tasks: Sequence[str] = ()) -> list[Checked]:
-    """How the files of a folder are.
+    """Check the files of a folder.
 
     Raises:
-        CorpusError: There is no such folder or task, or its `sources.json` is not whole.
+        CorpusError: There is no such folder or task, or its `sources.json` is damaged.
     """
     if not folder.is_dir():
         raise CorpusError(
@@ -178,12 +178,12 @@ def verify(folder: Path, tasks: Sequence[str] = ()) -> list[Checked]:
 
 
 def wrong(found: Sequence[Checked], all_needed: bool) -> bool:
-    """Whether a file is not as it should be, or missing where all are needed."""
+    """Whether a file has a fault, or is missing although all are needed."""
     return any(each.status != "ok" and (all_needed or each.status != "missing") for each in found)
 
 
 def shown(found: Sequence[Checked]) -> str:
-    """A line per file: task, file, rows, expected rows, origin, status."""
+    """A table with one line per file: task, file, rows, expected rows, origin, status."""
     import pandas as pd
 
     lines = [
@@ -201,7 +201,7 @@ def shown(found: Sequence[Checked]) -> str:
 
 
 def _shown_status(found: Checked) -> str:
-    """The status, and what stands behind an "ok" that no hash could give."""
+    """The status; an "ok" without a known hash says what was checked instead."""
     if found.status != "ok" or found.file.sha256 is not None:
         return found.status
     return "ok, by fields" if found.file.rows is None else "ok, by number"

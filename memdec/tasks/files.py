@@ -1,7 +1,8 @@
-"""The list of all files under MEMDEC_DATA that the tasks read: rows, columns, origin, and what tells that they are right.
+"""The list of all files under MEMDEC_DATA that the tasks read, with rows, columns, origin, and a hash to verify them.
 
-Commits are those of the files named, not the newest of a repository. Hashes are of complete sets that were at hand; of
-the three of which only a drawn part was, the hash is of that part.
+A commit is that of the named file, not the newest one of its repository. The hashes were computed from complete
+data sets where these were available. For the three files with `drawn`, only a random sample of rows was available, and
+the hash covers that sample.
 """
 
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ class DataFile:
     """A file under MEMDEC_DATA that a task reads.
 
     Attributes:
-        file: Its name there; the first folder is the task.
-        rows: How many the complete file has; None where no number is published. The rows of a word list are its labels.
-        columns: What every row must have.
-        origin: Where `fetch` has it from; None where only other rows are to be had.
-        sha256: Of what the task reads of the rows (`content`); None where no complete set was at hand.
-        drawn: The sha256 is of so many rows, those that `random.Random(0).sample` draws, in their order; None: of all.
+        file: Path under MEMDEC_DATA; the first folder is the task.
+        rows: Number of rows of the complete file; None if none is published. The rows of a word list are its labels.
+        columns: Fields that every row must have.
+        origin: Source from which `fetch` downloads it; None if no public source has these rows.
+        sha256: Hash of the fields that the task reads (`fetch.content`); None if no complete data set was available.
+        drawn: Number of rows that the hash covers: a sample by `random.Random(0).sample`, in file order. None: all
+            rows.
     """
 
     file: str
@@ -44,7 +46,7 @@ class DataFile:
 
     @property
     def publisher(self) -> str:
-        """Data set on the Hub or repository on GitHub, as owner/name; empty for a file that is put there by hand."""
+        """Data set on the Hub or repository on GitHub, as owner/name; empty for a file that the user provides."""
         if isinstance(self.origin, GitHubFile):
             return self.origin.repository
         return self.origin.path if self.origin is not None else ""

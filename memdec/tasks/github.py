@@ -1,7 +1,7 @@
-"""Rows and word lists in files of public GitHub repositories, by commit: how they are brought, how their text is read.
+"""Downloading and parsing rows and word lists from files of public GitHub repositories at a fixed commit.
 
-A parser takes the text of a file and gives rows with the fields that the tasks read; `row` is the number of the line or
-record in that file, counted from 0 without a header.
+A parser takes the text of a file and returns rows with the fields that the tasks read. The field `row` is the number of
+the line or record in that file, counted from 0 without the header.
 """
 
 import csv
@@ -33,7 +33,7 @@ Parser = Callable[[str], list[Row]]
 
 @dataclass(frozen=True, slots=True)
 class GitHubFile:
-    """A file of a public repository: owner/name, whole commit, path in it, and how its text becomes rows."""
+    """A file of a public repository: owner/name, full commit hash, path, and the parser of its text."""
 
     repository: str
     revision: str
@@ -50,10 +50,10 @@ class GitHubFile:
 
 
 def github_rows(file: GitHubFile) -> list[Row]:
-    """Rows of a file on GitHub.
+    """Download and parse a file on GitHub.
 
     Raises:
-        CorpusError: It cannot be had whole, or has another form.
+        CorpusError: The file cannot be downloaded completely, or has another format.
     """
     data = _download(file)
     try:
@@ -89,7 +89,7 @@ def _short(error: Exception) -> str:
 
 
 def sst_lines(text: str) -> list[Row]:
-    """`__label__N`, a tab, the sentence; without the neutral class 3."""
+    """Parse lines of `__label__N`, a tab and a sentence; the neutral class 3 is left out."""
     found = []
     for number, line in enumerate(_lines(text)):
         match = _SST.fullmatch(line)
@@ -101,22 +101,22 @@ def sst_lines(text: str) -> list[Row]:
 
 
 def csv_records(text: str) -> list[Row]:
-    """CSV with a header."""
+    """Parse CSV with a header."""
     return _numbered(list(csv.DictReader(io.StringIO(text, newline=""), strict=True)))
 
 
 def json_lines(text: str) -> list[Row]:
-    """One JSON object per line."""
+    """Parse one JSON object per line."""
     return _numbered([json.loads(line) for line in _lines(text)])
 
 
 def word_lines(*names: str) -> Parser:
-    """Parser of a word list with a line per label, in the order of these names; cut to the shortest list."""
+    """Make a parser of word lists, one line per label in the order of `names`; all are cut to the shortest list."""
     return lambda text: _labels(verbalizers.parse_text(text, names))
 
 
 def word_object(text: str) -> list[Row]:
-    """A JSON object: words by label; not cut."""
+    """Parse a JSON object with the words of each label; the lists are not cut."""
     return _labels(json.loads(text))
 
 
@@ -126,7 +126,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _numbered(records: list[Row]) -> list[Row]:
-    """Records with their number and label numbers as such; a field without a name (an index of pandas) goes."""
+    """Add the row number to records, turn numeric labels into int, and drop a field without a name (pandas' index)."""
     found = []
     for number, record in enumerate(records):
         row = {"row": number} | {name: value for name, value in record.items() if name}

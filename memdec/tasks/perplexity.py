@@ -1,4 +1,4 @@
-"""The perplexity tasks: one row with a whole split, so that windows run over the whole token stream."""
+"""The perplexity tasks. A task has one row with a whole split, so that windows run over the whole token stream."""
 
 import math
 import os
@@ -26,10 +26,10 @@ WIKITEXT = {
 
 
 def load_corpus(**metadata: Any) -> dict[str, Rows]:
-    """Rows of `memdec_ppl`: one row with the whole split of a corpus folder.
+    """Load `memdec_ppl`: one row with a whole split of a corpus folder.
 
-    The corpus is, in this order: metadata `corpus`, MEMDEC_CORPUS, the corpus the memory was trained on, the corpus the
-    base model was trained on. Metadata `split` (default test) chooses the split.
+    The corpus is the first that is given among metadata `corpus`, MEMDEC_CORPUS, the training corpus of the memory, of
+    the peft adapter, and of the base model. Metadata `split` (default test) chooses the split.
     """
     folder, why = _corpus_folder(metadata)
     split = metadata.get("split", "test")
@@ -43,9 +43,9 @@ def load_corpus(**metadata: Any) -> dict[str, Rows]:
 
 
 def load_wikitext(**metadata: Any) -> dict[str, Rows]:
-    """Rows of `memdec_wikitext`: WikiText-103 raw, one row with a whole split, lines joined as they are.
+    """Load `memdec_wikitext`: one row with a whole split of WikiText-103 raw, whose lines are joined unchanged.
 
-    Metadata `split` (test, or validation to choose alpha on) says which; either way lm-eval calls it test.
+    Metadata `split` chooses test, or validation for choosing alpha. lm-eval calls either of them test.
     """
     split = metadata.get("split", "test")
     if split not in WIKITEXT:
@@ -123,7 +123,7 @@ def rolling_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
 
 
 def perplexity_of_sums(items: list[tuple[float, int]]) -> float:
-    """exp(-sum of log-likelihoods / sum of units)."""
+    """Perplexity per unit (token or word): exp(-sum of log-likelihoods / sum of units)."""
     return math.exp(-sum(total for total, _ in items) / sum(count for _, count in items))
 
 
@@ -133,5 +133,5 @@ def total(items: list[float]) -> float:
 
 
 def bits_of_sums(items: list[tuple[float, int]]) -> float:
-    """Mean negative log2-likelihood per unit."""
+    """Bits per unit: the mean negative log2-likelihood."""
     return -sum(total for total, _ in items) / sum(count for _, count in items) / math.log(2)

@@ -1,6 +1,6 @@
 """NQ and HotpotQA without passages: prompt, exact match and token F1 (Geng et al. 2024; SQuAD, arXiv 1606.05250).
 
-Where `harness_tasks/qa/README.md` names no other source, prompt and scores are those of the released code of Geng et al.
+Prompt and scores are those of Geng et al.'s released code, unless `harness_tasks/qa/README.md` names another source.
 """
 
 import re
@@ -36,14 +36,14 @@ _FLAGS = ("yes", "no", "noanswer")
 
 
 def load_nq(**_: Any) -> dict[str, Rows]:
-    """Rows of `memdec_nq`: question and answers; those with an answer ")" are left out."""
+    """Load `memdec_nq`: question and answers; rows with an answer ")" are left out."""
     found = rows.load("memdec_nq", "nq/validation.jsonl", NQ)
     rows.check(found, {"question": str, "answer": list})
     return _checked(found, [row["answer"] for row in found.rows], drop=")")
 
 
 def load_hotpotqa(**_: Any) -> dict[str, Rows]:
-    """Rows of `memdec_hotpotqa`: question and its one answer; passages are not used."""
+    """Load `memdec_hotpotqa`: question and its one answer; passages are not used."""
     found = rows.load("memdec_hotpotqa", "hotpotqa/validation.jsonl", HOTPOTQA)
     rows.check(found, {"question": str, "answer": str})
     return _checked(found, [[row["answer"]] for row in found.rows])
@@ -62,19 +62,22 @@ def _checked(found: Rows, answers: list[list[str]], drop: str | None = None) -> 
             kept.append({"question": row["question"], "answers": list(dict.fromkeys(listed))})
     if not kept:
         raise CorpusError(
-            f"{found.source}: expected rows, found only such with the answer {drop!r}; get the file again"
+            f"{found.source}: expected rows, found only rows with the answer {drop!r}; get the file again"
         )
     return {"validation": Rows(datasets.Dataset.from_list(kept), found.source)}
 
 
 def prompt(doc: dict[str, Any]) -> str:
-    """The question with a small first letter and a question mark at its end, as it stands: blanks stay."""
+    """The prompt of a question: its first letter becomes lower case, and a missing question mark is added.
+
+    Spaces stay as they are.
+    """
     question = doc["question"] if doc["question"].endswith("?") else f"{doc['question']}?"
     return f"Answer these questions:\nQuestion: {question[0].lower()}{question[1:]}\nAnswer:"
 
 
 def qa_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Exact match and F1 of what was generated up to its first line end; the best over the answers."""
+    """Best exact match and best F1 over the answers, of the generated text up to its first line end."""
     (text,) = results
     answer = text.split("\n")[0]
     return {
@@ -84,20 +87,20 @@ def qa_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def normalised(text: str) -> str:
-    """Small letters; no ASCII punctuation, articles or spare blanks (SQuAD)."""
+    """Lower-case a text and remove ASCII punctuation, articles and extra spaces (as SQuAD does)."""
     plain = text.lower().translate(_NO_PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
 def exact_match(prediction: str, truth: str) -> float:
-    """1 where both are the same after normalisation, else 0."""
+    """1 if both texts are equal after normalisation, else 0."""
     return float(normalised(prediction) == normalised(truth))
 
 
 def f1(prediction: str, truth: str) -> float:
-    """Harmonic mean of precision and recall of the normalised words, each counted as often as it stands there.
+    """F1 (harmonic mean of precision and recall) of the normalised words; a repeated word counts each time.
 
-    For the answers yes, no and noanswer: 1 where the prediction holds these letters (also within a word), else 0.
+    For the answers yes, no and noanswer it is 1 if the prediction contains the answer (even within a word), else 0.
     """
     found, wanted = normalised(prediction), normalised(truth)
     if wanted in _FLAGS:

@@ -1,6 +1,7 @@
-"""Rows of the tasks: files under MEMDEC_DATA, else the Hub at a pinned revision; and the lm-eval task that tells which.
+"""Loading the rows of the tasks: from files under MEMDEC_DATA, or else from the Hub at a pinned revision.
 
-Layout of MEMDEC_DATA: `<task>/<split>.jsonl`, one object per line; `<task>/adaptllm_schema.jsonl` for finished prompts.
+MEMDEC_DATA has `<task>/<split>.jsonl` with one object per line, and `<task>/adaptllm_schema.jsonl` for AdaptLLM's
+tasks.
 """
 
 import hashlib
@@ -19,21 +20,21 @@ from huggingface_hub import HfApi
 
 from memdec.errors import CorpusError, outside
 
-log = logging.getLogger("lm_eval.tasks.memdec")  # the executable shows what is under lm_eval
+log = logging.getLogger("lm_eval.tasks.memdec")  # the lm_eval executable shows the messages of loggers under lm_eval
 
-NEWEST = "main"  # revision of a data set of which no commit is known
+NEWEST = "main"  # revision of a data set for which no commit is known
 
 
 @dataclass(frozen=True, slots=True)
 class HubRows:
-    """Rows on the Hub: data set, config, split and commit, or its first digits, or `main`: the newest one."""
+    """Rows on the Hub: data set, config, split and revision (a commit, its first digits, or `main` for the newest)."""
 
     path: str
     config: str | None
     split: str
     revision: str
     files: str | None = None  # pattern of the split's files; only these are downloaded
-    columns: tuple[str, ...] | None = None  # of parquet files; others are not read
+    columns: tuple[str, ...] | None = None  # columns to read of parquet files; None: all
 
     @property
     def name(self) -> str:
@@ -46,17 +47,17 @@ class HubRows:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of one split and where they are from."""
+    """Rows of one split and their source."""
 
     rows: datasets.Dataset
     source: str
 
     def where(self, number: int) -> str:
-        """A row in words, for errors."""
+        """Source and number of a row, for error messages."""
         return f"{self.source}, row {number}"
 
     def facts(self) -> dict[str, Any]:
-        """What the results say of them."""
+        """Source, number and hash of the rows, which the results state."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
@@ -64,23 +65,23 @@ class Rows:
 
 
 def local_file(name: str) -> Path | None:
-    """The file of this name under MEMDEC_DATA, if it is there."""
+    """The file of this name under MEMDEC_DATA, or None if there is none."""
     folder = os.environ.get("MEMDEC_DATA")
     file = Path(folder) / name if folder else None
     return file if file is not None and file.is_file() else None
 
 
 def load(task: str, file: str, hub: HubRows | None = None, *, adapt: Callable[[Any], Any] | None = None) -> Rows:
-    """Rows from MEMDEC_DATA/`file`, else from the Hub.
+    """Load rows from MEMDEC_DATA/`file`, or else from the Hub.
 
     Args:
-        task: For messages.
-        file: JSON lines, relative to MEMDEC_DATA.
-        hub: Where they are else; None: only the file will do.
-        adapt: Gives a row of the Hub the columns that the file has (`Dataset.map`); columns that it leaves stay.
+        task: Name of the task, for messages.
+        file: JSON lines file, relative to MEMDEC_DATA.
+        hub: Source on the Hub if there is no file; None if only the file is possible.
+        adapt: Converts a row of the Hub to the columns of the file (`Dataset.map`); other columns stay.
 
     Raises:
-        CorpusError: Neither is there, the file is no JSON lines, or there are no rows.
+        CorpusError: Both are missing, the file is not in JSON lines format, or there are no rows.
     """
     path = local_file(file)
     if path is not None:
@@ -107,7 +108,7 @@ def load(task: str, file: str, hub: HubRows | None = None, *, adapt: Callable[[A
 
 def _read(path: Path) -> datasets.Dataset:
     listed = read_lines(path)
-    first: dict[str, tuple[int, Any]] = {}  # of each field: the first row with a value, that value
+    first: dict[str, tuple[int, Any]] = {}  # for each field: number of the first row with a value, and that value
     for number, row in enumerate(listed):
         for field, value in row.items():
             if value is None:
@@ -128,17 +129,17 @@ def _read(path: Path) -> datasets.Dataset:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON lines file.
+    """Read the objects of a JSON lines file.
 
     Raises:
-        CorpusError: Names the file and the row that is none.
+        CorpusError: A line is not a JSON object; the message names the file and the row.
     """
     try:
-        # Not splitlines: JSON leaves other separators in texts.
+        # Not splitlines, which also splits at other separators that JSON allows within texts.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: expected UTF-8 text, found {error}; check the file") from None
-    while lines and not lines[-1].strip():  # at the end only: rows are counted
+    while lines and not lines[-1].strip():  # only empty lines at the end, so that row numbers stay right
         lines.pop()
     rows = []
     for number, line in enumerate(lines):
@@ -158,10 +159,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def pinned(hub: HubRows) -> HubRows:
-    """The same rows by their whole commit, which the Hub asks for.
+    """Replace the revision by the full commit hash, which the Hub requires.
 
     Raises:
-        CorpusError: The commit cannot be had.
+        CorpusError: The Hub cannot be reached, or no single commit begins with the revision.
     """
     if len(hub.revision) == 40 or Path(hub.path).is_dir():
         return hub
@@ -170,17 +171,17 @@ def pinned(hub: HubRows) -> HubRows:
     found = commits[:1] if hub.revision == NEWEST else [each for each in commits if each.startswith(hub.revision)]
     if len(found) != 1:
         raise CorpusError(
-            f"{hub}: expected one commit that begins so, found {len(found)} of {len(commits)}; put "
+            f"{hub}: expected one commit that begins with this revision, found {len(found)} of {len(commits)}; put "
             "the files under MEMDEC_DATA"
         )
     return replace(hub, revision=found[0])
 
 
 def hub_rows(hub: HubRows) -> datasets.Dataset:
-    """Rows of a Hub data set.
+    """Download the rows of a Hub data set.
 
     Raises:
-        CorpusError: They cannot be had.
+        CorpusError: The rows cannot be downloaded.
     """
     with _reached(hub):
         options: dict[str, Any] = {"data_files": {hub.split: hub.files}} if hub.files is not None else {}
@@ -195,10 +196,10 @@ def _reached(hub: HubRows) -> AbstractContextManager[None]:
 
 
 def check(rows: Rows, fields: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Every row has these fields, of these types.
+    """Check that every row has these fields with these types.
 
     Raises:
-        CorpusError: Names file, row and field.
+        CorpusError: A field is missing or has another type; the message names file, row and field.
     """
     for number, row in enumerate(rows.rows):
         for field, kind in fields.items():
@@ -211,10 +212,12 @@ def check(rows: Rows, fields: Mapping[str, type | tuple[type, ...]]) -> None:
 
 
 def check_label(rows: Rows, number: int, field: str, label: int, options: str, n_options: int) -> None:
-    """A label is the number of one of at least two options; `field` and `options` are the names of both in the row.
+    """Check that a label is the number of one of at least two options.
+
+    `field` and `options` are the names of the two fields in the row.
 
     Raises:
-        CorpusError: Names file, row and field.
+        CorpusError: The label is out of range; the message names file, row and field.
     """
     if n_options < 2:
         wanted, found = f"at least two {options!r}", n_options

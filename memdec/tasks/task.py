@@ -1,4 +1,4 @@
-"""The class of our lm-eval tasks, which states where its rows come from."""
+"""The class of our lm-eval tasks, which records the source of its rows and the task's metadata on alpha."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,19 +17,19 @@ FEWSHOT_SEED = 1234  # lm-eval's default
 
 
 def tokenizer(metadata: Mapping[str, Any]) -> Any:
-    """The tokenizer of the model that is evaluated: tasks see `--model_args` and `--metadata`."""
+    """The tokenizer of the evaluated model; a task's metadata contains `--model_args` and `--metadata`."""
     name = metadata.get("tokenizer") or metadata.get("pretrained") or PAPER_BASE
     return tokens.load_tokenizer(str(name), metadata.get("revision"))
 
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What a task says of alpha; every request of ours carries it as `declared`.
+    """A task's metadata on alpha; each of its requests has it as attribute `declared`.
 
     Attributes:
         paper_alpha: The paper's weight of the memory for the task.
-        tune_split: The split that alpha may be tuned on.
-        metadata: Of the task, to load it again.
+        tune_split: The split on which alpha may be tuned.
+        metadata: The task's metadata, which is needed to load it with another split.
     """
 
     paper_alpha: float | None = None
@@ -38,22 +38,22 @@ class Declared:
 
 
 def declared(request: Instance) -> Declared:
-    """What the task of a request says of alpha; nothing for tasks that are not ours."""
+    """The metadata on alpha of a request's task; empty for tasks that are not ours."""
     found: Declared = getattr(request, "declared", Declared())
     return found
 
 
 class RowsTask(ConfigurableTask):
-    """Task of lm-eval whose `custom_dataset` gives `Rows` by split; sources and counts stand in the results' config.
+    """lm-eval task whose `custom_dataset` returns `Rows` by split; the results' config states sources and counts.
 
-    Metadata: `paper_alpha`, the paper's weight of the memory; `tune_split`, what alpha may be tuned on.
+    Metadata: `paper_alpha`, the paper's weight of the memory; `tune_split`, the split on which alpha may be tuned.
     """
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         super().__init__(config={key: value for key, value in (config or {}).items() if key != "class"})
 
     def build_all_requests(self, **kwargs: Any) -> None:
-        """As lm-eval does, from its cache too; each request then says what the task declares of alpha."""
+        """Build or load the requests as lm-eval does, and attach the task's metadata on alpha to each."""
         super().build_all_requests(**kwargs)
         metadata = {key: value for key, value in self.config.metadata.items() if key != "rows"}
         says = Declared(metadata.get("paper_alpha"), metadata.get("tune_split"), metadata)
@@ -61,7 +61,7 @@ class RowsTask(ConfigurableTask):
             request.declared = says
 
     def dump_config(self) -> dict[str, Any]:
-        """As lm-eval's; demonstrations that stand in the rows count as shots."""
+        """The config as lm-eval writes it, with demonstrations inside the rows counted in `num_fewshot`."""
         config: dict[str, Any] = super().dump_config()
         return config | {"num_fewshot": self.config.metadata.get("shots", config.get("num_fewshot"))}
 
@@ -74,11 +74,11 @@ class RowsTask(ConfigurableTask):
 
 
 class TaskSplit:
-    """All requests of one split of a task, and the task's first metric for answers to them.
+    """All requests of one split of a task, and the task's first metric for the answers.
 
     Args:
-        name: Of the task.
-        metadata: Of the task; `split` says which.
+        name: Name of the task.
+        metadata: Metadata of the task; its `split` chooses the split.
     """
 
     def __init__(self, name: str, metadata: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ class TaskSplit:
         self.requests: list[Instance] = self._task.instances
 
     def value(self, answers: Sequence[Any]) -> tuple[str, float, bool]:
-        """Name and value of the first metric, and whether a higher one is better; `answers` in the order of `requests`."""
+        """Name and value of the first metric, and whether higher is better; `answers` is in the order of `requests`."""
         by_row: dict[Any, list[Instance]] = {}
         for request, answer in zip(self.requests, answers, strict=True):
             request.resps, request.filtered_resps = [answer], {}

@@ -1,7 +1,8 @@
-"""Verbalizers: the words that stand for each label. Short ones stand in the tasks' YAML, long ones in files.
+"""Verbalizers: the words that represent each label. The tasks' YAML has the short ones, files have the long ones.
 
 A file is MEMDEC_DATA/verbalizers/NAME.json: `{"labels": [{"name": ..., "words": [...]}, ...]}`. The lists are those of
-knowledgeable prompt tuning (OpenPrompt) and are not part of this project; a hash says whether a copy has the same words.
+knowledgeable prompt tuning (OpenPrompt). They are not part of this project; a hash checks that a copy has the same
+words.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from typing import Any
 from memdec.errors import CorpusError
 from memdec.tasks import rows
 
-# Of `fingerprint`, after the cut to the shortest list where the protocol cuts (sentiment, agn).
+# Values of `fingerprint`. The lists of sentiment and agn are cut to the shortest one first, as the protocol does.
 SHA256 = {
     "sentiment": "dfc870bd088f436da9ea6a810a2d5c0e930c1734c97be253bd4064a586b50a64",
     "agn": "fd116607a43a6f8e4b97745b544eafd0650829dcc6c39f84f8a6bf7b0ded610b",
@@ -22,16 +23,16 @@ SHA256 = {
 
 
 def parse_text(text: str, names: Sequence[str]) -> dict[str, list[str]]:
-    """Words by label from a `knowledgeable_verbalizer.txt`: one line per label, words parted by commas.
+    """Words by label from a `knowledgeable_verbalizer.txt`: one line per label, words separated by commas.
 
-    As many words are left in each list as the shortest one has (before any token is looked at).
+    Every list is cut to the length of the shortest one. The number of tokens of a word does not matter here.
 
     Args:
-        text: Of the file.
-        names: Of the labels, in the order of the lines.
+        text: Content of the file.
+        names: Names of the labels, in the order of the lines.
 
     Raises:
-        CorpusError: Another number of lines.
+        CorpusError: The number of lines is not the number of labels.
     """
     lines = [[word.strip() for word in line.split(",")] for line in text.splitlines() if line.strip()]
     if len(lines) != len(names):
@@ -41,16 +42,16 @@ def parse_text(text: str, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def fingerprint(words: Mapping[str, Sequence[str]]) -> str:
-    """sha256 over labels, in their order, and their words, in any order: sums do not depend on it."""
+    """sha256 over the labels in order and their sorted words; the order of words does not matter for sums over them."""
     plain = {name: sorted(each) for name, each in words.items()}
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_verbalizer(metadata: Mapping[str, Any]) -> list[list[str]]:
-    """Words per label of a task: `words` of its metadata, or the file that `verbalizer` names.
+    """The words of each label of a task: `words` in its metadata, or the file that `verbalizer` names.
 
     Raises:
-        CorpusError: The file is missing, has another form, or other words.
+        CorpusError: The file is missing, has another format, or has other words.
     """
     if "words" in metadata:
         return [list(words) for words in metadata["words"]]
@@ -72,10 +73,10 @@ def read_verbalizer(metadata: Mapping[str, Any]) -> list[list[str]]:
 
 
 def read_words(path: Path) -> dict[str, list[str]]:
-    """Words by label of a file of ours.
+    """Read the words of each label from a file in our format.
 
     Raises:
-        CorpusError: It has another form.
+        CorpusError: The file has another format.
     """
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))["labels"]

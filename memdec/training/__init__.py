@@ -1,4 +1,4 @@
-"""Training of any model, and of the memory decoder on the kNN targets.
+"""Training of base models and of the memory decoder, which is trained on the kNN targets.
 
 May import: everything up to datastore; never inference.
 """

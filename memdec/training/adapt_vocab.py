@@ -1,9 +1,9 @@
-"""Stage `adapt-vocab`: a trained memory with the embeddings of another tokenizer (paper, section 4.3).
+"""Stage `adapt-vocab`: give a trained memory the embeddings of another tokenizer (paper, section 4.3).
 
-The layers stay as they are; the input embedding and the LM head get a row for each token of the new tokenizer, and the
-result is trained on with `memdec train` as any other model. `random` draws all rows anew, which is what the paper says
-in so many words. `copy` (ours) takes over the rows of tokens that both tokenizers spell the same, compared as bytes, and
-gives each other token the mean of the rows of the pieces into which the old tokenizer cuts it.
+The layers do not change. The input embedding and the LM head get one row for each token of the new tokenizer. The
+result is then trained with `memdec train` like any other model. `random` initialises all rows at random, which is what
+the paper states. `copy` (ours) keeps the rows of tokens that have the same spelling in both tokenizers, compared as
+bytes. Each other token gets the mean of the rows of the pieces into which the old tokenizer splits it.
 
 Inputs: a memory (or model) folder and a tokenizer folder. Output: a model folder with the new tokenizer.
 """
@@ -24,7 +24,7 @@ from memdec.models import loading
 from memdec.settings import AdaptSettings
 from memdec.text import tokens
 
-Spelling = tuple[bool, bytes]  # whether a token is special, and what it stands for
+Spelling = tuple[bool, bytes]  # whether a token is special, and the text that it represents
 
 
 def run(memory: Path, tokenizer: Path, out: Path, settings: AdaptSettings, *, seed: int) -> None:
@@ -34,12 +34,12 @@ def run(memory: Path, tokenizer: Path, out: Path, settings: AdaptSettings, *, se
         memory: Folder of kind `memory` or `model`.
         tokenizer: Folder of the new tokenizer.
         out: Folder to make, of kind `model`.
-        settings: How the new rows are made.
-        seed: Of the rows that are drawn.
+        settings: How to initialise the new rows.
+        seed: Seed of random rows.
 
     Raises:
-        ModelError: A tokenizer whose tokens cannot be read, a memory with fewer rows than its tokenizer has tokens, or
-            a folder from which transformers would load another tokenizer than the new one.
+        ModelError: The tokens of a tokenizer cannot be read, the memory has fewer rows than its tokenizer has tokens,
+            or transformers would load another tokenizer than the new one from the result.
     """
     kind: Literal["model", "memory"] = "model" if artefact.kind_of(memory) == "model" else "memory"
     old, new = artefact.read(memory, kind), artefact.read(tokenizer, "tokenizer")
@@ -77,12 +77,12 @@ def run(memory: Path, tokenizer: Path, out: Path, settings: AdaptSettings, *, se
 
 
 def vocabulary(words: Any) -> int:
-    """Rows that a model needs for a tokenizer: its largest id and one."""
+    """Number of rows that a model needs for a tokenizer: its largest id plus one."""
     return int(max(words.get_vocab().values())) + 1
 
 
 def spellings(words: Any) -> dict[int, Spelling]:
-    """What each token stands for, by id in ascending order.
+    """The text that each token represents, as bytes, by id in ascending order.
 
     Byte-level BPE writes each byte as a character of its own alphabet; SentencePiece writes a space as `▁` and single
     bytes as `<0xNN>`. Added tokens are written as they are.
@@ -128,15 +128,15 @@ def _bytes(token: str, bytes_of: dict[str, int] | None) -> bytes:
 
 
 def sources(old: Any, new: Any) -> tuple[list[list[int]], int]:
-    """Old ids whose rows make the row of each new id, and how many new rows are copies of one old row.
+    """The old ids whose rows make the row of each new id, and the number of new rows that are copies of one old row.
 
-    EOS, BOS and PAD go by their role; other special tokens only match special tokens.
+    EOS, BOS and PAD are matched by their role. Other special tokens only match special tokens.
     """
     ours, theirs = spellings(old), spellings(new)
-    by_spelling = {spelling: number for number, spelling in ours.items()}  # `A` comes after, so before, `<0x41>`
+    by_spelling = {spelling: number for number, spelling in ours.items()}  # `A` has a larger id than `<0x41>` and wins
     roles = {
         getattr(new, role): getattr(old, role)
-        for role in ("pad_token_id", "bos_token_id", "eos_token_id")  # the last one wins where one token has several
+        for role in ("pad_token_id", "bos_token_id", "eos_token_id")  # if a token has several roles, the last one wins
         if getattr(old, role) is not None
     }
     alphabet = _alphabet(old)
@@ -150,10 +150,11 @@ def sources(old: Any, new: Any) -> tuple[list[list[int]], int]:
 
 
 def _pieces(old: Any, text: bytes, alphabet: dict[int, str] | None, by_spelling: dict[Spelling, int]) -> list[int]:
-    """Old tokens that a new token is made of; none where the old tokenizer cannot write it.
+    """The old tokens that spell a new token; an empty list if the old tokenizer cannot spell it.
 
-    The merges run without the splitting before them: it works on whole characters and may add a space, and a token can
-    be a part of a character. On GPT-2, Qwen2.5 and Llama 3 that gives the same pieces for all but 0 to 3 % of the tokens.
+    The old merges are applied without the old pre-tokenizer, because that works on whole characters and may add a
+    space, while a token can be a part of a character. On GPT-2, Qwen2.5 and Llama 3 this gives the same pieces as the
+    whole tokenizer for all but 0 to 3 % of the tokens.
     """
     if alphabet is not None:
         written = "".join(alphabet[byte] for byte in text)
@@ -171,7 +172,7 @@ def _pieces(old: Any, text: bytes, alphabet: dict[int, str] | None, by_spelling:
 
 
 def tables(model: Any) -> list[nn.Parameter]:
-    """Parameters with one row for each token: the embedding, a head that is not tied to it, and the head's bias."""
+    """The parameters with one row for each token: the embedding, a head that is not tied to it, and the head's bias."""
     head = model.get_output_embeddings()
     found = (model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None))
     return list({id(each): each for each in found if each is not None}.values())
@@ -179,7 +180,7 @@ def tables(model: Any) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def mean_rows(model: Any, parts: list[list[int]], n_old: int) -> list[Tensor]:
-    """New tables in which row i is the mean of the old rows `parts[i]`, or of all `n_old` rows where there are none.
+    """New tables in which row i is the mean of the old rows `parts[i]`, or of all `n_old` rows if `parts[i]` is empty.
 
     Raises:
         ModelError: The model has fewer rows than its tokenizer has tokens.
@@ -195,13 +196,13 @@ def mean_rows(model: Any, parts: list[list[int]], n_old: int) -> list[Tensor]:
             )
         old: Float[Tensor, "V D"] = table.reshape(len(table), -1)
         rows = F.embedding_bag(flat, old, lengths.cumsum(0) - lengths, mode="mean")
-        rows[lengths == 0] = old[:n_old].mean(0)  # not the rows that only pad the table
+        rows[lengths == 0] = old[:n_old].mean(0)  # without the padding rows at the end of the table
         found.append(rows.reshape(len(parts), *table.shape[1:]))
     return found
 
 
 def random_rows(model: Any, n_vocab: int, seed: int) -> list[Tensor]:
-    """New tables of normal numbers with the standard deviation that the model's weights start with."""
+    """New tables of normally distributed numbers with the model's initial standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     std = model.config.initializer_range
     return [torch.empty(n_vocab, *table.shape[1:]).normal_(0, std, generator=generator) for table in tables(model)]
@@ -209,16 +210,16 @@ def random_rows(model: Any, n_vocab: int, seed: int) -> list[Tensor]:
 
 @torch.no_grad()
 def replace_rows(model: Any, rows: list[Tensor], n_vocab: int) -> None:
-    """Give the model a vocabulary of this size and these tables; tied ones stay tied."""
+    """Resize the model's vocabulary and copy the new tables into it; tied tables stay tied."""
     model.resize_token_embeddings(n_vocab, mean_resizing=False)
     for table, new in zip(tables(model), rows, strict=True):
         table.copy_(new)
 
 
 def _set_ids(model: Any, words: Any) -> None:
-    """Special tokens of the new tokenizer.
+    """Set the ids of the new tokenizer's special tokens in the model's configuration.
 
-    PAD enters the model's own configuration only as a token apart: the embedding of `pad_token_id` gets no gradient.
+    PAD is set there only if it is a token of its own, because the embedding of `pad_token_id` gets no gradient.
     """
     for config in (model.config, model.generation_config):
         config.bos_token_id, config.eos_token_id = words.bos_token_id, words.eos_token_id
@@ -231,14 +232,14 @@ def _set_ids(model: Any, words: Any) -> None:
 
 
 def _save_tokenizer(words: Any, out: Path, sha256: str) -> None:
-    """Put the tokenizer beside the model, such that `AutoTokenizer` loads this very one.
+    """Save the tokenizer into the model's folder such that `AutoTokenizer` loads this tokenizer.
 
-    For some families (qwen2 is one) transformers 5 takes the tokenizer's class from the model, whatever the folder's
-    `tokenizer_class` says, and with it another splitting of the text. It does not do so where an `auto_map` is present,
-    which it then ignores unless remote code is trusted.
+    For some families, such as qwen2, transformers 5 takes the tokenizer's class from the model and ignores the folder's
+    `tokenizer_class`. The text is then split in another way. An `auto_map` entry prevents this; transformers ignores
+    the entry itself unless remote code is trusted.
 
     Raises:
-        ModelError: It loads another one all the same.
+        ModelError: transformers loads another tokenizer nevertheless.
     """
     words.save_pretrained(out)
     if _loads_as(out, sha256):

@@ -1,4 +1,4 @@
-"""Windows of a token stream in a fixed order, and batches of them with the rows of their targets."""
+"""Training batches: windows of a token stream in a fixed order, with the target rows of their positions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,13 +13,13 @@ from memdec.datastore.target_rows import TargetReader
 from memdec.maths.losses import IGNORED
 from memdec.maths.windows import Window, windows
 
-_FILLER = -1  # index of a window without tokens
+_FILLER = -1  # index of an empty window
 
 
 class WindowData(Dataset[dict[str, Any]]):
-    """Windows of a token stream as input ids and labels; unscored positions are labelled -100.
+    """Windows of a token stream as input ids and labels; positions that are not scored have label -100.
 
-    Index -1 is a window without tokens, which fills up the last batch.
+    Index -1 is an empty window, which fills up the last batch.
     """
 
     def __init__(self, stream: NDArray[np.integer], context: int, prefix: int) -> None:
@@ -40,10 +40,10 @@ class WindowData(Dataset[dict[str, Any]]):
 
 
 class Order(Sampler[int]):
-    """Indices of an epoch: a permutation made from (seed, epoch), or 0, 1, ... without a seed, and fillers at the end.
+    """Window indices of an epoch: a permutation from (seed, epoch), or 0, 1, ... without a seed, then empty windows.
 
-    The fillers make the number a multiple of what all processes take at a time. Otherwise accelerate would repeat
-    windows from the start, which counts them twice.
+    The empty windows make the number of indices a multiple of `multiple`, the windows per step of all processes.
+    Otherwise accelerate would repeat the first windows and count them twice.
     """
 
     def __init__(self, n: int, multiple: int, seed: int | None) -> None:
@@ -61,7 +61,7 @@ class Order(Sampler[int]):
 
 
 class Collate:
-    """Right-pads windows and, when there are targets, joins their rows: CSR over all positions of the batch.
+    """Pad windows on the right and join their target rows, if any, in CSR form over all positions of the batch.
 
     Positions that are not scored have empty rows.
     """

@@ -1,8 +1,8 @@
-"""One training loop for every model: windows of a token stream, a fused loss inside the model, transformers' Trainer.
+"""The training loop of every model: windows of a token stream, a fused loss inside the model, transformers' Trainer.
 
-The loss is a sum over scored tokens divided by their number in the whole update, over all processes: neither gradient
-accumulation nor a ragged last batch nor the number of processes weighs tokens differently (the released code averages
-means of micro-batches). The order of the windows depends on seed and epoch alone.
+The loss is the sum over all scored tokens of an update, divided by their number over all processes. So every token has
+the same weight, whatever the gradient accumulation, the size of the last batch and the number of processes. The
+released code averages the means of micro-batches instead. The order of the windows depends on seed and epoch only.
 """
 
 import math
@@ -28,13 +28,13 @@ from memdec.settings import AUTO, Compute, MemorySettings, TrainSettings
 from memdec.text import tokens
 from memdec.training.batches import Collate, Order, WindowData
 
-_CHECKPOINTS = 20  # to resume from, over a training without evaluations
+_CHECKPOINTS = 20  # number of checkpoints written during a training run without evaluations
 
 
 class LossModel(nn.Module):
     """A causal LM whose forward pass is the training loss.
 
-    The loss is inside of the module because under DDP and FSDP it is the wrapped forward that synchronises gradients.
+    The loss is inside the module because DDP and FSDP synchronise gradients in the forward pass that they wrap.
     """
 
     def __init__(self, lm: Any, objective: objectives.Objective) -> None:
@@ -43,7 +43,7 @@ class LossModel(nn.Module):
         self._no_split_modules = getattr(lm, "_no_split_modules", None)  # FSDP wraps these
 
     def hidden(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Final hidden states (B T, D), and the head's weight (V, D) in their type."""
+        """Final hidden states (B T, D), and the head's weight (V, D) in the same type."""
         causal = _causal(self.lm)
         hidden: Tensor = loading.decoder(causal)(input_ids=input_ids, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1), loading.head_weight(causal).to(hidden.dtype)
@@ -61,8 +61,8 @@ class LossModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Loss of windows (B, T) in nats, divided by `num_items_in_batch`; targets are CSR rows of all B T positions.
 
-        With `score` instead log p of the scored positions in order, float32 (n,). It goes through forward too, which is
-        where FSDP gathers the weights.
+        With `score` it returns log p of the scored positions in order instead, float32 (n,). This is also part of
+        forward, because FSDP gathers the weights there.
         """
         hidden, head = self.hidden(input_ids)
         if score:
@@ -81,7 +81,7 @@ class LossModel(nn.Module):
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what."""
+    """The data of one training run: tokenizer, token stream, targets, bases and limits."""
 
     words: Any  # the tokenizer
     stream: Path
@@ -89,7 +89,7 @@ class Task:
     seed: int
     targets: TargetReader | None = None
     bases: Mapping[str, Path] = field(default_factory=dict)  # mixed with the model at every evaluation
-    ceiling: float | None = None  # most floating point operations
+    ceiling: float | None = None  # FLOP limit
     compute: Compute = AUTO
 
 
@@ -97,10 +97,10 @@ class LossTrainer(Trainer):
     """Trainer for `LossModel`: windows in a fixed order, token-exact evaluation, checkpoints of trained weights only.
 
     Args:
-        where: What the positions in error messages are positions of.
-        base_scores: log p of every valid position by each base model, for the sweep over alphas.
-        alphas: Weights of the model in that sweep.
-        kwargs: Passed on.
+        where: File to which the positions in error messages refer.
+        base_scores: log p of every valid position under each base model, for the sweep over alphas.
+        alphas: Weights of the trained model in that sweep.
+        kwargs: Passed on to `Trainer`.
     """
 
     data_collator: Any
@@ -122,7 +122,7 @@ class LossTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         order = self._order(train_dataset or self.train_dataset, self.args.per_device_train_batch_size, self.args.seed)
-        # accelerate's own set_epoch does not reach a sampler below the batches skipped on resuming.
+        # After resuming, accelerate wraps the sampler to skip batches, and its set_epoch does not reach the sampler.
         self.add_callback(_Epochs(order))
         return order
 
@@ -130,7 +130,7 @@ class LossTrainer(Trainer):
         return self._order(eval_dataset, self.args.per_device_eval_batch_size, None)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; a loss that is not finite names the step and the place in the text."""
+        """Compute the loss as Trainer does; the error of a loss that is not finite names the step and the positions."""
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
         except NumericsError as error:
@@ -141,12 +141,12 @@ class LossTrainer(Trainer):
 
     @torch.no_grad()
     def scores(self) -> NDArray[np.float64]:
-        """log p of every position of the valid split, shape (n,), on every process."""
+        """log p of every position of the valid split, shape (n,); all processes return the whole array."""
         model: Any = self.model_wrapped
         model.eval()
         data: Any = self.eval_dataset
         found = torch.zeros(len(data.stream), dtype=torch.float64)
-        collate, self.data_collator = self.data_collator, Collate(None)  # the targets are of the train split
+        collate, self.data_collator = self.data_collator, Collate(None)  # the targets belong to the train split
         loader = self.get_eval_dataloader()
         self.data_collator = collate
         for batch in loader:
@@ -160,9 +160,10 @@ class LossTrainer(Trainer):
         return found.numpy()
 
     def measure(self) -> dict[str, float]:
-        """Perplexity of the valid split, alone and mixed with each base at its best alpha.
+        """Perplexity on the valid split, of the model alone and mixed with each base at the best alpha of that base.
 
-        `score`, which decides what is best, is the mean log-perplexity of the mixtures, or the model's own without bases.
+        `score` decides which evaluation is best. It is the mean log-perplexity of the mixtures, or without bases that
+        of the model alone.
         """
         log_p = self.scores()
         found = {"loss": -float(log_p.mean()), "perplexity": statistics.perplexity(log_p)}
@@ -177,7 +178,7 @@ class LossTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """`measure`, for the Trainer."""
+        """Run `measure` and report the result to the Trainer."""
         result = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
         self.log(result)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
@@ -190,7 +191,7 @@ class LossTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        named = dict(self.model.named_parameters())  # tied ones once
+        named = dict(self.model.named_parameters())  # tied parameters appear once
         source = named if state_dict is None else {name: state_dict[name] for name in named if name in state_dict}
         weights = {name: p.detach().contiguous() for name, p in source.items() if named[name].requires_grad}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -211,9 +212,10 @@ class _Epochs(TrainerCallback):
 
 
 class _Patience(TrainerCallback):
-    """Stops after so many evaluations without a better one.
+    """Stop training after `patience` evaluations without improvement.
 
-    transformers' own counts in memory and begins anew when a run is resumed; the log is in every checkpoint.
+    transformers' own callback counts in memory, so its count restarts when a run is resumed. This callback reads the
+    log, which every checkpoint contains.
     """
 
     def __init__(self, patience: int) -> None:
@@ -229,15 +231,15 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
     """Train a model in place, resuming from the last checkpoint in `work`.
 
     Returns:
-        What happened, for the manifest, and the trainer, whose weights may be spread over processes.
+        Facts about the run for the manifest, and the trainer, whose weights may be sharded over processes.
     """
     prefix = tokens.prefix_id(task.words)
     train, valid = (WindowData(tokens.load_stream(task.stream, s), task.context, prefix) for s in ("train", "valid"))
     memory = settings if isinstance(settings, MemorySettings) else MemorySettings(objective="ce")
     arguments = _arguments(settings, work, task.seed, task.compute)
     rounds = _rounds(settings, len(train), arguments.world_size)
-    cost = flops.flops_per_token(model, task.context) * len(train.stream) / rounds  # of an update, on average
-    steps = math.ceil(settings.epochs * rounds * (1 - 1e-9))  # 0.1 of 12 epochs are 1.2000000000000002
+    cost = flops.flops_per_token(model, task.context) * len(train.stream) / rounds  # mean FLOPs of an update
+    steps = math.ceil(settings.epochs * rounds * (1 - 1e-9))  # tolerates rounding: 0.1 * 12 is 1.2000000000000002
     if task.ceiling is not None:
         if task.ceiling < cost * (1 - 1e-9):
             raise ConfigError(
@@ -262,7 +264,7 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
         callbacks=[_Patience(settings.patience)] if settings.patience is not None else [],
     )
     for callback in trainer.callback_handler.callbacks:
-        # TensorBoard's would put its files into the work folder, which is deleted at the end.
+        # TensorBoard's default is the work folder, which is deleted at the end.
         if getattr(callback, "logging_dir", "") is None:
             callback.logging_dir = str(work.parent.parent / "runs" / work.parent.name)
     result = trainer.train(resume_from_checkpoint=_last_checkpoint(work))
@@ -287,7 +289,7 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
 
 
 def _checkpoint_activations(model: Any) -> None:
-    """Under the old and the new name that transformers has for it."""
+    """Switch on gradient checkpointing, whose method has a new name in recent versions of transformers."""
     causal, plain = _causal(model), {"use_reentrant": False}
     if hasattr(causal, "activation_checkpointing_enable"):
         causal.activation_checkpointing_enable(activation_checkpointing_kwargs=plain)
@@ -296,15 +298,15 @@ def _checkpoint_activations(model: Any) -> None:
 
 
 def _causal(model: Any) -> Any:
-    """The causal LM inside of a peft model, or the model itself."""
+    """The causal LM inside a peft model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_reporting(names: Sequence[str]) -> None:
-    """Where curves are to go must be known to transformers and installed.
+    """Check that the trackers in `report_to` are known to transformers and installed.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: A tracker is unknown or not installed.
     """
     from transformers.integrations import get_available_reporting_integrations
 
@@ -318,7 +320,7 @@ def check_reporting(names: Sequence[str]) -> None:
 
 
 def _last_checkpoint(work: Path) -> str | None:
-    """The newest whole checkpoint: the Trainer writes its state last, and a kill may come before."""
+    """The newest complete checkpoint; an interrupted one lacks the Trainer's state, which is written last."""
     whole = [path for path in work.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
@@ -335,7 +337,7 @@ def _objective(settings: MemorySettings) -> objectives.Objective:
 
 
 def _rounds(settings: TrainSettings, n_windows: int, n_processes: int) -> int:
-    """Updates of an epoch."""
+    """Number of updates in an epoch."""
     batches = math.ceil(n_windows / (settings.batch_size * n_processes))
     return math.ceil(batches / settings.accumulation)
 
@@ -371,7 +373,7 @@ def _arguments(settings: TrainSettings, work: Path, seed: int, compute: Compute)
 
 
 def _plan(arguments: TrainingArguments, settings: TrainSettings, steps: int, rounds: int) -> None:
-    """Set how long to train, and when to evaluate and save."""
+    """Set the number of updates, and the intervals of evaluation and saving."""
     arguments.max_steps = steps
     arguments.warmup_steps = int(settings.warmup * steps)
     arguments.logging_steps = max(1, steps // 20)
@@ -379,7 +381,7 @@ def _plan(arguments: TrainingArguments, settings: TrainSettings, steps: int, rou
     if settings.keep_best or settings.evaluate_every is not None:
         every = max(1, round((settings.evaluate_every or 1) * rounds))
         arguments.set_evaluate("steps", steps=every, delay=0, batch_size=settings.batch_size * 2)
-        # Saved at every evaluation, and as often as else in between.
+        # Save at every evaluation, and in between at least as often as without evaluations.
         parts = next(n for n in range(1, every + 1) if every % n == 0 and every // n <= max(1, steps // _CHECKPOINTS))
         arguments.set_save("steps", steps=every // parts, total_limit=1)
     arguments.load_best_model_at_end = settings.keep_best
@@ -388,11 +390,11 @@ def _plan(arguments: TrainingArguments, settings: TrainSettings, steps: int, rou
 def _base_scores(
     task: Task, valid: WindowData, arguments: TrainingArguments, work: Path
 ) -> dict[str, NDArray[np.float64]]:
-    """log p of the valid split by each base, from `work` where a run before has left it."""
+    """log p of the valid split under each base; read from `work` if an earlier run saved it there."""
     scores = {}
     for name, folder in task.bases.items():
         path = work / f"base-{name}.npy"
-        there = broadcast_object_list([path.is_file()])[0]  # one answer, though files may show up late elsewhere
+        there = broadcast_object_list([path.is_file()])[0]  # process 0 decides: others may see the file later
         if there:
             scores[name] = np.load(path, allow_pickle=False)
             continue

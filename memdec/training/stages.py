@@ -1,9 +1,9 @@
 """Training stages: base models from scratch, domain fine-tuning (DAPT), LoRA, and the memory decoder.
 
 Inputs: a token stream, a starting model, and for the memory the target shards. Output: a model folder that
-`from_pretrained` and lm-eval load, with its tokenizer and a model card; or a peft adapter folder. Every stage is
-`fitting.fit` with another objective; under `torchrun` or `accelerate launch` (DDP, FSDP) the processes share the work.
-The same command goes on where a killed run was.
+`from_pretrained` and lm-eval load, with its tokenizer and a model card; or a peft adapter folder. Every stage calls
+`fitting.fit` with its model and objective. Under `torchrun` or `accelerate launch` (DDP, FSDP) the processes share the
+work. The same command resumes an interrupted run.
 """
 
 import json
@@ -23,7 +23,7 @@ from memdec.settings import AUTO, Compute, LoraSettings, MemorySettings, ModelSp
 from memdec.text import tokens
 from memdec.training import fitting
 
-_SETTINGS = "settings.json"  # in the work folder: what the unfinished run was started with
+_SETTINGS = "settings.json"  # file in the work folder with the settings and inputs of the unfinished run
 
 
 def run_pretrain(
@@ -35,7 +35,7 @@ def run_pretrain(
     context: int,
     compute: Compute = AUTO,
 ) -> None:
-    """Stage `pretrain`: a base model from scratch (mini scale), next-token loss on a general corpus."""
+    """Stage `pretrain`: train a base model from scratch (mini scale) with next-token loss on a general corpus."""
     if spec.train is None:
         raise ConfigError(
             f"{out}: expected a model with 'architecture' and 'train', found a pretrained one; use `memdec model`"
@@ -69,9 +69,10 @@ def run_finetune(
     budget: tuple[Path, float] | None = None,
     compute: Compute = AUTO,
 ) -> None:
-    """Stage `finetune`: all weights on the domain (the paper's DAPT; also the model that gives the keys).
+    """Stage `finetune`: train all weights on the domain (the paper's DAPT; also the model that gives the keys).
 
-    `budget`: most operations, as so many epochs of full training of a model; the same for `run_lora` and `run_train`.
+    `budget` (model folder, epochs) limits the FLOPs to those of training all weights of that model for these epochs. It
+    is the same in `run_lora` and `run_train`.
     """
     words = _checked(model_folder, stream, context)
     plain = {**_plain(settings, compute), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
@@ -93,10 +94,11 @@ def run_lora(
     match: Path | None = None,
     compute: Compute = AUTO,
 ) -> None:
-    """Stage `lora`: a peft adapter on the query, key, value and MLP projections.
+    """Stage `lora`: train a peft adapter on the query, key, value and MLP projections.
 
-    Without `settings.rank` the rank is the one that comes nearest to the parameters of the model in `match` (the paper
-    sets it so that adapter and memory are of one size), but at most the narrowest side of an adapted matrix.
+    Without `settings.rank`, the rank is chosen such that the adapter has about as many parameters as the model in
+    `match` (the paper gives adapter and memory the same size). It is at most the smallest dimension of an adapted
+    matrix.
     """
     if settings.rank is None and match is None:
         raise ConfigError("lora: expected 'rank', or --match with a model of the memory's size, found neither")
@@ -139,12 +141,14 @@ def run_train(
     bases: Sequence[Path] = (),
     compute: Compute = AUTO,
 ) -> None:
-    """Stage `train`: the memory decoder, on beta * KL(p_kNN || p_mem) + (1 - beta) * CE or another objective.
+    """Stage `train`: train the memory decoder on beta * KL(p_kNN || p_mem) + (1 - beta) * CE or another objective.
 
-    `bases` are mixed with it at every evaluation; with them the best evaluation is that of the mixtures.
+    Every evaluation mixes the memory with each of `bases`. If there are any, the mixtures decide which evaluation is
+    best.
 
     Raises:
-        ArtifactError: The targets were made for other tokens, or do not cover the stream; seen before the model loads.
+        ArtifactError: The targets were made for other tokens, or do not cover the token stream. This is checked before
+            the model is loaded.
     """
     words = _checked(model_folder, stream, context)
     reader, inputs = None, _inputs(model_folder, stream)
@@ -178,7 +182,7 @@ def _train(
     inputs: dict[str, str],
     stage: str | None = None,
 ) -> None:
-    """Make the model, train it, save it with its tokenizer and card."""
+    """Make the model, train it, and save it with its tokenizer and card."""
     fitting.check_reporting(settings.report_to)
     _refuse_changes(out, {"settings": plain, "inputs": inputs})
     team = resources.team(devices.pick(task.compute).type == "cpu")
@@ -206,13 +210,17 @@ def _train(
 
 
 def _whole_state(trainer: fitting.LossTrainer) -> dict[str, Any]:
-    """All weights of the language model, gathered where processes hold parts of them."""
+    """All weights of the language model, gathered if they are sharded over processes."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return {name.removeprefix("lm."): value for name, value in (state or {}).items()}
 
 
 def _plain(settings: TrainSettings, compute: Compute) -> dict[str, Any]:
-    """What decides the result; where curves are reported to does not, the number of windows in an update does."""
+    """The settings that decide the result, with the number of processes and the precision.
+
+    `report_to` is left out because it does not change the result. The number of processes does, as it multiplies the
+    windows of an update.
+    """
     team = resources.team(devices.pick(compute).type == "cpu")
     decides = {"processes": team.size, "precision": devices.precision(compute)}
     return {**settings.model_dump(mode="json", exclude={"report_to"}), **decides}
@@ -226,10 +234,10 @@ def _ceiling(budget: tuple[Path, float] | None, stream: Path, context: int) -> d
 
 
 def _refuse_changes(out: Path, now: Mapping[str, Any]) -> None:
-    """Hours of an unfinished training are not thrown away for a changed setting.
+    """Refuse to discard the checkpoints of an unfinished training run because a setting has changed.
 
     Raises:
-        ArtifactError: A checkpoint is there that was made with other settings or inputs; names them.
+        ArtifactError: A checkpoint was made with other settings or inputs; the message names them.
     """
     file = out / artefact.WORK / _SETTINGS
     if not file.is_file() or not list(file.parent.glob("checkpoint-*")):
@@ -253,12 +261,12 @@ def _inputs(model_folder: Path, stream: Path) -> dict[str, str]:
 
 
 def _checked(model_folder: Path, stream: Path, context: int) -> Any:
-    """The model's tokenizer, which must be the one that made the stream; nothing of the model is loaded.
+    """Check that a model fits a token stream, and return the model's tokenizer; the weights are not loaded.
 
     Raises:
-        ArtifactError: Another tokenizer.
-        ModelError: A head for fewer tokens.
-        ConfigError: More context than the model holds.
+        ArtifactError: The token stream was made with another tokenizer.
+        ModelError: The model's head has fewer rows than the tokenizer has tokens.
+        ConfigError: The context is longer than the model's positions.
     """
     manifest = artefact.read(stream, "tokens")
     artefact.read(model_folder, "model")
@@ -275,7 +283,7 @@ def _checked(model_folder: Path, stream: Path, context: int) -> Any:
 
 
 def _lineage(out: Path, stream: Path) -> dict[str, Any]:
-    """Which text and tokenizer this was trained on; the corpus as a path relative to the artefact."""
+    """The corpus and tokenizer of the training run; the corpus is a path relative to the artefact."""
     facts = artefact.read(stream, "tokens").facts
     return {
         "corpus": os.path.relpath((stream / facts["corpus"]).resolve(), out.resolve()),
@@ -285,19 +293,19 @@ def _lineage(out: Path, stream: Path) -> dict[str, Any]:
 
 
 def matched_rank(model: Any, modules: Sequence[str], wanted: int) -> int:
-    """Rank whose adapters have about `wanted` parameters: rank x (inputs + outputs) of every matrix.
+    """The rank whose adapters have about `wanted` parameters; a matrix needs rank x (inputs + outputs).
 
-    At most the narrowest side of a matrix, beyond which a rank adds nothing.
+    It is at most the smallest dimension of a matrix, because a larger rank adds nothing.
     """
     shapes: list[tuple[int, int]] = [tuple(model.get_submodule(name).weight.shape) for name in modules]
     return max(1, min(round(wanted / sum(map(sum, shapes))), *(min(shape) for shape in shapes)))
 
 
 def _projections(model: Any) -> list[str]:
-    """Names of the query, key, value and MLP projections present in a model (paper, section 4.1)."""
+    """Names of a model's query, key, value and MLP projections (paper, section 4.1)."""
     known = {"c_attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
     part = keypoints.last_mlp(model)
-    mlp = {name for name, _ in part.named_children()} or {"fc1", "fc2"}  # a bare matrix: no module of its own
+    mlp = {name for name, _ in part.named_children()} or {"fc1", "fc2"}  # OPT has bare matrices without an MLP module
     found = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     mlp &= {
         "c_fc",

@@ -210,7 +210,7 @@ def test_no_rows_and_no_room(base_folder: Path, tmp_path: Path, monkeypatch: pyt
     ):
         qa.load_nq()
     write(tmp_path, "nq", [{"question": "who", "answer": [")"]}])
-    with pytest.raises(CorpusError, match=r"found only such with the answer '\)'"):
+    with pytest.raises(CorpusError, match=r"found only rows with the answer '\)'"):
         qa.load_nq()
     write(tmp_path, "nq", [])
     with pytest.raises(CorpusError, match="found none"):

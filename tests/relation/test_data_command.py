@@ -253,7 +253,7 @@ def test_a_short_commit_becomes_the_whole_one(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(rows, "HfApi", lambda: api)
     assert rows.pinned(hub).revision == commits[0]
     assert rows.pinned(replace(hub, revision=COMMIT)).revision == COMMIT
-    with pytest.raises(CorpusError, match="expected one commit that begins so, found 0 of 2"):
+    with pytest.raises(CorpusError, match="expected one commit that begins with this revision, found 0 of 2"):
         rows.pinned(replace(hub, revision="48d43d3"))
 
 
