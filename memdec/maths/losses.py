@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from memdec.maths.objectives import KINDS, Hybrid, Objective, Positions, Terms
+from memdec.maths.objectives import Hybrid, Objective, Positions, Terms
 
 IGNORED = -100  # label of a position that is not scored
 _BLOCK = {"cpu": 35 << 20, "cuda": 512 << 20}  # bytes of one float32 block of logits
@@ -67,11 +67,15 @@ def fused_loss(
         chunk = block_rows(len(hidden), len(head), device)
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     tensors = (hidden, head, labels, indptr, tokens, probs)
+<<<<<<< HEAD
     if torch.compiler.is_compiling():
         need = (hidden.requires_grad, head.requires_grad)
         sums, _, _ = _fused(*tensors, type(objective).__name__, list(vars(objective).values()), chunk, low, *need)
         return Sums(*sums.unbind())
     if not torch.is_grad_enabled():  # autograd.Function would compute gradients even here
+=======
+    if not torch.is_grad_enabled():  # autograd.Function would still be told that gradients are needed
+>>>>>>> lib16
         return Sums(*_run(*tensors, objective, chunk, low, False, False)[0].unbind())
     return Sums(*_Fused.apply(*tensors, objective, chunk, low))  # type: ignore[no-untyped-call]
 
@@ -305,6 +309,7 @@ def _add(at: Positions, terms: Terms, rate: Tensor | None, low: torch.dtype) -> 
             value = value / rate[sparse.row].clamp_min(torch.finfo(rate.dtype).tiny)
         weight.view(-1).index_add_(0, sparse.row * weight.shape[1] + sparse.token, value.to(weight.dtype))
     return weight.to(low)
+<<<<<<< HEAD
 
 
 @torch.library.custom_op("memdec::fused_loss", mutates_args=())
@@ -352,3 +357,5 @@ def _hand_over(ctx: Any, grad_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, 
 
 
 _fused.register_autograd(_hand_over, setup_context=_keep_gradients)
+=======
+>>>>>>> lib16

@@ -11,7 +11,6 @@ vocabulary. The form above exists because all objectives but `Focal` have the sa
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -216,10 +215,6 @@ def _support(at: Positions) -> Tensor:
 
 
 Objective = Hybrid | Focal | JensenShannon | BiLD | Sparsity
-KINDS: dict[str, Callable[..., Objective]] = {
-    **{kind.__name__: kind for kind in (Hybrid, Focal, JensenShannon, Sparsity)},
-    "BiLD": lambda n_top: BiLD(int(n_top)),  # torch.library passes lists of floats
-}
 
 
 def by_name(
