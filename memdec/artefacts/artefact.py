@@ -317,7 +317,7 @@ def _claim(path: Path, recipe: str) -> None:
     (path / MANIFEST).unlink(missing_ok=True)
     if owner not in (None, recipe):
         for child in path.iterdir():
-            if child.name not in (MARK, LOCK):  # if the process is killed here, the mark must still say that the folder is ours
+            if child.name not in (MARK, LOCK):  # a kill here must leave a folder that is still marked as ours
                 _remove(child)
     write_text(mark, recipe)
 
