@@ -68,6 +68,7 @@ def test_a_raised_version_gives_other_keys_a_name_of_their_own(
         Datastore([old, new[1]])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bits(base_folder: Path, token_folder: Path, whole: Path, tmp_path: Path) -> None:
     arguments = ["--model", base_folder, "--tokens", token_folder, "--out", tmp_path / "two"]
     arguments += ["--context", CONTEXT, "--stride", CONTEXT // 2, "--batch-size", 4]

@@ -95,6 +95,7 @@ def test_fault_16_means_of_micro_batches_would_be_seen(
     assert farthest(right, trained("means", **changes)) > 1e-5
 
 
+@pytest.mark.slow
 def test_fault_16_and_22_two_processes_change_neither_training_nor_perplexity(
     trained: Train, small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +151,7 @@ def batch_of(token_folder: Path, rows: Path | None, indices: list[int]) -> dict[
     return batches.Collate(reader)([data[i] for i in indices])
 
 
+@pytest.mark.slow
 def test_sharded_parameters_give_the_same_gradients(
     small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -472,6 +472,7 @@ def test_at_alpha_0_lm_evals_own_tasks_give_what_hf_gives(
                 assert greedy == also
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_requests_and_their_scores(
     base_folder: Path, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,7 +107,7 @@ def test_fault_27_generation_in_a_left_padded_batch_equals_a_plain_loop(
 
 
 def test_beams_move_the_caches_of_all_models(mixture: MemDecForCausalLM, words: Any) -> None:
-    batch = words(PROMPTS[:4], return_tensors="pt", padding=True)
+    batch = words(PROMPTS, return_tensors="pt", padding=True)
     with_cache, without = (
         mixture.generate(
             **batch, max_new_tokens=NEW, num_beams=4, do_sample=False, use_cache=use_cache,

@@ -152,6 +152,7 @@ def test_the_whole_evaluation_by_hand(
     assert results["config"]["alpha"] == memory["alpha"]
 
 
+@pytest.mark.slow
 def test_stock_lm_eval_offline_fails_in_one_line() -> None:
     program = Path(sys.executable).parent / "lm_eval"
     run = subprocess.run(
