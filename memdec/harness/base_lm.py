@@ -194,9 +194,8 @@ class WrappedLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """(log-probability in nats, whether it is the greedy choice) of each continuation.
 
-        As in `hf`, with three differences: equal inputs run once, logits are computed only from the first scored
-            position
-        of a batch on, and stored scores are reused.
+        As in `hf`, with three differences. Equal inputs run once. Logits are computed only from the first scored position
+        of a batch on. Stored scores are reused.
         """
         items = [self._item(context, continuation) for _, context, continuation in requests]
 
@@ -292,7 +291,7 @@ class WrappedLM(HFLM):
     @torch.inference_mode()
     def _score_batch(self, batch: list[list[Item]]) -> Iterator[tuple[bytes, TokenScores]]:
         longest, keep = len(batch[0][0][1]), _kept(batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)  # right padding does not change a causal model's logits before it
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)  # right padding changes no earlier logits
         for row, group in zip(ids, batch, strict=True):
             row[: len(group[0][1])] = torch.tensor(group[0][1])
         base, memory = self._last(ids, keep)

@@ -120,7 +120,7 @@ def _read(path: Path) -> dict[bytes, TokenScores]:
     try:
         data = load(path.read_bytes())
     except SafetensorError:
-        warnings.warn(f"{path}: not whole, its scores are computed again", stacklevel=4)
+        warnings.warn(f"{path}: not whole, its scores are made again", stacklevel=4)
         path.unlink()
         return {}
     ends = np.cumsum(data["lengths"])
