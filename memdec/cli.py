@@ -1,4 +1,4 @@
-"""`memdec <stage>`: every stage by hand, with the options that its typed settings have.
+"""Run one stage or one check of the Memory Decoder benchmark; `memdec COMMAND --help` lists the options.
 
 Exit codes: 0 done, 1 a check found a difference, 2 bad input (one line on standard error), 3 results that cannot be
 compared.
@@ -45,20 +45,20 @@ from memdec.settings import (
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-Out = Annotated[Path, typer.Option(help="folder to make")]
+Out = Annotated[Path, typer.Option(help="output folder")]
 Corpus = Annotated[Path, typer.Option(help="corpus folder")]
 Model = Annotated[Path, typer.Option(help="model folder")]
 Tokenizer = Annotated[Path, typer.Option(help="tokenizer folder")]
 Tokens = Annotated[Path, typer.Option(help="token folder")]
-Spec = Annotated[str, typer.Option(help="JSON of one entry of the config, e.g. of 'corpora'")]
-Seed = Annotated[int, typer.Option(help="seed of this run")]
-Context = Annotated[int, typer.Option(help="tokens a model sees at most (paper: 1024)")]
+Spec = Annotated[str, typer.Option(help="one entry of the config as JSON, e.g. one of 'corpora'")]
+Seed = Annotated[int, typer.Option(help="random seed")]
+Context = Annotated[int, typer.Option(help="longest input of a model, in tokens (paper: 1024)")]
 Datastore = Annotated[list[Path], typer.Option(help="datastore folder; repeat for every shard")]
-Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda")]
-Shard = Annotated[int, typer.Option(help="which of --shards, from 0")]
-BudgetModel = Annotated[Path | None, typer.Option(help="model whose full training is the unit of the FLOP budget")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda")]
+Shard = Annotated[int, typer.Option(help="number of this shard, from 0")]
+BudgetModel = Annotated[Path | None, typer.Option(help="model whose training FLOPs set the budget")]
 BudgetEpochs = Annotated[
-    float, typer.Option(help="most operations, in epochs of --budget-model (paper: 1 of a 7B model)")
+    float, typer.Option(help="FLOP budget, in training epochs of --budget-model (paper: 1 epoch of a 7B model)")
 ]
 BaseName = Annotated[str, typer.Option(help="base model, folder or Hub id")]
 MemoryName = Annotated[str, typer.Option(help="memory decoder, folder or Hub id")]
@@ -67,9 +67,10 @@ Stride = Annotated[int, typer.Option(help="tokens scored per window (paper: 512)
 
 
 def stage(settings: type[BaseModel] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command; the fields of `settings` become its options and arrive as one object `settings`.
+    """Register a function as a command whose options are its parameters and the fields of `settings`.
 
-    A command with a parameter `compute` gets the options of `config.Compute` likewise.
+    The function gets the fields as one object, its parameter `settings`. A parameter `compute` gets the options of
+    `settings.Compute` in the same way.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -89,7 +90,7 @@ def stage(settings: type[BaseModel] | None = None) -> Callable[[Callable[..., No
                 given = {field: values[field] for field in kind.model_fields}
                 arguments[argument] = parse(kind, given, f"memdec {name}")
             if "compute" in arguments:
-                devices.pick(arguments["compute"])  # a GPU that is not there is an error before anything is read
+                devices.pick(arguments["compute"])  # a missing GPU is reported before anything is read
             with devices.one_line_when_full(f"memdec {name}", arguments.get("settings")):
                 function(**arguments)
 
@@ -102,7 +103,7 @@ def stage(settings: type[BaseModel] | None = None) -> Callable[[Callable[..., No
 
 
 def _option(name: str, field: Any) -> inspect.Parameter:
-    """A typer option for a pydantic field: its type, default and description."""
+    """Make a typer option from a pydantic field: its type, default and description."""
     kind = field.annotation
     origin = get_origin(kind)
     if origin is Literal:
@@ -110,7 +111,7 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     elif origin is list:
         inner = get_args(kind)[0]
         kind = list[get_args(inner)[0] if get_origin(inner) is Annotated else inner]  # type: ignore[misc]
-    elif type(None) in get_args(kind):  # X | None: typer's own default says that it may be left out
+    elif type(None) in get_args(kind):  # X | None: the default None makes the option optional
         inner = next(each for each in get_args(kind) if each is not type(None))
         kind = (get_args(inner)[0] if get_origin(inner) is Annotated else inner) | None
     default = inspect.Parameter.empty if field.default is PydanticUndefined else field.default
@@ -123,7 +124,7 @@ def _option(name: str, field: Any) -> inspect.Parameter:
 
 
 def _limit_threads() -> None:
-    """Use the threads that the caller (Snakemake) granted, not all of the machine."""
+    """Use only the threads that the caller (Snakemake) granted, not all of the machine's."""
     import torch
 
     granted = os.environ.get("OMP_NUM_THREADS")
@@ -148,7 +149,7 @@ def _json(text: str, where: str) -> Any:
 def corpus(
     spec: Spec, out: Out, against: Annotated[list[Path], typer.Option(help="corpora that must not overlap")] = []
 ) -> None:
-    """Documents of a corpus, split and deduplicated."""
+    """Make a corpus: documents without duplicates, split into train, valid and test."""
     from memdec.text import corpora
 
     corpora.run(parse(CorpusSpec, _json(spec, "--spec"), "--spec"), out, against)
@@ -158,7 +159,7 @@ def corpus(
 def tokenizer(
     spec: Spec, out: Out, corpus: Annotated[list[Path], typer.Option(help="corpora to train on")] = []
 ) -> None:
-    """A tokenizer, trained here or taken from a model."""
+    """Train a tokenizer, or take the one of a pretrained model."""
     from memdec.text import tokens
 
     tokens.run_tokenizer(parse(TokenizerSpec, _json(spec, "--spec"), "--spec"), out, corpus)
@@ -166,7 +167,7 @@ def tokenizer(
 
 @stage()
 def tokens(tokenizer: Tokenizer, corpus: Corpus, out: Out) -> None:
-    """Token streams of a corpus."""
+    """Tokenize a corpus."""
     from memdec.text import tokens as stage_tokens
 
     stage_tokens.run_tokens(tokenizer, corpus, out)
@@ -181,7 +182,7 @@ def model(
     context: Context = 1024,
     compute: Compute = AUTO,
 ) -> None:
-    """A base model: a pretrained one (linked, or converted from GGUF), or one trained from scratch."""
+    """Make a base model: link a pretrained one, convert one from GGUF, or train one from scratch."""
     entry: ModelSpec = parse(ModelSpec, _json(spec, "--spec"), "--spec")
     if entry.pretrained is not None:
         from memdec.models import loading
@@ -215,7 +216,7 @@ def finetune(
     budget_epochs: BudgetEpochs = 1,
     compute: Compute = AUTO,
 ) -> None:
-    """All weights of a model on a domain (DAPT; the model that gives the keys)."""
+    """Fine-tune all weights of a model on a domain (DAPT; also the model that makes the keys)."""
     from memdec.training import stages
 
     budget = _budget(budget_model, budget_epochs)
@@ -230,12 +231,14 @@ def lora(
     context: Context,
     seed: Seed,
     settings: LoraSettings,
-    match: Annotated[Path | None, typer.Option(help="model whose number of parameters the rank is chosen by")] = None,
+    match: Annotated[
+        Path | None, typer.Option(help="choose the rank so that the adapter is about as large as this model")
+    ] = None,
     budget_model: BudgetModel = None,
     budget_epochs: BudgetEpochs = 1,
     compute: Compute = AUTO,
 ) -> None:
-    """A LoRA adapter of a model on a domain."""
+    """Train a LoRA adapter of a model on a domain."""
     from memdec.training import stages
 
     budget = _budget(budget_model, budget_epochs)
@@ -255,7 +258,7 @@ def datastore(
     shard: Shard = 0,
     compute: Compute = AUTO,
 ) -> None:
-    """Keys of every position of a split."""
+    """Store a key (a hidden state) for every position of a split."""
     from memdec.datastore import keys as stage_datastore
 
     stage_datastore.run(model, tokens, out, settings, context=context, stride=stride, shard=shard, compute=compute)
@@ -263,7 +266,7 @@ def datastore(
 
 @stage(IndexSettings)
 def index(datastore: Datastore, out: Out, settings: IndexSettings, device: Device = "auto") -> None:
-    """Search structure over the keys."""
+    """Build the search index over the keys."""
     from memdec.datastore import index as stage_index
 
     stage_index.run(datastore, out, settings, _picked(device))
@@ -277,12 +280,10 @@ def targets(
     out: Out,
     settings: TargetSettings,
     shard: Shard = 0,
-    queries: Annotated[
-        list[Path], typer.Option(help="datastore of another split of the same model, for the rows of that text instead")
-    ] = [],
+    queries: Annotated[list[Path], typer.Option(help="other split of the same model, to search for instead")] = [],
     device: Device = "auto",
 ) -> None:
-    """kNN next-token distributions of one shard of the positions."""
+    """Compute the kNN next-token distributions for one shard of the positions."""
     from memdec.datastore import targets as stage_targets
 
     picked = _picked(device)
@@ -291,7 +292,7 @@ def targets(
 
 @stage(PassageSettings)
 def passages(tokens: Tokens, out: Out, settings: PassageSettings) -> None:
-    """Passages of the training text and their BM25 index, for In-Context RAG."""
+    """Cut the training text into passages and index them with BM25, for In-Context RAG."""
     from memdec.datastore import passages as stage_passages
 
     stage_passages.run(tokens, out, settings)
@@ -308,7 +309,7 @@ def teacher(
     shard: Shard = 0,
     compute: Compute = AUTO,
 ) -> None:
-    """Next-token distributions of a model itself, as targets: the control for those of its neighbours."""
+    """Save a model's own next-token distributions as targets: the control for kNN targets."""
     from memdec.datastore import teacher as stage_teacher
 
     stage_teacher.run(model, tokens, out, settings, context=context, stride=stride, shard=shard, compute=compute)
@@ -323,12 +324,12 @@ def train(
     seed: Seed,
     settings: MemorySettings,
     targets: Annotated[list[Path], typer.Option(help="target folder; repeat for every shard")] = [],
-    base: Annotated[list[Path], typer.Option(help="base model to mix with at evaluations; repeat")] = [],
+    base: Annotated[list[Path], typer.Option(help="base model to mix with when validating; repeat")] = [],
     budget_model: BudgetModel = None,
     budget_epochs: BudgetEpochs = 1,
     compute: Compute = AUTO,
 ) -> None:
-    """The memory decoder."""
+    """Train the memory decoder."""
     from memdec.training import stages as stage_train
 
     budget = _budget(budget_model, budget_epochs)
@@ -354,7 +355,7 @@ def adapt_vocab(
     seed: Seed,
     settings: AdaptSettings,
 ) -> None:
-    """A trained memory with the embeddings of another tokenizer."""
+    """Give a trained memory the embeddings of another tokenizer."""
     from memdec.training import adapt_vocab
 
     adapt_vocab.run(memory, tokenizer, out, settings, seed=seed)
@@ -369,19 +370,19 @@ def evaluate(
     stride: Stride,
     settings: EvaluateSettings,
     memory: Annotated[Path | None, typer.Option(help="memory folder, or a model after DAPT to mix in")] = None,
-    name: Annotated[str, typer.Option(help="what the memory is called in the tables")] = DEFAULT_MEMORY,
+    name: Annotated[str, typer.Option(help="name of the memory in the tables")] = DEFAULT_MEMORY,
     lora: Annotated[Path | None, typer.Option(help="LoRA folder")] = None,
     dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
-    datastore: Annotated[list[Path], typer.Option(help="the base's own keys; repeat for every shard")] = [],
-    index: Annotated[Path | None, typer.Option(help="index over them; both give the kNN-LM")] = None,
+    datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
+    index: Annotated[Path | None, typer.Option(help="index over --datastore; both together add the kNN-LM")] = None,
     passages: Annotated[Path | None, typer.Option(help="passages of the corpus, for In-Context RAG")] = None,
     also: Annotated[
-        list[Path], typer.Option(help="general corpus to measure on as well, at the weights tuned on --corpus; repeat")
+        list[Path], typer.Option(help="general corpus to measure on too, with the weights tuned on --corpus; repeat")
     ] = [],
     seed: Seed = 0,
     compute: Compute = AUTO,
 ) -> None:
-    """Perplexity with and without memory through lm-eval; alpha, or lambda and tau of the kNN-LM, tuned on valid."""
+    """Measure perplexity with and without memory through lm-eval; valid tunes alpha, or the kNN-LM's lambda and tau."""
     from memdec.results import evaluate as stage_evaluate
 
     stage_evaluate.run(
@@ -412,7 +413,7 @@ BatchSize = Annotated[int, typer.Option(help="texts per forward pass")]
 
 
 def _model_arguments(batch_size: int, compute: Compute) -> dict[str, Any]:
-    """As lm-eval's models take them."""
+    """Batch size, device and dtype as arguments of an lm-eval model."""
     from memdec.artefacts import devices
 
     device = str(devices.pick(compute))
@@ -434,11 +435,11 @@ def sweep(
     alpha: Alphas = [],
     corpus: Annotated[Path | None, typer.Option(help="corpus folder, for the task memdec_ppl")] = None,
     split: AnySplit = "test",
-    limit: Annotated[int | None, typer.Option(help="only the first so many rows of each task")] = None,
+    limit: Annotated[int | None, typer.Option(help="use only the first N rows of each task")] = None,
     batch_size: BatchSize = 8,
     compute: Compute = AUTO,
 ) -> None:
-    """Tasks of lm-eval at every alpha, from one pass of the models: table and figure."""
+    """Run lm-eval tasks at every alpha with one pass of the models; write a table and a figure."""
     from memdec.harness.alphas import ALPHAS
     from memdec.results import sweep as stage_sweep
 
@@ -460,7 +461,7 @@ def tune(
     batch_size: BatchSize = 8,
     compute: Compute = AUTO,
 ) -> None:
-    """The alpha with the lowest perplexity on a corpus, as JSON."""
+    """Print the alpha with the lowest perplexity on a corpus, as JSON."""
     from memdec.harness.alphas import ALPHAS
     from memdec.results import sweep as stage_sweep
 
@@ -480,15 +481,15 @@ def latency(
     settings: LatencySettings,
     alpha: Alpha = 0.6,
     tokens: Annotated[
-        Path | None, typer.Option(help="token folder: prompts are pieces of its test split (default: made up by seed)")
+        Path | None, typer.Option(help="token folder; prompts are pieces of its test split (default: random tokens)")
     ] = None,
     knn: Annotated[
-        list[str], typer.Option(help="STORE:INDEX of the base's own keys, shards joined by +; repeat for other sizes")
+        list[str], typer.Option(help="STORE:INDEX made with this base, shards joined by +; repeat for other sizes")
     ] = [],
     passages: Annotated[Path | None, typer.Option(help="passages for In-Context RAG")] = None,
     compute: Compute = AUTO,
 ) -> None:
-    """Prefill and decoding speed of base, MemDec, speculative decoding and, given their folders, kNN-LM and RAG."""
+    """Measure prefill and decoding speed of base, MemDec, speculative decoding and, if given, kNN-LM and RAG."""
     from memdec.artefacts import devices
     from memdec.inference.systems import Parts
     from memdec.results import latency as stage_latency
@@ -517,10 +518,10 @@ def explain(
     alpha: Alpha = 0.6,
     datastore: Annotated[list[Path], typer.Option(help="datastore folder, for p_kNN; repeat for every shard")] = [],
     index: Annotated[Path | None, typer.Option(help="index folder over the datastore")] = None,
-    html: Annotated[Path | None, typer.Option(help="page to write: the text as a heat map")] = None,
+    html: Annotated[Path | None, typer.Option(help="HTML file to write: the text as a heat map")] = None,
     compute: Compute = AUTO,
 ) -> None:
-    """What base, memory and their mixture expected at every token of a text."""
+    """Show what base, memory and mixture predict at every token of a text."""
     from memdec.results import explain as stage_explain
 
     if text and file is not None:
@@ -539,8 +540,8 @@ def _read(file: Path) -> str:
 
 
 RunConfig = Annotated[Path, typer.Option(help="config of the run, YAML or JSON")]
-Cells = Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of an evaluation or of cases; repeat")]
-TableFile = Annotated[Path, typer.Option(help="CSV file; .md, .tex and .provenance.json are put beside it")]
+Cells = Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of an evaluation (Table 6: cases); repeat")]
+TableFile = Annotated[Path, typer.Option(help="CSV file; .md, .tex and .provenance.json are written beside it")]
 
 
 def _cells(texts: list[str]) -> list[tuple[str, str, int, Path]]:
@@ -560,7 +561,7 @@ def table(
     cell: Cells,
     out: TableFile,
 ) -> None:
-    """A table from evaluations, or Table 6 from `memdec cases`."""
+    """Make a table from evaluations, or Table 6 from `memdec cases`."""
     from memdec.results import catalogue, tables
 
     tables.run(catalogue.table(cfg.load(config), name), _cells(cell), out)
@@ -571,11 +572,11 @@ def cases(
     config: RunConfig,
     base: Annotated[Path, typer.Option(help="base model folder")],
     memory: Annotated[Path, typer.Option(help="memory decoder folder")],
-    datastore: Annotated[list[Path], typer.Option(help="keys the memory was trained on; repeat for every shard")],
+    datastore: Annotated[list[Path], typer.Option(help="datastore of the memory's targets; repeat for every shard")],
     index: Annotated[Path, typer.Option(help="index folder over the datastore")],
     out: Out,
 ) -> None:
-    """For Table 6: what memory, neighbours and base give marked words of the config's texts."""
+    """Compute p(marked word) under memory, kNN and base for the texts of the config (Table 6)."""
     from memdec.results import table6 as stage_cases
 
     stage_cases.run(cfg.load(config), base, memory, datastore, index, out)
@@ -585,12 +586,12 @@ def cases(
 def check(
     results: Annotated[Path, typer.Argument(help="a table3.csv with its .provenance.json beside it")],
     baseline: Annotated[Path, typer.Option(help="tests/regression/<scale>.json")],
-    write: Annotated[bool, typer.Option("--write", help="make the baseline from these results instead")] = False,
+    write: Annotated[bool, typer.Option("--write", help="make the baseline from these results")] = False,
     noise: Annotated[
         list[Path], typer.Option(help="with --write: tables of other seeds, to measure the tolerance")
     ] = [],
 ) -> None:
-    """Compare perplexities with a baseline: exit 1 beyond the tolerance, 3 where they cannot be compared."""
+    """Compare perplexities with a baseline; exit 1 beyond the tolerance, 3 if they cannot be compared."""
     from memdec.results import regression
 
     if write:
@@ -604,9 +605,9 @@ def check(
 
 @app.command()
 def doctor(
-    folder: Annotated[Path, typer.Argument(help="folder to look through")] = Path("results"),
+    folder: Annotated[Path, typer.Argument(help="folder to search")] = Path("results"),
 ) -> None:
-    """Find artefacts that are cut: exit 1 where there are; without their manifests nobody reads them any more."""
+    """Find damaged artefacts and remove their manifests, so that they are made again; exit 1 if any."""
     from memdec.artefacts import doctor as look
 
     lines, n_damaged = look.run(folder)
@@ -615,7 +616,7 @@ def doctor(
         raise SystemExit(1)
 
 
-data_app = typer.Typer(no_args_is_help=True, help="Files that the tasks read.")
+data_app = typer.Typer(no_args_is_help=True, help="Fetch and verify the files that the tasks read.")
 app.add_typer(data_app, name="data")
 DataTasks = Annotated[list[str], typer.Option(help="folder of a task, e.g. pubmedqa; repeat (default: all)")]
 
@@ -625,7 +626,7 @@ def data_fetch(
     task: DataTasks = [],
     out: Annotated[Path | None, typer.Option(envvar="MEMDEC_DATA", help="folder to fill")] = None,
 ) -> None:
-    """Bring what the Hub and GitHub have into a folder, with sources.json; what is there and right stays."""
+    """Download task files from the Hub and GitHub, and write sources.json; correct files are kept."""
     from memdec.tasks import fetch
 
     folder = _data_folder(out, "--out")
@@ -638,7 +639,7 @@ def data_verify(
     folder: Annotated[Path | None, typer.Argument(envvar="MEMDEC_DATA", help="folder with the files")] = None,
     task: DataTasks = [],
 ) -> None:
-    """Check the files of a folder: exit 1 where one is not whole, has other rows or was changed."""
+    """Check the files of a folder; exit 1 if one is incomplete, has other rows or was changed."""
     from memdec.tasks import fetch
 
     _show_files(fetch.verify(_data_folder(folder, "FOLDER"), task), bool(task))
@@ -661,10 +662,10 @@ def _show_files(found: list[Any], all_needed: bool) -> None:
 @app.command()
 def compare(
     run_a: Annotated[Path, typer.Argument(help="folder or results file of lm_eval with --log_samples")],
-    run_b: Annotated[Path | None, typer.Argument(help="the other one")] = None,
-    csv: Annotated[Path | None, typer.Option(help="file to write the rows to, with more columns")] = None,
+    run_b: Annotated[Path | None, typer.Argument(help="the second run; without it, intervals of the first")] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file to write, with more columns than are printed")] = None,
 ) -> None:
-    """Two runs of lm_eval on the same rows: differences with 95 % intervals and p-values; of one run its intervals."""
+    """Compare two lm_eval runs on the same rows: differences with 95 % intervals and p-values."""
     from memdec.artefacts import artefact
     from memdec.results import compare as stage_compare
 
@@ -678,7 +679,7 @@ def compare(
 def schema(
     out: Annotated[Path, typer.Argument(help="file to write, e.g. workflow/schemas/config.schema.json")],
 ) -> None:
-    """JSON schema of the configuration."""
+    """Write the JSON schema of the configuration."""
     from memdec.artefacts import artefact
 
     artefact.write_json(out, cfg.json_schema())
@@ -686,13 +687,13 @@ def schema(
 
 @app.command()
 def validate(config: Annotated[Path, typer.Argument(help="config file")]) -> None:
-    """Check a config file: all problems at once."""
+    """Check a config file and report all problems at once."""
     cfg.load(config)
     print(f"{config}: valid")
 
 
 def main() -> None:
-    """Entry point: errors the user can act on are one line."""
+    """Run the command line; an error that the user can fix is printed as one line."""
     try:
         app(standalone_mode=False)
     except MemDecError as error:

@@ -1,4 +1,4 @@
-"""The public place of `MemDecForCausalLM`: importing it also makes `AutoModelForCausalLM` know mixtures."""
+"""Public import path of `MemDecForCausalLM`; importing it registers mixtures with `AutoModelForCausalLM`."""
 
 from memdec.inference.mixture import MemDecForCausalLM
 from memdec.inference.wrapper import MemDecConfig

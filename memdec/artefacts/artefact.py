@@ -1,8 +1,8 @@
-"""Artefact folders: whatever a stage makes is a folder whose `manifest.json` is written last, atomically.
+"""Write and read artefacts: every stage makes a folder whose `manifest.json` is written last, atomically.
 
-A folder without a manifest is work in progress and is never read; a manifest that does not parse, is of another kind,
-or names files that are missing or of another size is an error that says so. The manifest holds the settings, the
-hashes of the inputs, the versions and the facts (counts, shapes, hashes) of what was made.
+A folder without a manifest is unfinished and is never read. Reading checks the manifest: it must parse and be of the
+expected kind, and every file must exist with the listed size. The manifest holds the settings, the hashes of the
+inputs, the package versions, and facts about the result (counts, shapes, hashes).
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from memdec.errors import ArtifactError
 from memdec.settings import describe
 
 MANIFEST = "manifest.json"
-MARK = ".memdec"  # recipe of the build that owns the folder; without it a folder is somebody else's
-LOCK = ".memdec.lock"  # locked while a process builds in the folder; the file stays
-WORK = "work"  # checkpoints and other things needed only to resume; not part of the artefact
+MARK = ".memdec"  # holds the recipe of the build that made the folder; without it the folder is not ours to overwrite
+LOCK = ".memdec.lock"  # locked while a process builds in the folder; the file is not removed
+WORK = "work"  # checkpoints and other files needed only to resume; not part of the artefact
 
-# Version of each kind of artefact, or of the stage where several stages make one kind. Raise it when the same settings
-# and inputs give another result: the number is part of the recipe, so what the old code made is made again whole.
+# Version of each kind of artefact, or of each stage if several stages make one kind. Raise it when the same settings
+# and inputs give another result. It is part of the recipe, so artefacts of the old code are made again from the start.
 VERSIONS = {
     "corpus": 1,
     "tokenizer": 1,
@@ -48,7 +48,7 @@ VERSIONS = {
     "cases": 1,
     "latency": 1,
     "sweep": 1,
-    "table": 2,  # a file, not a folder: the rules alone read this one
+    "table": 2,  # a table is a file, not an artefact folder: only the Snakemake rules use this number
 }
 
 
@@ -58,8 +58,8 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
-    version: int = 0  # of the stage (`VERSIONS`); 0 for manifests from before there were any
-    recipe: str  # hash of kind, version, settings and the inputs' recipes: equal recipes, equal artefacts
+    version: int = 0  # of the stage (`VERSIONS`); 0 in manifests older than this field
+    recipe: str  # hash of kind, version, settings and input recipes: equal recipes mean equal artefacts
     settings: dict[str, Any]
     inputs: dict[str, str]  # name -> recipe of the artefact, or content hash of a file
     facts: dict[str, Any]
@@ -77,14 +77,14 @@ class Build:
 
     @property
     def work(self) -> Path:
-        """Folder for what is needed to resume; removed when the artefact is whole."""
+        """Folder for the files needed to resume; it is removed when the artefact is complete."""
         folder = self.path / WORK
         folder.mkdir(exist_ok=True)
         return folder
 
 
 def digest(value: object) -> str:
-    """Hash (128 bits, hex) of anything that JSON can hold, independent of key order."""
+    """Hash (128 bits, hex) of a JSON value, independent of key order."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -101,7 +101,7 @@ def file_digest(path: Path) -> str:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically: an interrupted write leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with part.open("wb") as file:
@@ -112,12 +112,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all."""
+    """Write UTF-8 text atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -130,11 +130,11 @@ def building(
     team: Team = Team(),  # noqa: B008
     stage: str | None = None,
 ) -> Iterator[Build | None]:
-    """Build an artefact in a `with` block; yields None where the very same one is there already.
+    """Build an artefact in a `with` block; yield None if the same artefact exists already.
 
-    The old manifest goes first, the new one comes last, so a killed build leaves a folder that nobody reads; what the
-    stage keeps in `work/` lets it resume if settings and inputs are the same. Of several processes the first owns the
-    folder and the others only help to fill it. `stage` is the key of `VERSIONS` where it is not the kind.
+    The old manifest is removed first and the new one is written last, so no stage reads the folder of a killed build.
+    The stage resumes from its files in `work/` if settings and inputs are the same. Of several processes only the first
+    prepares the folder and writes the manifest. `stage` is the key of `VERSIONS` if it differs from `kind`.
     """
     plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
     version = VERSIONS.get(stage or kind, 1)
@@ -168,20 +168,20 @@ def building(
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other builds out of a folder; the lock goes with the process, however it ends.
+    """Lock a folder against other builds; the lock is released when the process ends, even if it is killed.
 
     Raises:
-        ArtifactError: Another process has it.
+        ArtifactError: Another process holds the lock.
     """
     try:
-        # Not the marker that filelock can fall back to: a job killed on another machine would leave it for ever.
+        # No fallback to filelock's marker file: a job killed on another machine would leave it behind for ever.
         lock: AbstractContextManager[object] = FileLock(path / LOCK, fallback_to_soft=False).acquire(blocking=False)
     except Timeout:
         raise ArtifactError(
             f"{path}: expected a folder that nobody builds in, found another process at work; wait for it, or choose "
             "another --out"
         ) from None
-    except (OSError, NotImplementedError):  # a file system without locks; one that is read-only fails at the next step
+    except (OSError, NotImplementedError):  # no locks on this file system; a read-only one fails at the next step
         lock = nullcontext()
     with lock:
         yield
@@ -216,10 +216,10 @@ def _is_current(path: Path, kind: str, recipe: str) -> bool:
 
 
 def read(path: Path, kind: str) -> Manifest:
-    """Manifest of a whole artefact of the given kind.
+    """Read and check the manifest of an artefact of the given kind.
 
     Raises:
-        ArtifactError: Nothing there, unfinished, unreadable, another kind, or files missing or cut short.
+        ArtifactError: The artefact is missing, unfinished, unreadable or of another kind, or a file is missing or cut.
     """
     file = path / MANIFEST
     again = f"delete the folder and run `memdec {kind}` (or snakemake) again"
@@ -249,10 +249,10 @@ def read(path: Path, kind: str) -> Manifest:
 
 
 def check_shards(found: Sequence[tuple[Manifest, Path]], kind: str) -> None:
-    """Shards of one run, sorted by their `begin`, cover all positions once.
+    """Check that shards, sorted by their `begin`, come from one run and cover every position once.
 
     Raises:
-        ArtifactError: None given, different settings or inputs, one twice, or one missing.
+        ArtifactError: There is no shard, one is missing or given twice, or their settings or inputs differ.
     """
     if not found:
         raise ArtifactError(f"{kind}: expected at least one shard, found none; run `memdec {kind}` first")
@@ -280,7 +280,7 @@ def check_shards(found: Sequence[tuple[Manifest, Path]], kind: str) -> None:
 
 
 def kind_of(path: Path) -> str | None:
-    """Kind of the artefact in a folder, or None where there is no readable manifest."""
+    """Kind of the artefact in a folder, or None if it has no readable manifest."""
     try:
         return str(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["kind"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -288,10 +288,10 @@ def kind_of(path: Path) -> str | None:
 
 
 def _refuse_overwriting(path: Path, kind: str, inputs: Mapping[str, str]) -> None:
-    """A mistyped --out must cost nothing: other people's files, an artefact of another kind and inputs stay as they are.
+    """Refuse an output folder that a mistyped --out would destroy.
 
     Raises:
-        ArtifactError: One of these is there.
+        ArtifactError: It holds files that are not ours, an artefact of another kind, or an input of this build.
     """
     if not (path / MARK).is_file() and any(child.name != LOCK for child in path.iterdir()):
         raise ArtifactError(
@@ -311,13 +311,13 @@ def _refuse_overwriting(path: Path, kind: str, inputs: Mapping[str, str]) -> Non
 
 
 def _claim(path: Path, recipe: str) -> None:
-    """Take the folder for this recipe: keep what the same recipe left, drop what another one left."""
+    """Mark the folder with this recipe; keep its files if they are of the same recipe, else remove them."""
     mark = path / MARK
     owner = mark.read_text() if mark.is_file() else None
     (path / MANIFEST).unlink(missing_ok=True)
     if owner not in (None, recipe):
         for child in path.iterdir():
-            if child.name not in (MARK, LOCK):  # a kill in between must leave a folder that is still ours
+            if child.name not in (MARK, LOCK):  # a kill here must leave a folder that is still marked as ours
                 _remove(child)
     write_text(mark, recipe)
 

@@ -1,8 +1,8 @@
-"""`memdec doctor`: which artefacts under a folder are cut, and what will be made again because of them.
+"""`memdec doctor`: find damaged artefacts under a folder, and name what will be made again because of them.
 
-A damaged artefact loses its manifest, so that no stage reads it and Snakemake sees it as missing; `make repair` then makes
-it again. A folder without a manifest is work in progress: it is named and left as it is. What is gone without a trace
-cannot be seen here; `make repair` asks Snakemake for it.
+The manifest of a damaged artefact is removed, so no stage reads the artefact and Snakemake treats it as missing.
+`make repair` then makes it again. An artefact without a manifest is unfinished: it is reported and left as it is. A
+deleted folder cannot be found here; `make repair` asks Snakemake for missing outputs.
 """
 
 import json
@@ -22,11 +22,11 @@ class Found:
     """One artefact folder.
 
     Attributes:
-        path: Where it is.
-        names: Recipes by which others have it among their inputs.
-        inputs: Recipes of its own inputs.
-        problem: What is wrong with it, if anything.
-        unknown: What to say of the artefacts made from it where no recipe is known to be among their inputs.
+        path: The folder.
+        names: Its recipes, as they appear among the inputs of other artefacts.
+        inputs: Recipes of its inputs.
+        problem: What is wrong with it; None if it is undamaged.
+        unknown: Replaces the list of artefacts made from it, if its recipe cannot be read.
         is_unfinished: Whether it has no manifest yet, or a process is building it.
     """
 
@@ -39,16 +39,16 @@ class Found:
 
 
 def run(folder: Path) -> tuple[list[str], int]:
-    """Take the manifests of damaged artefacts away.
+    """Check all artefacts below a folder and remove the manifests of the damaged ones.
 
     Args:
-        folder: All artefacts below it are looked at.
+        folder: Where to search.
 
     Returns:
-        One line for each artefact that is not whole and one for all, and the number of damaged ones.
+        One line for each damaged or unfinished artefact and a summary line; and the number of damaged ones.
 
     Raises:
-        ConfigError: No such folder.
+        ConfigError: The folder does not exist.
         ArtifactError: A manifest cannot be removed.
     """
     if not folder.is_dir():
@@ -69,12 +69,12 @@ def _artefacts(folder: Path) -> Iterator[Path]:
     for place, below, files in os.walk(folder):
         below.sort()
         if MARK in files or (MANIFEST in files and artefact.kind_of(Path(place))):
-            below.clear()  # what is in an artefact is no artefact
+            below.clear()  # folders inside an artefact are not artefacts
             yield Path(place)
 
 
 def _look(path: Path) -> Found:
-    """State of an artefact folder; a damaged one loses its manifest."""
+    """Check one artefact folder; remove its manifest if it is damaged."""
     found = Found(path)
     with ExitStack() as stack:
         try:
@@ -94,7 +94,7 @@ def _examine(found: Found) -> None:
     if mark.is_file():
         found.names.add(mark.read_text(encoding="utf-8"))
     kind = artefact.kind_of(found.path)
-    if kind is None:  # the recipe of keys stands in the manifest alone
+    if kind is None:  # only the manifest has `keys_recipe`
         found.unknown = "what was made from it"
     else:
         said = json.loads(manifest.read_text(encoding="utf-8"))
@@ -117,7 +117,7 @@ def _remove(manifest: Path) -> None:
 
 
 def _dependants(found: Found, everything: list[Found]) -> list[Found]:
-    """What was made from an artefact, and what was made from that."""
+    """Artefacts made from this one, directly or through others."""
     names, dependants = set(found.names), []
     waiting = [other for other in everything if other is not found]
     while fresh := [other for other in waiting if names & set(other.inputs.values())]:

@@ -1,11 +1,11 @@
-"""Stage `index`: the search structure over the keys of a datastore, and how near to exact its search is.
+"""Stage `index`: build the search index over the keys of a datastore and measure how exact its search is.
 
-An exact index has no data of its own. The kinds with cells (`ivf`) are trained on a random sample of the keys and then
-filled with every key once, so a streamed datastore gives the same index as a stored one.
+An exact index has no files besides its manifest. The IVF kinds (`ivfflat`, `ivfpq`) are trained on a random sample of
+the keys. Then every key is added once, so a streamed datastore gives the same index as a stored one.
 
 Output: `trained.safetensors` (centroids, codebooks, rotation) and `codes.npy` [N, bytes] (cell and code of each key).
-The manifest holds recall@k against exact search in float64 and the total variation of p_kNN, measured on a sample of
-queries at several nprobe: with exact distances (rescored) and with those of the index (released).
+The manifest holds recall@k against exact search in float64, and the total variation distance between both p_kNN. They
+are measured on a sample of queries at several nprobe, with exact distances (rescored) and with the index's (released).
 """
 
 import time
@@ -29,11 +29,11 @@ from memdec.maths.exact_search import Nearest
 from memdec.maths.sparse_rows import SparseRows, total_variation
 from memdec.settings import IndexSettings
 
-PER_CALL = 65_536  # keys that are encoded at once
-_CHECKPOINT = 60.0  # seconds between two marks to resume from
-_EXACT = 0.999  # recall below which exact search is worth a warning; ties cost some
+PER_CALL = 65_536  # keys encoded per call
+_CHECKPOINT = 60.0  # seconds between two checkpoints
+_EXACT = 0.999  # warn if the recall of exact search is lower; ties between distances may cost a little
 _POINTS = 39  # training keys per centroid below which FAISS warns
-_TEMPERATURES = (1.0, 16.0)  # of the total variation in the manifest
+_TEMPERATURES = (1.0, 16.0)  # temperatures at which total variation is measured
 
 
 def run(
@@ -42,9 +42,9 @@ def run(
     settings: IndexSettings,
     device: torch.device | None = None,
 ) -> None:
-    """Train and fill the index over all keys, and measure how near to exact its search is.
+    """Train the index, add all keys, and measure how exact its search is.
 
-    `device`: of k-means and search; None for a GPU where there is one.
+    `device` runs k-means and search; None means a GPU if there is one.
     """
     store = Datastore(datastore)
     _check(store, settings)
@@ -65,7 +65,7 @@ def _sizes(out: Path) -> list[int]:
 
 
 def _check(store: Datastore, settings: IndexSettings) -> None:
-    """Everything that would fail, or be worthless, after hours of work."""
+    """Check beforehand what would otherwise fail, or give a useless index, after hours of work."""
     kind, d, n = settings.kind, store.width, store.n
     if settings.opq and kind != "ivfpq":
         raise ConfigError(f"index: expected opq with kind ivfpq alone, found kind {kind}; set `opq: false`")
@@ -89,20 +89,20 @@ def _check(store: Datastore, settings: IndexSettings) -> None:
     if sample < _POINTS * settings.centroids:
         warnings.warn(
             f"index: {sample} training keys for {settings.centroids} centroids; at least {_POINTS * settings.centroids} "
-            "are usual, fewer make worse cells",
+            "are usual, fewer give worse cells",
             stacklevel=2,
         )
     from memdec.datastore import ivf  # exact search needs no faiss
 
     code = ivf.code_bytes(store, settings)
-    # In memory a key has its code and a 64-bit position; while training, the sample lies there in float32.
+    # A key takes its code and a 64-bit position in memory. Training needs the sample in float32.
     resources.check_memory(
         max(n * (code + 8.0), 8.0 * sample * d), f"index of kind {kind}", "lower 'sample' or 'code_size'"
     )
 
 
 def _encoder(store: Datastore, out: Path, settings: IndexSettings) -> Any | None:
-    """What makes the codes of an ivf index; None for exact search, which has none."""
+    """The encoder of an IVF index; None for exact search, which has no codes."""
     if not settings.is_ivf:
         return None
     from memdec.datastore import ivf
@@ -113,7 +113,7 @@ def _encoder(store: Datastore, out: Path, settings: IndexSettings) -> Any | None
 def _fill(
     store: Datastore, out: Path, settings: IndexSettings, work: Path, device: torch.device | None
 ) -> dict[str, Any]:
-    """One pass over all keys: write the codes, and find the true neighbours of the check's queries on the way."""
+    """Write the codes of all keys; the same pass finds the exact neighbours of the check's queries."""
     own, queries = store.sample(min(settings.check_queries, store.n), settings.seed + 1)
     neighbours = min(settings.check_neighbours, store.n - 1)
     truth = Nearest(torch.from_numpy(queries).double(), neighbours + 1)
@@ -167,7 +167,7 @@ def _measure(
     true: Pair,
     device: torch.device | None,
 ) -> dict[str, Any]:
-    """Recall and total variation of the filled index against the true neighbours, by nprobe and kind of distances."""
+    """Recall and total variation against the exact neighbours, for each nprobe and kind of distance."""
     searcher, neighbours = Searcher(store, settings, out, device), true[1].shape[1]
     results: dict[str, Any] = {}
     cells = sorted({min(nprobe, settings.centroids) for nprobe in settings.check_nprobe})
@@ -184,15 +184,15 @@ def _measure(
                 }
     if settings.kind == "exact" and results["all"]["rescored"]["recall"] < _EXACT:
         warnings.warn(
-            f"index: exact search found {results['all']['rescored']['recall']:.4f} of the true neighbours; distances between "
-            "the keys are lost in float32, look at the key point",
+            f"index: exact search found {results['all']['rescored']['recall']:.4f} of the true neighbours; float32 "
+            "cannot resolve the distances between these keys, check the key point",
             stacklevel=2,
         )
     return results
 
 
 def _variation(searcher: Searcher, near: Pair, true: Pair, temperature: float) -> float:
-    """Mean total variation between the p_kNN of two sets of neighbours; 1 for a row that has none."""
+    """Mean total variation between the p_kNN of two sets of neighbours; a row without neighbours counts as 1."""
     there = np.asarray(np.isfinite(near[0]).any(1))
 
     def rows(pair: Pair) -> SparseRows:

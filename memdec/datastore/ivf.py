@@ -1,7 +1,8 @@
-"""FAISS indexes with cells (IVF): the search visits the nearest cells only.
+"""FAISS indexes with cells (IVF): the search visits only the nearest cells.
 
-`ivfflat` keeps keys as they are on disk, `ivfpq` codes of a few bytes. Files: `trained.safetensors` (centroids, codebooks,
-rotation) and `codes.npy` [N, bytes] (cell and code of each key). This is the only module that imports faiss.
+`ivfflat` holds the keys in the number type of the datastore, `ivfpq` holds codes of a few bytes. Files:
+`trained.safetensors` (centroids, codebooks, rotation) and `codes.npy` [N, bytes] (cell and code of each key). This is
+the only module that imports faiss.
 """
 
 from pathlib import Path
@@ -27,13 +28,13 @@ Trained = dict[str, NDArray[Any]]
 
 
 class IvfIndex:
-    """The filled index of a folder, on all GPUs where FAISS has them.
+    """The index of a folder with all its keys, on all GPUs if FAISS supports them.
 
     Args:
         store: The keys that it was made from.
-        settings: Of the index.
-        folder: Where its files are.
-        device: Of the search; None for a GPU where there is one.
+        settings: Settings of the index.
+        folder: Folder of the index.
+        device: Where to search; None means a GPU if there is one.
     """
 
     def __init__(self, store: Datastore, settings: IndexSettings, folder: Path, device: torch.device | None) -> None:
@@ -47,23 +48,23 @@ class IvfIndex:
         if self._on_gpu:
             options = faiss.GpuMultipleClonerOptions()
             options.shard = True
-            options.useFloat16 = settings.kind == "ivfpq"  # tables of 64-byte codes fit a GPU's shared memory only so
+            options.useFloat16 = settings.kind == "ivfpq"  # so that tables of 64-byte codes fit a GPU's shared memory
             index = faiss.index_cpu_to_all_gpus(index, options)
         self._index = index
 
     def set_nprobe(self, nprobe: int) -> None:
-        """Visit the nearest `nprobe` cells from now on."""
+        """Search the nearest `nprobe` cells from now on."""
         space = faiss.GpuParameterSpace() if self._on_gpu else faiss.ParameterSpace()
         space.set_index_parameter(self._index, "nprobe", nprobe)
 
     def search(self, queries: Float[np.ndarray, "B D"], fetch: int) -> Pair:
-        """Distances of the index and positions of the nearest `fetch` keys; -1 where the cells have fewer."""
+        """Distances by the index, and positions, of the nearest `fetch` keys; -1 if the cells have fewer."""
         found: Pair = self._index.search(rotate(queries, self._trained), fetch)
         return found
 
 
 class Encoder:
-    """Makes the codes of keys from what was trained."""
+    """Encodes keys with the trained centroids and codebooks."""
 
     def __init__(self, store: Datastore, settings: IndexSettings, folder: Path) -> None:
         self._trained = load_file(folder / TRAINED)
@@ -77,12 +78,12 @@ class Encoder:
 
 
 def code_bytes(store: Datastore, settings: IndexSettings) -> int:
-    """Bytes of the code of a key, without its cell."""
+    """Bytes of the code of one key, without the number of its cell."""
     return settings.code_size if settings.kind == "ivfpq" else store.width * _scalar_type(store)[1]
 
 
 def empty(store: Datastore, settings: IndexSettings, trained: Trained) -> Any:
-    """The FAISS index with these cells and codebooks, without keys."""
+    """Make a FAISS index with these centroids and codebooks, but without keys."""
     cells = faiss.IndexFlatL2(store.width)
     cells.add(trained["centroids"].astype(np.float32))
     n_cells = len(trained["centroids"])
@@ -105,13 +106,13 @@ def empty(store: Datastore, settings: IndexSettings, trained: Trained) -> Any:
 
 
 def _scalar_type(store: Datastore) -> tuple[Any, int]:
-    """Scalar quantiser that keeps keys as they are on disk, and its bytes per dimension."""
+    """Scalar quantiser for the number type of the stored keys (None: float32), and bytes per dimension."""
     kinds = faiss.ScalarQuantizer
     return {"float16": (kinds.QT_fp16, 2), "bfloat16": (kinds.QT_bf16, 2), "float32": (None, 4)}[store.settings.dtype]
 
 
 def _n_gpus(device: torch.device | None) -> int:
-    """GPUs that FAISS may use."""
+    """Number of GPUs that FAISS may use."""
     on_gpu = hasattr(faiss, "index_cpu_to_all_gpus") and devices.pick_for(device).type == "cuda"
     return faiss.get_num_gpus() if on_gpu else 0
 
@@ -126,7 +127,7 @@ def rotate(keys: NDArray[np.float32], trained: Trained) -> NDArray[np.float32]:
 
 
 def train(store: Datastore, out: Path, settings: IndexSettings, device: torch.device | None) -> None:
-    """Write `trained.safetensors`, unless a killed run has."""
+    """Train the index and write `trained.safetensors`, unless a killed run has written it already."""
     path = out / TRAINED
     if _is_trained(path, store, settings):
         return
@@ -135,7 +136,7 @@ def train(store: Datastore, out: Path, settings: IndexSettings, device: torch.de
     if settings.opq:
         opq = faiss.OPQMatrix(store.width, settings.code_size)
         codebooks = faiss.ProductQuantizer(store.width, settings.code_size, 8)
-        codebooks.cp.min_points_per_centroid = 1  # said before, in our words
+        codebooks.cp.min_points_per_centroid = 1  # no FAISS warning: `index` has checked the sample already
         opq.pq = codebooks
         rng = np.random.default_rng(settings.seed)
         some = rng.choice(len(keys), min(len(keys), 256 * 256), replace=False)
@@ -148,7 +149,7 @@ def train(store: Datastore, out: Path, settings: IndexSettings, device: torch.de
     on_gpu = faiss.index_cpu_to_all_gpus(cells) if _n_gpus(device) else cells
     clustering.train(keys, on_gpu)
     centroids = faiss.vector_to_array(clustering.centroids).reshape(-1, store.width)
-    # Residuals are taken from the centroids as they are on disk, so half of the bytes costs nothing.
+    # Residuals are computed from the centroids as stored, so storing them in half the bytes loses no accuracy.
     with np.errstate(over="ignore"):
         narrow = centroids.astype(np.float16 if store.settings.dtype == "float16" else np.float32)
     trained["centroids"] = narrow if np.isfinite(narrow).all() else centroids
@@ -163,7 +164,7 @@ def train(store: Datastore, out: Path, settings: IndexSettings, device: torch.de
 
 
 def _is_trained(path: Path, store: Datastore, settings: IndexSettings) -> bool:
-    """Whether a killed run, or one whose folder was damaged since, left a whole file."""
+    """Whether a complete file is there, from a killed run or from one whose folder was damaged later."""
     try:
         return load_file(path)["centroids"].shape == (settings.centroids, store.width)
     except (OSError, SafetensorError, KeyError):

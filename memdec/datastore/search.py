@@ -1,7 +1,7 @@
-"""Nearest neighbours among the keys of a datastore: the one search that all readers use.
+"""Search the nearest neighbours among the keys of a datastore; every user of neighbours searches through this module.
 
-exact: all keys pass by in blocks, or stay on the GPU (`device_search`). ivfflat and ivfpq: FAISS searches the nearest
-cells only (`ivf`). Whatever finds the candidates, they are ordered by exact distances taken from the keys themselves.
+Exact search reads all keys in blocks, or keeps them on the GPU (`device_search`). For ivfflat and ivfpq, FAISS searches
+only the nearest cells (`ivf`). In both cases the candidates are then sorted by exact distances to the stored keys.
 """
 
 from pathlib import Path
@@ -21,18 +21,18 @@ from memdec.maths import kernels, knn
 from memdec.maths.exact_search import Nearest
 from memdec.settings import IndexSettings, SearchSettings, parse
 
-BLOCK = 2048  # keys per block of exact search: its distances stay in the cache
-_MORE = 16  # candidates fetched beyond k, so that rounding cannot decide who is the last neighbour
-_TOKENS = 1 << 22  # tokens per block of a count, which NumPy takes as 64-bit integers
-_SAME_TOKEN = 256  # most positions of an input token that are all candidates for its queries
+BLOCK = 2048  # keys per block of exact search: the distances of a block fit into the CPU cache
+_MORE = 16  # candidates fetched beyond k, so that rounding does not decide which key is the k-th neighbour
+_TOKENS = 1 << 22  # tokens counted per block: NumPy converts a block to 64-bit integers
+_SAME_TOKEN = 256  # an input token with at most so many positions is rare: all of them are candidates
 Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 class _SameToken:
-    """Positions whose key was read at the same input token, for tokens that are rare in the datastore.
+    """Extra candidates for IVF search: all positions with the same input token, for tokens rare in the datastore.
 
-    The keys nearest to that of a rare token are mostly those of the same token, but they are too few to have a cell of
-    their own: nearly all that the nearest cells miss, and that matters, is here.
+    The nearest keys of a rare token are mostly keys of the same token. They are too few to form a cell, so IVF search
+    often misses them. Most neighbours that it misses and that matter are found here.
     """
 
     def __init__(self, values: NDArray[np.integer], vocab_size: int) -> None:
@@ -48,7 +48,7 @@ class _SameToken:
         self._edges = np.concatenate([[0], np.cumsum(np.where(rare, counts, 0))])
 
     def of(self, inputs: Int[np.ndarray, " B"]) -> Int[np.ndarray, "B C"]:
-        """Positions with these input tokens (-1 for none), filled up with -1."""
+        """Positions with these input tokens (-1: no token), padded with -1."""
         begin, end = self._edges[inputs], self._edges[np.maximum(inputs, -1) + 1]
         end = np.where(inputs < 0, begin, end)
         places = begin[:, None] + np.arange(int((end - begin).max()))
@@ -57,13 +57,13 @@ class _SameToken:
 
 
 class Searcher:
-    """Nearest neighbours of any queries among the keys of a datastore.
+    """Finds the nearest neighbours of queries among the keys of a datastore.
 
     Args:
         store: The keys.
-        settings: Of the index.
-        folder: Where its files are.
-        device: Of the search; None for a GPU where there is one.
+        settings: Settings of the index.
+        folder: Folder of the index.
+        device: Where to search; None means a GPU if there is one.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class Searcher:
         self._values: Tensor | None = None
         self._ivf: Any = None
         self._same_token: _SameToken | None = None
-        # Candidates lie anywhere: in memory they take half the time of a memory map, for its pages are small.
+        # Candidates are at random positions: reading them from memory takes half the time of a memory map, whose pages
+        # are small.
         in_memory = sum(keys.nbytes for _, keys in store.parts) < resources.free_memory() / 10
         self._parts = [(first, kernels.bits(np.array(keys) if in_memory else keys)) for first, keys in store.parts]
         if settings.is_ivf:
@@ -85,10 +86,10 @@ class Searcher:
                 self._same_token = _SameToken(store.values, store.facts["vocab_size"])
 
     def set_nprobe(self, nprobe: int) -> None:
-        """Search the nearest `nprobe` cells of an ivf index; nothing for the other kinds.
+        """Search the nearest `nprobe` cells of an IVF index from now on; no effect on an exact index.
 
         Raises:
-            ConfigError: There are fewer.
+            ConfigError: The index has fewer cells.
         """
         check_cells(self.settings, nprobe)
         if self._ivf is not None:
@@ -96,7 +97,7 @@ class Searcher:
 
     @property
     def on_device(self) -> DeviceSearch | None:
-        """The search on another device than the CPU, with its keys there from the first use on; None without one."""
+        """The exact search on a GPU, which holds the keys from the first use on; None if the CPU searches."""
         device = devices.pick_for(self._device)
         if self.settings.kind != "exact" or not self.store.parts or device.type == "cpu":
             return None
@@ -113,9 +114,9 @@ class Searcher:
         inputs: Int[np.ndarray, " B"] | None = None,
         released: bool = False,
     ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
-        """As `search`, but the result stays on the device of the search, and its exact distances are taken there.
+        """As `search`, but exact distances are computed on the search device and the result stays there.
 
-        They differ from those of the CPU in their last bits: the order of the sum is another.
+        They may differ from those of the CPU in the last bits, because the order of summation differs.
         """
         if (there := self.on_device) is not None:
             return there.search(torch.from_numpy(queries), neighbours, None if own is None else torch.from_numpy(own))
@@ -131,24 +132,24 @@ class Searcher:
         inputs: Int[np.ndarray, " B"] | None = None,
         released: bool = False,
     ) -> Pair:
-        """The nearest neighbours of each query, without the position it stands for.
+        """Find the nearest neighbours of each query, excluding the query's own position.
 
         Args:
-            queries: float32.
-            neighbours: How many, at most the number of keys that are not the query's own.
-            own: Position of each query in the datastore; None for queries from outside.
-            inputs: For queries from outside, the token at which each key was read (the one before its position), -1 if
-                unknown.
-            released: Give the distances of the index, and the neighbours in their order. Otherwise more candidates are
-                fetched, those with the same rare input token join them, and all are ordered by their exact distance;
-                that makes the result independent of the batch, too.
+            queries: Query vectors, float32.
+            neighbours: Neighbours per query, at most the number of keys without the query's own.
+            own: Position of each query in the datastore; None if the queries are not keys of the datastore.
+            inputs: If the queries are not keys of the datastore: the last input token of each query, which is the token
+                before its position; -1 if unknown.
+            released: Use the distances of the index and its order, as the released code does. Otherwise more candidates
+                are fetched, positions with the same rare input token are added, and all are sorted by exact distance.
+                The result is then also independent of the batch.
 
         Returns:
-            Squared distances (float32) and positions, shape (B, neighbours), nearest first, ties by position; +inf and
-            -1 where the index found fewer.
+            Squared distances (float32) and positions, shape (B, neighbours), nearest first, ties by position. Where the
+            index found fewer, the rest is +inf and -1.
 
         Raises:
-            ArtifactError: There are no stored keys to take distances from.
+            ArtifactError: The keys are not stored, so there are no exact distances.
         """
         if not released:
             self.store.require_stored("set `released: true` (targets), or store the keys")
@@ -167,18 +168,18 @@ class Searcher:
     def rows(
         self, sq_dist: Float[Tensor, "B K"], ids: Int[Tensor, "B K"], temperature: float, **cut: Any
     ) -> tuple[Int[Tensor, " B"], Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
-        """p_kNN from neighbours, as `knn.aggregate` gives it, on their device.
+        """Compute p_kNN of the neighbours with `knn.aggregate`, on their device.
 
         Args:
             sq_dist: Squared distances.
-            ids: Positions in the datastore, -1 where there is none.
+            ids: Positions in the datastore, -1 for no neighbour.
             temperature: tau.
             cut: `top` and `threshold` of `knn.aggregate`.
         """
         return knn.aggregate(sq_dist, self._tokens_of(ids), temperature, **cut)
 
     def _tokens_of(self, ids: Int[Tensor, "B K"]) -> Int[Tensor, "B K"]:
-        """Token of each position, any where there is none; the stream goes to another device once."""
+        """Token of each position, arbitrary for -1; a GPU gets a copy of the token stream once."""
         if ids.device.type == "cpu":
             return torch.from_numpy(self.store.values[np.maximum(ids.numpy(), 0)].astype(np.int64))
         if self._values is None:
@@ -200,10 +201,10 @@ class Searcher:
 
 
 def check_same(store: Datastore, folder: Path) -> artefact.Manifest:
-    """Manifest of an index that was made from the keys of a datastore.
+    """Check that an index was made from the keys of this datastore, and return its manifest.
 
     Raises:
-        ArtifactError: The index is not whole, or of other keys.
+        ArtifactError: The index is incomplete, or was made from other keys.
     """
     manifest = artefact.read(folder, "index")
     if manifest.inputs["datastore"] != store.recipe:
@@ -215,27 +216,27 @@ def check_same(store: Datastore, folder: Path) -> artefact.Manifest:
 
 
 def check_cells(settings: IndexSettings, nprobe: int) -> None:
-    """An index must have the cells that are to be searched.
+    """Check that an index has at least `nprobe` cells.
 
     Raises:
-        ConfigError: There are fewer.
+        ConfigError: It has fewer.
     """
     if (fault := settings.cells_fault(nprobe)) is not None:
         raise ConfigError(f"nprobe: {fault}; lower 'nprobe'")
 
 
 def check(store: Datastore, folder: Path, wanted: SearchSettings, *, own: bool = False) -> artefact.Manifest:
-    """Manifest of an index that can give the neighbours that are wanted; nothing is loaded.
+    """Check that an index can give the requested neighbours, and return its manifest; loads no keys.
 
     Args:
         store: The keys.
         folder: The index.
         wanted: k and nprobe.
-        own: The queries are the keys themselves, none of which is its own neighbour.
+        own: Whether the queries are the keys themselves; a key is not its own neighbour, so there is one less.
 
     Raises:
-        ArtifactError: The index is not whole, or of other keys.
-        ConfigError: More neighbours than keys, or more cells than the index has.
+        ArtifactError: The index is incomplete, or was made from other keys.
+        ConfigError: k is more than the number of keys, or nprobe more than the number of cells.
     """
     manifest = check_same(store, folder)
     check_cells(parse(IndexSettings, manifest.settings, str(folder)), wanted.nprobe)
@@ -244,7 +245,7 @@ def check(store: Datastore, folder: Path, wanted: SearchSettings, *, own: bool =
 
 
 def check_neighbours(store: Datastore, neighbours: int, *, own: bool = False) -> None:
-    """A datastore must have as many neighbours as are wanted; `own` as in `check`.
+    """Check that a datastore has enough keys for this many neighbours; `own` as in `check`.
 
     Raises:
         ConfigError: It has fewer.
@@ -257,7 +258,7 @@ def check_neighbours(store: Datastore, neighbours: int, *, own: bool = False) ->
 
 
 def load(store: Datastore, folder: Path, nprobe: int = 32, device: torch.device | None = None) -> Searcher:
-    """The search over a datastore with an index that was made from its keys; `device` as for `Searcher`."""
+    """Load the search over a datastore and its index, after checking that they match; `device` as for `Searcher`."""
     settings: IndexSettings = parse(IndexSettings, check_same(store, folder).settings, str(folder))
     searcher = Searcher(store, settings, folder, device)
     searcher.set_nprobe(nprobe)

@@ -1,4 +1,4 @@
-"""Rows of the targets on disk: a shard is written row by row and can be resumed; several shards are read as one."""
+"""Write and read targets on disk: a shard is written in batches and can be resumed; shards are read as one."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from memdec.artefacts import artefact
 from memdec.errors import ArtifactError
 from memdec.maths.sparse_rows import SparseRows
 
-_CHECKPOINT = 30.0  # seconds between two marks to resume from
-_HEADER = 128  # bytes of the header of a one-dimensional .npy file, whatever its length
+_CHECKPOINT = 30.0  # seconds between two checkpoints
+_HEADER = 128  # bytes of the header of a one-dimensional .npy file of any length
 
 
 class RowWriter:
-    """Appends rows to the three arrays of a shard; what was written before the last mark is kept after a kill."""
+    """Appends rows to the three arrays of a shard; after a kill, rows up to the last checkpoint are kept."""
 
     def __init__(self, out: Path, work: Path, token: np.dtype[Any], prob: np.dtype[Any]) -> None:
         self._mark, self._last = work / "rows.json", time.monotonic()
@@ -32,7 +32,7 @@ class RowWriter:
         }
         paths = {name: out / f"{name}.npy" for name in dtypes}
         if not all(path.is_file() and path.stat().st_size >= n_bytes[name] for name, path in paths.items()):
-            state = dict.fromkeys(state, 0)  # a mark beside files that are gone or shorter means nothing
+            state = dict.fromkeys(state, 0)  # files are missing or too short for this checkpoint: start again
         self.n, self.n_entries, self.n_short = state["rows"], state["entries"], state["short"]
         self._open = ExitStack()
         self._files: dict[str, tuple[Any, np.dtype[Any]]] = {}
@@ -61,9 +61,9 @@ class RowWriter:
     def append(
         self, counts: NDArray[np.int64], tokens: NDArray[np.integer], probs: NDArray[np.floating], n_short: int
     ) -> None:
-        """Write a batch of rows; probabilities that the type on disk cannot tell from zero are left out.
+        """Write a batch of rows; probabilities that round to zero in the type on disk are left out.
 
-        `n_short` of the rows have fewer neighbours than asked for.
+        `n_short` of the rows have fewer neighbours than requested.
         """
         narrow = probs.astype(self._files["probs"][1])
         there = narrow > 0
@@ -84,7 +84,7 @@ class RowWriter:
             self._last = time.monotonic()
 
     def finish(self) -> None:
-        """Put the lengths into the headers."""
+        """Write the final lengths into the file headers."""
         for name, (file, _) in self._files.items():
             file.seek(0)
             self._header(name, self.n + 1 if name == "indptr" else self.n_entries)
@@ -97,15 +97,15 @@ class RowWriter:
         file, dtype = self._files[name]
         plain = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
         np.lib.format.write_array_header_1_0(file, plain)
-        if file.tell() != _HEADER:  # numpy leaves room for any length; resuming relies on it
+        if file.tell() != _HEADER:  # NumPy pads the header for any length; resuming relies on it
             raise AssertionError(f"header of {file.tell()} bytes")
 
 
 class TargetReader:
-    """Rows of several target shards by position, memory-mapped.
+    """Reads the rows of several target shards by position, from memory-mapped files.
 
     Raises:
-        ArtifactError: Shards of different runs, of other tokens, overlapping, or with a gap.
+        ArtifactError: The shards are of different runs or of other tokens, or they overlap or leave a gap.
     """
 
     def __init__(self, folders: Sequence[Path], expected_tokens: str) -> None:
@@ -142,7 +142,7 @@ class TargetReader:
         counts = np.concatenate([np.diff(indptr) for indptr, _, _ in pieces])
         probs = np.concatenate([prob for _, _, prob in pieces])
         indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        if probs.dtype == np.float16:  # eleven bits do not sum to one
+        if probs.dtype == np.float16:  # rounded to eleven bits, they do not sum to one
             total = np.add.reduceat(probs, indptr[:-1], dtype=np.float64)
             probs = (probs / np.repeat(total, counts)).astype(np.float32)
         return SparseRows(indptr, np.concatenate([token for _, token, _ in pieces]), probs)

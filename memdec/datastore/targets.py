@@ -1,14 +1,15 @@
-"""Stage `targets`: the kNN next-token distribution of every position, sparse, in shards.
+"""Stage `targets`: compute the kNN next-token distribution of every position, as sparse rows in shards.
 
-Each position is searched with its own key; the position itself is removed by identity, not by rank; the remaining k
-neighbours give softmax(-d^2 / temperature), equal tokens summed (paper, equation 2). A shard is a range of positions
-in CSR form: `indptr.npy`, `tokens.npy`, `probs.npy`. Rows are appended batch by batch, so memory does not grow with the
-shard and a killed run goes on where it was. Batches lie on one grid over all positions: a row is the same whatever the
-shard. A batch is written while the next one is searched.
+The key of each position is the query. The position itself is removed from the result by its number, not by its rank.
+The k remaining neighbours get the weights softmax(-d^2 / temperature), summed over equal tokens (paper, equation 2). A
+shard holds a range of positions in CSR form: `indptr.npy`, `tokens.npy`, `probs.npy`. Rows are appended batch by batch,
+so memory does not grow with the shard, and a killed run resumes where it stopped. Batches are fixed for the whole
+split, so a row does not depend on the number of shards. While a batch is written, the next one is searched.
 
-Exact search on a GPU has larger batches, and aggregation runs there too: only the rows come to the host.
+Exact search on a GPU uses larger batches. Aggregation runs there too, and only the finished rows are copied to the CPU.
 
-The queries may also be another split of the same model's keys (evaluation text for the kNN-LM): then nothing is removed.
+The queries may also be keys of another split by the same model (evaluation text for the kNN-LM). Then no position is
+removed.
 """
 
 import warnings
@@ -47,14 +48,14 @@ def run(
     """Make one shard of the targets.
 
     Args:
-        datastore: Folders of the keys, which are the queries too.
+        datastore: Folders of the keys, which are also the queries unless `queries` is given.
         index_folder: Index over the same keys.
-        stream: Token stream that the datastore was made of.
-        out: Folder to make.
+        stream: Token stream that the datastore was made from.
+        out: Output folder.
         settings: k, temperature and so on; `settings.shards` is the number of shards.
-        shard: Which one, from 0.
-        queries: Folders of another datastore of the same model, for rows of other text.
-        device: Of exact search and aggregation; None for a GPU where there is one.
+        shard: Number of this shard, from 0.
+        queries: Folders of another datastore of the same model; its keys are the queries.
+        device: Where to run exact search and aggregation; None means a GPU if there is one.
     """
     if not 0 <= shard < settings.shards:
         raise ConfigError(f"targets: expected a shard from 0 to {settings.shards - 1}, found {shard}")
@@ -68,7 +69,7 @@ def run(
             f"{store.folder}: expected keys of {stream}, found keys of other tokens; run `memdec datastore` again"
         )
     _check(store, asked, settings)
-    # The batch size moves no row by more than rounding, so it is not part of the recipe.
+    # The batch size changes rows by rounding at most, so it is not part of the recipe.
     plain = {**settings.model_dump(mode="json", exclude={"batch_size"}), "shard": shard}
     inputs = {"datastore": store.recipe, "index": found.recipe, "tokens": source.recipe}
     if asked is not store:
@@ -101,7 +102,7 @@ def run(
 
 
 def _check(store: Datastore, asked: Datastore, settings: TargetSettings) -> None:
-    """What can be known to be wrong before the first search."""
+    """Check settings and inputs before the first search."""
     if settings.shards > asked.n:
         raise ConfigError(
             f"targets: expected at most {asked.n} shards for {asked.n} positions, found {settings.shards}; lower 'shards'"
@@ -130,9 +131,9 @@ def _check_values(values: NDArray[np.integer], store: Datastore, stream: Path) -
 
 
 def _write(rows: "RowWriter", batches: Iterator[_Batch], n: int, out: Path) -> None:
-    """Append all batches up to `n` rows, each while the next one is searched.
+    """Append all batches up to `n` rows; while a batch is written, the next one is searched.
 
-    One batch is under way at most. When the search fails, the batch before it is still written and marked.
+    At most one batch is waiting to be written. If a search fails, the batch before it is still written.
     """
     bar = tqdm(total=n, initial=rows.n, desc="targets", unit="row", unit_scale=True, mininterval=2)
     pending: Future[None] | None = None
@@ -158,11 +159,11 @@ def _search(
     begin: int,
     end: int,
 ) -> Iterator[_Batch]:
-    """(counts, tokens, probs, short rows) of the positions [begin, end), batch by batch of the grid."""
+    """Yield (counts, tokens, probs, number of short rows) of the positions [begin, end), batch by batch."""
     size = settings.batch_size
     if searcher.on_device is not None:
-        size = max(size, device_search.QUERIES)  # not what memory allows just now: a resumed run needs the same grid
-    grid = begin // size * size  # the whole first batch is searched again: its rows do not depend on where we begin
+        size = max(size, device_search.QUERIES)  # not by free memory: a resumed run needs the same batches
+    grid = begin // size * size  # search the whole first batch, so that its rows do not depend on `begin`
     for first, queries in asked.blocks(grid, min(-(-end // size) * size, asked.n), size):
         positions = np.arange(first, first + len(queries))
         own, inputs = (positions, None) if asked is searcher.store else (None, _inputs(asked, positions))
@@ -176,11 +177,11 @@ def _search(
             raise NumericsError(
                 f"targets: expected neighbours for position {first + low + error.row}, but {error.why}"
             ) from None
-        if searcher.on_device is not None:  # as on disk: 8,192 rows of 1,024 entries are 134 MB before and 67 after
+        if searcher.on_device is not None:  # types as on disk: 8,192 rows of 1,024 entries shrink from 134 MB to 67 MB
             tokens, probs = tokens.int(), probs.to(getattr(torch, settings.dtype))
         yield counts.cpu().numpy(), tokens.cpu().numpy(), probs.cpu().numpy(), int((ids[:, -1] < 0).sum())
 
 
 def _inputs(asked: Datastore, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The token at which the key of each position was read; -1 for the first, which has none of the text."""
+    """Last input token of each position's key, which is the token before the position; -1 for the first position."""
     return np.where(positions > 0, asked.values[np.maximum(positions, 1) - 1].astype(np.int64), -1)

@@ -1,4 +1,4 @@
-"""The systems as models of lm-eval: `memdec-interp` and its baselines, with a store of per-token scores.
+"""The systems as lm-eval models: `memdec-interp` and its baselines, with a store of per-token scores.
 
 May import: everything up to inference.
 """

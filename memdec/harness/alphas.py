@@ -1,4 +1,4 @@
-"""Which alpha each task of a run has: one for all, the paper's, or the best on a split that the task declares."""
+"""Choose alpha for each task of a run: one for all, the paper's, or the best on a split that the task declares."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from memdec.errors import ConfigError
 from memdec.maths import mixing
 from memdec.tasks.task import Declared, TaskSplit, declared
 
-log = logging.getLogger("lm_eval.models.memdec.alpha")  # the executable shows what is under lm_eval
+log = logging.getLogger("lm_eval.models.memdec.alpha")  # the `lm_eval` command only shows loggers below lm_eval
 
 ALPHAS = tuple(round(0.05 * i, 2) for i in range(21))
 TUNE = "tune"
@@ -17,15 +17,15 @@ Answer = Callable[[Sequence[Any], float], Sequence[Any]]  # (requests, alpha) ->
 
 
 class TaskAlphas:
-    """alpha by task.
+    """Chooses alpha for each task.
 
     Args:
-        mode: given: the same for all tasks. paper: the paper's, where a task declares one. tune: the best of 0, 0.05 ... 1
-            on the split that a task declares for it, else the paper's.
+        mode: given: `usual` for all tasks. paper: the paper's, if the task declares it, else `usual`. tune: the best of
+            0, 0.05 ... 1 on the split that the task declares for tuning; without such a split, the paper's.
         usual: alpha of all tasks, or of those that declare none.
 
     Attributes:
-        chosen: Of each task: alpha, where it comes from, and what it was chosen by.
+        chosen: For each task: alpha and its source; if tuned, also the metric, its value and the sweep.
     """
 
     def __init__(self, mode: Mode, usual: float) -> None:
@@ -33,10 +33,10 @@ class TaskAlphas:
         self.chosen: dict[str, dict[str, Any]] = {}
 
     def of(self, requests: Sequence[Any], answer: Answer) -> list[float]:
-        """alpha of each request; `answer` is asked where a task has to be tuned.
+        """alpha of each request; to tune a task, `answer` is called with requests of the tuning split.
 
         Raises:
-            ConfigError: A task is to be tuned and declares neither a split nor an alpha.
+            ConfigError: A task must be tuned but declares neither a split nor an alpha.
         """
         says = {request.task_name: declared(request) for request in requests}
         if self.mode == "given":
@@ -67,7 +67,7 @@ class TaskAlphas:
 
 
 def tuned(name: str, says: Declared, answer: Answer) -> dict[str, Any]:
-    """The alpha with the best first metric of a task on the split that it declares: alpha, source, metric, value, sweep."""
+    """Find the alpha with the best first metric on the tuning split; alpha, metric, value, sweep and source."""
     log.info("%s: alpha is tuned on %s", name, says.tune_split)
     split = TaskSplit(name, {**says.metadata, "split": says.tune_split})
     found = {alpha: split.value(answer(split.requests, alpha)) for alpha in ALPHAS}

@@ -1,10 +1,12 @@
-"""A base and a second distribution mixed with it, as a model of lm-eval: scoring, score store, windows, generation.
+"""The common lm-eval model of all systems: a base mixed with a second distribution; scoring, score store, generation.
 
-A subclass of the harness's own `hf` model, so everything that works there works here (batching, chat templates, peft,
-`parallelize`, `accelerate launch`). What differs: the logits are those of the mixture; they exist only where a
-continuation needs them; `loglikelihood_rolling` uses the paper's sliding windows; `label_word_probs` gives many next words
-from one pass; and with a score store the scores of both distributions are kept, so that a run at another weight computes
-nothing and loads no model.
+It is a subclass of lm-eval's `hf` model, so all features of `hf` work (batching, chat templates, peft, `parallelize`,
+`accelerate launch`). It differs in five ways:
+- The logits are those of the mixture.
+- Logits are computed only for the positions that a continuation needs.
+- `loglikelihood_rolling` uses the paper's sliding windows.
+- `label_word_probs` gives the probabilities of many next words from one pass.
+- A score store keeps the scores of both distributions, so a run at another weight loads no model.
 """
 
 import logging
@@ -36,43 +38,43 @@ from memdec.models import loading
 from memdec.models.loading import model_identity
 from memdec.text import tokens
 
-log = logging.getLogger("lm_eval.models.memdec")  # the executable shows what is under lm_eval
+log = logging.getLogger("lm_eval.models.memdec")  # the `lm_eval` command only shows loggers below lm_eval
 
 DEFAULT_CONTEXT = 1024
-# Arguments of `hf` that change no score of a request, which is named by its token ids.
+# Arguments of `hf` that are not part of the score store's setting: given the token ids, they change no score.
 _NO_NUMBERS = {
     "backend", "batch_size", "max_batch_size", "device", "revision", "trust_remote_code", "max_length", "truncation",
     "logits_cache", "parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan", "tokenizer",
     "use_fast_tokenizer", "add_bos_token", "prefix_token_id", "think_end_token", "enable_thinking", "chat_template_args",
 }  # fmt: skip
-# With these arguments of `hf` the size or place of the base is not known before it is loaded.
+# With these arguments the place of the base, or its size in bytes, is not known before it is loaded.
 _ELSEWHERE = (
     "parallelize", "tp_plan", "gguf_file", "autogptq", "gptqmodel", "load_in_4bit", "load_in_8bit", "trust_remote_code",
 )  # fmt: skip
-_LOGITS = 1 << 28  # most logits of one model that are held at a time (1 GiB in float32)
+_LOGITS = 1 << 28  # most logits of one model in memory at a time (1 GiB in float32)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
-Item = tuple[bytes, list[int], list[int]]  # key, what the model reads, what is scored at the end of it
-WordItem = tuple[bytes, tuple[int, ...], torch.Tensor]  # key, what the model reads, tokens that may come next
+Item = tuple[bytes, list[int], list[int]]  # key, input of the model, labels of its last positions
+WordItem = tuple[bytes, tuple[int, ...], torch.Tensor]  # key, input of the model, candidates for the next token
 AnyItem = TypeVar("AnyItem", Item, WordItem)
 
 
 class WrappedLM(HFLM):
-    """A system as an lm-eval model; subclasses say which, and take its parts as their arguments.
+    """A system as an lm-eval model; a subclass chooses the system and takes its parts as arguments.
 
     Args:
-        system: What answers.
-        parts: What it is made of.
-        weight: Of the second distribution, from 0 to 1: alpha of a memory, lambda of p_kNN.
-        context: Tokens of a rolling window (default 1024, or what the models hold if that is less).
+        system: The system.
+        parts: Its parts.
+        weight: Weight of the second distribution, from 0 to 1: alpha of a memory, lambda of p_kNN.
+        context: Tokens of a rolling window (default 1024, or the context of the models if that is less).
         stride: Tokens scored per rolling window (default: half the context, as in the paper; `stride=context` gives
             the disjoint windows of lm-eval's `hf`).
-        scores: Folder for per-token scores; at another weight they are read instead of computed.
+        scores: Folder for per-token scores; a run at another weight reads them instead of computing them.
         kwargs: As for lm-eval's `hf` (dtype, device, batch_size, peft, parallelize, max_length ...).
     """
 
     cache_hook: Any  # of lm-eval's cache of answers
-    remembers = False  # whether scores are kept while the process lives, without a folder
+    remembers = False  # whether scores are kept in memory if no folder is given
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class WrappedLM(HFLM):
         **kwargs: Any,
     ) -> None:
         self.system, self.weight, self.base_name = system, mixing.check_weight(weight), str(parts.base)
-        self.n_cut = 0  # requests whose left end did not fit
+        self.n_cut = 0  # requests that were cut on the left
         pretrained = self.base_name
         loading.check_folder(pretrained)
         self._spread = any(kwargs.get(key) for key in _ELSEWHERE)
@@ -100,7 +102,7 @@ class WrappedLM(HFLM):
             self._n_positions = min(int(super().max_length), self._most_positions() or sys.maxsize)
         self._configuring = False
         if hasattr(self, "accelerator"):
-            # `hf` shares requests out only where a process sees several GPUs, and by the number within a machine.
+            # `hf` distributes requests only if a process sees several GPUs, and it uses the local rank.
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.context, self.stride = self._windows(context, stride)
         self.store = self._store(scores, kwargs)
@@ -108,7 +110,7 @@ class WrappedLM(HFLM):
             log.info("scores: %d requests known in %s", len(self.store), self.store.folder or "memory")
 
     def _most_positions(self) -> int | None:
-        """Tokens that the memory can see, where the base may see more."""
+        """The context of the memory in tokens; None if there is no memory or it is unknown."""
         if self.parts.memory is None:
             return None
         return loading.n_positions(loading.config(self.parts.memory, self.parts.memory_revision))
@@ -116,18 +118,18 @@ class WrappedLM(HFLM):
     # --- the models, when they are needed ---------------------------------------------------------------------------
 
     def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
-        """Only remember how `hf` would load the base: with stored scores it may not be needed."""
+        """Delay loading the base: with stored scores it may not be needed."""
         self._load_base = partial(super()._create_model, pretrained, *args, **kwargs)
-        # What `hf` asks of a model while it is set up.
+        # The attributes that the constructor of `hf` uses.
         self._model = SimpleNamespace(to=lambda *_: None, config=self.config)
 
     def _load(self) -> None:
-        """Load base and memory, once: when a request comes that needs them, so that a fault in the rows is found before."""
+        """Load base and memory when the first request needs them; errors in the requests show before that."""
         if self._load_base is None:
             return
         load_base, self._load_base = self._load_base, None
         start = time.perf_counter()
-        if not self._spread:  # it is not known where what goes
+        if not self._spread:  # if the base is spread, its share of each device is unknown
             self.system.check_room(replace(self.parts, device=str(self._device)))
         with _loading(self.base_name):
             load_base()
@@ -141,14 +143,14 @@ class WrappedLM(HFLM):
 
     @property
     def model(self) -> Any:
-        """The mixture; loads it."""
+        """The mixture; it is loaded on first use."""
         if not self._configuring:
             self._load()
         return self._model
 
     @property
     def max_length(self) -> int:
-        """Tokens of a request that both models can see."""
+        """The longest input, in tokens, that base and memory accept."""
         return self._n_positions
 
     def _windows(self, context: int | None, stride: int | None) -> tuple[int, int]:
@@ -157,7 +159,7 @@ class WrappedLM(HFLM):
             loading.check_positions(limit, int(context), "context", "lower it")
         size = int(context) if context is not None else min(DEFAULT_CONTEXT, limit)
         step = int(stride) if stride is not None else max(1, size // 2)
-        windows(1, size, step)  # checks both
+        windows(1, size, step)  # raises if context or stride is invalid
         return size, step
 
     def _store(self, folder: str | None, kwargs: dict[str, Any]) -> ScoreStore | None:
@@ -178,7 +180,7 @@ class WrappedLM(HFLM):
 
     @property
     def _which(self) -> Which:
-        """Models that run. With a store both always do, so that any alpha can be read from it later."""
+        """Models that run. With a score store both always run, so that it serves every weight later."""
         if self.system.weight is None:
             return "base"
         return "both" if self.store is not None or 0 < self.weight < 1 else "memory" if self.weight else "base"
@@ -195,8 +197,8 @@ class WrappedLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """(log-probability in nats, whether it is the greedy choice) of each continuation.
 
-        As in `hf`, but that equal inputs run once, logits exist only from the first scored position of a batch on, and
-        stored scores are read.
+        As in `hf`, with three differences. Equal inputs run once. Logits are computed only from the first scored position
+        of a batch on. Stored scores are reused.
         """
         items = [self._item(context, continuation) for _, context, continuation in requests]
 
@@ -216,7 +218,7 @@ class WrappedLM(HFLM):
     def _scores(
         self, items: list[AnyItem], score: Callable[[list[AnyItem]], Iterator[tuple[bytes, TokenScores]]], quiet: bool
     ) -> dict[bytes, TokenScores]:
-        """Scores of items by key (their first entry): stored ones are read, of equal ones one is scored."""
+        """Scores of items by key (their first entry); stored scores are reused, and equal items are scored once."""
         found: dict[bytes, TokenScores] = {}
         missing: dict[bytes, AnyItem] = {}
         for item in items:
@@ -243,7 +245,7 @@ class WrappedLM(HFLM):
         return found
 
     def _item(self, context: list[int], continuation: list[int]) -> Item:
-        """A request as the model sees it: cut on the left to what fits."""
+        """Key, input and labels of a request; the input is cut on the left to fit into the context."""
         if not 0 < len(continuation) <= self.max_length:
             raise ConfigError(
                 f"loglikelihood: expected a continuation of 1 to {self.max_length} tokens (positions of the models), found "
@@ -255,7 +257,7 @@ class WrappedLM(HFLM):
         return request_key("pair", whole, [len(labels)]), whole[:-1], labels
 
     def _request_batches(self, items: list[Item], size: int | None) -> Iterator[list[list[Item]]]:
-        """Batches of groups that read the same input, long inputs first; items of a group differ in what is scored."""
+        """Batches of groups, longest inputs first; the items of a group have the same input but different labels."""
         groups: dict[tuple[int, ...], list[Item]] = {}
         for item in items:
             groups.setdefault(tuple(item[1]), []).append(item)
@@ -273,12 +275,12 @@ class WrappedLM(HFLM):
         yield batch
 
     def _rows_at_once(self, longest: Sequence[int], scored: Sequence[int]) -> int:
-        """The batch size; "auto" is found with the longest input."""
+        """The batch size; "auto" finds it with the longest input."""
         size = self.batch_size
         return self._detect_batch_size([(None, list(longest), list(scored))]) if size == "auto" else int(size)
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
-        """As in `hf`, but every process for itself: with stored scores some have nothing to ask."""
+        """As in `hf`, but without waiting for other processes: with stored scores, some have no requests."""
         processes, self._world_size = self._world_size, 1
         try:
             return int(super()._detect_batch_size(requests, pos))
@@ -292,7 +294,7 @@ class WrappedLM(HFLM):
     @torch.inference_mode()
     def _score_batch(self, batch: list[list[Item]]) -> Iterator[tuple[bytes, TokenScores]]:
         longest, keep = len(batch[0][0][1]), _kept(batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)  # what is behind a text changes nothing before it
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)  # right padding changes no earlier logits
         for row, group in zip(ids, batch, strict=True):
             row[: len(group[0][1])] = torch.tensor(group[0][1])
         base, memory = self._last(ids, keep)
@@ -308,14 +310,14 @@ class WrappedLM(HFLM):
         found = self.model.log_probs(ids, which=self._which, logits_to_keep=keep)
         return found
 
-    # --- words that may come next -----------------------------------------------------------------------------------
+    # --- probabilities of next words --------------------------------------------------------------------------------
 
     @one_line_errors()
     def label_word_probs(self, requests: list[Any], disable_tqdm: bool = False) -> list[list[float]]:
-        """log-probability (nats) of each of the words as the next token; requests are (context, words, limit).
+        """log-probability (nats) of each word as the next token; requests are (context, words, limit).
 
-        A word is the text of one token, with its space; a context ends without one. Each context is read once, for any
-        number of requests and words; one of more tokens than the limit or the models hold is cut on the left.
+        A word must be one token, including its leading space; a context ends without a space. Each context is read once
+        for all its requests and words. It is cut on the left to `limit` tokens, or to the context of the models.
 
         Raises:
             ConfigError: A word is not one token.
@@ -347,7 +349,7 @@ class WrappedLM(HFLM):
 
     @torch.inference_mode()
     def _score_words(self, items: list[WordItem]) -> Iterator[tuple[bytes, TokenScores]]:
-        """Inputs of one length side by side: nothing is padded, and only the last position has logits."""
+        """Score batches of inputs of equal length: there is no padding, and logits exist only for the last position."""
         groups: dict[tuple[int, ...], list[WordItem]] = {}
         for item in items:
             groups.setdefault(item[1], []).append(item)
@@ -368,7 +370,7 @@ class WrappedLM(HFLM):
     # --- rolling log-likelihood -----------------------------------------------------------------------------------
 
     def token_scores(self, text: str, *, disable_tqdm: bool = False) -> TokenScores:
-        """Scores of every token of a text, from the store or from the models; see `windows` for the windows."""
+        """Scores of every token of a text, from the store or from the models, with sliding windows (`windows`)."""
         stream = np.asarray(self.tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64)
         if not len(stream):
             raise ConfigError("loglikelihood_rolling: expected a text with at least one token, found an empty one")
@@ -394,7 +396,7 @@ class WrappedLM(HFLM):
 
     @one_line_errors()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Total log-probability (nats) of each text under the mixture, every token scored exactly once."""
+        """Total log-probability (nats) of each text under the mixture; every token is scored exactly once."""
         results = []
         for request in requests:
             (text,) = request.args
@@ -405,7 +407,7 @@ class WrappedLM(HFLM):
 
     @one_line_errors()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """As in `hf`: greedy or sampled text from the mixture; prompts are cut on the left to what fits."""
+        """As in `hf`: greedy or sampled text from the mixture; prompts are cut on the left to fit."""
         for request in requests:
             prompt, settings = request.args
             n_new = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
@@ -419,10 +421,10 @@ class WrappedLM(HFLM):
         return texts
 
     def set_weight(self, weight: float) -> None:
-        """Use another weight of the second distribution from now on.
+        """Set the weight of the second distribution.
 
         Raises:
-            ConfigError: It is not a number from 0 to 1, or nothing is mixed.
+            ConfigError: It is not a number from 0 to 1, or the system has no second distribution.
         """
         if weight and self.system.weight is None:
             raise ConfigError(f"{self.system.name}: expected no weight, found {weight}: nothing is mixed")
@@ -431,7 +433,7 @@ class WrappedLM(HFLM):
             self._model.set_weight(self.weight)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results file says about the model; its weight by name, `alpha` or `lambda`."""
+        """Information about the model for the results file; the weight is named `alpha` or `lambda`."""
         loaded = super().get_model_info() if self._load_base is None else {}
         named = {name: self.parts.of(name) for name in self.system.needs if name != "base"}
         folders = {
@@ -470,6 +472,6 @@ def _loading(name: str) -> AbstractContextManager[None]:
 
 
 def _kept(batch: list[list[Item]]) -> int:
-    """Positions from the first scored one of a batch to the end of its longest input."""
+    """Number of positions from the first scored one of a batch to the end of its longest input."""
     longest = max(len(group[0][1]) for group in batch)
     return longest - min(len(read) - len(scored) for group in batch for _, read, scored in group)

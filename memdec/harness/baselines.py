@@ -1,6 +1,6 @@
-"""The baselines as models of lm-eval: `memdec-knnlm` and `memdec-icrag`; and any system as one.
+"""The baselines as lm-eval models, `memdec-knnlm` and `memdec-icrag`; and `of_system`, which wraps any system.
 
-What they share with `memdec-interp` is in `memdec.harness.base_lm`.
+The code that they share with `memdec-interp` is in `memdec.harness.base_lm`.
 """
 
 from pathlib import Path
@@ -13,18 +13,18 @@ from memdec.settings import KnnLMSettings, RetrievalSettings, SystemName, parse
 
 
 class MemDecKnnLM(WrappedLM):
-    """The kNN-LM: the base with the neighbours of its own keys.
+    """The kNN-LM: the base mixed with p_kNN from a datastore made with the same base.
 
         lm_eval --model memdec-knnlm --model_args pretrained=BASE,datastore=STORE,index=INDEX,temperature=13 --tasks ...
 
     Args:
         pretrained: Base model that made the keys.
-        datastore: Datastore folder; shards are joined by `+`.
-        index: Index folder over it.
-        weight: lambda, of p_kNN (paper: 0.25).
+        datastore: Datastore folder; join several shards by `+`.
+        index: Index folder over the datastore.
+        weight: lambda, the weight of p_kNN (paper: 0.25).
         temperature: tau, divides the squared distance (paper: 1 for GPT-2 small and medium, 13 for large and xl).
         neighbours: k.
-        nprobe: Cells of an ivf index that are searched.
+        nprobe: Number of cells of an IVF index that are searched.
         kwargs: As for `WrappedLM`.
     """
 
@@ -47,14 +47,14 @@ class MemDecKnnLM(WrappedLM):
 
 
 class MemDecIcRag(WrappedLM):
-    """In-Context RAG: the base with the best passage of a corpus before the text; nothing is mixed.
+    """In-Context RAG: the base with the best passage of a corpus in front of the text; there is no mixing weight.
 
         lm_eval --model memdec-icrag --model_args pretrained=BASE,passages=PASSAGES --tasks ...
 
     Args:
         pretrained: Base model.
         passages: Folder that `memdec passages` made.
-        query: Last tokens that make the query (paper: 32).
+        query: Number of last tokens that are the query (paper: 32).
         every: Tokens between two retrievals (paper: 4).
         kwargs: As for `WrappedLM`.
     """
@@ -66,7 +66,7 @@ class MemDecIcRag(WrappedLM):
 
 
 def of_system(name: SystemName, parts: Parts, **kwargs: Any) -> WrappedLM:
-    """A system as a model of lm-eval; type and device are those of the parts, `kwargs` as for `WrappedLM`."""
+    """Make an lm-eval model of a system; dtype and device are those of the parts, `kwargs` as for `WrappedLM`."""
     base = str(parts.base)
     kwargs = {"dtype": parts.dtype, "device": parts.device, **kwargs}
     if name == "kNN-LM":

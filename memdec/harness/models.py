@@ -1,9 +1,9 @@
-"""`memdec-interp`: a base with its memory decoder as a model of lm-evaluation-harness.
+"""`memdec-interp`: a base with its memory decoder, as a model of lm-evaluation-harness.
 
     lm_eval --model memdec-interp --model_args pretrained=BASE,memory=MEMORY,alpha=0.6 --tasks pubmedqa
 
-What it shares with its baselines is in `memdec.harness.base_lm`; which alpha a task has is decided in
-`memdec.harness.alphas`.
+The code that it shares with the baselines is in `memdec.harness.base_lm`. `memdec.harness.alphas` chooses alpha for
+each task.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +24,13 @@ class MemDecInterp(WrappedLM):
     """The base with its memory decoder; docs/evaluate.md lists all `--model_args`.
 
     Args:
-        pretrained: Base model, folder or Hub id. Without it and without `memory`: the paper's pair.
+        pretrained: Base model, folder or Hub id. If neither it nor `memory` is given: base and memory of the paper.
         memory: Memory decoder, folder or Hub id; None is the base alone (alpha 0).
-        alpha: Weight of the memory, from 0 to 1. None is the paper's for the tasks that declare one (Table 11), else its
-            best single value; "tune" is the best of 0, 0.05 ... 1 on the split that a task declares for it (the paper's
-            where it declares none).
+        alpha: Weight of the memory, from 0 to 1. None: the paper's alpha for tasks that declare one (Table 11), else
+            the paper's best single value. "tune": the best of 0, 0.05 ... 1 on the tuning split of each task, or the
+            paper's alpha if the task declares no such split.
         memory_revision: Commit of the memory, for Hub ids.
-        memory_dtype: Weights' type of the memory; default as the base's.
+        memory_dtype: Number type of the memory's weights; default as the base's.
         kwargs: As for `WrappedLM`.
     """
 
@@ -58,19 +58,19 @@ class MemDecInterp(WrappedLM):
         super().__init__(system, parts, usual, **kwargs)
 
     def set_weight(self, weight: float) -> None:
-        """Use this alpha for all tasks from now on."""
+        """Set one alpha for all tasks."""
         self._alphas = TaskAlphas("given", mixing.check_weight(weight))
         super().set_weight(weight)
 
     def get_model_info(self) -> dict[str, Any]:
-        """As of any model of ours; `alpha` is None where tasks were at several, `alphas` says which were at what."""
+        """As in `WrappedLM`; if tasks had different alphas, `alpha` is None and `alphas` has that of each task."""
         info, chosen = super().get_model_info(), self._alphas.chosen
         if not chosen:
             return info
         values = {each["alpha"] for each in chosen.values()}
         return info | {"alpha": values.pop() if len(values) == 1 else None, "alphas": chosen}
 
-    # --- answers, those of each task at its own alpha -----------------------------------------------------------------
+    # --- answers, with the alpha of each task -------------------------------------------------------------------------
 
     def _by_task(self, score: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
         weights = self._alphas.of(requests, self._tuning_answers)
@@ -86,7 +86,7 @@ class MemDecInterp(WrappedLM):
         return [answers[i] for i in range(len(requests))]
 
     def _tuning_answers(self, requests: Sequence[Any], alpha: float) -> Sequence[Any]:
-        """Answers to requests of another split, which leave no trace in what is counted."""
+        """Answers to requests of the tuning split; they do not count as cut requests of the run."""
         usual, n_cut, hook = self.weight, self.n_cut, self.cache_hook
         try:
             super().set_weight(alpha)
@@ -125,13 +125,13 @@ def _usual(alpha: float | str | None, memory: str | None) -> Any:
 
 
 def _paper_pair(memory: str | None) -> tuple[str, str]:
-    """Base and memory of the paper, where no model is named."""
+    """Base and memory of the paper, if no model is given."""
     if memory is not None:
         raise ConfigError(
             "memdec-interp: expected pretrained=<base model> beside memory=, found none; add it to --model_args"
         )
     log.warning(
-        "memdec-interp: no model_args, taking the paper's pair %s + %s, alpha %s",
+        "memdec-interp: no model_args, using the paper's pair %s + %s, alpha %s",
         PAPER_BASE,
         PAPER_MEMORY,
         DEFAULT_ALPHA,

@@ -1,9 +1,9 @@
-"""Per-token scores of base and memory, stored once, so that every alpha afterwards is arithmetic.
+"""Store per-token scores of base and memory, so that other alphas need no model, only arithmetic.
 
-A store is a folder for one setting (models by the content of their weights, tokenizer, types). It holds, per scored
-request (a text of a corpus, or a context with a continuation), log p_base and log p_mem of each scored token and the
-alphas for which all of them are the greedy choice. Parts are written whole or not at all, and added to as requests come,
-so that a run that is killed begins where it stopped; several processes may write to one store.
+A store is a folder for one setting (models by the content of their weights, tokenizer, number types). A request is a
+text of a corpus, or a context with a continuation. For each scored request the store holds log p_base and log p_mem of
+every scored token, and the interval of alphas for which all of them are the greedy choice. Scores are written in parts
+while a run goes on, each part atomically. So a killed run resumes, and several processes may write to one store.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from memdec.artefacts import artefact
 from memdec.maths import mixing
 
 _FORMAT = 2
-_FLUSH = 1_000_000  # tokens that are held before a part is written
+_FLUSH = 1_000_000  # tokens in memory before a part is written
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """log-probabilities (nats) of the true tokens, float32 (N,); `memory` is None where no memory was given.
+    """log-probabilities (nats) of the true tokens, float32 (N,); `memory` is None if the memory did not run.
 
-    `greedy` is (from, to): every token is the most probable one for just these alphas; None where nobody asked.
+    `greedy` is (from, to): every token is the most probable one exactly for these alphas. It is None if not computed.
     """
 
     base: NDArray[np.float32]
@@ -41,13 +41,13 @@ class TokenScores:
         return mixing.mix_scores(self.base, self.base if self.memory is None else self.memory, alpha)
 
     def is_greedy(self, alpha: float) -> bool:
-        """Whether greedy decoding of the mixture gives just these tokens."""
+        """Whether greedy decoding of the mixture gives these tokens."""
         assert self.greedy is not None
         return self.greedy[0] <= alpha <= self.greedy[1]
 
 
 def request_key(kind: str, *parts: Any) -> bytes:
-    """16 bytes that name a request: its kind, token ids and whatever else decides its scores."""
+    """16-byte hash of a request: of its kind, its token ids and everything else that its scores depend on."""
     digest = hashlib.sha256(kind.encode())
     for part in parts:
         digest.update(b"|")
@@ -59,8 +59,8 @@ class ScoreStore:
     """The scores of one setting.
 
     Args:
-        folder: Where stores of all settings are; None keeps scores in memory alone.
-        setting: What decides scores besides the request; written to `manifest.json` in clear.
+        folder: Parent folder of the stores of all settings; None keeps scores in memory only.
+        setting: Everything that scores depend on besides the request; written to `manifest.json` as text.
     """
 
     def __init__(self, folder: Path | None, setting: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ class ScoreStore:
         return self._known.get(key)
 
     def put(self, key: bytes, scores: TokenScores) -> None:
-        """Keep scores; they are on disk after `flush`, which happens by itself now and then."""
+        """Keep scores; `flush` writes them to disk and is called automatically from time to time."""
         self._known[key] = scores
         if self.folder is None:
             return
@@ -90,7 +90,7 @@ class ScoreStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is new as one part."""
+        """Write the new scores as one part."""
         if not self._new or self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def _pack(scores: Mapping[bytes, TokenScores]) -> dict[str, NDArray[Any]]:
 
 
 def _read(path: Path) -> dict[bytes, TokenScores]:
-    """Scores of one part; a damaged one counts as none."""
+    """Read the scores of one part; delete it if it is damaged."""
     try:
         data = load(path.read_bytes())
     except SafetensorError:

@@ -1,4 +1,4 @@
-"""From the distributions of base and memory to the scores of given tokens."""
+"""Compute the scores of given tokens from the distributions of base and memory."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,18 +27,18 @@ def score_stream(
     batch_size: int = 8,
     quiet: bool = False,
 ) -> TokenScores:
-    """Scores of every token of a stream, each once, by the window that has most of its past.
+    """Score every token of a stream once, in the window that gives it the most left context.
 
     Args:
-        model: What has `log_probs(ids, which=, logits_to_keep=)`.
+        model: Any model with `log_probs(ids, which=, logits_to_keep=)`.
         stream: Token ids.
         parts: Windows over the stream.
-        prefix: Token before the first one.
+        prefix: Token in front of the first one.
         which: Models that run.
         batch_size: Windows per forward pass.
         quiet: No progress bar.
     """
-    scores: dict[int, NDArray[np.float32]] = {}  # of the models that run: 0 is the base, 1 the memory
+    scores: dict[int, NDArray[np.float32]] = {}  # by model: 0 is the base, 1 the memory
     bar = tqdm(total=len(parts), desc="score windows", unit="window", disable=quiet, mininterval=2)
     for batch in _batches(parts, batch_size):
         ids = np.stack([part.inputs(stream, prefix) for part in batch])
@@ -60,7 +60,7 @@ def score_stream(
 def score_labels(
     base: Float[Tensor, "n V"] | None, memory: Float[Tensor, "n V"] | None, labels: Int[Tensor, " n"]
 ) -> TokenScores:
-    """Scores of n tokens that follow each other, from the log-probabilities of the models that ran."""
+    """Scores of n consecutive tokens, from the log-probabilities of the models that ran."""
     one, other = (base, memory) if base is not None else (memory, None)
     assert one is not None
     low, high = mixing.greedy_interval(one, other, labels).unbind(-1)
@@ -71,7 +71,7 @@ def score_labels(
 def score_words(
     base: Float[Tensor, " V"] | None, memory: Float[Tensor, " V"] | None, words: Int[Tensor, " n"]
 ) -> TokenScores:
-    """Scores of n words that may each come next, from one distribution of the models that ran."""
+    """Scores of n candidates for the next token, from one distribution of each model that ran."""
     log_p = [None if x is None else x[words.to(x.device)].cpu().numpy() for x in (base, memory)]
     return _both(log_p[0], log_p[1])
 
@@ -79,7 +79,7 @@ def score_words(
 def _both(
     base: NDArray[np.float32] | None, memory: NDArray[np.float32] | None, greedy: tuple[float, float] | None = None
 ) -> TokenScores:
-    """Scores where one of the models may not have run."""
+    """Make scores when base or memory may not have run."""
     if base is None:
         assert memory is not None
         base = np.full_like(memory, np.nan)
@@ -87,7 +87,7 @@ def _both(
 
 
 def _batches(parts: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Windows of one shape side by side: nothing is padded, and no logits are made where nothing is scored."""
+    """Batches of windows of equal shape: there is no padding, and no logits are computed that are not scored."""
     batch: list[Window] = []
     for part in parts:
         same = batch and (part.n_inputs, part.n_scored) == (batch[0].n_inputs, batch[0].n_scored)

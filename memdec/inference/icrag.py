@@ -1,11 +1,12 @@
-"""`IcRagForCausalLM`: a frozen base model that reads a retrieved passage before the text, In-Context RAG.
+"""In-Context RAG: `IcRagForCausalLM` is a frozen base model that reads a retrieved passage before the text.
 
-(Ram et al. 2023, In-Context RALM; a baseline of the paper, section 4.1: BM25, the query is the last 32 tokens, retrieved
-again every 4 tokens.) Token t of a text is predicted from
+This is In-Context RALM (Ram et al. 2023), a baseline of the paper (section 4.1). Retrieval is BM25 with the last 32
+tokens as the query, and is repeated every 4 tokens. Token t of a text is predicted from
 
     passage found with the tokens before t0 | text before t,   t0 = t rounded down to a multiple of `every`
 
-with nothing between the two, the text cut on the left to what the base can see. With `every` 4 and `query` 3:
+There is no separator between the two. The text is cut on the left to fit into the base's context. With `every` 4 and
+`query` 3:
 
     text           0  1  2  3  4  5  6  7  8  9
     tokens 0 to 3  no passage
@@ -32,33 +33,33 @@ from memdec.models import loading
 from memdec.settings import RetrievalSettings
 from memdec.text import tokens
 
-_ROWS = 16  # of a forward pass
+_ROWS = 16  # rows per forward pass
 
 
 class _Row(NamedTuple):
     """What the base reads for the tokens of one stride."""
 
     ids: list[int]
-    kept: list[tuple[int, int, int]]  # row and position of the output, and how far it is from the last of `ids`
+    kept: list[tuple[int, int, int]]  # row and position in the output, and distance from the end of `ids`
 
 
 class IcRagForCausalLM(Wrapper):
-    """The base with the best passage of a corpus before the text.
+    """The base model with the best passage of a corpus in front of the text.
 
-    Positions count from the first token of a row that is no padding, so batch, padding and the pieces in which a text
-    comes change nothing. There is no cache: a new passage changes all that it would hold.
+    Positions count from the first token of a row that is not padding. So batch size, padding and splitting a text into
+    several calls do not change the result. There is no KV cache, because a new passage would change all of its entries.
 
     Args:
-        base: Any causal LM; stays as it is.
-        retriever: Passages in the token ids of this very tokenizer.
-        query: Last tokens that make the query.
+        base: Any causal LM; it is not changed.
+        retriever: Passages in token ids of the base's tokenizer.
+        query: The query is this many tokens, the last ones before the stride.
         every: Tokens between two retrievals.
-        n_vocab: Tokens of the tokenizer, for a check; the output head decides.
-        context: Most tokens that the base gets; default all it can see.
+        n_vocab: Vocabulary size of the tokenizer, only to check that the output head covers it.
+        context: Maximum input length of the base in tokens; default: all positions of the base.
 
     Raises:
-        ArtifactError: The passages have tokens that the base does not know.
-        ConfigError: A number is out of its range, or passages leave no room for text.
+        ArtifactError: The passages have token ids that the base does not have.
+        ConfigError: A number is out of its range, or the passages leave no room for text.
         ModelError: The head has fewer than `n_vocab` tokens.
     """
 
@@ -86,7 +87,7 @@ class IcRagForCausalLM(Wrapper):
         self.eval()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As for other models, but always without a cache."""
+        """As `generate` of transformers, but without a KV cache."""
         return super().generate(*args, **(kwargs | {"use_cache": False}))
 
     def forward(
@@ -102,10 +103,10 @@ class IcRagForCausalLM(Wrapper):
     ) -> CausalLMOutputWithPast:
         """Logits = normalised log-probabilities, float32 (B, T or logits_to_keep, V); uniform at padding.
 
-        `input_ids` are whole texts. They may be longer than the base can see.
+        `input_ids` are whole texts. They may be longer than the context of the base.
 
         Raises:
-            ConfigError: A cache is given that holds the text before.
+            ConfigError: `past_key_values` already holds text.
         """
         if past_key_values is not None and past_key_values.get_seq_length():
             raise ConfigError(
@@ -125,7 +126,7 @@ class IcRagForCausalLM(Wrapper):
         return self.output(log_p, labels, None)
 
     def _rows(self, input_ids: Int[Tensor, "B T"], mask: Tensor, kept: Sequence[int]) -> list[_Row]:
-        """What the base has to read for the kept positions that are no padding, one row for all of a stride."""
+        """Inputs of the base for the kept positions that are not padding: one row for each stride of a text."""
         rows = []
         places = (mask.cumsum(1) - 1).tolist()
         for number, (ids, real) in enumerate(zip(input_ids, mask, strict=True)):
@@ -141,14 +142,14 @@ class IcRagForCausalLM(Wrapper):
         return rows
 
     def _read(self, text: Sequence[int], start: int, last: int) -> list[int]:
-        """Passage for the stride that begins at token `start`, and the text up to token `last` of it."""
+        """The passage for the stride that begins at token `start`, followed by the text up to token `last`."""
         passage = self.retriever.best(text[max(0, start - self.query) : start]) if start else []
-        # Room for the whole stride, whatever is asked for of it, or the answer would depend on that.
+        # Always leave room for the whole stride; else the result would depend on which of its positions are kept.
         begin = max(0, start + self.every - 1 - (self.context - len(passage)))
         return [*passage, *text[begin : last + 1]]
 
     def _fill(self, log_p: Float[Tensor, "B K V"], rows: Sequence[_Row]) -> None:
-        """Run the base over some rows, padded on the left, and put its answers where they belong."""
+        """Run the base over some rows, padded on the left, and write the results into `log_p`."""
         longest = max(len(row.ids) for row in rows)
         ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
         for number, row in enumerate(rows):
@@ -167,14 +168,14 @@ class IcRagForCausalLM(Wrapper):
 
 
 def check_numbers(retriever: Passages, limit: int | None, *, query: int, every: int, context: int | None) -> int:
-    """Tokens that the base gets at most, if passage and text fit into them.
+    """Check that a passage and a stride of text fit into the context, and return the context in tokens.
 
     Args:
         retriever: The passages.
-        limit: Positions that the base has; None if it does not say.
+        limit: Positions of the base; None if unknown.
         query: Tokens of a query.
         every: Tokens between two retrievals.
-        context: Tokens asked for; default `limit`.
+        context: Requested context; default `limit`.
 
     Raises:
         ConfigError: They do not fit, or a number is out of its range.
@@ -195,12 +196,12 @@ def check_numbers(retriever: Passages, limit: int | None, *, query: int, every: 
 
 
 def check_folders(base: str | Path, passages: Path, settings: RetrievalSettings) -> Passages:
-    """The passages, if they fit the base; no weights are loaded.
+    """Check that passages fit the base, and return them; loads no weights.
 
     Raises:
-        ArtifactError: The passages are not whole, or of another tokenizer.
-        ConfigError: Passages leave no room for text.
-        ModelError: There is no such base.
+        ArtifactError: The passages are incomplete, or were made with another tokenizer.
+        ConfigError: The passages leave no room for text.
+        ModelError: The base cannot be found.
     """
     retriever, words = Passages(passages), tokens.load_tokenizer(str(base))
     tokens.check_same(tokens.fingerprint(words), retriever.facts["tokenizer_sha256"], f"{base} with {passages}")

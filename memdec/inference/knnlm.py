@@ -1,11 +1,10 @@
-"""`KnnLMForCausalLM`: a frozen base model and its datastore that answer as one causal LM, the kNN-LM.
+"""The kNN-LM: `KnnLMForCausalLM` is a frozen base model with its datastore, used as one causal LM.
 
     p(y|x) = lambda * p_kNN(y|x) + (1 - lambda) * p_base(y|x)
 
-(Khandelwal et al. 2020, equation 3; a baseline of the paper, section 4.1.) The query of a position is read in the very
-forward pass that gives its logits, at the key point of the datastore, and rounded as the keys were; keys depend on hidden
-states alone, so the base's own cache serves as it is. Position by position this is what `memdec evaluate` computes from
-stored targets.
+(Khandelwal et al. 2020, equation 3; a baseline of the paper, section 4.1.) The forward pass that gives the logits also
+gives the query of each position: the hidden state at the key point of the datastore, rounded as the keys were. Keys
+depend only on hidden states, so the base's KV cache can be used.
 """
 
 import math
@@ -29,23 +28,23 @@ from memdec.models.keypoints import KeyPoint
 from memdec.settings import KnnLMSettings, parse
 from memdec.text import tokens
 
-_QUERIES = 1024  # of a search
+_QUERIES = 1024  # queries per search
 
 
 class KnnLMForCausalLM(Wrapper):
-    """The base mixed with the distribution of its neighbours; weight 1 is p_kNN alone.
+    """The base mixed with p_kNN.
 
     Args:
-        base: Any causal LM; stays as it is.
-        store: Keys that this very model made.
+        base: Any causal LM; it is not changed.
+        store: Keys made with this model.
         searcher: Search over these keys.
-        weight: lambda, from 0 (base only, nothing is searched) to 1 (p_kNN only, -inf where no neighbour has a token).
+        weight: lambda, from 0 (base only, no search) to 1 (p_kNN only; -inf for a token that no neighbour has).
         temperature: Divides the squared distances.
         neighbours: k.
-        n_vocab: Tokens of the tokenizer, for a check; the output head decides.
+        n_vocab: Vocabulary size of the tokenizer, only to check that the output head covers it.
 
     Raises:
-        ArtifactError: The keys are those of another model, or not stored.
+        ArtifactError: The keys were made with another model, or are not stored.
         ConfigError: A number is out of its range.
         ModelError: The head has fewer than `n_vocab` tokens.
     """
@@ -90,12 +89,12 @@ class KnnLMForCausalLM(Wrapper):
     def log_probs(
         self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(log p_base, log p_kNN) of a batch without padding on the left, each float32 (B, T or logits_to_keep, V).
+        """(log p_base, log p_kNN) of a batch without left padding, each float32 (B, T or logits_to_keep, V).
 
         Args:
             input_ids: Token ids (B, T).
             which: "base", "memory" (p_kNN) or "both".
-            logits_to_keep: Only the last so many positions; 0 is all.
+            logits_to_keep: Number of last positions to return; 0 means all.
         """
         kept = last_positions(input_ids.shape[1], logits_to_keep)
         base, found, _ = self._run(
@@ -153,7 +152,7 @@ class KnnLMForCausalLM(Wrapper):
     def _log_p_knn(
         self, vectors: Float[Tensor, "N D"], inputs: Int[Tensor, " N"], there: Bool[Tensor, "B K"]
     ) -> Float[Tensor, "B K V"]:
-        """log p_kNN of the N positions that are there, -inf where no neighbour has a token."""
+        """log p_kNN of the N positions that are not padding; -inf for a token that no neighbour has."""
         queries, read = self._queries(vectors, there), inputs.cpu().numpy()
         log_p = torch.full((there.numel(), self.n_vocab), -math.inf, device=self.device)
         rows = there.flatten().nonzero()[:, 0]
@@ -167,10 +166,10 @@ class KnnLMForCausalLM(Wrapper):
         return log_p.view(*there.shape, -1)
 
     def _queries(self, vectors: Float[Tensor, "N D"], there: Bool[Tensor, "B K"]) -> Float[np.ndarray, "N D"]:
-        """Vectors rounded to the type of the keys, as float32.
+        """Vectors rounded to the number type of the keys, as float32.
 
         Raises:
-            NumericsError: One is NaN or does not fit; names its place among the positions asked for.
+            NumericsError: A vector is not finite in that type; the message names its row and position.
         """
         queries = self._searcher.store.rounded(vectors)
         fits = (np.abs(queries) < kernels.LARGEST).all(1)
@@ -187,19 +186,19 @@ class KnnLMForCausalLM(Wrapper):
 def check_folders(
     base: str | Path, datastore: Path | Sequence[Path], index_folder: Path, settings: KnnLMSettings
 ) -> Datastore:
-    """The datastore, if base, keys, index and numbers go together; no weights are loaded.
+    """Check that base, keys, index and settings match, and return the datastore; loads no weights.
 
     Raises:
-        ArtifactError: They do not, or one of them is not whole.
-        ConfigError: A number is out of its range.
-        ModelError: There is no tokenizer of the base.
+        ArtifactError: They do not match, or one of them is incomplete.
+        ConfigError: A setting is out of its range.
+        ModelError: The base has no tokenizer.
     """
     store = Datastore(datastore)
     store.require_stored()
     search.check(store, index_folder, settings)
     words = tokens.load_tokenizer(str(base))
     tokens.check_same(tokens.fingerprint(words), store.facts["tokenizer_sha256"], f"{base} with {store.folder}")
-    # A model from elsewhere has no recipe; its keys are compared when it is loaded.
+    # A model that is not an artefact has no recipe; its weights are compared when it is loaded.
     if artefact.kind_of(Path(base)) == "model" and artefact.read(Path(base), "model").recipe != store.model:
         raise ArtifactError(
             f"{store.folder}: expected keys of {base}, found those of another model; run `memdec datastore` with this one"

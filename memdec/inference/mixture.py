@@ -1,12 +1,12 @@
-"""`MemDecForCausalLM`: a frozen base model and its memory decoders that answer as one causal LM.
+"""The mixture: `MemDecForCausalLM` is a frozen base model with its memory decoders, used as one causal LM.
 
     model = MemDecForCausalLM.from_parts("Qwen/Qwen2.5-7B", ["Clover-Hill/MemoryDecoder-Qwen-biomed"], [0.6])
     model.save_pretrained("folder")
     model = AutoModelForCausalLM.from_pretrained("folder")  # after `import memdec.modeling`
 
-`forward` returns log(sum_i w_i p_i) as its logits (float32, normalised), so everything that reads logits, `generate` and
-lm-eval included, sees the mixture. One cache of the library holds the layers of all models one after the other, so what
-the library does to a cache (beams, cropping, selecting rows) is done to all.
+`forward` returns log(sum_i w_i p_i) as its logits (float32, normalised). So everything that reads logits, `generate`
+and lm-eval included, uses the mixture. One KV cache of transformers holds the layers of all models, one model after the
+other. So beam search, cropping and selecting rows act on all models at once.
 """
 
 import copy
@@ -40,7 +40,7 @@ FOLDERS = ("base", "memory")  # in a self-contained folder: base, memory-0, memo
 class MemDecForCausalLM(Wrapper):
     """p(y|x) = sum_i w_i p_mem,i(y|x) + (1 - sum_i w_i) p_base(y|x) (paper, section 3.3, which has one memory).
 
-    Models of weight 0 do not run. Make one with `from_models` or `from_parts`.
+    Models with weight 0 do not run. Make a mixture with `from_models` or `from_parts`.
     """
 
     def __init__(self, config: MemDecConfig, base: Any | None = None, memories: Sequence[Any] | None = None) -> None:
@@ -64,13 +64,13 @@ class MemDecForCausalLM(Wrapper):
     def from_models(
         cls, base: Any, memories: Sequence[Any], weights: Sequence[float], n_vocab: int | None = None
     ) -> "MemDecForCausalLM":
-        """A mixture of models that are in memory; they are not copied.
+        """Make a mixture of loaded models; they are not copied.
 
         Args:
-            base: Any causal LM; stays as it is.
+            base: Any causal LM; it is not changed.
             memories: Memory decoders with the base's tokenizer.
-            weights: alpha of each memory; together from 0 (base only) to 1 (memories only).
-            n_vocab: Size of the shared vocabulary, for a check; of padded heads the shortest decides.
+            weights: alpha of each memory; their sum is from 0 (base only) to 1 (memories only).
+            n_vocab: Vocabulary size of the tokenizer, only to check that all output heads cover it.
         """
         parts = [{"config": model.config.to_dict()} for model in (base, *memories)]
         mixture: MemDecForCausalLM = cls(MemDecConfig(parts=parts, weights=weights, n_vocab=n_vocab), base, memories)
@@ -91,17 +91,17 @@ class MemDecForCausalLM(Wrapper):
         memory_device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> "MemDecForCausalLM":
-        """Load base and memories (folders or Hub ids) and prove that their tokenizers are one.
+        """Load base and memories (folders or Hub ids) and check that their tokenizers are the same.
 
         Args:
             base: The base model.
             memories: Memory decoders.
             weights: alpha of each memory.
             revisions: Commits of base and memories, for Hub ids.
-            dtype: Weights' type of the base.
-            memory_dtype: The same of the memories; default as the base.
-            device_map: Where the base goes, as `from_pretrained` takes it ("auto": over all GPUs).
-            memory_device: Where the memories go; default the base's (first) device.
+            dtype: Number type of the base's weights.
+            memory_dtype: Number type of the memories' weights; default as the base.
+            device_map: Devices of the base, as in `from_pretrained` ("auto": spread over all GPUs).
+            memory_device: Device of the memories; default the base's (first) device.
             kwargs: Passed on to the base's `from_pretrained`.
 
         Raises:
@@ -129,11 +129,11 @@ class MemDecForCausalLM(Wrapper):
 
         Args:
             save_directory: The folder.
-            by_reference: Write where base and memories came from instead of their weights.
+            by_reference: Write the paths or Hub ids of base and memories instead of their weights.
             kwargs: Passed on to each model's `save_pretrained` (`max_shard_size` ...).
 
         Raises:
-            ModelError: `by_reference`, and a model did not come from a folder or the Hub.
+            ModelError: With `by_reference`: a model was not loaded from a folder or the Hub.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ class MemDecForCausalLM(Wrapper):
         saved.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
         if self._tokenizer is None and self.name_or_path:
-            with suppress(ModelError):  # a mixture of `from_models` was saved without one
+            with suppress(ModelError):  # there is none if the mixture came from `from_models`
                 self._tokenizer = tokens.load_tokenizer(self.name_or_path)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
@@ -168,7 +168,7 @@ class MemDecForCausalLM(Wrapper):
         memory_device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> "MemDecForCausalLM":
-        """A mixture that `save_pretrained` wrote, from a folder or the Hub; arguments as for `from_parts`."""
+        """Load a mixture that `save_pretrained` wrote, from a folder or the Hub; arguments as for `from_parts`."""
         name = pretrained_model_name_or_path
         if config is None:
             config = MemDecConfig.from_pretrained(name, revision=revision)
@@ -197,15 +197,15 @@ class MemDecForCausalLM(Wrapper):
         return mixture
 
     def set_weights(self, weights: Sequence[float]) -> None:
-        """Use other weights of the memories from now on.
+        """Set the weights of the memories.
 
         Raises:
-            ConfigError: One per memory is expected, none negative, together at most 1.
+            ConfigError: There is not one weight per memory, one is negative, or their sum is above 1.
         """
         self.config.weights = mixing.check_weights(weights, len(self.memories))
 
     def set_weight(self, weight: float) -> None:
-        """Give every memory this weight; a mixture of one memory has one, alpha."""
+        """Give every memory this weight; with one memory it is alpha."""
         self.set_weights([weight for _ in self.memories])
 
     # --- running --------------------------------------------------------------------------------------------------
@@ -213,14 +213,14 @@ class MemDecForCausalLM(Wrapper):
     def log_probs(
         self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(log p_base, log p_mem) of a batch without padding on the left, each float32 (B, T or logits_to_keep, V).
+        """(log p_base, log p_mem) of a batch without left padding, each float32 (B, T or logits_to_keep, V).
 
-        p_mem of several memories is their mixture by weight.
+        With several memories, p_mem is their mixture in proportion to their weights.
 
         Args:
             input_ids: Token ids (B, T).
             which: "base", "memory" or "both".
-            logits_to_keep: Only the last so many positions; 0 is all.
+            logits_to_keep: Number of last positions to return; 0 means all.
         """
         total = math.fsum(self.config.weights)
         shares = [w / total if total else 1 / len(self.memories) for w in self.config.weights]
@@ -262,11 +262,11 @@ class MemDecForCausalLM(Wrapper):
         return self.output(mixed, labels, past_key_values)
 
     def _run(self, running: Sequence[int], caches: Cache | None = None, **inputs: Any) -> dict[int, Tensor]:
-        """log-probabilities of some of the models; on one GPU the memories run beside the base."""
+        """log-probabilities of the models `running`; on one GPU the memories run in parallel to the base."""
         side = self._side_stream(running)
         models = [self.base, *self.memories]
         found: dict[int, Tensor] = {}
-        for i in sorted(running, reverse=True):  # memories first: they queue up and the base runs over them
+        for i in sorted(running, reverse=True):  # memories first: their kernels queue on the side stream
             with torch.cuda.stream(side if i else None):
                 device = models[i].device
                 given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -282,21 +282,21 @@ class MemDecForCausalLM(Wrapper):
         return found
 
     def _side_stream(self, running: Sequence[int]) -> Any | None:
-        """A CUDA stream for the memories, in step with the current one; None where nothing can overlap."""
+        """A CUDA stream for the memories, synchronised with the current one; None if nothing can overlap."""
         if self.device.type != "cuda" or len(running) < 2 or torch.compiler.is_compiling():
             return None
         if any(self.memories[i - 1].device != self.device for i in running if i):
-            return None  # another GPU runs beside this one anyway
+            return None  # models on different GPUs run in parallel anyway
         if self._side is None:
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         return self._side
 
     def _joint(self, cache: Cache | None) -> Cache:
-        """The cache with room for the layers of all models; a fresh one of the base is extended in place.
+        """A cache with the layers of all models; an empty cache of the base is extended in place.
 
         Raises:
-            ConfigError: It holds text that only the base has seen.
+            ConfigError: The cache holds text that only the base has read.
         """
         if cache is None:
             cache = DynamicCache(config=self.base.config)
@@ -321,7 +321,7 @@ def _folder(index: int) -> str:
 
 
 def _reference(model: Any) -> dict[str, Any]:
-    """Where a model came from."""
+    """Where a model was loaded from: its folder, or Hub id and commit."""
     name = model.config.name_or_path
     if not name:
         raise ModelError(
@@ -333,14 +333,14 @@ def _reference(model: Any) -> dict[str, Any]:
         return {"path": str(path.resolve())}
     commit = getattr(model.config, "_commit_hash", None)
     if commit is None:
-        warnings.warn(f"{name}: no commit is known; the reference follows whatever the Hub has", stacklevel=3)
+        warnings.warn(f"{name}: no commit is known; the reference loads the newest version on the Hub", stacklevel=3)
     return {"path": name, "revision": commit}
 
 
 def _view(cache: Cache, layers: Sequence[int], index: int) -> Cache:
-    """The layers of one model, as a cache of its own over the same layers."""
+    """A cache of one model that shares its layers with the joint cache."""
     begin = sum(layers[:index])
-    view = copy.copy(cache)  # its class and where it offloads to
+    view = copy.copy(cache)  # keeps the class and the offloading settings
     view.layers = cache.layers[begin : begin + layers[index]]
     return view
 

@@ -1,14 +1,14 @@
 """Speculative decoding of the mixture, with its memory as the drafter (Leviathan et al. 2023, arXiv 2211.17192).
 
-The target is p_joint = alpha p_mem + (1 - alpha) p_base, and the memory is part of it. Verifying needs p_mem too, and
-drafting has computed it already, so the memory runs once per token and the base once per round:
+The target is p_joint = alpha p_mem + (1 - alpha) p_base, so the memory is part of the target. Verifying needs p_mem too,
+but drafting has computed it already. So the memory runs once per token and the base once per round:
 
-    memory   d1 d2 d3 d4              n_draft tokens, one after the other, their distributions kept
-    base     .. d1 d2 d3 d4           one forward gives p_base at d1 .. d4 and after d4
-    joint    ok ok x                  up to the first rejection, which is replaced; all accepted: a bonus token, free
+    memory   d1 d2 d3 d4              drafts n_draft tokens one by one and keeps their distributions
+    base     .. d1 d2 d3 d4           one forward pass gives p_base at d1 .. d4 and after d4
+    joint    ok ok x                  replace the first rejected token; if all are accepted, add a bonus token
 
-Decoding is greedy and gives the tokens of `model.generate(do_sample=False)`. A base that reads several tokens at once
-rounds its logits otherwise than one by one, so only a tie within that rounding may fall otherwise.
+Decoding is greedy and gives the same tokens as `model.generate(do_sample=False)`, except for ties within rounding error:
+a base that reads several tokens at once rounds its logits differently.
 """
 
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ class Result:
 
     Attributes:
         sequences: Prompt and new tokens, shape (1, T).
-        n_base_forwards: Forward passes of the base, the one that reads the prompt included.
-        n_drafted: Tokens the memory drew; those after the first rejection of a round were never looked at.
+        n_base_forwards: Forward passes of the base, including the one that reads the prompt.
+        n_drafted: Tokens that the memory drafted; those after the first rejection of a round are not tested.
         n_accepted: Drafted tokens in the text.
-        n_corrected: Tokens in the place of a rejected one.
-        n_bonus: Tokens after a round without rejection.
+        n_corrected: Tokens that replace a rejected one.
+        n_bonus: Extra tokens of rounds without a rejection.
     """
 
     sequences: Int[Tensor, "1 T"]
@@ -47,7 +47,7 @@ class Result:
 
     @property
     def acceptance(self) -> float | None:
-        """Share of the drafted tokens that were looked at and accepted; None where none was."""
+        """Fraction of the tested drafts that were accepted; None if none was tested."""
         looked_at = self.n_accepted + self.n_corrected
         return self.n_accepted / looked_at if looked_at else None
 
@@ -61,14 +61,14 @@ def generate(
     n_draft: int = 4,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Result:
-    """Continue one text with the tokens that the mixture would give, in fewer forward passes of the base.
+    """Continue one text as the mixture would, with fewer forward passes of the base.
 
     Args:
         model: A mixture with one memory.
         input_ids: The prompt, one row without padding.
-        max_new_tokens: Most new tokens; exactly so many where no EOS comes.
+        max_new_tokens: Maximum number of new tokens; fewer only if an EOS token comes first.
         n_draft: Tokens that the memory drafts per round.
-        eos_token_id: Where to stop; default as `model.generation_config` says, `()` stops nowhere.
+        eos_token_id: Tokens that end the text; default: those of `model.generation_config`; `()`: none.
 
     Raises:
         ConfigError: More than one row or memory, no prompt, or more tokens than the models have positions.
@@ -81,7 +81,7 @@ def generate(
     ids, n_prompt = input_ids.to(model.device), input_ids.shape[1]
     n_rounds = n_drafted = n_accepted = n_corrected = n_bonus = 0
     while (left := n_prompt + max_new_tokens - ids.shape[1]) > 0:
-        n = min(n_draft, left - 1)  # not the last token: whatever the drafts are worth, their round gives one more
+        n = min(n_draft, left - 1)  # one less than needed: every round adds one more token after the accepted drafts
         new, rejected = _round(base, memory, ids, n, model.config.weights)
         kept = len(new) - 1
         stop = next((i for i, token in enumerate(new.tolist()) if token in stops), None)
@@ -105,28 +105,28 @@ def _check(model: MemDecForCausalLM, input_ids: Tensor, max_new_tokens: int, n_d
     for name, value in (("max_new_tokens", max_new_tokens), ("n_draft", n_draft)):
         if value < 1:
             raise ConfigError(f"speculative: expected {name} of at least 1, found {value}")
-    # The last new token is not read any more.
+    # The last new token is never an input.
     model.check_length(input_ids.new_empty(1, input_ids.shape[1] + max_new_tokens - 1, device="meta"), None)
 
 
 class _Reader:
-    """One model and the cache of the text that it has read."""
+    """One model and its KV cache of the text that it has read."""
 
     def __init__(self, part: Any, model: MemDecForCausalLM) -> None:
         self._part, self.n_vocab, self._device = part, model.n_vocab, model.device
         self._n_read = 0
         self._cache = DynamicCache(config=part.config)
-        self._cache.activate_past_recording()  # sliding windows would forget what a rejection needs back
+        self._cache.activate_past_recording()  # keeps sliding-window entries for a rejection
 
     def read(self, ids: Int[Tensor, "1 T"], keep: int) -> Float[Tensor, "keep V"]:
-        """log p after each of the last `keep` tokens of a text that goes on where the last one ended."""
+        """Read the tokens of `ids` that are not in the cache; log p after each of the last `keep` tokens."""
         new = ids[:, self._n_read :].to(self._part.device)
         out = self._part(input_ids=new, past_key_values=self._cache, use_cache=True, logits_to_keep=keep)
         self._n_read = ids.shape[1]
         return mixing.log_softmax(out.logits[0], self.n_vocab).to(self._device)
 
     def forget(self, known: int) -> None:
-        """Keep only the first `known` tokens."""
+        """Crop the cache to the first `known` tokens."""
         self._cache.crop(known - self._n_read)
         self._n_read = known
 
@@ -134,7 +134,7 @@ class _Reader:
 def _round(
     base: _Reader, memory: _Reader, ids: Int[Tensor, "1 T"], n: int, weights: list[float]
 ) -> tuple[Int[Tensor, " kept+1"], bool]:
-    """Draft n tokens, verify them, and give those that stand with one more; and whether a draft was rejected."""
+    """Draft and verify n tokens; the accepted ones plus one more, and whether a draft was rejected."""
     text, log_q = _draft(memory, ids, n)
     drafts = text[0, ids.shape[1] :]
     log_p_base = base.read(text, n + 1)
@@ -148,7 +148,7 @@ def _round(
 
 
 def _draft(memory: _Reader, ids: Int[Tensor, "1 T"], n: int) -> tuple[Int[Tensor, "1 T+n"], Float[Tensor, "n V"]]:
-    """The text with n tokens of the memory, and log p_mem of each of their positions."""
+    """The text with n tokens drafted by the memory, and log p_mem at their positions."""
     rows = [torch.empty(0, memory.n_vocab, device=ids.device)]
     for _ in range(n):
         rows.append(memory.read(ids, 1))
@@ -157,9 +157,9 @@ def _draft(memory: _Reader, ids: Int[Tensor, "1 T"], n: int) -> tuple[Int[Tensor
 
 
 def _verify(drafts: Int[Tensor, " n"], log_p: Float[Tensor, "n V"]) -> tuple[int, Int[Tensor, " 1"] | None]:
-    """How many drafts are the most probable tokens, and what replaces the next one (None: all stand).
+    """Number of accepted drafts, and the token that replaces the next one (None: all are accepted).
 
-    Of equally probable tokens the first counts, as in `generate`.
+    A draft is accepted if it is the most probable token; of equally probable ones the first, as in `generate`.
     """
     best = log_p.argmax(-1)
     kept = int((drafts == best).long().cumprod(0).sum())

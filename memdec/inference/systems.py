@@ -1,11 +1,12 @@
-"""Everything that is compared, by name: what a system is made of, whether its parts go together, how it is loaded.
+"""The registry of compared systems: for each name, the parts it needs, how they are checked and how it is loaded.
 
     system = SYSTEMS["kNN-LM"]
     parts = Parts(base="models/gpt2-L", datastore=(Path("keys/datastore"),), index=Path("keys/index"))
     model = system.build(parts) if system.reason(parts) is None else None
 
-Config, rules, evaluation, harness and latency all use these names and checks. `forward` of a system gives normalised
-log-probabilities, and `generate` works. Importing this module loads no model code: a system imports its own when asked.
+Config, rules, evaluation, harness and latency all use these names and checks. A built system is a causal LM: `forward`
+gives normalised log-probabilities, and `generate` works. Importing this module imports no model code; each system
+imports its own code when it is checked or built.
 """
 
 from collections.abc import Callable
@@ -20,25 +21,25 @@ from memdec.settings import DEFAULT_ALPHA, KnnLMSettings, RetrievalSettings, Sys
 
 @dataclass(frozen=True)
 class Parts:
-    """What the systems around one base are made of; each system needs some of them.
+    """Folders and settings of the systems around one base; each system needs some of them.
 
     Attributes:
         base: Base model: folder or Hub id.
         dapt: The base after DAPT.
         lora: LoRA adapter of the base.
-        memory: Memory decoder, or a small model after DAPT that is mixed in as one: folder or Hub id.
-        datastore: All shards of the base's own keys.
-        index: Index over them.
+        memory: Memory decoder, or a small model after DAPT in its place: folder or Hub id.
+        datastore: All shards of the datastore made with the base.
+        index: Index over the datastore.
         passages: Passages for In-Context RAG.
         alpha: Weight of `memory`.
-        knn_lm: Numbers of the kNN-LM; `weight` is lambda.
-        retrieval: Numbers of In-Context RAG.
-        dtype: Type of the weights; `auto` is the one that they were saved in.
-        memory_dtype: The same of the memory; None: as the base.
-        device: Where all of it goes.
+        knn_lm: Settings of the kNN-LM; `weight` is lambda.
+        retrieval: Settings of In-Context RAG.
+        dtype: Number type of the weights; `auto` is the one that they were saved in.
+        memory_dtype: Number type of the memory's weights; None: as the base.
+        device: Device of all models.
         revision: Commit of the base, for Hub ids.
         memory_revision: Commit of the memory.
-        trust_remote_code: Whether the user let the tokenizers run code of their own.
+        trust_remote_code: Whether the user allows tokenizers to run code from their repository.
     """
 
     base: str | Path
@@ -59,21 +60,21 @@ class Parts:
     trust_remote_code: bool = False
 
     def of(self, name: str) -> Any:
-        """A part that is there, as `System.check_parts` has seen."""
+        """A part by its name; `System.check_parts` has made sure that it is given."""
         return getattr(self, name)
 
 
 @dataclass(frozen=True)
 class System:
-    """One thing that is compared.
+    """One compared system.
 
     Attributes:
-        name: The one name that config, records and tables have for it.
-        needs: Parts that it is made of.
-        weight: Name of the weight that its second distribution has; None: there is no second one.
-        fits: Raises where the parts do not go together; loads no weights.
-        load: Loads the causal LM that the system runs as its base.
-        wrap: (that base, parts, tokens of the vocabulary) -> the system.
+        name: Its name in config, records and tables.
+        needs: Names of the fields of `Parts` that it is made from.
+        weight: Name of the mixing weight of its second distribution; None: it has one distribution.
+        fits: Raises if the parts do not match; loads no weights.
+        load: Loads the causal LM that the system wraps.
+        wrap: (that causal LM, parts, vocabulary size) -> the system.
     """
 
     name: SystemName
@@ -84,14 +85,14 @@ class System:
     wrap: Callable[[Any, Parts, int], Any]
 
     def given(self, parts: Parts) -> bool:
-        """Whether all its parts are named."""
+        """Whether all parts that it needs are given."""
         return all(getattr(parts, name) for name in self.needs)
 
     def check_parts(self, parts: Parts) -> None:
-        """The parts must be there and go together.
+        """Check that all needed parts are given and match.
 
         Raises:
-            MemDecError: A part is missing, not whole, or of another model or tokenizer.
+            MemDecError: A part is missing, incomplete, or of another model or tokenizer.
         """
         missing = [name for name in self.needs if not getattr(parts, name)]
         if missing:
@@ -101,10 +102,10 @@ class System:
         self.fits(parts)
 
     def check_room(self, parts: Parts) -> None:
-        """Weights must fit on their device and an index into memory, before any are loaded.
+        """Check, before anything is loaded, that weights fit on the device and the index fits into memory.
 
         Raises:
-            ResourceError: They do not.
+            ResourceError: They do not fit.
         """
         from memdec.artefacts import devices
         from memdec.models import loading
@@ -123,7 +124,7 @@ class System:
             devices.check_room(weights + index, parts.device, what, instead)
 
     def reason(self, parts: Parts) -> str | None:
-        """Why it cannot run here, or None where it can."""
+        """Why the system cannot run with these parts on this machine; None if it can."""
         try:
             self.check_parts(parts)
             self.check_room(parts)
@@ -132,10 +133,10 @@ class System:
         return None
 
     def build(self, parts: Parts) -> Any:
-        """The system as a causal LM (`inference.wrapper.Wrapper`).
+        """Check the parts and load the system, a causal LM (`inference.wrapper.Wrapper`).
 
         Raises:
-            MemDecError: It cannot run here.
+            MemDecError: The system cannot run with these parts on this machine.
         """
         from memdec.text import tokens
 
@@ -145,7 +146,7 @@ class System:
         return self.wrap(self.load(parts), parts, n_vocab)
 
     def second(self, parts: Parts) -> dict[str, str]:
-        """What decides its second distribution beside the weight: content of the parts that join the base, and numbers."""
+        """What its second distribution depends on, except the weight: content of the added parts, and settings."""
         from memdec.models.loading import model_identity
 
         found: dict[str, str] = {
@@ -157,13 +158,13 @@ class System:
         return found | {key: str(value) for key, value in self.numbers(parts).items()}
 
     def numbers(self, parts: Parts) -> dict[str, Any]:
-        """Its settings, without the weight."""
+        """Settings of the system, without the weight."""
         if "index" in self.needs:
             return parts.knn_lm.model_dump(exclude={"weight"})
         return parts.retrieval.model_dump() if "passages" in self.needs else {}
 
 
-_MODELS = ("base", "dapt", "memory")  # parts whose weights count; an adapter is small
+_MODELS = ("base", "dapt", "memory")  # parts whose weights are counted; a LoRA adapter is small
 
 
 def _revision(parts: Parts, name: str) -> str | None:
@@ -174,11 +175,11 @@ def _dtype(parts: Parts, name: str) -> str:
     return (parts.memory_dtype or parts.dtype) if name == "memory" else parts.dtype
 
 
-# --- whether parts go together ------------------------------------------------------------------------------------
+# --- checks of the parts ------------------------------------------------------------------------------------------
 
 
 def _tokenizer(parts: Parts, name: str) -> Any:
-    """Tokenizer of a model that is there, and whole if it is an artefact."""
+    """Load the tokenizer of a part, after checking that the model exists and, if it is an artefact, is complete."""
     from memdec.models import loading
     from memdec.text import tokens
 
@@ -192,14 +193,14 @@ def _fits_alone(parts: Parts) -> None:
 
 
 def _fits_base(parts: Parts) -> None:
-    """A memory must have the base's token ids."""
+    """Check that the memory has the same token ids as the base."""
     from memdec.text import tokens
 
     tokens.check_same_ids(_tokenizer(parts, "base"), _tokenizer(parts, "memory"), f"{parts.base} with {parts.memory}")
 
 
 def _made_from_base(name: str, kind: str) -> Callable[[Parts], None]:
-    """DAPT and LoRA must have started from this very base."""
+    """Make a check that a DAPT model or LoRA adapter was trained from this base."""
 
     def fits(parts: Parts) -> None:
         folder, base = parts.of(name), artefact.read(Path(parts.base), "model")
@@ -227,7 +228,7 @@ def _fits_passages(parts: Parts) -> None:
 
 
 def _load(name: str) -> Callable[[Parts], Any]:
-    """Loader of one part, on its device."""
+    """Make a loader of one part onto its device."""
 
     def load(parts: Parts) -> Any:
         from memdec.models import loading
@@ -239,7 +240,7 @@ def _load(name: str) -> Callable[[Parts], Any]:
 
 
 def _load_adapted(parts: Parts) -> Any:
-    """The base with the adapter added to its weights: no slower than the base."""
+    """Load the base and merge the adapter into its weights, so it is as fast as the base."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(_load("base")(parts), str(parts.lora)).merge_and_unload()

@@ -1,4 +1,4 @@
-"""What base, memory, neighbours and their mixture expect at every token of a text."""
+"""Report, for every token of a text, what base, memory, kNN and the mixture predict at its position."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,13 +24,13 @@ from memdec.models import loading
 from memdec.settings import ExplainSettings
 from memdec.text import tokens
 
-_CHARACTER = 4  # most tokens, one byte each, of one character
-_Row = tuple[float, list[tuple[int, float]]]  # log p of the actual token; (token, p) of the most probable
+_CHARACTER = 4  # a UTF-8 character has at most 4 bytes, so at most 4 tokens
+_Row = tuple[float, list[tuple[int, float]]]  # log p of the true token; (token, p) of the most probable
 
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """A token that a distribution holds likely."""
+    """A probable token of a distribution, and its probability."""
 
     token: int
     text: str
@@ -39,20 +39,20 @@ class Guess:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One distribution at one position: log-probability (nats) of the actual token, and the most probable tokens."""
+    """One distribution at one position: log-probability (nats) of the true token, and the most probable tokens."""
 
     log_p: float
     top: list[Guess]
 
     @property
     def p(self) -> float:
-        """Probability of the actual token."""
+        """Probability of the true token."""
         return math.exp(self.log_p)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenReport:
-    """One token of the text and what was expected in its place; `knn` is None without a datastore."""
+    """One token of the text and the predictions at its position; `knn` is None without a datastore."""
 
     position: int
     token: int
@@ -69,23 +69,23 @@ class TokenReport:
 
     @property
     def gain(self) -> float:
-        """log(p_joint / p_base), nats: what the mixture adds to the log-likelihood."""
+        """log(p_joint / p_base), nats: how much the mixture improves the log-likelihood."""
         return self.joint.log_p - self.base.log_p
 
 
 class Neighbours:
-    """p_kNN of the positions of any text, from the keys that the datastore's own model gives them.
+    """Computes p_kNN at the positions of any text; the queries come from the model that made the datastore.
 
     Args:
-        datastore: Its folders.
+        datastore: Folders of the datastore.
         index_folder: Index over its keys.
         settings: k, temperature and nprobe.
-        tokenizer: The text's; must be the datastore's.
-        device: Of the search; None for a GPU where there is one.
+        tokenizer: Tokenizer of the text; it must be the datastore's.
+        device: Where to search; None means a GPU if there is one.
 
     Raises:
-        ArtifactError: An index of other keys, or another tokenizer.
-        ConfigError: Fewer keys than neighbours, or fewer cells than nprobe.
+        ArtifactError: The index was made from other keys, or the tokenizer differs.
+        ConfigError: There are fewer keys than neighbours, or fewer cells than nprobe.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Neighbours:
         self.searcher = search.load(self.store, index_folder, settings.nprobe, device)
 
     def rows(self, ids: Int[np.ndarray, " T"], part: Window) -> SparseRows:
-        """p_kNN of the scored positions of a window, which has these inputs."""
+        """p_kNN at the scored positions of a window; `ids` are its inputs."""
         point, skip = self.store.forward.point, part.first - part.begin
         hidden = point(torch.from_numpy(ids)[None].to(point.model.device))[0, skip:]
         before = np.where(np.arange(part.first, part.end) > 0, ids[skip:], -1)  # the prefix is no token of a text
@@ -124,19 +124,19 @@ def explain(
     top: int = 3,
     neighbours: Neighbours | None = None,
 ) -> list[TokenReport]:
-    """Reports of all tokens of a text; each is predicted once, with the most left context (`memdec.maths.windows`).
+    """Report every token of a text; each is predicted once, with sliding windows (`memdec.maths.windows`).
 
     Args:
-        model: A mixture; p_mem of several memories is their mixture.
-        tokenizer: Of the models.
-        ids: The text.
+        model: A mixture; with several memories, p_mem is their mixture.
+        tokenizer: Tokenizer of the models.
+        ids: Token ids of the text.
         context: Tokens of a window.
         stride: Tokens scored per window.
-        top: Most probable tokens to tell of each distribution.
-        neighbours: For p_kNN.
+        top: Number of most probable tokens to report for each distribution.
+        neighbours: Source of p_kNN; None leaves it out.
 
     Raises:
-        ConfigError: No tokens, no memory, or windows that the models cannot see.
+        ConfigError: There are no tokens or no memory, or the windows are longer than the models' context.
     """
     if not len(ids) or not model.memories:
         raise ConfigError(
@@ -181,9 +181,9 @@ def _sparse(rows: SparseRows, labels: NDArray[np.int64], top: int) -> list[_Row]
 
 
 def _speller(tokenizer: Any) -> Callable[[tuple[int, ...], int], str]:
-    """(tokens before, token) -> what the token adds to the text.
+    """Make a function (tokens before, token) -> the text that the token adds.
 
-    A token that ends within a character is U+FFFD; the one that ends the character shows all of it.
+    A token that ends inside a character gives U+FFFD; the token that completes the character gives the whole character.
     """
 
     def decode(ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""What all systems are: a causal LM around a frozen base whose logits are normalised log-probabilities."""
+"""The base class of all systems: a causal LM around a frozen base, with normalised log-probabilities as logits."""
 
 import copy
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ Which = Literal["both", "base", "memory"]
 
 
 class MemDecConfig(PreTrainedConfig):
-    """What a mixture is made of.
+    """Configuration of a mixture.
 
     Args:
-        parts: Of the base and then of each memory: `config` (its own configuration, as a dictionary with `model_type`)
-            and, where its weights are elsewhere, `path` and `revision`.
-        weights: Of each memory; what is missing to 1 is the base's.
-        n_vocab: Tokens of the shared vocabulary.
+        parts: One dictionary for the base, then one for each memory. It holds `config` (the configuration of that
+            model, as a dictionary with `model_type`) and, if the weights are saved elsewhere, `path` and `revision`.
+        weights: Weight of each memory; the base has the rest to 1.
+        n_vocab: Size of the shared vocabulary.
     """
 
     model_type = "memdec"
@@ -46,20 +46,20 @@ class MemDecConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def part_config(self, index: int) -> Any:
-        """Configuration of one part: 0 is the base."""
+        """Configuration of one model: 0 is the base."""
         plain = dict(self.parts[index]["config"])
         return AutoConfig.for_model(plain.pop("model_type"), **plain)
 
     @property
     def max_position_embeddings(self) -> int:
-        """Tokens that all parts can see."""
+        """The longest input, in tokens, that all models accept."""
         known = [n for i in range(len(self.parts)) if (n := n_positions(self.part_config(i))) is not None]
         if not known:
             raise AttributeError("max_position_embeddings")
         return int(min(known))
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
-        """The base's, with the shared vocabulary: what `generate` reads layers, special tokens and sizes from."""
+        """The base's text config with the shared vocabulary; `generate` reads layers and special tokens from it."""
         if not self.parts:
             return self
         config = self.part_config(0).get_text_config(decoder=decoder, encoder=encoder)
@@ -72,7 +72,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
 
     Args:
         config: Its first part is the base.
-        base: Any causal LM; stays as it is.
+        base: Any causal LM; it is not changed.
     """
 
     config_class = MemDecConfig
@@ -98,7 +98,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         return self.base.get_input_embeddings()
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """All models were tied when they were loaded."""
+        """Do nothing: the weights of each model were tied when it was loaded."""
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(
@@ -107,7 +107,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """Each model makes its own mask of it: their layers may differ."""
+        """Return the padding mask unchanged; each model makes its own attention mask, as their layers may differ."""
         return attention_mask
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -118,28 +118,28 @@ class Wrapper(PreTrainedModel, GenerationMixin):
     def log_probs(
         self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(log p, None) of a batch without padding on the left: there is nothing else to weigh.
+        """(log p, None) of a batch without left padding; None because there is no second distribution.
 
         Args:
             input_ids: Token ids (B, T).
-            which: "base"; models with a second distribution know "both" and "memory", too.
-            logits_to_keep: Only the last so many positions; 0 is all.
+            which: "base"; models with a second distribution also accept "both" and "memory".
+            logits_to_keep: Number of last positions to return; 0 means all.
         """
         kept = last_positions(input_ids.shape[1], logits_to_keep)
         return self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=kept).logits, None
 
     def output(self, log_p: Tensor, labels: Tensor | None, cache: Cache | None) -> CausalLMOutputWithPast:
-        """What `forward` returns: with `labels` (B, T) the loss too, in nats per token, as other causal LMs give it."""
+        """Make the output of `forward`; with `labels` (B, T) it has the usual loss of causal LMs, in nats per token."""
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=log_p, labels=labels, vocab_size=log_p.shape[-1])
         return CausalLMOutputWithPast(loss=loss, logits=log_p, past_key_values=cache)
 
     def check_length(self, input_ids: Tensor | None, cache: Cache | None) -> None:
-        """The text must not be longer than what the models can see.
+        """Check that the text, with the cached tokens, fits into the context of the models.
 
         Raises:
-            ConfigError: The text is longer.
+            ConfigError: The text is too long.
         """
         if input_ids is None or torch.compiler.is_compiling():
             return
@@ -149,23 +149,24 @@ class Wrapper(PreTrainedModel, GenerationMixin):
 
 
 def last_positions(n: int, keep: int) -> int | Tensor:
-    """The last `keep` of n positions (0: all) as `logits_to_keep` of a forward pass.
+    """The last `keep` of n positions (0: all), as the argument `logits_to_keep` of a forward pass.
 
-    Positions instead of their number: of a slice, which is not contiguous, torch takes the product with the head row by row
-    on a CPU (32 rows of 256 x 50,257: 146 ms, of a copy 13 ms).
+    The result is a tensor of positions, not their number. With a number, transformers takes a slice, which is not
+    contiguous; on a CPU, torch then multiplies it with the head row by row (32 rows of 256 x 50,257: 146 ms, with a
+    copy 13 ms).
     """
     return torch.arange(n - keep, n) if keep else 0
 
 
 def shared_vocabulary(models: Sequence[Any], n_vocab: int | None) -> int:
-    """Tokens that all output heads have: the shortest decides, as some families pad theirs.
+    """Size of the shortest output head; it is the shared vocabulary, as some model families pad their heads.
 
     Args:
         models: Causal LMs.
-        n_vocab: Tokens of the tokenizer, for a check.
+        n_vocab: Vocabulary size of the tokenizer, only to check that every head covers it.
 
     Raises:
-        ModelError: A head is shorter than that.
+        ModelError: A head has fewer than `n_vocab` tokens.
     """
     shortest = min(int(model.get_output_embeddings().weight.shape[0]) for model in models)
     if n_vocab is not None and n_vocab > shortest:

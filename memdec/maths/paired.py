@@ -1,7 +1,8 @@
-"""Two systems on the same items: the value of each, their difference, intervals and a test, by what the value is made of.
+"""Compare two systems on the same items: the value of each, their difference, intervals and a p-value.
 
-Intervals draw items, each with what both systems have of it. The tests ask how large the difference would be if the two
-were exchangeable on every item: exact for 0/1 outcomes, sign flips for sums, exchanged predictions for F1.
+Intervals are bootstrap intervals over items; the results of both systems on an item are drawn together. The tests
+assume that the systems are exchangeable on every item. Means of 0/1 outcomes use the exact McNemar test, other means
+and ratios use sign flips, and F1 exchanges the predictions of both systems at random.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """Values of two systems, 95 % intervals of them and of the difference B - A, two-sided p-value, name of the test."""
+    """Values of two systems, 95 % intervals of both and of B - A, two-sided p-value, name of the test."""
 
     a: float
     b: float
@@ -35,10 +36,10 @@ class Paired:
 
 
 def means(a: ArrayLike, b: ArrayLike) -> Paired:
-    """Means over N items, (N,) each: McNemar where all outcomes are 0 or 1, else sign flips.
+    """Compare means over N items, (N,) each: McNemar if all outcomes are 0 or 1, else sign flips.
 
     Raises:
-        ValueError: Not as many values of both, or none.
+        ValueError: Different numbers of values, or none.
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     binary = statistics.is_binary(first) and statistics.is_binary(second)
@@ -54,13 +55,13 @@ def means(a: ArrayLike, b: ArrayLike) -> Paired:
 
 
 def ratios(a: ArrayLike, b: ArrayLike, counts: ArrayLike, of: Callable[[Floats], Floats]) -> Paired:
-    """A monotonic function of sum / count, such as the perplexity of documents.
+    """Compare a monotonic function of sum / count, such as perplexity over documents.
 
     Args:
         a: log-likelihood (nats) of each document under A, (N,).
-        b: Under B.
-        counts: Its tokens, words or bytes, the same for both.
-        of: Makes the value of the ratio, elementwise.
+        b: The same under B.
+        counts: Tokens, words or bytes of each document, the same for both systems.
+        of: Elementwise function from the ratio sum / count to the value.
     """
     sums, units = (np.asarray(a, np.float64), np.asarray(b, np.float64)), np.asarray(counts, np.int64)
 
@@ -70,7 +71,7 @@ def ratios(a: ArrayLike, b: ArrayLike, counts: ArrayLike, of: Callable[[Floats],
 
     value_a, value_b, _ = values(*sums, units, -1).tolist()
     low, high = statistics.bootstrap(values, *sums, units, n_resamples=N_RESAMPLES, seed=0, level=LEVEL)
-    p = statistics.sign_flips(*sums)  # of the sums, of which `of` keeps the order
+    p = statistics.sign_flips(*sums)  # a test of the sums is enough, because `of` is monotonic
     one, other, gap = zip(low.tolist(), high.tolist(), strict=True)
     return Paired(value_a, value_b, one, other, gap, p, "sign flips")
 
@@ -82,22 +83,23 @@ def f1(
     averages: Sequence[Average],
     groups: Sequence[int] | None = None,
 ) -> Paired:
-    """Mean of F1 averages; with groups, the plain mean over groups of that.
+    """Compare F1, as the mean of `averages`; with groups, as the mean of that over groups.
 
-    Items that agree in group, right label and both predictions are exchangeable, so only their numbers are drawn: the
-    resamples are those of the bootstrap over items. The test exchanges the predictions of every item with probability
-    1/2 (approximate randomisation; Noreen 1989, Computer-Intensive Methods for Testing Hypotheses).
+    Items with the same group, correct label and predictions are interchangeable, so it is enough to draw how often each
+    such kind of item occurs. This is the same bootstrap as one over items. The test exchanges the two predictions of
+    each item with probability 1/2 (approximate randomisation; Noreen 1989, Computer-Intensive Methods for Testing
+    Hypotheses).
 
     Args:
-        gold: Right label of each item, (N,).
-        a: What A predicts.
-        b: What B predicts.
-        averages: As scikit-learn's `average`; several: their plain mean.
+        gold: Correct label of each item, (N,).
+        a: Predictions of A.
+        b: Predictions of B.
+        averages: Values of scikit-learn's `average`; if there are several, their mean is compared.
         groups: Group of each item.
     """
     columns = np.array([groups if groups is not None else [0] * len(gold), gold, a, b], np.int64)
     kinds, first, numbers = np.unique(columns, axis=1, return_index=True, return_counts=True)
-    order = np.argsort(first)  # the same draws if A and B change places
+    order = np.argsort(first)  # order of first occurrence: the draws are the same if A and B are swapped
     (group, right, by_a, by_b), numbers = kinds[:, order], numbers[order]
 
     def value(counts: NDArray[np.integer], predicted: NDArray[np.int64], fold: int = 1) -> Floats:
@@ -124,13 +126,13 @@ def grouped_f1(
     average: Average,
     groups: NDArray[np.int64],
 ) -> Floats:
-    """F1 of each row of counts, as scikit-learn has it of the items; plain mean over the groups that have items.
+    """F1 for each row of counts, equal to scikit-learn's on the items; the mean over all groups that have items.
 
     Args:
-        counts: Items of each kind, (R, C).
-        gold: Right label of each kind, (C,).
+        counts: Number of items of each kind, (R, C).
+        gold: Correct label of each kind, (C,).
         predicted: Predicted label of each kind, (C,).
-        average: Over labels: `macro` counts those that are right or predicted somewhere in the row.
+        average: How labels are averaged; `macro` uses the labels that are correct or predicted somewhere in the row.
         groups: Group of each kind, (C,).
 
     Returns:

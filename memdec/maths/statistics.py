@@ -1,8 +1,8 @@
-"""How sure a mean over items is, and whether two systems differ on the same items.
+"""Confidence intervals of means, and tests of whether two systems differ on the same items.
 
-Intervals are percentile bootstrap intervals (Efron and Tibshirani 1993, An Introduction to the Bootstrap, ch. 13). Tests
-are two-sided: McNemar's (1947) in its exact form for 0/1 outcomes, else the sign-flip permutation test (Fisher 1935).
-Everything is a function of its numbers and a seed.
+Intervals are percentile bootstrap intervals (Efron and Tibshirani 1993, An Introduction to the Bootstrap, ch. 13).
+Tests are two-sided: McNemar's exact test (1947) for 0/1 outcomes, else the sign-flip permutation test (Fisher 1935).
+Results depend only on the given numbers and a seed.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_HELD = 1 << 22  # random numbers that are held at a time (32 MiB)
+_HELD = 1 << 22  # random numbers in memory at a time (32 MiB)
 
 
 def bootstrap(
@@ -21,16 +21,16 @@ def bootstrap(
     """Percentile bootstrap interval of a statistic of N items (`scipy.stats.bootstrap`).
 
     Args:
-        statistic: Function of arrays like `items` and of `axis`, which it takes away; may give several values, (..., R).
-        items: Values of the items, (..., N); all arrays are drawn together.
+        statistic: Function of arrays like `items` that reduces the axis `axis`; may return several values, (..., R).
+        items: Values of the items, (..., N); the same items are drawn from all arrays.
         n_resamples: R.
-        seed: Of the draws. The draws come in batches of bounded memory, whose size does not change them.
-        level: Share of the resamples between the two ends.
+        seed: Of the random draws. They are made in batches to bound memory; the batch size does not change them.
+        level: Fraction of the resamples inside the interval.
 
     Returns:
-        Lower and upper end, each of the shape of the statistic.
+        Lower and upper end of the interval, each with the shape of the statistic.
     """
-    if items[0].shape[-1] == 1:  # every resample is the one item; scipy refuses it
+    if items[0].shape[-1] == 1:  # every resample is that one item; scipy raises an error
         value = statistic(*items, axis=-1)
         return value, value
     from scipy import stats  # takes a second to import
@@ -44,8 +44,8 @@ def bootstrap(
 
 
 def percentiles(replicates: NDArray[np.float64], level: float) -> tuple[Any, Any]:
-    """Bounds between which the middle `level` of the replicates (..., R) lie, each (...)."""
-    # Not the bounds of scipy's own result: they are the same but for the last bit, and published ones stay to the digit.
+    """Lower and upper bound of the middle `level` of the replicates (..., R), each (...)."""
+    # scipy's own bounds may differ in the last bit; these keep published intervals the same to the digit.
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2], axis=-1)
     return low, high
 
@@ -55,10 +55,11 @@ def mean_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of N independent items.
 
-    Of the differences of two systems on the same items it is the paired interval: an item is drawn with both outcomes.
+    Given the differences of two systems on the same items, it is the paired interval: both outcomes of an item are
+    drawn together.
 
     Raises:
-        ValueError: No values, or not one per item.
+        ValueError: There are no values, or the array is not one-dimensional or not finite.
     """
     low, high = bootstrap(np.mean, _items(values), n_resamples=n_resamples, seed=seed, level=level)
     return float(low), float(high)
@@ -67,13 +68,13 @@ def mean_interval(
 def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
     """Exact McNemar test of 0/1 outcomes (N,) of two systems on the same items.
 
-    Of the n items on which they differ, the number that `a` has right is Binomial(n, 1/2) if neither is better.
+    If neither system is better, then among the n items on which they differ `a` is right on Binomial(n, 1/2) items.
 
     Returns:
-        The two-sided p-value; 1 where they never differ.
+        The two-sided p-value; 1 if they never differ.
 
     Raises:
-        ValueError: Other numbers than 0 and 1, or not as many.
+        ValueError: Numbers other than 0 and 1, or different numbers of items.
     """
     from scipy.stats import binomtest  # takes a second to import
 
@@ -87,19 +88,20 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
 def sign_flips(a: ArrayLike, b: ArrayLike, *, n_resamples: int = 10_000, seed: int = 0) -> float:
     """Sign-flip permutation test of the mean difference of two systems on the same items, (N,) each.
 
-    If they are exchangeable, every difference is as likely with the other sign. Where the 2^n choices of signs (n: items
-    that differ) are no more than `n_resamples`, all are counted and p is exact; else p = (1 + hits) / (1 + R) of R random
-    ones, never 0 (Phipson and Smyth 2010, doi:10.2202/1544-6115.1585).
+    If the systems are exchangeable, each difference is equally likely to have the opposite sign. With n items that
+    differ there are 2^n choices of signs. If they are at most `n_resamples`, all are counted and p is exact. Else R
+    random ones are drawn and p = (1 + hits) / (1 + R), which is never 0 (Phipson and Smyth 2010,
+    doi:10.2202/1544-6115.1585).
 
     Returns:
-        The two-sided p-value; 1 where they never differ.
+        The two-sided p-value; 1 if they never differ.
 
     Raises:
-        ValueError: Not as many values of both.
+        ValueError: Different numbers of values.
     """
     first, second = _pairs(a, b)
     gaps = (first - second)[first != second]
-    # Sums of the same numbers in another order may differ in their last bits.
+    # The tolerance covers rounding: sums of the same numbers in another order may differ in their last bits.
     least = abs(gaps.sum()) - 1e-12 * np.abs(gaps).sum()
     if 2 ** len(gaps) <= n_resamples:
         flips = np.arange(2 ** len(gaps))[:, None] >> np.arange(len(gaps)) & 1
@@ -112,7 +114,7 @@ def sign_flips(a: ArrayLike, b: ArrayLike, *, n_resamples: int = 10_000, seed: i
 
 
 def is_binary(values: NDArray[np.float64]) -> bool:
-    """Whether all are 0 or 1."""
+    """Whether all values are 0 or 1."""
     return bool(np.isin(values, (0.0, 1.0)).all())
 
 
@@ -154,8 +156,8 @@ def bootstrap_perplexity(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the perplexity, resampling blocks of `window` tokens.
 
-    Blocks, not tokens, because neighbouring tokens are dependent. The resampled quantity is the ratio
-    sum(log p) / tokens, so a shorter last block is weighted right.
+    Blocks are resampled instead of tokens because neighbouring tokens are dependent. The resampled quantity is the
+    ratio sum(log p) / tokens, so a shorter last block has the correct weight.
     """
 
     def of(sums: NDArray[np.float64], counts: NDArray[np.int64], axis: int) -> NDArray[np.float64]:

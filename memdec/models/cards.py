@@ -1,4 +1,4 @@
-"""Model cards: README.md of a trained folder, made of nothing but its own facts, settings and inputs."""
+"""Write the model card (README.md) of a trained folder from its manifest: facts, settings and inputs."""
 
 from collections.abc import Mapping
 from importlib import resources
@@ -12,7 +12,7 @@ from memdec.artefacts import artefact, markdown
 Kind = Literal["model", "memory", "lora"]
 
 _TAGS: dict[str, list[str]] = {"model": [], "memory": ["memory-decoder"], "lora": ["lora"]}
-# fact -> what it is called in the card
+# fact in the manifest -> name in the card
 _TEXT = {
     "corpus_sha256": "corpus sha256 (128 bits)",
     "trained_tokens": "trained tokens",
@@ -27,14 +27,14 @@ _RESULTS = {
 
 
 def write(out: Path, *, kind: Kind, facts: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]) -> None:
-    """Write README.md with metadata for the Hub; a fact that is not given is left out.
+    """Write README.md with metadata for the Hub; missing facts are left out.
 
     Args:
         out: The folder.
-        kind: What is in it.
-        facts: Of its manifest.
-        settings: Of its manifest; may be nested.
-        inputs: Name -> recipe of the artefacts that it was made of.
+        kind: What it contains.
+        facts: Facts of its manifest.
+        settings: Settings of its manifest; may be nested.
+        inputs: Name -> recipe of each artefact that it was made from.
     """
     plain = _flat(settings)
     card = ModelCard.from_template(
@@ -61,7 +61,7 @@ def _named(names: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names; unset ones are left out."""
+    """Flatten nested settings to dotted names; leave out unset ones."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -151,10 +151,6 @@ WITHOUT: dict[str, Callable[[Parts], Wrapper]] = {
     "kNN-LM": lambda parts: SYSTEMS["kNN-LM"].build(
         dataclasses.replace(parts, knn_lm=parts.knn_lm.model_copy(update={"weight": 0.0}))
     ),
-<<<<<<< HEAD
-    "In-Context RAG": lambda parts: without_passages(SYSTEMS["In-Context RAG"].build(parts)),
-=======
->>>>>>> lib16
 }
 
 
