@@ -6,10 +6,12 @@
 set -euo pipefail
 folder=$1
 shift
-run=(snakemake --snakefile "$(dirname "$0")/../Snakefile" --directory "$folder")
+root=$(cd "$(dirname "$0")/.." && pwd)
+run=(snakemake --snakefile "$root/Snakefile" --directory "$folder")
 
 memdec doctor "$folder/results" || [[ $? == 1 ]]
-summary=$("${run[@]}" --summary --quiet host "$@")
+# A summary that fails does so without a word; a dry run says why.
+summary=$("${run[@]}" --summary --quiet host "$@") || { "${run[@]}" --dry-run "$@" || exit; exit 1; }
 mapfile -t missing < <(awk -F '\t' '$5 == "missing" { print $1 }' <<< "$summary")
 ((${#missing[@]})) && run+=(--forcerun "${missing[@]}")
 "${run[@]}" --rerun-incomplete "$@"

@@ -201,6 +201,9 @@ def test_a_table_that_cannot_be_says_why(tmp_path: Path) -> None:
     for table, reason in (("table4", "base model with another tokenizer"), ("table9", "one of table1, table3")):
         with pytest.raises(AssertionError, match=f"expected (a )?{reason}"):
             snakemake(tmp_path, f"results/{table}.csv", "-n", "--cores", "1")
+    (tmp_path / "results").mkdir(exist_ok=True)
+    with pytest.raises(AssertionError, match="expected one of table1, table3"):
+        repair(tmp_path, "-n", "--", "results/table9.csv")
 
 
 def test_the_catalogue_of_workflows_can_deploy_it(tmp_path: Path) -> None:
