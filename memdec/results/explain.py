@@ -1,7 +1,7 @@
 """What base, memory, neighbours and their mixture say of every token of a text (paper, Table 6).
 
-`explain` gives the numbers; `table` puts them into the terminal and `page` into one HTML file without outside parts: the
-text as a heat map, blue where the memory gives a token more than the base, orange where less.
+`explain` gives the numbers; `table` puts them into the terminal and `page` into one HTML file without outside parts:
+the text as a heat map, blue where the memory gives a token more than the base, orange where less.
 """
 
 import math

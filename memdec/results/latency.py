@@ -1,12 +1,13 @@
 """Stage `latency`: prefill and decoding speed of systems that share a base, and their overhead over it (paper, Figure 4).
 
-Systems take turns: in each, every system continues the same prompt greedily by 1 token and by each number of new tokens,
-so a machine that is busy is busy for all. One new token is the prefill; what more tokens take longer is decoding. All
-statistics are medians over the turns with bootstrap intervals; ratios are taken within each turn.
+Systems take turns: in each, every system continues the same prompt greedily by 1 token and by each number of new
+tokens, so a machine that is busy is busy for all. One new token is the prefill; what more tokens take longer is
+decoding. All statistics are medians over the turns with bootstrap intervals; ratios are taken within each turn.
 
-Output: `records.json` and `latency.csv` (one row per system, phase and number of tokens), `latency.md` (a row per system),
-`seconds.json` (every single measurement) and the figures `latency` and, where several systems of one kind have a size, `growth` (.png and .svg).
-Timings depend on the machine: its name is among the inputs, and on another one the artefact is made again.
+Output: `records.json` and `latency.csv` (one row per system, phase and number of tokens), `latency.md` (a row per
+system), `seconds.json` (every single measurement) and the figures `latency` and, where several systems of one kind have
+a size, `growth` (.png and .svg). Timings depend on the machine: its name is among the inputs, and on another one the
+artefact is made again.
 """
 
 import itertools
@@ -276,10 +277,10 @@ def _synchronise(model: Any) -> None:
 def records(given: Mapping[str, Entry], timings: Timings, settings: LatencySettings) -> list[dict[str, Any]]:
     """Rows: prefill (`n_tokens` of the prompt), and decode and total by number of generated tokens.
 
-    `ratio_to_base` is of times (2 takes twice as long), the median of the ratios within the turns. decode leaves out the
-    first new token, which comes with the prefill; where it cannot be told from no time at all, on a busy machine, rates and
-    ratios are None. `tokens_per_forward` (generated tokens per forward pass of the base) and `acceptance` (share of the
-    drafted tokens that were looked at and accepted) are those of speculative decoding.
+    `ratio_to_base` is of times (2 takes twice as long), the median of the ratios within the turns. decode leaves out
+    the first new token, which comes with the prefill; where it cannot be told from no time at all, on a busy machine,
+    rates and ratios are None. `tokens_per_forward` (generated tokens per forward pass of the base) and `acceptance`
+    (share of the drafted tokens that were looked at and accepted) are those of speculative decoding.
     """
     first, more = timings.seconds[:, :1], timings.seconds[:, 1:]
     seconds = np.concatenate([first, more - first, more], axis=1)  # (systems, phases, turns)
