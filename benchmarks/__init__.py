@@ -1,1 +1,1 @@
-"""Speed and memory of the hot paths, each against a plain twin on the same work in the same run."""
+"""Benchmarks of speed and memory; each compares our code with a plain twin on the same work in the same run."""

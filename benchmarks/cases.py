@@ -1,7 +1,7 @@
-"""The work of each benchmark, ours and a plain twin written here; `run.py` measures them.
+"""The benchmark cases: our code, and for each a plain twin written here; `run.py` measures both.
 
-A case is made once per child process by `make(n)`, which returns two functions; what `plain` makes of their results
-must agree. It runs outside of the timing.
+`make(n)` makes a case once per child process. It returns two functions, ours and the twin. `plain` converts the results
+of both to tensors, which must agree; this check is not timed.
 """
 
 import json
@@ -40,7 +40,7 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Files:
-    """Result of a case that writes: the folder, whose size is reported, and how to read it back."""
+    """Result of a case that writes files: the folder, whose size is reported, and a function that reads it."""
 
     folder: Path
     read: Callable[[Path], Any]
@@ -57,7 +57,7 @@ def _as_is(result: Any) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """A benchmark; `unit` is what one call takes (seconds of CPU) or does (rows per second of CPU)."""
+    """One benchmark; `unit` is the CPU seconds of one call, or the work done per CPU second."""
 
     name: str
     make: Callable[[int], tuple[Work, Work]]
@@ -65,7 +65,7 @@ class Case:
     n_quick: int
     unit: Literal["CPU s", "rows/s", "tokens/s", "queries/s"]
     better: Literal["lower", "higher"]
-    tolerance: float  # relative L2 between ours and the twin; inf where the twin is only a floor
+    tolerance: float  # relative L2 between ours and the twin; inf if the twin is only a lower bound
     plain: Callable[[Any], tuple[Tensor, ...]] = _as_is
 
 
@@ -73,7 +73,7 @@ V, D, ENTRIES = 50_257, 256, 64
 
 
 def loss_inputs(n: int, vocab: int = V, width: int = D) -> tuple[Tensor, ...]:
-    """hidden (n, D), head (V, D), labels (n,) and targets of n rows with 64 entries: indptr, tokens, probs."""
+    """Random hidden (n, D), head (V, D), labels (n,), and targets with 64 entries per row: indptr, tokens, probs."""
     gen = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, width, generator=gen)
     head = torch.randn(vocab, width, generator=gen) * 0.05
@@ -98,7 +98,7 @@ def _ours_loss(inputs: tuple[Tensor, ...]) -> Work:
 
 
 def dense_hybrid(hidden: Tensor, head: Tensor, labels: Tensor, indptr: Tensor, tokens: Tensor, probs: Tensor) -> Tensor:
-    """The hybrid loss as a sum over rows, beta 0.5: a dense target, full logits."""
+    """The hybrid loss with beta 0.5, summed over rows, from a dense target and full logits."""
     target = torch.zeros(len(labels), len(head), device=hidden.device)
     rows = torch.repeat_interleave(torch.arange(len(labels), device=hidden.device), indptr.diff())
     target[rows, tokens] = probs
@@ -122,14 +122,14 @@ def loss(n: int) -> tuple[Work, Work]:
 
 
 def loss_floor(n: int) -> tuple[Work, Work]:
-    """The same loss against its three bare matrix products in the same blocks: what it cannot go below."""
+    """The same loss against only its three matrix products in the same blocks, a lower bound of its time."""
     inputs = loss_inputs(n)
     hidden, head = inputs[:2]
     rows = block_rows(n, V, "cpu")
 
     def twin() -> tuple[Tensor, ...]:
         grad_h, grad_w = torch.empty_like(hidden), torch.zeros_like(head)
-        block = torch.empty(rows, V)  # reused, as ours does: fresh blocks cost page faults and are no floor
+        block = torch.empty(rows, V)  # reused, as in our loss: new blocks would add page faults
         for begin in range(0, n, rows):
             h = hidden[begin : begin + rows]
             logits = torch.mm(h, head.T, out=block[: len(h)])
@@ -145,7 +145,7 @@ _WINDOW = 512
 
 
 def _target_rows(n: int) -> tuple[TargetReader, Rows]:
-    """Targets of n positions with 100 to 500 entries (k = 1024 neighbours): a shard on disk, and the rows as a list."""
+    """Targets of n positions with 100 to 500 entries (k = 1024): a shard on disk, and its rows as a list."""
     rng, folder = np.random.default_rng(0), _scratch() / "targets"
     counts = rng.integers(100, 500, n)
     rows: Rows = []
@@ -162,14 +162,14 @@ def _target_rows(n: int) -> tuple[TargetReader, Rows]:
 
 
 def _windows(n: int) -> list[dict[str, Any]]:
-    """Items of a training set: n positions in windows of 512."""
+    """Training items: n positions in windows of 512."""
     ids = np.random.default_rng(1).integers(0, V, n)
     spans = [(first, min(first + _WINDOW, n)) for first in range(0, n, _WINDOW)]
     return [{"first": a, "end": b, "inputs": ids[a:b], "labels": ids[a:b]} for a, b in spans]
 
 
 def _dense_batch(items: list[dict[str, Any]], rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, labels and dense targets (B, T, V), one row at a time."""
+    """Ids, labels and dense targets (B, T, V), made row by row."""
     width = max(len(item["inputs"]) for item in items)
     ids, labels = (torch.full((len(items), width), fill) for fill in (0, -100))
     target = torch.zeros(len(items), width, V)
@@ -204,7 +204,7 @@ def _batch(result: Any) -> tuple[Tensor, ...]:
 def step(n: int, width: int, layers: int) -> tuple[Work, Work]:
     """A training step of a GPT-2 on n tokens in windows of 512, from the rows on disk to the AdamW update.
 
-    Against the same model with dense targets, full logits, a softmax each for KL and CE, and autograd.
+    The twin is the same model with dense targets, full logits, separate softmaxes for KL and CE, and autograd.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -214,9 +214,9 @@ def step(n: int, width: int, layers: int) -> tuple[Work, Work]:
     config = GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64, n_positions=_WINDOW, **plain)
 
     def side(loss_of: Callable[[Any], Tensor], fused: bool) -> Work:
-        """A step of a model of its own; a second call is the next step. The result is two of the gradients.
+        """A training step of a separate model; a second call is the next step. The result is two of the gradients.
 
-        `fused`: activation and optimizer as training has them; else as they come.
+        `fused`: activation and optimizer as in our training; else the defaults.
         """
         made: list[Any] = []
 
@@ -255,7 +255,7 @@ def step(n: int, width: int, layers: int) -> tuple[Work, Work]:
 def neighbour_batches(n: int, batch: int, k: int = 1024, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
     """Squared distances and tokens of the neighbours of n positions, in batches, each (batch, k).
 
-    A few likely tokens a row and a Zipf tail: about 280 distinct ones of 1024.
+    Each row has a few frequent tokens and a Zipf tail, about 280 distinct tokens among 1024 neighbours.
     """
     rng = np.random.default_rng(0)
     values = torch.from_numpy((rng.zipf(1.3, (n, k)) + rng.integers(0, 40, (n, 1))) % V).to(device)
@@ -279,7 +279,7 @@ def aggregation(n: int, batch: int) -> tuple[Work, Work]:
     def twin() -> list[tuple[list[int], list[float]]]:
         parts = []
         for d, v in batches:
-            for row in dense_rows(d, v, temperature):  # one row at a time, as lists, the way target files were written
+            for row in dense_rows(d, v, temperature):  # row by row as lists, as earlier target files were written
                 ids = row.nonzero().flatten()
                 parts.append((ids.tolist(), row[ids].tolist()))
         return parts
@@ -288,7 +288,7 @@ def aggregation(n: int, batch: int) -> tuple[Work, Work]:
 
 
 def cells(result: Any) -> tuple[Tensor, ...]:
-    """Probabilities of all rows, tokens rising, and a product that tells rows and tokens apart, from any form."""
+    """Probabilities of all rows in token order, and a product that depends on row and token, from any format."""
     if isinstance(result, Files):
         result = result.read(result.folder)
     if len(result[0]) == 3:  # batches of (counts, tokens, probs)
@@ -302,7 +302,7 @@ def cells(result: Any) -> tuple[Tensor, ...]:
 
 
 def _scratch() -> Path:
-    """A folder that goes with the process."""
+    """A temporary folder that is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="memdec-bench-")
     _KEPT.append(folder)
     return Path(folder.name)
@@ -313,7 +313,7 @@ _PASS = 8192  # positions of a forward pass, e.g. 16 windows with stride 512
 
 
 def keys_write(n: int) -> tuple[Work, Work]:
-    """Keys of forward passes to disk in float16, checked for overflow, against a list of rows saved at the end."""
+    """Write keys of forward passes to disk in float16 with an overflow check, against a list of rows saved at the end."""
     hidden = torch.randn(_PASS, D, generator=torch.Generator().manual_seed(0))
     passes = [(first, min(_PASS, n - first)) for first in range(0, n, _PASS)]
 
@@ -342,7 +342,7 @@ def _keys(result: Any) -> tuple[Tensor, ...]:
 
 
 def _store(n: int, width: int, vocab: int = V) -> tuple[Path, Path, NDArray[np.float16]]:
-    """(datastore, token stream, keys): a made-up store of 500 clusters with a few likely tokens each."""
+    """(datastore, token stream, keys) of a random store: 500 clusters with a few frequent tokens each."""
     rng = np.random.default_rng(0)
     cluster = rng.integers(0, 500, n)
     keys = ((rng.normal(size=(500, width)) * 0.7)[cluster] + rng.normal(size=(n, width))).astype(np.float16)
@@ -351,7 +351,7 @@ def _store(n: int, width: int, vocab: int = V) -> tuple[Path, Path, NDArray[np.f
 
 
 def write_store(keys: NDArray[np.float16], values: NDArray[np.uint16], vocab: int = V) -> tuple[Path, Path]:
-    """(datastore, token stream) of given keys and tokens, in a folder that goes with the process."""
+    """(datastore, token stream) of given keys and tokens, in a temporary folder."""
     folder, (n, width) = _scratch(), keys.shape
     with artefact.building(folder / "tokens", "tokens", {}, {}) as build:
         assert build is not None
@@ -378,7 +378,7 @@ def write_store(keys: NDArray[np.float16], values: NDArray[np.uint16], vocab: in
 
 
 def keys_read(n: int) -> tuple[Work, Work]:
-    """All keys of a store in float32 blocks, as an index takes them, against a list of rows per block."""
+    """Read all keys of a store in float32 blocks, as for an index, against a list of rows per block."""
     folder, _, _ = _store(n, D)
     block = 65_536
 
@@ -428,7 +428,7 @@ def search(n: int) -> tuple[Work, Work]:
 
 
 def targets_end_to_end(n: int) -> tuple[Work, Work]:
-    """Targets of a store, k = 256, from keys to files: against numpy search, dense scatter, a loop, lists as JSON."""
+    """Targets of a store, k = 256, from keys to files, against numpy search, dense scatter, a loop and JSON lists."""
     width, k, temperature = 64, 256, 16.0
     store, stream, keys = _store(n, width, 20_000)
     index.run(store, store.parent / "index", IndexSettings(check_queries=1))
@@ -446,7 +446,7 @@ def targets_end_to_end(n: int) -> tuple[Work, Work]:
             for first in range(0, n, 1024):
                 q = wide[first : first + 1024]
                 sq_dist = norms - 2 * (q @ wide.T) + (q**2).sum(1, keepdims=True)
-                sq_dist[np.arange(len(q)), first + np.arange(len(q))] = np.inf  # oneself
+                sq_dist[np.arange(len(q)), first + np.arange(len(q))] = np.inf  # the query itself
                 near = np.argpartition(sq_dist, k, axis=1)[:, :k]
                 d = torch.from_numpy(np.take_along_axis(sq_dist, near, axis=1))
                 dense = torch.zeros(len(q), 20_000)
@@ -465,20 +465,20 @@ def _read_targets(folder: Path) -> list[tuple[Tensor, ...]]:
 
 
 def _sparse_l2(result: Any) -> tuple[Tensor, ...]:
-    """As `cells`, without entries that float32 on one side only rounds to zero."""
+    """As `cells`, without entries that only one side rounds to zero in float32."""
     probs, mixed = cells(result)
     return probs[probs > 1e-7], mixed[probs > 1e-7]
 
 
 def alpha_sweep(n: int) -> tuple[Work, Work]:
-    """Perplexity at 10 alphas of two GPT-2s of 4 layers, windows of 1,024, against a pass of both models per alpha."""
+    """Perplexity at 10 alphas of two 4-layer GPT-2s, windows of 1,024, against one pass of both models per alpha."""
     return sweep_of(n, V, 256, 4)
 
 
 def sweep_of(
     n: int, vocab: int, width: int, layers: int, context: int = 1024, device: str = "cpu"
 ) -> tuple[Work, Work]:
-    """The same of GPT-2s of any size on any device."""
+    """The same for GPT-2s of any size on any device."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -513,8 +513,8 @@ def sweep_of(
 def dcpmi(n: int) -> tuple[Work, Work]:
     """DCPMI of 4 labels with 150 words each on n texts of about 60 tokens, a GPT-2 of 4 layers, batches of 32.
 
-    As the task does it, from texts on; against one plain forward per row, padded on the right, logits of its last
-    position only, from token ids on.
+    Our side starts from texts, as the task does. The twin starts from token ids: one plain forward pass per row, padded
+    on the right, with logits of the last position only.
     """
     from lm_eval.api.instance import Instance
     from tokenizers import Tokenizer

@@ -1,9 +1,9 @@
-"""The hot paths on CUDA, each against a plain twin: `python -m benchmarks.gpu [--tiny] [--out results/gpu/gpu.csv]`.
+"""Benchmark our code on CUDA against plain twins: `python -m benchmarks.gpu [--tiny] [--out results/gpu/gpu.csv]`.
 
-Both sides do the same work in the same run, in turn, after their results were compared; times are medians between CUDA
-events, memory is the growth of the allocator's peak over the inputs. A row is written as soon as it is there. A twin that
-does not fit is a row that says so, and one more with a quarter of the work. `--tiny` takes toy sizes on any device; a CPU
-has a clock instead of events, and no memory columns.
+Both sides do the same work in the same run. Their results are compared first, then they are timed in turn. Times are
+medians between CUDA events; memory is the growth of the allocator's peak over the inputs. Each row is written as soon
+as it is measured. If a twin does not fit into memory, its row says so and another row has a quarter of the work.
+`--tiny` uses small sizes on any device; on a CPU, times are wall-clock times and there are no memory columns.
 """
 
 import argparse
@@ -57,7 +57,7 @@ Sides = tuple[Work, Work]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the work is; the defaults are the paper's shapes."""
+    """Sizes of the work; the defaults are the paper's shapes."""
 
     windows: int = 16
     length: int = 1024
@@ -70,7 +70,7 @@ class Sizes:
     rows: int = 16_384
     swept: int = 4096
     repeats: int = 3
-    seconds: float = 12.0  # after which a case is not repeated any more
+    seconds: float = 12.0  # time after which a case is not repeated
 
 
 TINY = Sizes(2, 64, ((300, 64), (500, 128)), 2, 3000, 32, 64, 50, 64, 200, 2, 2.0)
@@ -78,16 +78,16 @@ TINY = Sizes(2, 64, ((300, 64), (500, 128)), 2, 3000, 32, 64, 50, 64, 200, 2, 2.
 
 @dataclass(frozen=True)
 class Bench:
-    """A row of the table.
+    """One benchmark, a row of the table.
 
     Attributes:
-        name: What is measured.
-        against: The twin, in words.
+        name: Name of the measured code.
+        against: Description of the twin.
         make: n -> ours and the twin.
         n: Tokens, rows or queries of one call.
-        unit: What `n` is per second; ms is the time of one call.
-        tolerance: Largest relative L2 distance between the results.
-        shrinks: Whether a smaller n is worth a row where the twin does not fit.
+        unit: Unit of `n` per second; ms is the time of one call.
+        tolerance: Largest allowed relative L2 distance between the results.
+        shrinks: Whether to add a row with a smaller n if the twin does not fit.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Bench:
 
 
 def benches(sizes: Sizes, device: str) -> Iterator[Bench]:
-    """All rows in their order."""
+    """All benchmarks in order."""
     tokens = sizes.windows * sizes.length
     for make, against in (
         (loss, "dense targets, full logits, autograd"),
@@ -166,7 +166,7 @@ def step(n: int, *, vocab: int, width: int, sizes: Sizes, device: str) -> Sides:
         made: list[Any] = []
 
         def work() -> list[Tensor]:
-            if not made:  # a model of its own; a second call is the next step
+            if not made:  # a separate model; a second call is the next step
                 torch.manual_seed(0)
                 with torch.device(device):
                     lm = GPT2LMHeadModel(config)
@@ -198,13 +198,13 @@ def step(n: int, *, vocab: int, width: int, sizes: Sizes, device: str) -> Sides:
 
 @cache
 def store_of(sizes: Sizes, device: str) -> tuple[Path, Path]:
-    """(datastore, exact index) of made-up keys in 500 clusters."""
+    """(datastore, exact index) of random keys in 500 clusters."""
     generator = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randn, generator=generator, device=device)
     cluster = torch.randint(500, (sizes.keys,), generator=generator, device=device)
     keys = (0.7 * draw(500, sizes.key_width))[cluster] + draw(sizes.keys, sizes.key_width)
     store, _ = write_store(keys.half().cpu().numpy(), (cluster * 97).cpu().numpy().astype(np.uint16))
-    # One query is enough of a check that nothing here reads: it takes each key to float64.
+    # One check query is enough: its result is not used, and each costs a conversion of all keys to float64.
     index.run(store, store.parent / "index", IndexSettings(check_queries=1, check_neighbours=sizes.neighbours))
     return store, store.parent / "index"
 
@@ -215,7 +215,7 @@ def queries_of(store: datastore.Datastore, n: int) -> tuple[np.ndarray, np.ndarr
 
 
 def exact_search(n: int, *, twin: Callable[..., Work], sizes: Sizes, device: str) -> Sides:
-    """Exact neighbours of a batch of queries among the keys of a store, as stage `targets` asks for them: distances."""
+    """Distances of the exact neighbours of a batch of queries, searched as in stage `targets`."""
     folders = store_of(sizes, device)
     ours = searched(folders, n, sizes.neighbours)
     return lambda: [ours()], twin(folders, n, sizes, device)
@@ -223,10 +223,10 @@ def exact_search(n: int, *, twin: Callable[..., Work], sizes: Sizes, device: str
 
 @cache
 def searched(folders: tuple[Path, Path], n: int, neighbours: int) -> Callable[[], Tensor]:
-    """The search of stage `targets`, on the device that it takes by itself."""
+    """The search of stage `targets`, on its default device."""
     searcher = search.load(datastore.Datastore(folders[0]), folders[1])
     own, queries = queries_of(searcher.store, n)
-    # What `targets` calls: the result stays on the device, where it is aggregated.
+    # As in `targets`: the result stays on the device, where it is aggregated.
     return lambda: searcher.near(queries, neighbours, own)[0]
 
 
@@ -248,7 +248,7 @@ def _search_there(folders: tuple[Path, Path], n: int, neighbours: int) -> np.nda
 
 
 def search_plain(folders: tuple[Path, Path], n: int, sizes: Sizes, device: str) -> Work:
-    """All keys on the device in float32; |k|^2 - 2 q k in blocks, topk of the best so far and the block."""
+    """Plain search: all keys on the device in float32, |k|^2 - 2 q k in blocks, topk after each block."""
     store = datastore.Datastore(folders[0])
     own, queries = queries_of(store, n)
     q, places, block = torch.from_numpy(queries).to(device), torch.from_numpy(own).to(device), 65_536
@@ -262,7 +262,7 @@ def search_plain(folders: tuple[Path, Path], n: int, sizes: Sizes, device: str) 
             k = made[0][first : first + block]
             sq_dist = torch.addmm((k * k).sum(1)[None], q, k.T, alpha=-2)
             rows = ((places >= first) & (places < first + len(k))).nonzero()[:, 0]
-            sq_dist[rows, places[rows] - first] = torch.inf  # oneself
+            sq_dist[rows, places[rows] - first] = torch.inf  # the query itself
             both = torch.cat([best, sq_dist], 1)
             best = both.topk(min(sizes.neighbours, both.shape[1]), largest=False).values
         return [(best + (q * q).sum(1, keepdim=True)).sort(1).values]
@@ -286,7 +286,7 @@ def aggregation(n: int, *, device: str) -> Sides:
 
 
 def keys(n: int, *, vocab: int, width: int, sizes: Sizes, device: str) -> Sides:
-    """Keys of a batch of windows: the decoder of a bfloat16 GPT-2 up to the last MLP, to float16 in main memory."""
+    """Keys of a batch of windows: run a bfloat16 GPT-2 up to the last MLP and copy float16 keys to main memory."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -311,7 +311,7 @@ def keys(n: int, *, vocab: int, width: int, sizes: Sizes, device: str) -> Sides:
 
 
 def sweep(n: int, *, vocab: int, width: int, sizes: Sizes, device: str) -> Sides:
-    """Perplexity at 10 alphas of two float32 GPT-2s: one pass and arithmetic, against ten passes that mix."""
+    """Perplexity at 10 alphas of two float32 GPT-2s: one pass and arithmetic, against ten passes of the mixture."""
     ours, twin = sweep_of(n, vocab, width, sizes.layers, sizes.length, device)
     return lambda: list(ours()), lambda: list(twin())
 
@@ -319,26 +319,26 @@ def sweep(n: int, *, vocab: int, width: int, sizes: Sizes, device: str) -> Sides
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-_SHORT = 2.0  # seconds; a shorter call is made twice and the second one counts, as fresh memory costs time
+_SHORT = 2.0  # seconds; a shorter call runs twice and the second counts, because new memory costs time
 
 
 class Meter:
-    """Times and peak of one side; `work` is None once it did not fit."""
+    """Measures times and peak memory of one side; `work` is None after it did not fit into memory."""
 
     def __init__(self, work: Work, device: str) -> None:
         self.work: Work | None = work
         self.cuda = device == "cuda"
         self.seconds: list[float] = []
-        self.peak = self._held = 0  # bytes; what a first call makes and keeps counts in later ones, too
+        self.peak = self._held = 0  # bytes; memory that the first call keeps counts in later calls too
 
     def call(self) -> list[Tensor] | None:
-        """One call: its results in main memory, or None where it does not fit."""
+        """Call once; the results in main memory, or None if they do not fit."""
         assert self.work is not None
         before = 0
         try:
             if self.cuda:
                 gc.collect()
-                torch.cuda.empty_cache()  # what the other side left
+                torch.cuda.empty_cache()  # free the memory of the other side
                 if self.seconds and self.seconds[-1] < _SHORT:
                     self.work()
                 torch.cuda.synchronize()
@@ -377,14 +377,14 @@ def difference(ours: list[Tensor], twin: list[Tensor]) -> float:
 
 
 def measure(bench: Bench, sizes: Sizes, device: str) -> dict[str, Any]:
-    """A row of the table; what went wrong is its note."""
+    """Measure one row of the table; an error goes into its note."""
     shown = {"benchmark": bench.name, "against": bench.against, "vocabulary": bench.vocabulary, "width": bench.width}
     found: dict[str, Any] = {**shown, "n": bench.n, "unit": bench.unit, "device": devices.name()}
     meters = [Meter(work, device) for work in bench.make(bench.n)]
     begin = time.perf_counter()
     results = [meter.call() for meter in meters]
     if None not in results:
-        if bench.name == "aggregation":  # in the order of the tokens: ours has another one
+        if bench.name == "aggregation":  # sorted by token: ours has another order
             results = [list(cells([result])) for result in results]
         apart = difference(*results)  # type: ignore[arg-type]
         found["difference"] = f"{apart:.1e}"
@@ -411,13 +411,13 @@ def measure(bench: Bench, sizes: Sizes, device: str) -> dict[str, Any]:
 
 
 def rows(sizes: Sizes, device: str, only: list[str]) -> Iterator[dict[str, Any]]:
-    """All rows; an error is a row, too."""
+    """Measure all rows; an error is a row, too."""
     queue = [bench for bench in benches(sizes, device) if not only or bench.name in only]
     while queue:
         bench = queue.pop(0)
         try:
             found = measure(bench, sizes, device)
-        except Exception as error:  # whatever it is, the other rows are worth having
+        except Exception as error:  # after any error, the other rows still run
             why = f"error: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             found = {"benchmark": bench.name, "against": bench.against, "n": bench.n, "note": why}
             found |= {"vocabulary": bench.vocabulary, "width": bench.width, "device": devices.name()}
@@ -430,9 +430,9 @@ def rows(sizes: Sizes, device: str, only: list[str]) -> Iterator[dict[str, Any]]
 
 
 def main() -> int:
-    """Measure and write the CSV; 1 where a row has no ratio for another reason than the twin's size."""
+    """Measure and write the CSV; return 1 if a row has no ratio, except when its twin did not fit."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, on whatever device there is")
+    parser.add_argument("--tiny", action="store_true", help="small sizes on any device")
     parser.add_argument(
         "--only", action="append", default=[], help="loss, step, search, aggregation, keys, sweep; repeat"
     )

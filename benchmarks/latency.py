@@ -1,9 +1,9 @@
-"""Speed at the paper's shapes: `python -m benchmarks.latency SHAPES [--tiny] [--out results/gpu/latency.csv]`.
+"""Latency at the paper's shapes: `python -m benchmarks.latency SHAPES [--tiny] [--out results/gpu/latency.csv]`.
 
-SHAPES is what `benchmarks.shapes` made. Stage `latency` measures base, MemDec and speculative decoding after prompts of
-128 and 1,024 tokens, 128 new ones, bfloat16; all prompts are in one file, each ratio to the base beside the one of the
-paper's Figure 4. Drafts are accepted as random weights will have it: models with tied weights repeat the last token, and
-then nearly all are. The file says how many.
+SHAPES is the folder that `benchmarks.shapes` wrote. Stage `latency` measures base, MemDec and speculative decoding in
+bfloat16, with 128 new tokens after prompts of 128 and 1,024 tokens. One file has all results, each ratio to the base
+beside that of the paper's Figure 4. The weights are random, so the acceptance of drafts means nothing: models with tied
+weights repeat the last token, and then nearly all drafts are accepted. The file has the acceptance.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from memdec.results import latency
 from memdec.settings import Compute, LatencySettings
 
 ALPHA = 0.6
-# Figure 4 of the paper (arXiv v1, v2 and camera-ready): biomedical text, Qwen2.5-1.5B with a memory of 0.5B. It does not
-# say whether prompts count, nor lengths, hardware or batch size.
+# Figure 4 of the paper (arXiv v1, v2 and camera-ready): biomedical text, Qwen2.5-1.5B with a memory of 0.5B. The paper
+# does not say whether prompts count, and gives no lengths, hardware or batch size.
 PAPER = {"base": 1.0, "MemDec": 1.28}
 
 

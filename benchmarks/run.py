@@ -1,8 +1,8 @@
 """Run the benchmarks: `python -m benchmarks.run [--quick] [--only NAME] [--out results/benchmarks.csv]`.
 
-Each repeat of each side runs in a fresh process with one thread, ours and the twin in turn: the growth of the peak
-memory over the inputs is then its own (first call), and a busy machine is busy for both. Times are CPU seconds of the
-second call, the median of the repeats. ratio = how many times better ours is.
+Each repeat of each side runs in a new process with one thread; ours and the twin take turns, so background load affects
+both. Memory is the growth of the peak memory during the first call. Times are CPU seconds of the second call, the
+median of the repeats. ratio = how many times better ours is.
 """
 
 import argparse
@@ -28,9 +28,9 @@ CLEAR = Path("/proc/self/clear_refs")
 
 
 def _peak_mb(reset: bool = False) -> float:
-    """Peak resident memory since the last reset; where the system has none, since the process began."""
+    """Peak resident memory in MB since the last reset, or since the process began if the system has no reset."""
     if reset and CLEAR.exists():
-        CLEAR.write_text("5")  # or what making the inputs took for a moment would hide growth
+        CLEAR.write_text("5")  # else the memory used while making the inputs would hide growth
     if CLEAR.exists():
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
@@ -38,7 +38,7 @@ def _peak_mb(reset: bool = False) -> float:
 
 
 def measure(name: str, side: int, n: int) -> tuple[float, float, float]:
-    """Of one side, in this process: CPU seconds of the second call, growth of the peak memory in MB in the first, and
+    """Measure one side in this process: CPU seconds of the second call, peak memory growth in MB of the first, and
     bytes on disk per token."""
     torch.set_num_threads(1)
     case = next(case for case in CASES if case.name == name)
@@ -62,9 +62,9 @@ def check(name: str, n: int) -> float:
 
 
 def row(case: Case, n: int, repeats: int) -> dict[str, object]:
-    """One line of the CSV."""
+    """Make one row of the CSV."""
     runs: list[list[tuple[float, float, float]]] = [[], []]
-    # A fresh process per call: memory of one side never counts for the other.
+    # A new process per call: the memory of one side never counts for the other.
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         if case.tolerance < float("inf"):
             distance = pool.apply(check, (case.name, min(n, case.n_quick)))
@@ -93,7 +93,7 @@ def row(case: Case, n: int, repeats: int) -> dict[str, object]:
 
 
 def write(out: Path, columns: list[str], rows: list[dict[str, object]]) -> None:
-    """Rows as a CSV file, printed too."""
+    """Write the rows as a CSV file and print them."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -106,7 +106,7 @@ def main() -> None:
     """Measure and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=[case.name for case in CASES])
-    parser.add_argument("--quick", action="store_true", help="small sizes, for a look")
+    parser.add_argument("--quick", action="store_true", help="small sizes, for a first look")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks.csv"))
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""How true and how fast each index is: `python -m benchmarks.search [--out results/search.csv] [--folder build/search]`.
+"""Measure each index: `python -m benchmarks.search [--out results/search.csv] [--folder build/search]`.
 
-300,000 keys (256 wide, float16) of a four-layer GPT-2 over the documentation inside installed packages, BPE of 50,257
-tokens, windows of 512, k = 1024: the setting in which the released search was measured. `random` has the weights it was
-born with; `trained` has seen the text once. Recall and total variation are those of the index manifests (1,024 queries
-against exact search in float64); speed is CPU time of one thread on other queries, both kinds of distances in turn, the
-median of the repeats.
+The datastore has 300,000 keys (256 wide, float16) of a four-layer GPT-2. The text is the documentation inside installed
+packages, with a BPE of 50,257 tokens, windows of 512 and k = 1024; the released search was measured in the same
+setting. Model `random` has its initial weights; `trained` was trained on the text for one epoch. Recall and total
+variation come from the index manifests (1,024 queries against exact search in float64). Speed is CPU time of one thread
+on other queries: both kinds of distances in turn, the median of the repeats.
 """
 
 import argparse
@@ -50,7 +50,7 @@ GPT2 = ModelSpec(
 
 
 def made(folder: Path) -> dict[str, Path]:
-    """The datastores, from nothing but installed packages."""
+    """Make the datastores from the text of installed packages."""
     packages = ["stdlib", "torch", "pandas", "sklearn", "networkx", "nltk"]
     text = DocstringCorpus(source="docstrings", packages=packages, max_bytes={"valid": 20_000, "test": 20_000})
     corpora.run(text, folder / "text")
@@ -76,7 +76,7 @@ def made(folder: Path) -> dict[str, Path]:
 
 
 def rows(model: str, keys: Path, repeats: int, n_queries: int) -> Iterator[dict[str, object]]:
-    """Two rows per index: with its own distances and with exact ones."""
+    """Make two rows per index: with its own distances and with exact ones."""
     store = datastore.Datastore(keys)
     own, queries = store.sample(n_queries, 7)
     for name, plain in KINDS.items():
@@ -120,8 +120,8 @@ def rows(model: str, keys: Path, repeats: int, n_queries: int) -> Iterator[dict[
 def main() -> None:
     """Measure and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("build/search"), help="where what is made stays")
-    parser.add_argument("--repeats", type=int, default=4, help="the first one warms up")
+    parser.add_argument("--folder", type=Path, default=Path("build/search"), help="folder for datastores and indexes")
+    parser.add_argument("--repeats", type=int, default=4, help="repeats; the first is a warm-up")
     parser.add_argument("--queries", type=int, default=1024)
     parser.add_argument("--out", type=Path, default=Path("results/search.csv"))
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Model folders of the paper's shapes with random weights, for speed alone: `python -m benchmarks.shapes OUT [--tiny]`.
+"""Write models of the paper's shapes with random weights, to measure speed: `python -m benchmarks.shapes OUT [--tiny]`.
 
 OUT/base has the shape of Qwen2.5-1.5B, OUT/memory that of Qwen2.5-0.5B (the pair of the paper's Figure 4), in bfloat16:
-3.1 and 1.0 GB. Both have one made-up byte-level tokenizer with as many entries as the real one, for the mixture works
-over its tokens and not over the padded head.
+3.1 and 1.0 GB. Both have the same artificial byte-level tokenizer, with as many entries as the real one: the mixture is
+computed over the tokens of the tokenizer, not over the padded head.
 """
 
 import argparse
@@ -17,7 +17,7 @@ EOS = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Qwen2 model with tied embeddings; `words` of the `vocabulary` rows of its head are tokens."""
+    """Sizes of a Qwen2 model with tied embeddings; of the `vocabulary` rows of its head, `words` are tokens."""
 
     hidden: int
     layers: int
@@ -34,7 +34,7 @@ TINY = {"base": Shape(64, 3, 4, 2, 128, 320, 300, 128), "memory": Shape(32, 2, 2
 
 
 def tokenizer(n_words: int) -> Any:
-    """Bytes, EOS, and names that no text has."""
+    """A tokenizer of all bytes, EOS, and tokens that occur in no text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -46,7 +46,7 @@ def tokenizer(n_words: int) -> Any:
 
 
 def make(out: Path, shapes: dict[str, Shape]) -> None:
-    """Write a folder for each shape; the weights are made on the GPU where there is one."""
+    """Write a folder for each shape; the weights are made on the GPU if there is one."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     for seed, (name, shape) in enumerate(shapes.items()):

@@ -1,6 +1,6 @@
-"""`summary.json` of `benchmarks/gpu.sh`: where and with what it ran, and how each part ended.
+"""Write `summary.json` of `benchmarks/gpu.sh`: machine, versions, and the result of each part.
 
-python -m benchmarks.summary OUT start [--tiny]                     # 2 where a GPU is needed and there is none
+python -m benchmarks.summary OUT start [--tiny]                     # exit 2 if a GPU is needed and missing
 python -m benchmarks.summary OUT PART STATUS SECONDS LIMIT LOG      # after a part
 """
 
@@ -20,12 +20,12 @@ PARTS = {
     "d": ("Table 1 of one domain", ["table1.csv", "table1.md"]),
     "e": ("DCPMI and domain tasks", ["tasks.csv"]),
 }
-TIMED_OUT = (124, 137)  # what `timeout` says
-_LINES = 30  # of the log of a failed part
+TIMED_OUT = (124, 137)  # exit code of `timeout`
+_LINES = 30  # characters kept from the log of a failed part
 
 
 def versions() -> dict[str, str]:
-    """Of what results depend on; FAISS for CUDA has a name of its own."""
+    """Versions of the packages that results depend on; FAISS for CUDA is a package with another name."""
     found = provenance.versions()
     for dist in metadata.distributions():
         name = dist.metadata["Name"] or ""
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def start(out: Path, tiny: bool) -> int:
-    """A new summary; parts of an earlier run stay where everything is as it was."""
+    """Start a summary; keep the parts of an earlier run if machine, versions and code are unchanged."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -58,7 +58,7 @@ def start(out: Path, tiny: bool) -> int:
 
 
 def add(out: Path, part: str, status: int, seconds: float, limit: int, log: Path) -> None:
-    """How a part ended; of a failed one the end of its log, of the tests their last line."""
+    """Add the result of a part; if it failed, with the end of its log; for the tests, with their last line."""
     path = out / "summary.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     about, files = PARTS[part]
@@ -79,7 +79,7 @@ def add(out: Path, part: str, status: int, seconds: float, limit: int, log: Path
 
 
 def main() -> int:
-    """See above."""
+    """Start the summary or add a part, as described above."""
     out, command, *rest = sys.argv[1:]
     if command == "start":
         return start(Path(out), "--tiny" in rest)

@@ -1,9 +1,9 @@
-"""Zero-shot and domain tasks of the models that a table was made of: `python -m benchmarks.tasks RESULTS [--limit 12]`.
+"""Run zero-shot and domain tasks with the models of a finished run: `python -m benchmarks.tasks RESULTS [--limit 12]`.
 
 RESULTS is results/<scale> of a Snakemake run with DAPT, LoRA and MemDec. The nine DCPMI tasks and the thirteen domain
-tasks run on the first rows of each; base, DAPT and LoRA through lm-eval's `hf`, MemDec through `memdec-interp` at the
-alpha that it takes by itself (the paper's for a task that has one, else 0.6). A task without rows under MEMDEC_DATA is a
-line that says so. With few rows an accuracy is a sign of life and no result.
+tasks run on the first rows of each. Base, DAPT and LoRA run through lm-eval's `hf`, MemDec through `memdec-interp` with
+its default alpha (the paper's for a task that has one, else 0.6). A task without rows under MEMDEC_DATA gets a line
+that says so. An accuracy on few rows only shows that the code runs; it is not a result.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def base_folder(results: Path) -> Path:
 
 
 def systems(results: Path) -> dict[str, Callable[[], Any]]:
-    """How to load each system of the first base model: those that a time limit must not cut come first."""
+    """lm-eval arguments of each system of the first base model, the most important first, in case of a time limit."""
     config = json.loads((results / "config.json").read_text(encoding="utf-8"))
     home = results / config["domains"][0] / f"seed{config.get('seeds', [0])[0]}"
     base, name = str(base_folder(results)), base_folder(results).name
@@ -78,12 +78,12 @@ def score(model: Any, task: str, loaded: dict[str, Any], limit: int) -> tuple[fl
 
 
 def metric(task: str) -> str:
-    """What the paper prints of a task."""
+    """The metric that the paper reports for a task."""
     return "acc" if task in DCPMI else "score"
 
 
 def main() -> int:
-    """Evaluate and write the CSV after each task; 1 where something failed or, in earnest, no task has rows."""
+    """Evaluate and write the CSV after each task; return 1 on a failure, or if no task has rows (unless --tiny)."""
     from lm_eval.tasks import TaskManager
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -94,7 +94,7 @@ def main() -> int:
     args = parser.parse_args()
     names, limit = (TINY, 2) if args.tiny else (DCPMI + DOMAIN, args.limit)
     made = systems(args.results)
-    # lm-eval's own tasks are thousands of files; none is needed.
+    # None of lm-eval's own tasks is needed; loading them reads thousands of files.
     words = {"tokenizer": str(base_folder(args.results))}
     manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=words)
     rows: dict[str, dict[str, Any]] = {name: {"task": name, "metric": metric(name)} for name in names}
@@ -119,7 +119,7 @@ def main() -> int:
             try:
                 value, n = score(model, name, task, limit)
                 rows[name] |= {system: f"{value:.4f}", "n": str(n)}
-            except Exception as error:  # whatever it is, the other tasks are worth having
+            except Exception as error:  # after any error, the other tasks still run
                 failed = True
                 why = f"{system}: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
                 rows[name]["note"] = "; ".join(filter(None, [rows[name].get("note"), why]))

@@ -1,4 +1,4 @@
-"""Shared fixtures: real artefacts of the real stages, small enough to make in seconds; no mocks."""
+"""Shared fixtures: artefacts made by the real stages in seconds, without mocks."""
 
 import os
 from pathlib import Path
@@ -22,13 +22,13 @@ settings.register_profile("whole", deadline=None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The core suite tries fewer examples of each property."""
+    """Use fewer hypothesis examples in the core suite (`-m "not slow"`)."""
     settings.load_profile("core" if config.option.markexpr == "not slow" else "whole")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real corpora, models and task rows."""
+    """Folder with real corpora, models and task rows."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("MEMDEC_TEST_DATA", default))
     if not folder.is_dir():
@@ -38,7 +38,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train and valid have one grammar, test another: what is tuned on the wrong split comes out differently."""
+    """A corpus whose test split has another grammar, so tuning on the wrong split changes the result."""
     folder = tmp_path_factory.mktemp("corpus")
     texts = {"train": made_text(210, 0), "valid": made_text(15, 1), "test": other_text(25, 2)}
     for split, text in texts.items():
@@ -65,7 +65,7 @@ def token_folder(corpus_folder: Path, tokenizer_folder: Path, tmp_path_factory: 
 @pytest.fixture(scope="session")
 def base_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "base"
-    from memdec.training import stages  # takes seconds, which the tests of plain functions need not wait for
+    from memdec.training import stages  # takes seconds to import, and many tests do not need it
 
     stages.run_pretrain(spec(24), tokenizer_folder, token_folder, out, context=CONTEXT)
     return out
@@ -73,7 +73,7 @@ def base_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: py
 
 @pytest.fixture(scope="session")
 def small_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another model with the same tokenizer; serves as a memory and as the start of one."""
+    """Another model with the same tokenizer; tests use it as a memory and to start training one."""
     from memdec.training import stages
 
     out = tmp_path_factory.mktemp("models") / "small"
@@ -83,7 +83,7 @@ def small_folder(tokenizer_folder: Path, token_folder: Path, tmp_path_factory: p
 
 @pytest.fixture(scope="session")
 def dapt_folder(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base trained on; far better on valid, but hardly on test: there the best mixture with it is another one."""
+    """The base, trained further: much better on valid, little better on test, so the best alpha differs."""
     from memdec.training import stages
 
     out = tmp_path_factory.mktemp("models") / "dapt"

@@ -1,4 +1,4 @@
-"""Made text and tiny models for the tests."""
+"""Make text, token streams, datastores and tiny models for the tests."""
 
 import os
 import random
@@ -19,7 +19,7 @@ CONTEXT = 32
 
 
 def made_text(n_documents: int, seed: int) -> str:
-    """Documents of a little grammar, parted by blank lines."""
+    """Documents from a small grammar, separated by blank lines."""
     rng = random.Random(seed)
     nouns, verbs = (
         ["matrix", "window", "token", "model", "sample", "kernel", "vector", "index"],
@@ -36,7 +36,7 @@ def made_text(n_documents: int, seed: int) -> str:
 
 
 def other_text(n_documents: int, seed: int) -> str:
-    """Documents of another grammar with the same nouns."""
+    """Documents from another grammar with the same nouns."""
     rng = random.Random(seed)
     nouns = ["matrix", "window", "token", "model", "sample", "kernel", "vector", "index"]
     documents = []
@@ -50,7 +50,7 @@ def other_text(n_documents: int, seed: int) -> str:
 
 
 def spec(width: int, **changes: object) -> ModelSpec:
-    """A tiny GPT-2-style model."""
+    """Config entry of a tiny GPT-2 model."""
     train_settings = TrainSettings(epochs=0.2, learning_rate=1e-2)
     plain = {
         "family": "t",
@@ -66,7 +66,7 @@ def spec(width: int, **changes: object) -> ModelSpec:
 
 
 def write_tokens(folder: Path, values: NDArray[np.integer], tokenizer: str = "none") -> Path:
-    """A token artefact with this train split, without a corpus."""
+    """Write a token artefact with this train split, without a corpus."""
     with artefact.building(folder, "tokens", {"values": artefact.digest(values.tolist())}, {}) as build:
         assert build is not None
         np.save(folder / "train.npy", values)
@@ -83,7 +83,7 @@ def write_store(
     model: str = "by hand",
     vocab: int = 60_000,
 ) -> list[Path]:
-    """Datastore shards of given keys, without a model; `edges` are the first positions of the shards and the end."""
+    """Write datastore shards of given keys, without a model; `edges` are the shard boundaries."""
     edges = [0, len(keys)] if edges is None else edges
     settings = DatastoreSettings(dtype=str(keys.dtype), shards=len(edges) - 1).model_dump(mode="json")
     tokens = artefact.read(stream, "tokens")
@@ -110,7 +110,7 @@ def write_store(
 
 
 def plain_scores(folder: Path, stream: list[int], prefix: int, stride: int) -> np.ndarray:
-    """log p of every token, one window and one position at a time."""
+    """log p of every token, computed one window and one position at a time."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -124,7 +124,7 @@ def plain_scores(folder: Path, stream: list[int], prefix: int, stride: int) -> n
 
 
 def launch(n_processes: int, *arguments: object, **environment: str) -> str:
-    """Run a script, or `-m module`, in several processes that know of each other, as `torchrun` does; their stderr."""
+    """Run a script, or `-m module`, in several connected processes, as `torchrun` does; return their stderr."""
     command = [
         sys.executable,
         "-m",

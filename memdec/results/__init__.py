@@ -1,4 +1,4 @@
-"""What is measured with the systems: evaluations, sweeps, tables, figures, comparisons, the regression check.
+"""Measurements of the systems: evaluations, sweeps, latency, tables, figures, comparisons, the regression check.
 
 May import: everything up to harness.
 """

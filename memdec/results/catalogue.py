@@ -1,10 +1,13 @@
-"""Which tables there are: by name, the rows and columns of each and the measurements it is made from.
+"""The list of tables: for each name, its rows, its columns and the measurements that it is made from.
 
-Table 1 of the paper: one domain, a row per method, a column per base model and their mean. Tables 3 and 4: rows (family,
-model, method), one column per domain and their mean; 4 has the models of other tokenizers. `memories` has a row for every
-memory of the config beside every other system; `forgetting` has the same on general text. Table 6: marked words.
+- `table1`: one domain, a row per system, a column per base model, and the mean.
+- `table3`: rows (family, model, system), a column per domain, and the mean.
+- `table4`: the same for models of other tokenizers.
+- `table6`: the probabilities of marked words.
+- `memories`: a row for every memory of the config and for every other system.
+- `forgetting`: the same rows on general text.
 
-A new table is an entry of `TABLES`. `memdec table --name` and the workflow read everything else from it.
+To add a table, add an entry to `TABLES`. `memdec table --name` and the workflow read everything else from the entry.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,12 +26,12 @@ class Part(NamedTuple):
     domain: str
     model: str
     seed: int
-    name: str  # of the memory, or `WITHOUT_MEMORY` for what is measured without one
+    name: str  # of the memory, or `WITHOUT_MEMORY` for the systems without one
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table: its labels, and which records are in it (equal in every field that is given)."""
+    """One row of a table: its labels, and the field values that select its records."""
 
     labels: dict[str, str]
     where: dict[str, str]
@@ -36,14 +39,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What is in a table.
+    """The contents of a table.
 
     Attributes:
-        name: As in file names.
-        config: Of the run.
-        caption: For the report.
-        parts: What it is made from.
-        kind: Of the artefacts that are its parts.
+        name: Its name, also in file names.
+        config: Config of the run.
+        caption: Caption in the report.
+        parts: Artefacts that it is made from.
+        kind: Kind of these artefacts.
     """
 
     name: str
@@ -58,11 +61,11 @@ class Perplexities(Table):
     """A table of test perplexities.
 
     Attributes:
-        rows: Its lines.
-        columns: Heading and records of each column.
-        best_of: Label whose equal rows are compared, so that the best of them is in bold; None: all rows.
-        extra: Further CSV columns of each column.
-        records: File of each evaluation.
+        rows: Its rows.
+        columns: For each heading, the field values that select the records of the column.
+        best_of: Rows with the same value of this label form a group, whose best value is bold; None: one group.
+        extra: Further values of each column, which are only in the CSV.
+        records: File with the records in each evaluation folder.
     """
 
     rows: list[Row]
@@ -74,10 +77,10 @@ class Perplexities(Table):
 
 
 def table(config: Config, name: str) -> Table:
-    """A table by name.
+    """Make a table by its name.
 
     Raises:
-        ConfigError: There is no such table, or the config has nothing to show in it.
+        ConfigError: There is no such table, or the config has no rows for it.
     """
     if name not in TABLES:
         raise ConfigError(f"table: expected one of {', '.join(TABLES)}, found {name!r}; choose one of them")
@@ -85,18 +88,18 @@ def table(config: Config, name: str) -> Table:
 
 
 def weights(config: Config) -> list[str]:
-    """Names of the weights that the systems of a config have: alpha of a memory, lambda of p_kNN."""
+    """Names of the mixing weights in a config: alpha (a memory), lambda (p_kNN)."""
     found = {SYSTEMS[name].weight for name in config.systems}
     return [name for name in ("alpha", "lambda") if name in found]
 
 
 def main_tables(config: Config) -> list[str]:
-    """Tables 3 and 4, without one that the config has no models for."""
+    """Tables 3 and 4, each only if the config has models for it."""
     return [name for name in ("table3", "table4") if _models(config, name)]
 
 
 def table1(config: Config) -> Perplexities:
-    """Every system on the first domain, with the first memory."""
+    """Make Table 1: every system on the first domain, with the first memory."""
     models, domain = _some_models(config, "table1"), config.domains[0]
     where = {"domain": domain}
     return Perplexities(
@@ -113,32 +116,30 @@ def table1(config: Config) -> Perplexities:
 
 
 def table3(config: Config) -> Perplexities:
-    """Models with the tokenizer of the key model, all domains."""
+    """Make Table 3: the models with the tokenizer of the key model, on all domains."""
     caption = "Perplexity of every base model alone, with LoRA, and with the memory decoder of the domain (the paper's Table 3)."
     return _by_model(config, "table3", caption)
 
 
 def table4(config: Config) -> Perplexities:
-    """Models with another tokenizer than the key model's, all domains."""
-    caption = (
-        "The same for base models of other tokenizers, with a memory moved to their vocabulary (the paper's Table 4)."
-    )
+    """Make Table 4: the models with another tokenizer than the key model, on all domains."""
+    caption = "As Table 3, for base models of other tokenizers, with an adapted memory (the paper's Table 4)."
     return _by_model(config, "table4", caption)
 
 
 def table6(config: Config) -> Table:
-    """What memory, neighbours and base give marked words; of the first domain and seed."""
+    """Make Table 6: the probabilities of marked words under memory, kNN and base; first domain and seed."""
     if not config.cases:
         raise ConfigError(
             "table6: expected marked words in 'cases' of the config, found none; add them as config/table6.yaml does"
         )
-    caption = "What memory, neighbours and base give marked words (the paper's Table 6), in percent."
+    caption = "Probability of marked words under memory, kNN and base, in percent (the paper's Table 6)."
     part = Part(config.domains[0], config.key_model, config.seeds[0], DEFAULT_MEMORY)
     return Table("table6", config, caption, [part])
 
 
 def memories(config: Config) -> Perplexities:
-    """All systems and all memories of every model."""
+    """Make `memories`: all systems and all memories, for every model."""
     return Perplexities(
         name="memories",
         config=config,
@@ -151,7 +152,7 @@ def memories(config: Config) -> Perplexities:
 
 
 def forgetting(config: Config) -> Perplexities:
-    """The same on general text: what was made for a domain, at the weights tuned there."""
+    """Make `forgetting`: the same rows on general text, with the weights tuned on the domain."""
     if not config.forgetting:
         raise ConfigError(
             "forgetting: expected general corpora in 'forgetting' of the config, found none; name one of 'corpora'"
@@ -162,8 +163,8 @@ def forgetting(config: Config) -> Perplexities:
     return Perplexities(
         name="forgetting",
         config=config,
-        caption="Perplexity on general text of what was made for each domain, at the weights tuned there: what is "
-        "forgotten.",
+        caption="Perplexity on general text of the systems made for each domain, at the weights tuned on the domain: it "
+        "shows what is forgotten.",
         parts=_evaluations(config, config.bases, config.memory_names, config.domains),
         rows=_all_rows(config),
         columns=columns,
@@ -183,7 +184,7 @@ TABLES: dict[str, Callable[[Config], Table]] = {
 
 
 def _models(config: Config, name: str) -> list[str]:
-    """Base models of a numbered table: those with the tokenizer of the key model, or in Table 4 the others."""
+    """Base models of a numbered table: those with the key model's tokenizer; in Table 4 all others."""
     own = config.models[config.key_model].tokenizer
     return [model for model in config.bases if (config.models[model].tokenizer == own) == (name != "table4")]
 
@@ -200,7 +201,7 @@ def _some_models(config: Config, name: str) -> list[str]:
 
 
 def _by_model(config: Config, name: str, caption: str) -> Perplexities:
-    """Rows (family, model, method), each with the first memory of its tokenizer; a column per domain."""
+    """Make a table with rows (family, model, method) and a column per domain; each model has its first memory."""
     models = _some_models(config, name)
     return Perplexities(
         name=name,
@@ -242,21 +243,21 @@ def _row(config: Config, model: str, heading: str, label: str, where: dict[str, 
 
 
 def _method(config: Config, model: str, method: str) -> dict[str, str]:
-    """Records of a method; of the memories the first one of the model's tokenizer."""
+    """Field values that select the records of a method; MemDec has the first memory of the model's tokenizer."""
     memory = config.memory_for(model) if method == "MemDec" else None
     return {"method": method} | ({"memory": memory.name} if memory is not None else {})
 
 
 def _first_memories(config: Config, models: Iterable[str]) -> list[str]:
-    """The memory of each tokenizer that the numbered tables show."""
+    """Names of the memories in the numbered tables: one for each tokenizer."""
     found = (config.memory_for(model) for model in models)
     return list(dict.fromkeys(memory.name for memory in found if memory is not None))
 
 
 def _evaluations(config: Config, models: Sequence[str], memories: Iterable[str], domains: Sequence[str]) -> list[Part]:
-    """Evaluations of the models with these memories and, where there are other systems, without one.
+    """Evaluations of the models with each of these memories, and without one if the config has other systems.
 
-    The base alone comes with every evaluation.
+    Every evaluation also has the base alone.
     """
     systems, pairs = set(config.systems), []
     if systems - {"base", "MemDec"} or "MemDec" not in systems:

@@ -1,7 +1,7 @@
-"""`memdec compare`: two runs of lm-eval with --log_samples, row by row.
+"""`memdec compare`: compare two lm-eval runs that were made with --log_samples, row by row.
 
-Reads results files and the samples beside them (`samples_<task>_<date>.jsonl`). Rows are paired by their number, and a
-task is compared only where both runs had the same documents and version.
+It reads results files and the samples files beside them (`samples_<task>_<date>.jsonl`). Rows are paired by document
+number. A task is compared only if both runs have the same documents and the same task version.
 """
 
 import json
@@ -23,7 +23,7 @@ COLUMNS = (
     "task", "metric", "a", "a_low", "a_high", "b", "b_low", "b_high", "difference", "low", "high", "p", "test", "n",
 )  # fmt: skip
 
-# Aggregations over a whole set, by the name of their function: F1 of (right, predicted), or of (question, right, predicted).
+# Aggregation functions that compute F1 from rows (correct, predicted) or (question, correct, predicted).
 _F1: dict[str, tuple[Average, ...]] = {
     "weighted_f1": ("weighted",),
     "micro_f1": ("micro",),
@@ -31,7 +31,7 @@ _F1: dict[str, tuple[Average, ...]] = {
     "micro_macro_mean": ("micro", "macro"),
     "headline_f1": ("weighted",),
 }
-# And those of (log-likelihood, units): ours, and lm-eval's own.
+# Aggregation functions of rows (log-likelihood, units): ours, then lm-eval's.
 _RATIOS: dict[str, Callable[[Any], Any]] = {
     "perplexity_of_sums": lambda mean: np.exp(-mean),
     "bits_of_sums": lambda mean: -mean / np.log(2),
@@ -45,10 +45,10 @@ class TaskRun:
     """One task of one run.
 
     Attributes:
-        file: Its samples.
-        version: Of the task.
-        reported: Metric with filter (`acc,none`) to the value of the results file.
-        aggregations: Metric to the name of the function that makes the value of the rows.
+        file: Its samples file.
+        version: Version of the task.
+        reported: Metric with filter (`acc,none`) -> value in the results file.
+        aggregations: Metric -> name of the function that aggregates its rows.
     """
 
     file: Path
@@ -59,7 +59,7 @@ class TaskRun:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A row of a samples file: its line, what names the document, and its metrics (`acc,none`)."""
+    """A row of a samples file: its line number, a hash of the document, and its metrics (`acc,none`)."""
 
     line: int
     document: str
@@ -67,18 +67,18 @@ class Sample:
 
 
 def compare(run_a: Path, run_b: Path) -> pd.DataFrame:
-    """Every metric of every task that both runs have; columns `COLUMNS`.
+    """Compare every metric of every task that both runs have; the columns are `COLUMNS`.
 
-    The difference is B - A. Intervals and p-values are those of `memdec.maths.paired` for means, F1 and perplexities; where a
-    value is made of its rows in another way, they are empty and `test` says so.
+    The difference is B - A. `memdec.maths.paired` gives intervals and p-values for means, F1 and perplexities. For
+    values that are aggregated in another way they are empty, and `test` says so.
 
     Args:
         run_a: Results file, or folder with results files at any depth.
-        run_b: The other one; the same for intervals of one run alone.
+        run_b: The second run; give `run_a` again for the intervals of one run.
 
     Raises:
-        CorpusError: Something is missing or cannot be read; names file and row.
-        IncomparableError: No common task, or other documents or versions; names file and row.
+        CorpusError: A file or row is missing or cannot be read; the message names it.
+        IncomparableError: There is no common task, or documents or versions differ; the message names file and row.
     """
     first, second = read_run(run_a), read_run(run_b)
     common = [task for task in first if task in second]
@@ -91,7 +91,7 @@ def compare(run_a: Path, run_b: Path) -> pd.DataFrame:
 
 
 def shown_alone(rows: pd.DataFrame) -> str:
-    """The rows of one run for a terminal."""
+    """Format the rows of one run for the terminal."""
     lines = [
         {
             "task": row["task"],
@@ -106,7 +106,7 @@ def shown_alone(rows: pd.DataFrame) -> str:
 
 
 def shown(rows: pd.DataFrame) -> str:
-    """The rows for a terminal."""
+    """Format the rows of a comparison for the terminal."""
     lines = [
         {
             "task": row["task"],
@@ -125,10 +125,10 @@ def shown(rows: pd.DataFrame) -> str:
 
 
 def read_run(path: Path) -> dict[str, TaskRun]:
-    """Tasks of a run that have samples.
+    """Read the tasks of a run that have a samples file.
 
     Raises:
-        CorpusError: No results or samples, or a task in two results files.
+        CorpusError: There are no results or no samples, or a task is in two results files.
     """
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     found: dict[str, TaskRun] = {}
@@ -156,7 +156,7 @@ def read_run(path: Path) -> dict[str, TaskRun]:
 
 
 def _function(aggregation: str) -> str:
-    """Name of an aggregation, of which lm-eval writes the name or, of a function of a task, the source."""
+    """Name of an aggregation function; lm-eval writes the source code of functions that a task defines."""
     match = re.match(r"def (\w+)\(", aggregation)
     return match[1] if match else aggregation
 
@@ -174,10 +174,10 @@ def _results(file: Path, needed: bool) -> dict[str, Any]:
 
 
 def read_samples(file: Path) -> dict[tuple[str, int], Sample]:
-    """Rows by filter and number of the document.
+    """Read a samples file; its rows by filter and document number.
 
     Raises:
-        CorpusError: Names file and row.
+        CorpusError: A row is unreadable or repeated; the message names file and row.
     """
     found: dict[tuple[str, int], Sample] = {}
     with file.open(encoding="utf-8") as lines:
@@ -196,7 +196,7 @@ def read_samples(file: Path) -> dict[tuple[str, int], Sample]:
 
 
 def _document(doc: Mapping[str, Any]) -> str:
-    """Hash of a document. Not lm-eval's, which also covers token counts that our tasks add from the model's tokenizer."""
+    """Hash of a document; lm-eval's hash would include token counts, which depend on the model's tokenizer."""
     return artefact.digest({key: value for key, value in doc.items() if not key.endswith("_tokens")})
 
 
@@ -255,7 +255,7 @@ def _compare_metric(
 
 
 def _paired(aggregation: str, a: list[Any], b: list[Any]) -> Paired | None:
-    """The comparison that belongs to an aggregation; None where there is none for these values."""
+    """Compare with the method that fits the aggregation; None if there is no such method for these values."""
     if aggregation == "mean" and all(_is_number(value) for value in [*a, *b]):
         return paired.means(a, b)
     try:
@@ -265,7 +265,7 @@ def _paired(aggregation: str, a: list[Any], b: list[Any]) -> Paired | None:
         if aggregation in _F1 and (first[:-1] == second[:-1]).all():
             *groups, gold = first[:-1]
             return paired.f1(gold, first[-1], second[-1], _F1[aggregation], *groups)
-    except (ValueError, IndexError):  # not as many numbers in every row
+    except (ValueError, IndexError):  # rows with different numbers of values
         pass
     return None
 

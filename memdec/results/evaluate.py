@@ -1,11 +1,13 @@
-"""Stage `evaluate`: perplexity of one base model on one corpus, alone and with what is compared, through lm-eval.
+"""Stage `evaluate`: measure the perplexity of the systems around one base model on one corpus, through lm-eval.
 
-With a memory: base and memory score the valid and the test text once; the per-token scores are stored. Alpha is the
-candidate with the lowest valid perplexity; the test perplexity at that alpha, and at alpha 0 for the base, are lm-eval
-runs of `memdec-interp` that read the stored scores. Without one: the base alone and, where they are given, its LoRA, its
-DAPT, the kNN-LM with the base's own keys (lambda and tau with the lowest valid perplexity) and In-Context RAG. Output:
-`results_<method>_<split>.json` as lm-eval returns them, `scores/`, `records.json`, and with general corpora beside the
-domain `forgetting.json`.
+With a memory, base and memory score the valid and the test text once, and the per-token scores are stored. Alpha is the
+candidate with the lowest valid perplexity. The test perplexities at that alpha, and at alpha 0 for the base, are
+lm-eval runs of `memdec-interp` that read the stored scores. Without a memory, the base alone is measured. LoRA, DAPT,
+the kNN-LM and In-Context RAG are added if their folders are given; lambda and tau of the kNN-LM are those with the
+lowest valid perplexity.
+
+Output: `results_<method>_<split>.json` as lm-eval returns them, `scores/`, `records.json`, and `forgetting.json` if
+general corpora are given.
 """
 
 import json
@@ -69,20 +71,20 @@ def run(
     Args:
         base: Model folder.
         corpus: Corpus folder; its valid text tunes the weights, its test text is measured.
-        out: Folder to make.
+        out: Output folder.
         settings: Candidates for the weights, and so on.
-        context: Tokens a model sees at most.
+        context: Longest input of a model, in tokens.
         stride: Tokens scored per window.
-        seed: Of the run, written into the records.
-        memory: Memory folder, or a model after DAPT to mix in; gives the methods base and MemDec.
-        name: What the memory is called in the records.
-        lora: LoRA folder of the base; gives the method LoRA.
-        dapt: The base after DAPT; gives the method DAPT.
-        datastore: Shards of the base's own keys; with `index` they give the method kNN-LM.
-        index: Index over them.
-        passages: Passages of the corpus's training text; give the method In-Context RAG.
-        also: General corpora; everything is measured on their test text, too, at the weights tuned on `corpus`.
-        compute: Device, and the type of the models' weights.
+        seed: Seed of the run; it is written into the records.
+        memory: Memory folder, or a model after DAPT in its place; adds the system MemDec.
+        name: Name of the memory in the records.
+        lora: LoRA folder of the base; adds the system LoRA.
+        dapt: The base after DAPT; adds the system DAPT.
+        datastore: Shards of a datastore made with the base; with `index` they add the system kNN-LM.
+        index: Index over the datastore.
+        passages: Passages of the corpus's training text; they add the system In-Context RAG.
+        also: General corpora; their test text is measured too, with the weights tuned on `corpus`.
+        compute: Device, and number type of the models' weights.
     """
     text = artefact.read(corpus, "corpus")
     parts = Parts(
@@ -122,7 +124,7 @@ def run(
         artefact.write_json(out / "records.json", [record for record in records if record["on"] == corpus.name])
         if also:
             artefact.write_json(out / FORGETTING, [record for record in records if record["on"] != corpus.name])
-        # All text the numbers depend on: what is scored, and what the base was trained on.
+        # Hashes of all text that the numbers depend on: the scored corpora and the base's training corpus.
         known = {corpus.name: text.facts["sha256"]} | {name: other.facts["sha256"] for name, other in others.items()}
         lineage = artefact.read(base, "model").facts
         if "corpus" in lineage:
@@ -136,7 +138,7 @@ def _knn_settings(settings: EvaluateSettings, weight: float, temperature: float)
 
 
 def _made_of(parts: Parts, corpus: Path, text: artefact.Manifest) -> dict[str, str]:
-    """Recipes of the parts beside the base, all of which were made from the corpus."""
+    """Check that all parts except the base were made from the corpus, and return their recipes."""
     kinds = {"lora": "lora", "dapt": "model", "passages": "passages"}
     mixed_in = parts.memory is not None and artefact.kind_of(Path(parts.memory)) == "model"
     kinds["memory"] = "model" if mixed_in else "memory"
@@ -154,7 +156,7 @@ def _made_of(parts: Parts, corpus: Path, text: artefact.Manifest) -> dict[str, s
 
 
 def _trained_on(folder: Path, kind: str, corpus: Path, text: artefact.Manifest) -> str:
-    """Recipe of something that was trained on the corpus."""
+    """Check that an artefact was made from the corpus, and return its recipe."""
     manifest = artefact.read(folder, kind)
     if manifest.facts.get("corpus_sha256") != text.facts["sha256"]:
         raise ArtifactError(f"{folder}: expected {kind} made from {corpus}, found one from other text; check the paths")
@@ -162,7 +164,7 @@ def _trained_on(folder: Path, kind: str, corpus: Path, text: artefact.Manifest) 
 
 
 class _Session:
-    """lm-eval runs of the systems around one base on one corpus (the first), and on general ones at the same weights."""
+    """lm-eval runs of the systems around one base: on the first corpus, and at the same weights on the others."""
 
     def __init__(
         self,
@@ -178,7 +180,7 @@ class _Session:
         self.context, self.stride, self.seed = context, stride, seed
 
     def interpolated(self, name: str) -> list[dict[str, Any]]:
-        """Records of the base and of base + memory, from one pass of both models over valid and test."""
+        """Records of the base and of base + memory; both models read valid and test once."""
         model = self._model("MemDec", self.parts)
         self._lm_eval(model, "MemDec", "valid", self.corpora[0])
         valid = self._valid(model, self.settings.alphas)
@@ -190,11 +192,11 @@ class _Session:
         return records + [record | tuned for record in self._tested(model, "MemDec", best)]
 
     def alone(self, name: SystemName) -> list[dict[str, Any]]:
-        """Records of a system that has no weight to tune."""
+        """Records of a system without a weight to tune."""
         return self._tested(self._model(name, self.parts), name, 0.0)
 
     def knn_lm(self) -> list[dict[str, Any]]:
-        """Records of the base mixed with p_kNN; lambda and tau are the best candidates on valid."""
+        """Records of the kNN-LM; lambda and tau are the candidates with the lowest valid perplexity."""
         sweeps = {}
         for tau in self.settings.temperatures:
             sweeps[tau] = self._valid(self._knn(tau, self.settings.lambdas[0]), self.settings.lambdas)
@@ -218,13 +220,13 @@ class _Session:
         )
 
     def _valid(self, model: WrappedLM, weights: Sequence[float]) -> dict[float, float]:
-        """Perplexity of the valid text at every weight of the second distribution."""
+        """Perplexity on the valid text for every weight of the second distribution."""
         valid = self._scores(model, "valid", self.corpora[0])
         assert valid.memory is not None
         return mixing.perplexities(valid.base, valid.memory, weights)
 
     def _tested(self, model: WrappedLM, method: str, weight: float) -> list[dict[str, Any]]:
-        """Record of the test text of every corpus, at one weight of the second distribution."""
+        """One record for the test text of each corpus, at one weight of the second distribution."""
         records = []
         for corpus in self.corpora:
             results, scores = self._lm_eval(model, method, "test", corpus), self._scores(model, "test", corpus)

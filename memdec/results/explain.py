@@ -1,7 +1,7 @@
-"""What base, memory, neighbours and their mixture say of every token of a text (paper, Table 6).
+"""`memdec explain`: show what base, memory, kNN and mixture predict at every token of a text (paper, Table 6).
 
-`explain` gives the numbers; `table` puts them into the terminal and `page` into one HTML file without outside parts: the
-text as a heat map, blue where the memory gives a token more than the base, orange where less.
+`table` shows the predictions in the terminal. `page` writes them as one HTML file without external resources. It shows
+the text as a heat map: blue if the memory gives a token a higher probability than the base, orange if lower.
 """
 
 import math
@@ -24,7 +24,7 @@ from memdec.inference.token_reports import Neighbours, Prediction, TokenReport, 
 from memdec.settings import AUTO, Compute, ExplainSettings
 from memdec.text import tokens
 
-_DEEPEST = 3.0  # log ratio (a factor of 20) from which colours do not deepen
+_DEEPEST = 3.0  # log ratio (a factor of 20) of the strongest colour
 _DISTRIBUTIONS = ("base", "memory", "knn", "joint")
 _TITLES = {"base": "base", "memory": "memory", "knn": "kNN", "joint": "joint"}
 
@@ -41,7 +41,7 @@ def summary(reports: Sequence[TokenReport]) -> dict[str, float]:
 
 
 def table(reports: Sequence[TokenReport]) -> Table:
-    """Per token its probabilities in percent, the most probable tokens below each, and the gain in nats."""
+    """For each token: its probabilities in percent, the most probable tokens below them, and the gain in nats."""
     names = [name for name in _DISTRIBUTIONS if getattr(reports[0], name) is not None]
     grid = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     grid.add_column("token", no_wrap=True, max_width=14)
@@ -69,7 +69,7 @@ def percent(p: float) -> str:
 
 
 def visible(text: str) -> str:
-    """White space as signs, other control characters as their code."""
+    """Replace white space by symbols and other control characters by their codes."""
     text = text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
@@ -78,15 +78,15 @@ def visible(text: str) -> str:
 
 
 def page(reports: Sequence[TokenReport], facts: dict[str, str]) -> str:
-    """The text as one HTML file that needs nothing else.
+    """Make one HTML page of the text, without external resources.
 
     Args:
-        reports: Of `explain`.
-        facts: What to say about models and settings, by name.
+        reports: Output of `explain`.
+        facts: Facts about models and settings that the page shows, by name.
     """
     source = resources.files("memdec.results").joinpath("explain.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # and unsorted: the page shows them in order
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # unsorted: keeps the page's order
     return environment.from_string(source).render(
         facts=facts,
         tokens=[{**_plain(report), "m": report.memory_over_base, "g": report.gain} for report in reports],
@@ -96,7 +96,7 @@ def page(reports: Sequence[TokenReport], facts: dict[str, str]) -> str:
 
 
 def _plain(report: TokenReport) -> dict[str, Any]:
-    """What the page's script reads of one token."""
+    """The data of one token for the script of the page."""
     told = {name: getattr(report, name) for name in _DISTRIBUTIONS}
     return {
         "text": report.text,
@@ -128,7 +128,7 @@ def run(
     """Explain a text in the terminal and, with `out`, as a page.
 
     Raises:
-        ConfigError: An empty text, or a datastore without an index or the other way round.
+        ConfigError: The text is empty, or only one of datastore and index is given.
         ModelError: The models have different tokenizers.
     """
     if bool(datastore) != (index_folder is not None):
@@ -160,6 +160,6 @@ def run(
 
 
 def _window(model: MemDecForCausalLM, settings: ExplainSettings) -> tuple[int, int]:
-    """Context and stride, with what is not set filled in."""
+    """Context and stride, with defaults for unset values."""
     context = settings.context or min(1024, model.n_positions or 1024)
     return context, settings.stride or max(1, context // 2)

@@ -1,4 +1,4 @@
-"""Figures for print: one look, colours that colour-blind readers can tell apart (Okabe and Ito 2008), PNG and SVG."""
+"""Draw figures for print in one style, as PNG and SVG; the colours suit colour-blind readers (Okabe and Ito 2008)."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-# The base is black; the others follow in this order, each with a marker of its own for print without colour.
+# The base is black; the others follow in this order. Each has its own marker, for print without colour.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_FAR = 6.0  # slowest to fastest, from where an axis is logarithmic
+_FAR = 6.0  # axes are logarithmic if the largest value is at least this many times the smallest
 _STYLE: dict[str, Any] = {
     "font.size": 8,
     "axes.labelsize": 8,
@@ -30,12 +30,12 @@ _STYLE: dict[str, Any] = {
     "lines.markersize": 4,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
-    "svg.hashsalt": "memdec",  # or the same figure would be another file each time
+    "svg.hashsalt": "memdec",  # makes the SVG file the same every time
 }
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write `path` with .png (300 dots per inch) and with .svg."""
+    """Write the figure as `path`.png (300 dots per inch) and `path`.svg."""
     with style.context(_STYLE):
         figure.savefig(path.with_suffix(".png"), dpi=300)
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
@@ -45,7 +45,7 @@ def latency(table: pd.DataFrame) -> Figure:
     """Latency and its ratio to the base against the number of generated tokens, one line per system.
 
     Args:
-        table: Rows of `memdec.results.latency.records`; of a kind with several sizes the largest is drawn.
+        table: Rows of `memdec.results.latency.records`; if a kind has several sizes, only the largest is drawn.
     """
     with style.context(_STYLE):
         figure = Figure(figsize=(6.3, 2.5))
@@ -61,7 +61,7 @@ def latency(table: pd.DataFrame) -> Figure:
             axes.set_xlabel("Generated tokens")
             axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 4, 8, 10], integer=True))
             if _scale(axes, float(spread)):
-                axes.set_xscale("log")  # so that what is proportional to the tokens stays a straight line
+                axes.set_xscale("log")  # so that a time proportional to the tokens is a straight line
                 axes.set_xticks(sorted(set(total["n_tokens"])), sorted(set(total["n_tokens"])), minor=False)
                 axes.xaxis.set_minor_locator(NullLocator())
         left.set_ylabel(f"Latency ({unit})")
@@ -72,10 +72,10 @@ def latency(table: pd.DataFrame) -> Figure:
 
 
 def growth(table: pd.DataFrame) -> Figure:
-    """Decoding time relative to the base against the size of the datastore, at the most generated tokens.
+    """Decoding time relative to the base against datastore size, at the largest number of generated tokens.
 
     Args:
-        table: Rows of `memdec.results.latency.records`; systems without a size are level lines.
+        table: Rows of `memdec.results.latency.records`; systems without several sizes are horizontal lines.
     """
     with style.context(_STYLE):
         figure = Figure(figsize=(3.3, 2.7))
@@ -102,7 +102,7 @@ def growth(table: pd.DataFrame) -> Figure:
 def _line(
     axes: Axes, rows: pd.DataFrame, x: str, names: tuple[str, str, str], number: int, label: str, scale: float = 1
 ) -> None:
-    """Values with their intervals, in the look of the system of this number."""
+    """Draw values with their intervals, in the style of system `number`."""
     value, low, high = (rows[name].to_numpy(float) * scale for name in names)
     look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
     axes.plot(rows[x], value, label=label, **look)
@@ -110,7 +110,7 @@ def _line(
 
 
 def _scale(axes: Axes, spread: float) -> bool:
-    """From zero, or logarithmic with plain numbers where systems lie so far apart that most would lie on the axis."""
+    """Scale the y axis: from zero, or logarithmic if the spread is large; return whether it is logarithmic."""
     if not spread >= _FAR:
         axes.set_ylim(bottom=0)
         return False
@@ -122,13 +122,13 @@ def _scale(axes: Axes, spread: float) -> bool:
 
 
 def kinds(table: pd.DataFrame) -> list[str]:
-    """Kinds of which systems of several sizes were measured."""
+    """Kinds with systems of several sizes."""
     sizes = table.dropna(subset=["kind", "size"]).groupby("kind")["size"].nunique()
     return [str(kind) for kind in sizes.index[sizes > 1]]
 
 
 def _shown(table: pd.DataFrame) -> list[str]:
-    """Systems in their order; of a kind with several sizes only the largest."""
+    """Systems in the order of the table; if a kind has several sizes, only the largest."""
     largest = {kind: table[table["kind"] == kind]["size"].max() for kind in kinds(table)}
     keep = [
         kind not in largest or size == largest[kind] for kind, size in zip(table["kind"], table["size"], strict=True)

@@ -1,12 +1,13 @@
-"""Stage `latency`: prefill and decoding speed of systems that share a base, and their overhead over it (paper, Figure 4).
+"""Stage `latency`: measure prefill and decoding speed of systems around one base, and their overhead (paper, Figure 4).
 
-Systems take turns: in each, every system continues the same prompt greedily by 1 token and by each number of new tokens,
-so a machine that is busy is busy for all. One new token is the prefill; what more tokens take longer is decoding. All
-statistics are medians over the turns with bootstrap intervals; ratios are taken within each turn.
+Systems are timed in turn, so that background load affects all equally. In each turn every system continues the same
+prompt greedily, by 1 token and by each number of new tokens. Prefill = time to generate one token; decode = total -
+prefill. All statistics are medians over the turns with bootstrap intervals. Ratios are computed within each turn.
 
-Output: `records.json` and `latency.csv` (one row per system, phase and number of tokens), `latency.md` (a row per system),
-`seconds.json` (every single measurement) and the figures `latency` and, where several systems of one kind have a size, `growth` (.png and .svg).
-Timings depend on the machine: its name is among the inputs, and on another one the artefact is made again.
+Output: `records.json` and `latency.csv` (one row per system, phase and number of tokens), `latency.md` (one row per
+system), `seconds.json` (every measurement) and the figure `latency`. If systems of one kind differ in size, there is
+also the figure `growth`. Figures are .png and .svg. Timings depend on the machine, so its name is one of the inputs and
+the artefact is made again on another machine.
 """
 
 import itertools
@@ -53,7 +54,7 @@ _MEASURED = (
 
 
 def greedy(model: Any, ids: Int[Tensor, "1 T"], n_new: int) -> Tensor:
-    """Exactly `n_new` tokens by the library's own `generate`."""
+    """Continue a text by exactly `n_new` tokens with `generate` of transformers."""
     mask = torch.ones_like(ids)
     found: Tensor = model.generate(
         ids, attention_mask=mask, max_new_tokens=n_new, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -62,19 +63,19 @@ def greedy(model: Any, ids: Int[Tensor, "1 T"], n_new: int) -> Tensor:
 
 
 def drafted(model: Any, ids: Int[Tensor, "1 T"], n_new: int, *, n_draft: int) -> speculative.Result:
-    """The same tokens by speculative decoding."""
+    """Continue a text by the same tokens with speculative decoding."""
     return speculative.generate(model, ids, max_new_tokens=n_new, n_draft=n_draft, eos_token_id=())
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Something to measure.
+    """One system to measure.
 
     Attributes:
-        make: Makes the model, with `generate` and `device`; systems may share one.
-        generate: (model, prompt, number of new tokens) -> the text, greedily.
-        kind: What it is a size of, for systems that differ only in that.
-        size: Positions of its datastore.
+        make: Makes the model, which has `generate` and `device`; systems may share a model.
+        generate: (model, prompt, number of new tokens) -> prompt and greedy continuation.
+        kind: Common name of systems that differ only in size.
+        size: Number of keys in its datastore.
     """
 
     make: Callable[[], Any]
@@ -84,11 +85,11 @@ class Entry:
 
 
 def identities(parts: Parts, knn: Sequence[Parts] = ()) -> dict[str, str]:
-    """`inputs` of `run`: what decides the systems around one base.
+    """Identities of everything that the systems depend on: the argument `inputs` of `run`.
 
     Args:
-        parts: The base, its memory, and passages where In-Context RAG is measured.
-        knn: The same base with datastore and index of each kNN-LM; several show how it grows with the datastore.
+        parts: The base, its memory, and the passages if In-Context RAG is measured.
+        knn: For each kNN-LM, the same base with a datastore and index; several show how time grows with the datastore.
     """
     found = {"base": model_identity(str(parts.base)), "alpha": repr(parts.alpha)}
     for system in SYSTEMS.values():
@@ -98,15 +99,15 @@ def identities(parts: Parts, knn: Sequence[Parts] = ()) -> dict[str, str]:
 
 
 def systems(parts: Parts, settings: LatencySettings, knn: Sequence[Parts] = ()) -> dict[str, Entry]:
-    """The base as the library runs it, and around it the systems whose parts are given; weights are loaded once.
+    """The base in plain transformers, and the systems whose parts are given; they share one copy of the weights.
 
     Args:
         parts: As for `identities`.
-        settings: Of the measurement.
+        settings: Settings of the measurement.
         knn: As for `identities`.
 
     Raises:
-        MemDecError: Parts do not go together; nothing is loaded yet.
+        MemDecError: The parts do not match; nothing is loaded yet.
     """
     memdec, knn_lm, rag = SYSTEMS["MemDec"], SYSTEMS["kNN-LM"], SYSTEMS["In-Context RAG"]
     memdec.check_parts(parts)
@@ -148,12 +149,12 @@ def run(
     """Measure systems and draw the figures.
 
     Args:
-        given: By name; the first is the base that the others are compared with.
-        out: Folder to make.
+        given: Systems by name; the others are compared with the first, the base.
+        out: Output folder.
         settings: Lengths, repeats and so on.
-        inputs: Name and identity of what the systems are made of.
-        stream: Token folder; prompts are pieces of its test split. Without it their tokens are drawn by seed.
-        compute: What the systems were made with.
+        inputs: Names and identities of everything that the systems depend on.
+        stream: Token folder; prompts are pieces of its test split. None: prompts are random tokens.
+        compute: Device and number type of the systems.
     """
     where = {"machine": provenance.machine(), "device": devices.name(compute), "threads": str(torch.get_num_threads())}
     where["precision"] = devices.precision(compute)
@@ -179,12 +180,12 @@ def run(
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """What was measured.
+    """Measured times.
 
     Attributes:
-        names: Systems.
-        lengths: Numbers of new tokens, the first is 1.
-        seconds: Of each call.
+        names: Names of the systems.
+        lengths: Numbers of new tokens; the first is 1.
+        seconds: Seconds of each call.
         drafts: Results of speculative decoding by (system, number of new tokens).
     """
 
@@ -205,8 +206,8 @@ def measure(given: Mapping[str, Entry], settings: LatencySettings, stream: Path 
     """Time all systems in turn.
 
     Raises:
-        ConfigError: Prompt and new tokens are more than a model has positions.
-        ModelError: A system gives another number of tokens than asked for.
+        ConfigError: Prompt and new tokens are longer than the context of a model.
+        ModelError: A system does not generate the requested number of tokens.
     """
     made = {name: system.make() for name, system in given.items()}
     lengths = [1, *sorted(set(settings.new_tokens))]
@@ -220,7 +221,7 @@ def measure(given: Mapping[str, Entry], settings: LatencySettings, stream: Path 
             _timed(name, system, made[name], prompts[:1], lengths[-1])
     names = list(given)
     for turn in tqdm(range(settings.repeats), desc="latency", unit="turn", mininterval=2):
-        order = np.roll(np.arange(len(names)), turn).tolist()  # nobody always comes after the same one
+        order = np.roll(np.arange(len(names)), turn).tolist()  # rotate, so that no system always runs first
         for (j, n_new), i in itertools.product(enumerate(lengths), order):
             name, ids = names[i], prompts[turn : turn + 1]
             seconds[i, j, turn], found = _timed(name, given[name], made[name], ids, n_new)
@@ -235,7 +236,7 @@ def _check_length(name: str, model: Any, needed: int) -> None:
 
 
 def _prompts(model: Any, settings: LatencySettings, stream: Path | None) -> Int[Tensor, "turns T"]:
-    """One prompt per turn: made up, or evenly spaced pieces of a test text."""
+    """One prompt per turn: random tokens, or evenly spaced pieces of a test text."""
     size = settings.prompt_tokens
     if stream is None:
         generator = torch.Generator().manual_seed(settings.seed)
@@ -249,7 +250,7 @@ def _prompts(model: Any, settings: LatencySettings, stream: Path | None) -> Int[
 
 
 def _timed(name: str, system: Entry, model: Any, ids: Tensor, n_new: int) -> tuple[float, Tensor | speculative.Result]:
-    """Seconds of one call and what it gave."""
+    """Seconds and result of one call."""
     ids = ids.to(model.device)
     _synchronise(model)
     begin = time.perf_counter()
@@ -274,18 +275,18 @@ def _synchronise(model: Any) -> None:
 
 
 def records(given: Mapping[str, Entry], timings: Timings, settings: LatencySettings) -> list[dict[str, Any]]:
-    """Rows: prefill (`n_tokens` of the prompt), and decode and total by number of generated tokens.
+    """Make the rows: prefill (`n_tokens` of the prompt), and decode and total for each number of generated tokens.
 
-    `ratio_to_base` is of times (2 takes twice as long), the median of the ratios within the turns. decode leaves out the
-    first new token, which comes with the prefill; where it cannot be told from no time at all, on a busy machine, rates and
-    ratios are None. `tokens_per_forward` (generated tokens per forward pass of the base) and `acceptance` (share of the
-    drafted tokens that were looked at and accepted) are those of speculative decoding.
+    `ratio_to_base` is a ratio of times (2 takes twice as long): the median of the ratios within the turns. Decode
+    leaves out the first new token, which comes with the prefill. If the interval of a time includes 0, as on a busy
+    machine, rates and ratios are None. Only speculative decoding has `tokens_per_forward` (generated tokens per forward
+    pass of the base) and `acceptance` (fraction of the tested drafts that were accepted).
     """
     first, more = timings.seconds[:, :1], timings.seconds[:, 1:]
     seconds = np.concatenate([first, more - first, more], axis=1)  # (systems, phases, turns)
     rest = timings.lengths[1:]
     phases = [("prefill", settings.prompt_tokens), *(("decode", n) for n in rest), *(("total", n) for n in rest)]
-    work = np.array([n - (phase == "decode") for phase, n in phases])  # tokens in that time
+    work = np.array([n - (phase == "decode") for phase, n in phases])  # tokens generated or read in that phase
     median, low, high = _median(seconds, settings)
     unclear = low <= 0
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -312,7 +313,7 @@ def records(given: Mapping[str, Entry], timings: Timings, settings: LatencySetti
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A line per system, at the largest number of new tokens: medians with their 95 % intervals."""
+    """A row per system, at the largest number of new tokens: medians with their 95 % intervals."""
     last = table["n_tokens"][table["phase"] == "total"].max()
     head = [
         "System",
@@ -353,7 +354,7 @@ def _median(
 
 
 def _drafts(results: Sequence[speculative.Result]) -> dict[str, float | None]:
-    """What drafting gave, over all turns."""
+    """Statistics of speculative decoding over all turns."""
     if not results:
         return {"tokens_per_forward": None, "acceptance": None}
     forwards, accepted, corrected, bonus = (

@@ -1,7 +1,7 @@
-"""Regression check on perplexity: did a change of code or model move the numbers of a known run?
+"""`memdec check`: check whether a change of code or model changed the perplexities of a known run.
 
-The baseline holds the value of every cell, a relative tolerance measured from other seeds, and what the comparison
-depends on (corpus hashes, versions). `memdec check` prints what moved.
+The baseline holds the value of every table cell, a relative tolerance measured from other seeds, and the corpus hashes
+and package versions that must be the same. `memdec check` prints every change.
 """
 
 import json
@@ -14,13 +14,13 @@ import pandas as pd
 from memdec.artefacts import artefact
 from memdec.errors import ArtifactError, IncomparableError
 
-MIN_TOLERANCE = 0.005  # relative; other processors round differently
-SAME = ("torch", "transformers", "tokenizers", "faiss-cpu", "peft")  # packages that decide the numbers
+MIN_TOLERANCE = 0.005  # relative, because processors round differently
+SAME = ("torch", "transformers", "tokenizers", "faiss-cpu", "peft")  # packages whose versions can change the numbers
 NOISE_FACTOR = 3.0  # half-width of the tolerance in standard deviations over seeds
 
 
 def cells(table: Path) -> dict[str, float]:
-    """Perplexities of a table3.csv by `model/method/domain`."""
+    """Read the perplexities of a table3.csv; the keys are `model/method/domain`."""
     try:
         frame = pd.read_csv(table)
         domains = [column.removesuffix("_alpha") for column in frame.columns if column.endswith("_alpha")]
@@ -50,7 +50,7 @@ def _provenance(table: Path) -> dict[str, Any]:
 
 
 def write(table: Path, noise: Sequence[Path], baseline: Path) -> None:
-    """Make a baseline; `noise` are tables of the same config with other seeds."""
+    """Write a baseline; `noise` are tables of the same config with other seeds, to measure the tolerance."""
     values = cells(table)
     others = [cells(path) for path in noise]
     tolerance = {}
@@ -63,10 +63,10 @@ def write(table: Path, noise: Sequence[Path], baseline: Path) -> None:
 
 
 def compare(table: Path, baseline: Path) -> tuple[list[str], bool]:
-    """Lines that say what moved, and whether anything did beyond its tolerance.
+    """Compare a table with a baseline: one line for each cell, and whether any changed by more than its tolerance.
 
     Raises:
-        IncomparableError: Other text or other versions than the baseline's.
+        IncomparableError: Corpora or package versions differ from the baseline's.
     """
     try:
         known = json.loads(baseline.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""Stages `sweep` and `tune`: what alpha does to any task of lm-eval (the paper's Table 7), from one pass of the models.
+"""Stages `sweep` and `tune`: measure lm-eval tasks at every alpha (the paper's Table 7), with one pass of the models.
 
-The first alpha scores base and memory and stores both; all others read the store. Output of a sweep: `sweep.csv` (task,
-metric, alpha, value, stderr), `sweep.png`, `sweep.svg`, `scores/`.
+At the first alpha, base and memory score the requests and the scores are stored. The other alphas read the store.
+Output of a sweep: `sweep.csv` (task, metric, alpha, value, stderr), `sweep.png`, `sweep.svg`, `scores/`.
 """
 
 import logging
@@ -46,11 +46,11 @@ def run(
         base: Base model, folder or Hub id.
         memory: Memory decoder.
         tasks: Names of lm-eval tasks.
-        out: Folder to make.
+        out: Output folder.
         alphas: Weights of the memory.
         corpus: Corpus folder for the task `memdec_ppl`.
-        split: Its split.
-        limit: Only the first so many rows of each task.
+        split: Split of that corpus.
+        limit: Use only the first N rows of each task.
         model_args: As for `memdec-interp` (dtype, device, batch_size ...).
     """
     weights = sorted({mixing.check_weight(alpha) for alpha in alphas})
@@ -79,7 +79,7 @@ def tune(
     alphas: Sequence[float] = ALPHAS,
     **model_args: Any,
 ) -> dict[float, float]:
-    """Perplexity of the corpus at every alpha, lowest first."""
+    """Measure the perplexity of a corpus at every alpha; sorted, lowest first."""
     weights = sorted({mixing.check_weight(alpha) for alpha in alphas})
     model = MemDecInterp(pretrained=base, memory=memory, alpha=0.5, **model_args)
     scores = model.token_scores(corpora.joined_split(corpus, split, model.tokenizer.eos_token))
@@ -89,7 +89,7 @@ def tune(
 
 
 def shown(out: Path) -> str:
-    """The first metric of each task of a finished sweep: a line per alpha."""
+    """Format a finished sweep for the terminal: the first metric of each task, a line per alpha."""
     import pandas as pd
 
     table = pd.read_csv(out / "sweep.csv")
@@ -101,13 +101,13 @@ def shown(out: Path) -> str:
 def _evaluate(
     model: Any, tasks: Sequence[str], alphas: Sequence[float], metadata: dict[str, Any], limit: int | None
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, str], bool]]:
-    """Rows of the table, and of each (task, metric) whether higher is better."""
+    """Rows of the table, and for each (task, metric) whether higher is better."""
     loaded = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata).load(list(tasks))
     rows: list[dict[str, Any]] = []
     better: dict[tuple[str, str], bool] = {}
     for number, alpha in enumerate(alphas):
         model.set_weight(alpha)
-        for task in loaded["tasks"].values():  # as `simple_evaluate` does, for every alpha alike
+        for task in loaded["tasks"].values():  # as `simple_evaluate` does; the same for every alpha
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -128,7 +128,7 @@ def _evaluate(
 
 @contextmanager
 def _quiet(quiet: bool) -> Iterator[None]:
-    """Without what lm-eval logs of every run."""
+    """Hide the log messages that lm-eval writes for every run."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     if quiet:
@@ -154,7 +154,7 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _draw(rows: Sequence[dict[str, Any]], better: dict[tuple[str, str], bool], out: Path) -> None:
-    """A panel per task with its first metric; the line of the base, the best alpha marked."""
+    """Draw a panel per task with its first metric, a dashed line for the base, and a mark at the best alpha."""
     from matplotlib.figure import Figure
 
     panels: dict[str, str] = {}

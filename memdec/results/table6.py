@@ -1,4 +1,4 @@
-"""Table 6 of the paper: what base, memory and neighbours give the marked words of a few texts."""
+"""Table 6 of the paper: the probabilities of marked words in a few texts under base, memory and kNN."""
 
 import math
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ _COLUMNS = {"memory": "MemDec", "knn": "kNN", "base": "BaseLM"}  # as the paper 
 
 
 def probabilities(case: Case, model: MemDecForCausalLM, tokenizer: Any, neighbours: Neighbours) -> dict[str, Any]:
-    """One row: p of the marked word, the product over its tokens, in percent.
+    """Make one row: the probability of the marked word, which is the product over its tokens, in percent.
 
     Raises:
-        ConfigError: A text that the models cannot see whole.
+        ConfigError: The text is longer than the context of the models.
     """
     before, rest = case.text.split("[[")
     word, behind = rest.split("]]")
-    # Tokens of the whole text, so that those of the word are the ones it has there.
+    # Tokenize the whole text: the tokens of the word depend on the text after it.
     encoding = tokenizer(before + word + behind, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     first, last = len(before), len(before) + len(word)
     inside = [i for i, (low, high) in enumerate(encoding["offset_mapping"]) if low < last and high > first]
@@ -42,19 +42,19 @@ def _percent(reports: Sequence[TokenReport], name: str) -> float:
 
 
 def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], index_folder: Path, out: Path) -> None:
-    """Stage `cases`: what Table 6 shows of a run.
+    """Stage `cases`: compute the numbers of Table 6.
 
     Args:
-        config: Of the run; `cases` are the rows, `targets` has k, tau and nprobe of p_kNN.
+        config: Config of the run; `cases` are the rows, `targets` has k, tau and nprobe of p_kNN.
         base: Model folder.
         memory: Memory decoder.
-        datastore: All shards of the keys that the memory was trained on.
-        index_folder: Index over them.
-        out: Folder to make.
+        datastore: All shards of the datastore whose targets trained the memory.
+        index_folder: Index over the datastore.
+        out: Output folder.
 
     Raises:
-        ConfigError: No cases, or one that is too long.
-        ModelError: Models of different tokenizers.
+        ConfigError: There are no cases, or one is too long.
+        ModelError: The models have different tokenizers.
     """
     if not config.cases:
         raise ConfigError("cases: expected at least one row of Table 6, found none; add them to the config")

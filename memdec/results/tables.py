@@ -1,7 +1,7 @@
-"""Tables as pivots of evaluation records: CSV (the contract), Markdown and LaTeX, with a provenance file beside them.
+"""Write tables from evaluation records as CSV, Markdown and LaTeX, with a provenance file beside them.
 
-Which tables there are is in `catalogue`. The CSV adds, per column, the number of test tokens, the tuned alpha, the 95 %
-bootstrap interval over test windows and, where the config has several seeds, the standard deviation over them.
+`catalogue` defines the tables. The CSV is the full table. It adds to each column the number of test tokens, the tuned
+weights, the 95 % bootstrap interval over test windows and, in some tables, the standard deviation over seeds.
 """
 
 import json
@@ -25,7 +25,7 @@ Cell = tuple[str, str, int, Path]  # domain, model, seed, evaluation folder
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Cells as a person reads them: labels first, then numbers."""
+    """The visible table: cells as text, labels first, then numbers."""
 
     header: list[str]
     n_labels: int
@@ -33,9 +33,9 @@ class Grid:
 
 
 def run(table: Table, cells: Sequence[Cell], out: Path) -> None:
-    """Stage `table`: a table from the folders that it is made from.
+    """Stage `table`: make a table from the folders of its parts.
 
-    Writes `out` (.csv) and, beside it, .md, .tex and .provenance.json.
+    It writes `out` (.csv) and, beside it, .md, .tex and .provenance.json.
     """
     if isinstance(table, Perplexities):
         _perplexities(table, cells, out)
@@ -57,8 +57,8 @@ def _perplexities(table: Perplexities, cells: Sequence[Cell], out: Path) -> None
 
 
 def _marked_words(table: Table, cells: Sequence[Cell], out: Path) -> None:
-    """Table 6; the most probable of each row in bold."""
-    from memdec.results.explain import percent  # torch takes seconds to load, and no other table needs it
+    """Write Table 6; the highest probability of each row is bold."""
+    from memdec.results.explain import percent  # imports torch, which takes seconds and which no other table needs
 
     if len(cells) != 1:
         raise ConfigError(f"{table.name}: expected one --cell with a folder of kind {table.kind}, found {len(cells)}")
@@ -88,13 +88,13 @@ def write(
     """Write a table.
 
     Args:
-        out: CSV file; .md, .tex and .provenance.json are put beside it.
+        out: CSV file; .md, .tex and .provenance.json are written beside it.
         frame: All columns, for the CSV.
-        shown: What a person reads.
-        below: Text under the Markdown.
-        name: Of the table.
-        config: Of the run.
-        facts: What the numbers were made from.
+        shown: The visible table, for Markdown and LaTeX.
+        below: Text below the Markdown table.
+        name: Name of the table.
+        config: Config of the run.
+        facts: Recipes and hashes of the inputs, for the provenance file.
     """
     artefact.write_text(out, frame.to_csv(index=False))
     artefact.write_text(out.with_suffix(".md"), f"{markdown(shown)}\n\n{below}\n")
@@ -114,7 +114,7 @@ def write(
 
 
 def load_records(config: Config, cells: Sequence[Cell], file: str = "records.json") -> pd.DataFrame:
-    """One row per measured number; the base, which every evaluation has, once."""
+    """Load the records, one row per measured number; the base, which every evaluation has, appears once."""
     rows: list[dict[str, Any]] = []
     for domain, model, seed, folder in cells:
         artefact.read(folder, "evaluation")
@@ -128,7 +128,7 @@ def load_records(config: Config, cells: Sequence[Cell], file: str = "records.jso
 
 
 def pivot(table: Perplexities, records: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds; a cell that no run gave is empty and its reason stands in `note`."""
+    """Make the CSV table: means over seeds; a cell without a run is empty, and the column `note` says so."""
     return pd.DataFrame([_line(table, row, records) for row in table.rows])
 
 
@@ -148,14 +148,14 @@ def _line(table: Perplexities, row: Row, records: pd.DataFrame) -> dict[str, Any
 
 
 def _where(records: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
-    """Records with these values."""
+    """Records whose fields have these values."""
     for field, value in where.items():
         records = records[records[field] == value]
     return records
 
 
 def _extra(name: str, cell: pd.DataFrame) -> Any:
-    """A further column of one model, method and domain; `cell` has a record per seed."""
+    """Value of an extra CSV column of one cell; `cell` has a record per seed."""
     if name in ("alpha", "lambda"):
         return _join(cell[name].dropna())
     if name == "sd":
@@ -170,7 +170,7 @@ def _join(values: Sequence[float] | Any) -> str:
 
 
 def grid(table: Perplexities, records: pd.DataFrame) -> Grid:
-    """What a person reads: the best of a group and column in bold."""
+    """Make the visible table; the best value of each group and column is bold."""
     frame, columns = pivot(table, records), [*table.columns, "Avg"]
     group = frame[table.best_of] if table.best_of else pd.Series("", index=frame.index)
     best = frame[columns].astype(float).groupby(group).transform("min")
@@ -183,14 +183,14 @@ def grid(table: Perplexities, records: pd.DataFrame) -> Grid:
 
 
 def cell(value: float | None, best: bool) -> str:
-    """A number as a table shows it."""
+    """Format a number for the visible table."""
     if pd.isna(value):
         return "–"
     return f"**{value:.2f}**" if best else f"{value:.2f}"
 
 
 def note(table: Perplexities, records: pd.DataFrame) -> str:
-    """What stands below the table."""
+    """The text below the table."""
     config, shown = table.config, records[_shown(table, records)]
     seeds = ", ".join(str(seed) for seed in config.seeds)
     counts = {domain: shown[shown["domain"] == domain]["n"] for domain in config.domains}
@@ -206,7 +206,7 @@ def note(table: Perplexities, records: pd.DataFrame) -> str:
 
 
 def _chosen(shown: pd.DataFrame, weights: Sequence[str]) -> str:
-    """Which weights were chosen, by name."""
+    """Sentences that say which weights were chosen."""
     values = {name: sorted({f"{value:g}" for value in shown[name].dropna()}) for name in weights}
     return "".join(
         f"{name.capitalize()} tuned on valid (chosen: {', '.join(each)}). " for name, each in values.items() if each
@@ -214,7 +214,7 @@ def _chosen(shown: pd.DataFrame, weights: Sequence[str]) -> str:
 
 
 def _shown(table: Perplexities, records: pd.DataFrame) -> pd.Series:
-    """Which records are in a cell of the table."""
+    """Whether each record is in a cell of the table."""
     shown = pd.Series(False, index=records.index)
     for row in table.rows:
         for where in table.columns.values():
@@ -223,7 +223,7 @@ def _shown(table: Perplexities, records: pd.DataFrame) -> pd.Series:
 
 
 def _counts(values: Sequence[int] | Any) -> str:
-    """Numbers of test tokens: one for each tokenizer."""
+    """Format the numbers of test tokens; each tokenizer has one."""
     return " or ".join(f"{value:,}" for value in sorted({int(value) for value in values}))
 
 

@@ -1,4 +1,4 @@
-# Helpers of all rules. Paths: results/<scale>/..., one folder per artefact, manifest.json written last.
+# Helpers of all rules. Paths are results/<scale>/...: a folder per artefact, whose manifest.json is written last.
 import json
 import os
 import re
@@ -15,10 +15,10 @@ BENCHMARK = f"{RUN}/benchmarks"
 HOME = f"{RUN}/{{domain}}/seed{{seed}}"
 MODELS = CONFIG.models
 MEMORIES = {name: CONFIG.variant(name) for name in CONFIG.memory_names}
-# Parts that the systems to compare are made of.
+# Parts (fields of `Parts`) that the systems of the config need.
 NEEDED = {part for name in CONFIG.systems for part in SYSTEMS[name].needs}
-# Whether jobs that compute ask for a GPU. With `auto` this machine decides, so where jobs run on other machines the config
-# has `compute: {device: cuda}`, or the profile sets the resource: `set-resources: {train: {gpu: 1}, ...}`.
+# Whether jobs that run a model request a GPU. `auto` looks at this machine. If jobs run on other machines, set
+# `compute: {device: cuda}` in the config, or the resource in the profile: `set-resources: {train: {gpu: 1}, ...}`.
 GPU = int(
     CONFIG.compute.device == "cuda"
     or CONFIG.compute.device == "auto"
@@ -36,7 +36,7 @@ wildcard_constraints:
     seed="[0-9]+",
 
 
-# Shards of a stage are folders i-of-n; `--set-scatter targets=8` overrides the config.
+# Each shard of a stage is a folder i-of-n; `--set-scatter targets=8` overrides the number in the config.
 scattergather:
     keys=CONFIG.datastore.shards,
     targets=CONFIG.targets.shards,
@@ -44,7 +44,7 @@ scattergather:
 
 
 def options(settings, *leave):
-    """Settings, as a section of the config has them, as command line options."""
+    """Format a section of the config as command line options, without the names in `leave`."""
     words = []
     for name, value in settings.items():
         if name in leave or value is None:
@@ -63,13 +63,13 @@ def section(name):
 
 
 def shard(wildcards):
-    """The shard of a scatter item i-of-n as command line options."""
+    """Format the scatter item i-of-n as command line options."""
     number, total = wildcards.scatteritem.split("-of-")
     return f"--shard {int(number) - 1} --shards {total}"
 
 
 def named(wildcards, input):
-    """The inputs by their names, as command line options; an artefact is given as its folder."""
+    """Format named inputs as command line options; for a manifest.json, pass the folder of the artefact."""
     words = []
     for name, paths in input.items():
         for path in [paths] if isinstance(paths, str) else paths:
@@ -80,18 +80,18 @@ def named(wildcards, input):
 
 
 def spec(kind, name):
-    """One entry of the config as a command line option with JSON."""
+    """Format one entry of the config as an option with JSON."""
     entry = getattr(CONFIG, kind)[name].model_dump(mode="json", exclude_unset=True)
     return f"--spec {shlex.quote(json.dumps(entry, sort_keys=True))}"
 
 
 def training(wildcards, *settings):
-    """Options of a training on a domain."""
+    """Options of a stage that trains on a domain."""
     return " ".join([*settings, CONTEXT, f"--seed {wildcards.seed}", COMPUTE])
 
 
 def sharded(wildcards, name):
-    """Options of a stage whose shards are jobs of their own."""
+    """Options of a stage that runs one job per shard."""
     return f"{options(section(name), 'shards')} {shard(wildcards)}"
 
 
@@ -123,7 +123,7 @@ BUDGET = (
 
 
 def budget(share=1.0):
-    """With the input `budget_model`: at most so many operations."""
+    """Option with the FLOP budget, in epochs of the model in the input `budget_model`."""
     if CONFIG.budget is None:
         return ""
     return f"--budget-epochs {CONFIG.budget.epochs * share:g}"
@@ -133,7 +133,7 @@ def budget(share=1.0):
 
 
 def key_name(wildcards):
-    """Model of a folder of keys, which are those of the plain model where the name says so."""
+    """Name of the model that makes the keys; the suffix `UNTUNED` means the model before fine-tuning."""
     return wildcards.key.removesuffix(typed.UNTUNED)
 
 
@@ -151,7 +151,7 @@ def key_tokens(wildcards):
 
 
 def memory_start(wildcards):
-    """What the training of a memory begins with."""
+    """Model from which the training of a memory starts."""
     memory = MEMORIES[wildcards.memory]
     if memory.adapt is not None:
         return manifest(f"{home(wildcards)}/adapted/{memory.name}")
@@ -161,7 +161,7 @@ def memory_start(wildcards):
 
 
 def memory_targets(wildcards):
-    """All shards of what a memory imitates."""
+    """All shards of the targets that a memory is trained on."""
     memory = MEMORIES[wildcards.memory]
     keys = f"{home(wildcards)}/keys/{memory.keys}"
     return {
@@ -172,7 +172,7 @@ def memory_targets(wildcards):
 
 
 def memory_bases(wildcards):
-    """Base models that alpha is tried with during training, where there are evaluations during training."""
+    """Base models for evaluations during training; none if there are no such evaluations."""
     memory = MEMORIES[wildcards.memory]
     during = memory.train.keep_best or memory.train.evaluate_every is not None
     return (
@@ -188,7 +188,7 @@ def memory_options(wildcards):
 
 # --- evaluations ----------------------------------------------------------------------------------------------------
 
-# DAPT without settings or a budget of its own is the training that key models have.
+# Without its own settings or a budget, DAPT is the same training as that of the key models, so its folder is reused.
 DAPT = "finetuned" if CONFIG.dapt is None and CONFIG.budget is None else "dapt"
 
 
@@ -201,19 +201,19 @@ def evaluated_memory(wildcards):
     )
 
 
-# General text, to see what is forgotten.
+# Corpora of general text, to measure forgetting.
 GENERAL = [manifest(f"{RUN}/corpora/{name}") for name in CONFIG.forgetting]
 
 
 def own_keys(wildcards):
-    """Datastore and index of the base's own keys, for the kNN-LM."""
+    """Datastore and index made with the base itself, for the kNN-LM."""
     if "datastore" not in NEEDED:
         return {}
     return keys_and_index(wildcards, f"{wildcards.model}{typed.UNTUNED}")
 
 
 def keys_of_memory(wildcards):
-    """Datastore and index that a memory was trained on."""
+    """Datastore and index whose targets trained a memory."""
     return keys_and_index(wildcards, MEMORIES[wildcards.memory].keys)
 
 
@@ -240,7 +240,7 @@ def passages_of(wildcards):
 
 
 def table_of(wildcards):
-    """What is in a table; says what is wrong where there is no such table."""
+    """Definition of a table; an unknown name stops Snakemake with a one-line error."""
     try:
         return catalogue.table(CONFIG, wildcards.table)
     except ConfigError as error:
@@ -257,7 +257,7 @@ def table_parts(wildcards):
 
 
 def table_cells(wildcards):
-    """What a table is made from as command line options."""
+    """Format the parts of a table as command line options."""
     table = table_of(wildcards)
     return " ".join(
         f"--cell {part.domain}:{part.model}:{part.seed}:{part_folder(table.kind, part)}"

@@ -1,4 +1,4 @@
-# All stages are this rule with other inputs, outputs and options.
+# All stages reuse this rule with other inputs, outputs and options.
 rule corpus:
     input:
         against=lambda w: [

@@ -1,4 +1,4 @@
-# All stages that compute with a model are this rule with other inputs, outputs and options.
+# All stages that run a model reuse this rule with other inputs, outputs and options.
 use rule corpus as finetune with:
     input:
         model=f"{RUN}/models/{{model}}/manifest.json",
@@ -22,7 +22,7 @@ use rule corpus as finetune with:
         version=VERSIONS["finetune"],
 
 
-# The baseline: the same training, under the budget.
+# The DAPT baseline: the same training, limited by the FLOP budget.
 use rule finetune as dapt with:
     input:
         model=f"{RUN}/models/{{model}}/manifest.json",

@@ -14,7 +14,7 @@ rule resolved_config:
         "printf '%s' {params.config} > {output} 2> {log}"
 
 
-# Which tables there are, and what each is made from: memdec/catalogue.py.
+# memdec/results/catalogue.py defines the tables and their parts.
 rule table:
     input:
         config=f"{RUN}/config.json",
