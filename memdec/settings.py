@@ -244,7 +244,7 @@ class MemorySettings(TrainSettings):
     focal_weight: float = Field(0.5, ge=0, le=1, description="focal: alpha of appendix H (0.5)")
     focal_gamma: float = Field(2.0, ge=0, description="focal: gamma of appendix H (2)")
     bild_top: int = Field(
-        8, ge=2, description="bild: number of top tokens compared in pairs (BiLD paper: 8; our paper prints no value)"
+        8, ge=2, description="bild: number of top tokens compared in pairs (BiLD paper: 8; the paper prints none)"
     )
     sparsity_weight: float = Field(0.01, ge=0, description="sparsity: alpha of appendix H (0.01)")
     alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
@@ -340,7 +340,7 @@ class IndexSettings(Settings):
     check_nprobe: list[PositiveInt] = Field(
         [8, 32, 128],
         min_length=1,
-        description="numbers of cells to measure; they help to choose 'targets.nprobe' (ours)",
+        description="values of nprobe to measure, which helps to choose 'targets.nprobe' (ours)",
     )
 
     @property
