@@ -323,10 +323,8 @@ class DatastoreSettings(Settings):
 class IndexSettings(Settings):
     """Search index over the keys; the defaults of IVFPQ are the paper's."""
 
-    kind: Literal["exact", "flat", "ivfflat", "ivfpq"] = Field(
-        "exact",
-        description="exact: compare with all keys, read from disk in blocks; flat: FAISS, all keys in memory; ivfflat, "
-        "ivfpq: search the nearest cells only",
+    kind: Literal["exact", "ivfflat", "ivfpq"] = Field(
+        "exact", description="exact: compare with all keys; ivfflat, ivfpq: compare with the keys of the nearest cells"
     )
     centroids: PositiveInt = Field(4096, description="cells of an ivf index (released: 4096)")
     code_size: PositiveInt = Field(64, description="bytes of a key's compressed code in ivfpq (released: 64)")

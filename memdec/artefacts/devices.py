@@ -37,6 +37,11 @@ def pick(compute: Compute = AUTO) -> torch.device:
     return torch.device("cuda", number)
 
 
+def pick_for(asked: torch.device | None) -> torch.device:
+    """The device asked for, else the one of `auto`."""
+    return asked or pick()
+
+
 def precision(compute: Compute = AUTO) -> Precision:
     """The torch name of the weights' type: float32, bfloat16 or float16."""
     if compute.precision != "auto":

@@ -1,8 +1,7 @@
-"""Stage `index`: the search structure over the keys of a datastore, and the one search that all readers use.
+"""Stage `index`: the search structure over the keys of a datastore, and how near to exact its search is.
 
-exact: no data of its own; all keys stream past in blocks, or stay on the GPU where there is one (`device_search`). flat: FAISS Flat, all keys in
-memory. ivfflat, ivfpq: FAISS, only the nearest cells; on all GPUs where FAISS has them. Training sees a random sample,
-filling sees every key once, so a streamed datastore gives the same index as a stored one.
+An exact index has no data of its own. The kinds with cells (`ivf`) are trained on a random sample of the keys and then
+filled with every key once, so a streamed datastore gives the same index as a stored one.
 
 Output: `trained.safetensors` (centroids, codebooks, rotation) and `codes.npy` [N, bytes] (cell and code of each key).
 The manifest holds recall@k against exact search in float64 and the total variation of p_kNN, measured on a sample of
@@ -15,33 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from memdec.artefacts import artefact, devices, resources
 from memdec.datastore.keys import Datastore, is_array
-from memdec.datastore.search import (
-    BLOCK,
-    PER_CALL,
-    Pair,
-    Searcher,
-    empty_index,
-    flat_type,
-    n_gpus,
-    rotate,
-    search_device,
-)
+from memdec.datastore.search import BLOCK, Pair, Searcher
 from memdec.errors import ConfigError
 from memdec.maths import knn
 from memdec.maths.exact_search import Nearest
 from memdec.maths.sparse_rows import SparseRows, total_variation
 from memdec.settings import IndexSettings
 
+PER_CALL = 65_536  # keys that are encoded at once
 _CHECKPOINT = 60.0  # seconds between two marks to resume from
 _EXACT = 0.999  # recall below which exact search is worth a warning; ties cost some
 _POINTS = 39  # training keys per centroid below which FAISS warns
@@ -64,10 +52,12 @@ def run(
         if build is None:
             return
         if settings.is_ivf:
-            _train(store, out, settings, device)
+            from memdec.datastore import ivf
+
+            ivf.train(store, out, settings, device)
         facts = _fill(store, out, settings, build.work, device)
         build.facts.update(keys=store.n, width=store.width, bytes_per_key=sum(_sizes(out)) / store.n, **facts)
-        build.facts["device"] = devices.described(search_device(device))
+        build.facts["device"] = devices.described(devices.pick_for(device))
 
 
 def _sizes(out: Path) -> list[int]:
@@ -79,10 +69,8 @@ def _check(store: Datastore, settings: IndexSettings) -> None:
     kind, d, n = settings.kind, store.width, store.n
     if settings.opq and kind != "ivfpq":
         raise ConfigError(f"index: expected opq with kind ivfpq alone, found kind {kind}; set `opq: false`")
-    if kind in ("exact", "flat"):
+    if kind == "exact":
         store.require_stored(f"use kind ivfpq or ivfflat, not {kind}")
-        if kind == "flat":
-            resources.check_memory(4.0 * n * d, "index of kind flat", "use kind exact or ivfpq")
         return
     sample = min(settings.sample, n)
     if kind == "ivfpq" and d % settings.code_size:
@@ -104,63 +92,22 @@ def _check(store: Datastore, settings: IndexSettings) -> None:
             "are usual, fewer make worse cells",
             stacklevel=2,
         )
-    code = _code_bytes(store, settings)
+    from memdec.datastore import ivf  # exact search needs no faiss
+
+    code = ivf.code_bytes(store, settings)
     # In memory a key has its code and a 64-bit position; while training, the sample lies there in float32.
     resources.check_memory(
         max(n * (code + 8.0), 8.0 * sample * d), f"index of kind {kind}", "lower 'sample' or 'code_size'"
     )
 
 
-def _code_bytes(store: Datastore, settings: IndexSettings) -> int:
-    return settings.code_size if settings.kind == "ivfpq" else store.width * flat_type(store)[1]
+def _encoder(store: Datastore, out: Path, settings: IndexSettings) -> Any | None:
+    """What makes the codes of an ivf index; None for exact search, which has none."""
+    if not settings.is_ivf:
+        return None
+    from memdec.datastore import ivf
 
-
-# --- an IVF index and its parts -----------------------------------------------------------------------------------
-
-
-def _train(store: Datastore, out: Path, settings: IndexSettings, device: torch.device | None) -> None:
-    """Write `trained.safetensors`, unless a killed run has."""
-    path = out / "trained.safetensors"
-    if _is_trained(path, store, settings):
-        return
-    _, keys = store.sample(settings.sample, settings.seed)
-    trained: dict[str, NDArray[Any]] = {}
-    if settings.opq:
-        opq = faiss.OPQMatrix(store.width, settings.code_size)
-        codebooks = faiss.ProductQuantizer(store.width, settings.code_size, 8)
-        codebooks.cp.min_points_per_centroid = 1  # said before, in our words
-        opq.pq = codebooks
-        rng = np.random.default_rng(settings.seed)
-        some = rng.choice(len(keys), min(len(keys), 256 * 256), replace=False)
-        opq.train(np.ascontiguousarray(keys[np.sort(some)]))
-        trained["rotation"] = faiss.vector_to_array(opq.A).reshape(store.width, store.width)
-        keys = rotate(keys, trained)
-    clustering = faiss.Clustering(store.width, settings.centroids)
-    clustering.seed, clustering.min_points_per_centroid, clustering.verbose = settings.seed, 1, True
-    cells = faiss.IndexFlatL2(store.width)
-    on_gpu = faiss.index_cpu_to_all_gpus(cells) if n_gpus(device) else cells
-    clustering.train(keys, on_gpu)
-    centroids = faiss.vector_to_array(clustering.centroids).reshape(-1, store.width)
-    # Residuals are taken from the centroids as they are on disk, so half of the bytes costs nothing.
-    with np.errstate(over="ignore"):
-        narrow = centroids.astype(np.float16 if store.settings.dtype == "float16" else np.float32)
-    trained["centroids"] = narrow if np.isfinite(narrow).all() else centroids
-    if settings.kind == "ivfpq":
-        index = empty_index(store, settings, trained)
-        index.pq.cp.min_points_per_centroid, index.pq.cp.seed = 1, settings.seed
-        index.train(keys)
-        trained["codebooks"] = faiss.vector_to_array(index.pq.centroids)
-    part = path.with_name(".trained.part")
-    save_file(trained, part)
-    part.replace(path)
-
-
-def _is_trained(path: Path, store: Datastore, settings: IndexSettings) -> bool:
-    """Whether a killed run, or one whose folder was damaged since, left a whole file."""
-    try:
-        return load_file(path)["centroids"].shape == (settings.centroids, store.width)
-    except (OSError, SafetensorError, KeyError):
-        return False
+    return ivf.Encoder(store, settings, out)
 
 
 def _fill(
@@ -170,12 +117,9 @@ def _fill(
     own, queries = store.sample(min(settings.check_queries, store.n), settings.seed + 1)
     neighbours = min(settings.check_neighbours, store.n - 1)
     truth = Nearest(torch.from_numpy(queries).double(), neighbours + 1)
-    trained, encoder, codes = {}, None, None
-    if settings.is_ivf:
-        trained = load_file(out / "trained.safetensors")
-        encoder = empty_index(store, settings, trained)
+    encoder, codes = _encoder(store, out, settings), None
     mark, done = work / "filled.safetensors", 0
-    shape = (store.n, encoder.sa_code_size()) if encoder is not None else (0, 0)
+    shape = (store.n, encoder.code_size) if encoder is not None else (0, 0)
     if mark.is_file() and (encoder is None or is_array(out / "codes.npy", np.dtype(np.uint8), shape)):
         state = load_file(mark)
         done = int(state.pop("done")[0])
@@ -189,7 +133,7 @@ def _fill(
     bar = tqdm(total=store.n, initial=done, desc="index", unit="key", unit_scale=True, mininterval=2)
     for first, keys in store.blocks(done, store.n, PER_CALL):
         if encoder is not None and codes is not None:
-            codes[first : first + len(keys)] = encoder.sa_encode(rotate(keys, trained))
+            codes[first : first + len(keys)] = encoder.codes(keys)
         for low in range(0, len(keys), BLOCK):
             truth.update(torch.from_numpy(keys[low : low + BLOCK]), first + low)
         bar.update(len(keys))
@@ -238,7 +182,7 @@ def _measure(
                     "recall": knn.recall(near[1], true[1]),
                     "total_variation": {str(t): _variation(searcher, near, true, t) for t in _TEMPERATURES},
                 }
-    if settings.kind in ("exact", "flat") and results["all"]["rescored"]["recall"] < _EXACT:
+    if settings.kind == "exact" and results["all"]["rescored"]["recall"] < _EXACT:
         warnings.warn(
             f"index: exact search found {results['all']['rescored']['recall']:.4f} of the true neighbours; distances between "
             "the keys are lost in float32, look at the key point",

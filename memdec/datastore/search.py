@@ -1,20 +1,17 @@
 """Nearest neighbours among the keys of a datastore: the one search that all readers use.
 
-exact: all keys pass by in blocks, or stay on the GPU (`device_search`). flat: FAISS Flat, all keys in memory. ivfflat and
-ivfpq: FAISS searches the nearest cells only, on all GPUs where FAISS has them.
+exact: all keys pass by in blocks, or stay on the GPU (`device_search`). ivfflat and ivfpq: FAISS searches the nearest
+cells only (`ivf`). Whatever finds the candidates, they are ordered by exact distances taken from the keys themselves.
 """
 
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from memdec.artefacts import artefact, devices, resources
 from memdec.datastore.device_search import DeviceSearch
@@ -25,52 +22,10 @@ from memdec.maths.exact_search import Nearest
 from memdec.settings import IndexSettings, SearchSettings, parse
 
 BLOCK = 2048  # keys per block of exact search: its distances stay in the cache
-PER_CALL = 65_536  # keys per FAISS call
 _MORE = 16  # candidates fetched beyond k, so that rounding cannot decide who is the last neighbour
 _TOKENS = 1 << 22  # tokens per block of a count, which NumPy takes as 64-bit integers
 _SAME_TOKEN = 256  # most positions of an input token that are all candidates for its queries
 Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
-
-
-def flat_type(store: Datastore) -> tuple[Any, int]:
-    """Scalar quantiser that keeps keys as they are on disk, and its bytes per dimension."""
-    kinds = faiss.ScalarQuantizer
-    return {"float16": (kinds.QT_fp16, 2), "bfloat16": (kinds.QT_bf16, 2), "float32": (None, 4)}[store.settings.dtype]
-
-
-def n_gpus(device: torch.device | None) -> int:
-    """GPUs that FAISS may use."""
-    on_gpu = hasattr(faiss, "index_cpu_to_all_gpus") and search_device(device).type == "cuda"
-    return faiss.get_num_gpus() if on_gpu else 0
-
-
-def rotate(keys: NDArray[np.float32], trained: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-    if "rotation" not in trained:
-        return np.ascontiguousarray(keys)
-    return np.ascontiguousarray(keys @ trained["rotation"].T)
-
-
-def empty_index(store: Datastore, settings: IndexSettings, trained: dict[str, NDArray[Any]]) -> Any:
-    """The FAISS index with these cells and codebooks, without keys."""
-    cells = faiss.IndexFlatL2(store.width)
-    cells.add(trained["centroids"].astype(np.float32))
-    n_cells = len(trained["centroids"])
-    index: Any
-    if settings.kind == "ivfpq":
-        index = faiss.IndexIVFPQ(cells, store.width, n_cells, settings.code_size, 8)
-        if "codebooks" in trained:
-            faiss.copy_array_to_vector(trained["codebooks"], index.pq.centroids)
-            index.is_trained = True
-            index.precompute_table()
-    else:
-        kind, _ = flat_type(store)
-        index = (
-            faiss.IndexIVFFlat(cells, store.width, n_cells)
-            if kind is None
-            else faiss.IndexIVFScalarQuantizer(cells, store.width, n_cells, kind, faiss.METRIC_L2, False)
-        )
-        index.is_trained = True
-    return index
 
 
 class _SameToken:
@@ -101,11 +56,6 @@ class _SameToken:
         return np.where(there, self._positions[np.where(there, places, 0)] if there.any() else -1, -1)
 
 
-def search_device(asked: torch.device | None) -> torch.device:
-    """Where search runs: on the device asked for, else on a GPU where there is one."""
-    return asked or devices.pick()
-
-
 class Searcher:
     """Nearest neighbours of any queries among the keys of a datastore.
 
@@ -122,33 +72,17 @@ class Searcher:
         self.store, self.settings, self._device = store, settings, device
         self._on_device: DeviceSearch | None = None
         self._values: Tensor | None = None
-        self._index: Any = None
-        self._trained: dict[str, NDArray[Any]] = {}
+        self._ivf: Any = None
         self._same_token: _SameToken | None = None
-        self._centre = np.zeros(store.width, np.float32)
         # Candidates lie anywhere: in memory they take half the time of a memory map, for its pages are small.
         in_memory = sum(keys.nbytes for _, keys in store.parts) < resources.free_memory() / 10
         self._parts = [(first, kernels.bits(np.array(keys) if in_memory else keys)) for first, keys in store.parts]
-        if settings.kind == "flat":
-            self._index = faiss.IndexFlatL2(store.width)
-            for _, keys in tqdm(store.blocks(0, store.n, PER_CALL), desc="load index", unit="block", mininterval=2):
-                if not self._index.ntotal:
-                    self._centre = torch.from_numpy(keys).median(0).values.numpy()  # as in `Nearest`
-                self._index.add(keys - self._centre)
-        elif settings.kind != "exact":
-            self._trained = load_file(folder / "trained.safetensors")
-            self._index = empty_index(store, settings, self._trained)
-            codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
-            for first in tqdm(range(0, store.n, PER_CALL), desc="load index", unit="block", mininterval=2):
-                block = np.ascontiguousarray(codes[first : first + PER_CALL])
-                self._index.add_sa_codes(block, np.arange(first, first + len(block)))
+        if settings.is_ivf:
+            from memdec.datastore.ivf import IvfIndex  # exact search needs no faiss
+
+            self._ivf = IvfIndex(store, settings, folder, device)
             if store.parts:
                 self._same_token = _SameToken(store.values, store.facts["vocab_size"])
-        if self._index is not None and n_gpus(device):
-            options = faiss.GpuMultipleClonerOptions()
-            options.shard = True
-            options.useFloat16 = settings.kind == "ivfpq"  # tables of 64-byte codes fit a GPU's shared memory only so
-            self._index = faiss.index_cpu_to_all_gpus(self._index, options)
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search the nearest `nprobe` cells of an ivf index; nothing for the other kinds.
@@ -157,15 +91,13 @@ class Searcher:
             ConfigError: There are fewer.
         """
         check_cells(self.settings, nprobe)
-        if not self.settings.is_ivf:
-            return
-        space = faiss.GpuParameterSpace() if n_gpus(self._device) else faiss.ParameterSpace()
-        space.set_index_parameter(self._index, "nprobe", nprobe)
+        if self._ivf is not None:
+            self._ivf.set_nprobe(nprobe)
 
     @property
     def on_device(self) -> DeviceSearch | None:
         """The search on another device than the CPU, with its keys there from the first use on; None without one."""
-        device = search_device(self._device)
+        device = devices.pick_for(self._device)
         if self.settings.kind != "exact" or not self.store.parts or device.type == "cpu":
             return None
         if self._on_device is None:
@@ -254,8 +186,8 @@ class Searcher:
         return self._values[ids.clamp(min=0)].long()
 
     def _candidates(self, queries: NDArray[np.float32], fetch: int) -> Pair:
-        if self._index is not None:
-            found: Pair = self._index.search(rotate(queries - self._centre, self._trained), fetch)
+        if self._ivf is not None:
+            found: Pair = self._ivf.search(queries, fetch)
             return found
         if (there := self.on_device) is not None:
             near, positions = there.search(torch.from_numpy(queries), fetch)
@@ -307,13 +239,21 @@ def check(store: Datastore, folder: Path, wanted: SearchSettings, *, own: bool =
     """
     manifest = check_same(store, folder)
     check_cells(parse(IndexSettings, manifest.settings, str(folder)), wanted.nprobe)
-    most = store.n - own
-    if wanted.neighbours > most:
-        raise ConfigError(
-            f"neighbours: expected at most {most} ({store.n} keys of {store.folder}), found {wanted.neighbours}; lower "
-            "'neighbours'"
-        )
+    check_neighbours(store, wanted.neighbours, own=own)
     return manifest
+
+
+def check_neighbours(store: Datastore, neighbours: int, *, own: bool = False) -> None:
+    """A datastore must have as many neighbours as are wanted; `own` as in `check`.
+
+    Raises:
+        ConfigError: It has fewer.
+    """
+    most = store.n - own
+    if neighbours > most:
+        raise ConfigError(
+            f"neighbours: expected at most {most} ({store.n} keys of {store.folder}), found {neighbours}; lower it"
+        )
 
 
 def load(store: Datastore, folder: Path, nprobe: int = 32, device: torch.device | None = None) -> Searcher:

@@ -94,7 +94,7 @@ def run(
             end=end,
             entries=rows.n_entries,
             short_rows=rows.n_short,
-            device=devices.described(search.search_device(device)),
+            device=devices.described(devices.pick_for(device)),
             positions=asked.n,
             tokens_sha256=asked.facts["tokens_sha256"],
         )

@@ -26,7 +26,7 @@ from memdec.errors import ArtifactError, NumericsError
 from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, last_positions, shared_vocabulary
 from memdec.maths import kernels, mixing
 from memdec.models.keypoints import KeyPoint
-from memdec.settings import KnnLMSettings
+from memdec.settings import KnnLMSettings, parse
 from memdec.text import tokens
 
 _QUERIES = 1024  # of a search
@@ -64,6 +64,8 @@ class KnnLMForCausalLM(Wrapper):
         vocab = shared_vocabulary([base], n_vocab)
         super().__init__(MemDecConfig(parts=[{"config": base.config.to_dict()}], n_vocab=vocab), base)
         store.require_stored()
+        parse(KnnLMSettings, {"temperature": temperature, "neighbours": neighbours}, "kNN-LM")
+        search.check_neighbours(store, neighbours)
         self.set_weight(weight)
         self.temperature, self.neighbours, self.n_vocab = temperature, neighbours, vocab
         self._searcher = searcher

@@ -53,8 +53,7 @@ class MemDecConfig(PreTrainedConfig):
     @property
     def max_position_embeddings(self) -> int:
         """Tokens that all parts can see."""
-        fields = ("max_position_embeddings", "n_positions")
-        known = [part["config"][field] for part in self.parts for field in fields if part["config"].get(field)]
+        known = [n for i in range(len(self.parts)) if (n := n_positions(self.part_config(i))) is not None]
         if not known:
             raise AttributeError("max_position_embeddings")
         return int(min(known))

@@ -21,6 +21,7 @@ from rich.text import Text
 from memdec.artefacts import artefact, devices
 from memdec.errors import ConfigError
 from memdec.inference.mixture import MemDecForCausalLM
+from memdec.inference.systems import SYSTEMS, Parts
 from memdec.inference.token_reports import (
     Neighbours,
     Prediction,
@@ -162,8 +163,8 @@ def run(
         raise ConfigError(f"explain: expected datastore and index, found {given} alone; give --{missing}, too")
     if not text:
         raise ConfigError("explain: expected a text, found an empty one; give it as an argument or by --file")
-    model = MemDecForCausalLM.from_parts(base, [memory], [alpha], dtype=devices.precision(compute))
-    model.to(devices.pick(compute))
+    dtype, device = devices.precision(compute), str(devices.pick(compute))
+    model = SYSTEMS["MemDec"].build(Parts(base=base, memory=memory, alpha=alpha, dtype=dtype, device=device))
     tokenizer = tokens.load_tokenizer(base)
     context, stride = _window(model, settings)
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)

@@ -11,6 +11,7 @@ from memdec.artefacts import artefact, devices
 from memdec.config import Config
 from memdec.errors import ConfigError
 from memdec.inference.mixture import MemDecForCausalLM
+from memdec.inference.systems import SYSTEMS, Parts
 from memdec.inference.token_reports import Neighbours, TokenReport, explain
 from memdec.models import loading
 from memdec.results import tables
@@ -65,9 +66,8 @@ def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], ind
     recipes = {name: artefact.read(folder, kind).recipe for name, (folder, kind) in folders.items()}
     same = {name: getattr(config.targets, name) for name in ("neighbours", "temperature", "nprobe")}
     tokenizer = tokens.load_tokenizer(str(base))
-    dtype = devices.precision(config.compute)
-    model = MemDecForCausalLM.from_parts(base, [memory], [0.5], dtype=dtype)  # the weight is not used: nothing is mixed
-    model.to(devices.pick(config.compute))
+    dtype, device = devices.precision(config.compute), str(devices.pick(config.compute))
+    model = SYSTEMS["MemDec"].build(Parts(base=base, memory=memory, dtype=dtype, device=device))
     neighbours = Neighbours(datastore, index_folder, ExplainSettings(**same), tokenizer, model.device)
     frame = pd.DataFrame([probabilities(case, model, tokenizer, neighbours) for case in config.cases])
     rows = []

@@ -200,9 +200,7 @@ def test_a_token_outside_the_vocabulary_is_named(base_folder: Path, token_folder
 
 
 def test_a_context_longer_than_the_model_is_refused(base_folder: Path, token_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=f"expected a context of at most {CONTEXT} tokens, .* found 40; lower 'context'"
-    ):
+    with pytest.raises(ConfigError, match=f"context: expected at most {CONTEXT} tokens .* found 40; lower 'context'"):
         datastore.run(base_folder, token_folder, tmp_path / "d", DatastoreSettings(), context=40, stride=20)
 
 

@@ -224,11 +224,10 @@ def made(tmp_path: Path) -> Made:
 @pytest.fixture
 def by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search of a GPU on the CPU, with batches of 64 and keys that do not fit."""
-    real = search.search_device
 
     def there(self: search.Searcher) -> DeviceSearch:
         if self._on_device is None:
-            self._on_device = DeviceSearch(self.store, real(CPU), room=4_000)
+            self._on_device = DeviceSearch(self.store, CPU, room=4_000)
         return self._on_device
 
     monkeypatch.setattr(search.Searcher, "on_device", property(there))

@@ -307,9 +307,9 @@ def test_the_command(
         (["text", "--index", "i"], "expected datastore and index, found an index alone; give --datastore, too"),
         (["text", "--datastore", "d"], "expected datastore and index, found a datastore alone; give --index, too"),
         (["text", "--alpha", "2"], "alpha: expected a number from 0"),
-        (["text", "--context", str(2 * CONTEXT)], f"context: expected at most {CONTEXT} (positions of the models), found"),
+        (["text", "--context", str(2 * CONTEXT)], f"context: expected at most {CONTEXT} tokens (positions of the models), found"),
         (["text", "--context", "8", "--stride", "9"], "need 1 <= stride <= context, found stride 9, context 8"),
-        (["text", "--datastore", "TRAIN", "--index", "INDEX", "--neighbours", "1000000"], "neighbours (keys of"),
+        (["text", "--datastore", "TRAIN", "--index", "INDEX", "--neighbours", "1000000"], "neighbours: expected at most"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(

@@ -490,7 +490,7 @@ def test_bad_input_is_seen_before_the_model_is_loaded(
     out, arguments = tmp_path / "m", {"context": CONTEXT, "seed": 0}
     with pytest.raises(ModelError, match="expected a head for the tokenizer's 300 tokens, found one for 290"):
         stages.run_train(short, token_folder, [rows], out, MemorySettings(), **arguments)
-    with pytest.raises(ConfigError, match="expected a context of at most 32 tokens"):
+    with pytest.raises(ConfigError, match="context: expected at most 32 tokens"):
         stages.run_train(small_folder, token_folder, [rows], out, MemorySettings(), context=64, seed=0)
     with pytest.raises(ArtifactError, match="found an empty shard"):
         stages.run_train(small_folder, token_folder, [empty], out, MemorySettings(), **arguments)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -485,7 +486,11 @@ def test_two_processes_share_the_requests_and_their_scores(
     arguments = f"pretrained={base_folder},memory={small_folder},alpha=0.4,scores={scores}"
     words = ["--model", "memdec-interp", "--tasks", "pubmedqa", "--output_path", out, "--model_args", arguments]
     words += ["--batch_size", "auto"]  # which only the other process has to find
-    text = launch(2, "-m", "lm_eval", *words, ACCELERATE_USE_CPU="true")  # `accelerate launch --cpu` starts one process
+    # As after `pip install memdec` without an extra: nothing here searches.
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules.update(dict.fromkeys(['faiss', 'numba']))\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    # `accelerate launch --cpu` starts one process.
+    text = launch(2, "-m", "lm_eval", *words, ACCELERATE_USE_CPU="true", PYTHONPATH=path)
     assert text.count(f"loaded {base_folder}") == 1
     (file,) = out.rglob("results_*.json")
     assert json.loads(file.read_text())["results"]["pubmedqa"]["acc,none"] == alone["acc,none"]

@@ -16,7 +16,7 @@ from making import CONTEXT, write_store, write_tokens
 from numpy.typing import NDArray
 
 from memdec.artefacts import artefact
-from memdec.datastore import index, search
+from memdec.datastore import index, ivf, search
 from memdec.datastore import keys as datastore
 from memdec.datastore.keys import Datastore
 from memdec.errors import ArtifactError, ConfigError, NumericsError, ResourceError
@@ -33,12 +33,11 @@ PQ = {
 }
 KINDS: list[dict[str, Any]] = [
     {"kind": "exact", "check_neighbours": 50},
-    {"kind": "flat", "check_neighbours": 50},
     {**PQ, "kind": "ivfflat"},
     PQ,
     {**PQ, "opq": True},
 ]
-NAMES = ["exact", "flat", "ivfflat", "ivfpq", "opq"]
+NAMES = ["exact", "ivfflat", "ivfpq", "opq"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_search_against_brute_force(store: list[Path], tmp_path: Path, settings:
     sq_dist, ids = searcher.search(queries, 20, own)
     assert not (ids == own[:, None]).any()
     assert (np.diff(sq_dist, axis=1) >= 0).all()
-    if settings["kind"] in ("exact", "flat"):
+    if settings["kind"] == "exact":
         np.testing.assert_array_equal(ids, true)
     else:
         assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(ids, true, strict=True)]) > 0.8
@@ -101,8 +100,7 @@ def test_queries_from_outside_keep_everything(store: list[Path], tmp_path: Path)
 
 def test_fault_3_search_runs_without_a_gpu(store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index.torch.cuda, "is_available", lambda: False)
-    for module in (index, search):
-        monkeypatch.setattr(module, "n_gpus", lambda device: 0)
+    monkeypatch.setattr(ivf, "_n_gpus", lambda device: 0)
     for settings, name in zip(KINDS, NAMES, strict=True):
         _, ids = built(store, tmp_path / name, **settings).search(np.zeros((2, D), np.float32), 5)
         assert (ids >= 0).all()
@@ -252,9 +250,7 @@ def test_a_killed_fill_goes_on_and_gives_the_same_index(
         built(store, tmp_path / "killed", **settings)
     with pytest.raises(ArtifactError, match="unfinished"):
         search.load(Datastore(store), tmp_path / "killed")
-    monkeypatch.setattr(index, "_train", lambda *_: (tmp_path / "killed" / "trained.safetensors").stat())
-    if settings["kind"] == "exact":
-        monkeypatch.setattr(index, "_train", lambda *_: None)
+    monkeypatch.setattr(ivf, "train", lambda *_: (tmp_path / "killed" / "trained.safetensors").stat())
     built(store, tmp_path / "killed", **settings)
     assert seen[5:7] == [1280, 1280]
     one, other = (artefact.read(tmp_path / name, "index") for name in ("whole", "killed"))
@@ -272,14 +268,13 @@ def test_an_index_whose_file_was_cut_is_made_again(store: list[Path], tmp_path: 
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "i").iterdir()}
 
 
-@pytest.mark.parametrize("kind", ["exact", "flat"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_a_common_offset_costs_exact_search_nothing(tmp_path: Path, kind: str, dtype: type) -> None:
+def test_a_common_offset_costs_exact_search_nothing(tmp_path: Path, dtype: type) -> None:
     """One very large dimension, as hidden states of real models have: |k|^2 - 2 q k alone would lose neighbours."""
     keys = np.random.default_rng(0).normal(size=(1500, 16))
     keys[:, 3] += 3000
     store = write_store(tmp_path / "s", keys.astype(dtype), write_tokens(tmp_path / "t", np.zeros(1500, np.uint16)))
-    searcher = built(store, tmp_path / "i", kind=kind, check_neighbours=50)
+    searcher = built(store, tmp_path / "i", kind="exact", check_neighbours=50)
     own, queries = searcher.store.sample(300, 1)
     np.testing.assert_array_equal(searcher.search(queries, 40, own)[1], brute(searcher.store, queries, 40, own))
 
@@ -363,11 +358,10 @@ def test_fault_14_an_index_names_the_keys_it_was_made_from(store: list[Path], tm
 
 
 def test_exact_search_of_streamed_keys_is_refused(modes: dict[str, Path], tmp_path: Path) -> None:
-    for kind in ("exact", "flat"):
-        with pytest.raises(ConfigError, match=f"expected stored keys for kind {kind}, found a streamed datastore"):
-            index.run([modes["streamed"]], tmp_path / kind, IndexSettings(kind=kind))
+    with pytest.raises(ArtifactError, match="expected stored keys, found a streamed datastore; use kind ivfpq or"):
+        index.run([modes["streamed"]], tmp_path / "exact", IndexSettings(kind="exact"))
     searcher = built([modes["streamed"]], tmp_path / "i", **PQ)
-    with pytest.raises(ConfigError, match="expected stored keys to take the distances from"):
+    with pytest.raises(ArtifactError, match="expected stored keys, found a streamed datastore; set `released: true`"):
         searcher.search(np.zeros((1, 24), np.float32), 5)
 
 

@@ -282,8 +282,8 @@ def test_beams_and_sampling_go_along(model: KnnLMForCausalLM, words: Any) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"neighbours": 10**6}, r"neighbours: expected 1 to \d+ \(keys of .*\), found 1000000"),
-        ({"temperature": math.inf}, "temperature: expected a finite number above 0, found inf"),
+        ({"neighbours": 10**6}, r"neighbours: expected at most \d+ .*, found 1000000"),
+        ({"temperature": math.inf}, "temperature: .*finite number"),
         ({"weight": 1.5}, "expected a number from 0 .* found 1.5"),
     ],
     ids=str,
@@ -347,7 +347,7 @@ def test_a_vocabulary_that_does_not_fit(home: Home, model: KnnLMForCausalLM) -> 
 
 def test_streamed_keys_and_another_index(home: Home, tmp_path: Path) -> None:
     datastore.run(home.base, home.stream, tmp_path / "s", DatastoreSettings(stored=False), **WINDOW)
-    with pytest.raises(ArtifactError, match=r"expected stored keys .* found a streamed datastore"):
+    with pytest.raises(ArtifactError, match=r"expected stored keys, found a streamed datastore"):
         from_folders(home.base, tmp_path / "s", home.index, SETTINGS)
     other = made(tmp_path, home.base, home.stream, dtype="float32")
     with pytest.raises(ArtifactError, match=r"expected an index of .*, found one of other keys"):

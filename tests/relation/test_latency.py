@@ -240,7 +240,9 @@ def test_without_sizes_there_is_no_growth() -> None:
 def test_too_long_is_an_error_before_the_first_call(made: dict[str, Entry]) -> None:
     settings = TINY.model_copy(update={"prompt_tokens": CONTEXT - 7})
     given = {"base": Entry(made["base"].make, generate=lambda *_: pytest.fail("called"))}
-    with pytest.raises(ConfigError, match=rf"at most {CONTEXT} \(positions of base\), found {CONTEXT + 1}; lower"):
+    with pytest.raises(
+        ConfigError, match=rf"of base: expected at most {CONTEXT} tokens .*, found {CONTEXT + 1}; lower"
+    ):
         latency.measure(given, settings)
 
 

@@ -189,7 +189,10 @@ def test_a_gguf_file_that_cannot_be_used(
 
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"not at all a GGUF file" * 20)
-    with pytest.raises(ModelError, match="found one that cannot be read"), sources.gguf(str(tmp_path / "a.gguf")):
+    with (
+        pytest.raises(ModelError, match="expected a whole GGUF file, found: GGUF magic invalid"),
+        sources.gguf(str(tmp_path / "a.gguf")),
+    ):
         pass
     with pytest.raises(ModelError, match="expected a GGUF file, found nothing"), sources.gguf(str(tmp_path / "b.gguf")):
         pass

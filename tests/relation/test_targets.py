@@ -369,7 +369,7 @@ def test_streamed_keys_give_the_targets_of_stored_ones(
     for shard in "012":
         assert files(tmp_path / "stored" / shard) == files(tmp_path / "streamed" / shard)
     many = TargetSettings(neighbours=9, nprobe=17)
-    with pytest.raises(ConfigError, match="expected nprobe of at most 16 centroids of the index, found 17"):
+    with pytest.raises(ConfigError, match=r"nprobe: expected at most 16 cells .*, found 17"):
         targets.run(modes["stored"], modes["index"], token_folder, tmp_path / "x", many)
     with pytest.raises(ConfigError, match="set `released: true` for the distances of the index, or store the keys"):
         targets.run(
@@ -434,7 +434,7 @@ def test_a_value_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"neighbours": N}, f"expected at most {N - 1} neighbours for {N} keys, found {N}"),
+        ({"neighbours": N}, rf"neighbours: expected at most {N - 1} \({N} keys of .*\), found {N}"),
         ({"shards": N + 1}, f"expected at most {N} shards for {N} positions, found {N + 1}"),
     ],
 )

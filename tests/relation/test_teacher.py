@@ -159,7 +159,7 @@ def test_what_cannot_work_is_refused_before_the_model_loads(
             ConfigError,
             f"expected at most {passes} shards for {passes} forward",
         ),
-        (token_folder, {}, {"context": 33}, ConfigError, "expected a context of at most 32 tokens"),
+        (token_folder, {}, {"context": 33}, ConfigError, "context: expected at most 32 tokens"),
         (other, {}, {}, ArtifactError, "expected one tokenizer, found two"),
     ):
         with pytest.raises(error, match=message):
