@@ -49,7 +49,7 @@ from memdec.settings import (
 
 
 class Budget(Settings):
-    """FLOP limit of one training run: the cost of training all weights of `model` for `epochs` (paper: 7B, 1)."""
+    """FLOP limit of a training run: the cost of training all weights of `model` (paper: 7B model, 1 epoch)."""
 
     model: Name = Field(description="model whose full training sets the limit; a name under 'models'")
     epochs: PositiveFloat = Field(1, description="passes of that training over the domain's train split")
@@ -94,7 +94,7 @@ class MemoryVariant(Settings):
             )
         useless = self.model_fields_set & {"memory_model", "tuned_start"} if self.adapt is not None else set()
         if useless:
-            raise ValueError(f"expected nothing else to start from beside adapt, found {', '.join(sorted(useless))}")
+            raise ValueError(f"expected no other starting model beside adapt, found {', '.join(sorted(useless))}")
         return self
 
 

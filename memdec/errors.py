@@ -25,7 +25,7 @@ class ArtifactError(MemDecError):
 
 
 class CorpusError(MemDecError):
-    """A corpus that is empty, unreadable, too small, or lacks the field asked for."""
+    """A corpus that is empty, unreadable, too small, or lacks the requested field."""
 
 
 class ModelError(MemDecError):

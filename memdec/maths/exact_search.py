@@ -24,7 +24,7 @@ _PAIRS = 16_384  # (query, key) pairs whose exact distances are computed at once
 
 
 class Nearest:
-    """The nearest neighbours of fixed queries among the keys seen so far.
+    """Keeps the nearest neighbours of fixed queries while `update` adds blocks of keys.
 
     Args:
         queries: Shape (B, D), on CPU. The search computes in their dtype.

@@ -315,7 +315,7 @@ def keep_layers(model: Any, n: int) -> None:
 def _check_layers(config: Any, n: int, name: str) -> None:
     if n > config.num_hidden_layers:
         raise ConfigError(
-            f"{name}: expected layers of at most {config.num_hidden_layers}, which the model has, found {n}; lower 'layers'"
+            f"{name}: expected at most {config.num_hidden_layers} layers, which the model has, found {n}; lower 'layers'"
         )
 
 

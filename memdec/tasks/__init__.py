@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: their rows, prompts and metrics, and the files that hold the rows. Knows no model.
+"""Our lm-eval tasks: their rows, prompts and metrics, and the files with the rows. The tasks do not import models.
 
 May import: what `text` may, and text.
 """

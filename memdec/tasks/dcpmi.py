@@ -58,7 +58,7 @@ def label_words(words: Sequence[Sequence[str]], canonical: Sequence[str], rule: 
             token (knnlm-limits).
         tokenizer: Tokenizer of the evaluated model.
     """
-    numbers: dict[int, int] = {}  # token: its number
+    numbers: dict[int, int] = {}  # index into `texts` of each token
 
     def first(found: list[list[int]]) -> NDArray[np.int64]:
         return np.array([numbers.setdefault(ids[0], len(numbers)) for ids in found], np.int64)

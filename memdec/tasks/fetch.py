@@ -103,7 +103,7 @@ def fetch(out: Path, tasks: Sequence[str] = ()) -> list[Checked]:
         if now.status != "ok":
             if (out / file.file).exists() and file.file not in _sources(out):
                 raise CorpusError(
-                    f"{out / file.file}: expected a right file or one from an earlier fetch, found another ({now.status}); move "
+                    f"{out / file.file}: expected a correct file or one from an earlier fetch, found another ({now.status}); move "
                     "it, or choose another --out"
                 )
             _fetch(out, file)

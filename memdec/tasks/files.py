@@ -41,7 +41,7 @@ class DataFile:
 
     @property
     def task(self) -> str:
-        """Name for `--task`."""
+        """The file's task, as in `--task`."""
         return self.file.split("/")[0]
 
     @property

@@ -25,7 +25,7 @@ TRIES = 3
 TIMEOUT_S = 60
 PAUSE_S = 2.0
 _SST = re.compile(r"__label__([1-5])\t(.+)")
-_SST_NEUTRAL = 3  # SST2 is SST without it
+_SST_NEUTRAL = 3  # the neutral class; SST2 is SST without it
 
 Row = dict[str, Any]
 Parser = Callable[[str], list[Row]]
@@ -60,7 +60,7 @@ def github_rows(file: GitHubFile) -> list[Row]:
         return file.parse(data.decode("utf-8"))
     except (ValueError, AttributeError, csv.Error, CorpusError) as error:
         raise CorpusError(
-            f"{file}: expected a file in the form that is known of this commit, found: {_short(error)}; put the file under "
+            f"{file}: expected the known format of this file, found: {_short(error)}; put the file under "
             "MEMDEC_DATA by hand"
         ) from None
 
@@ -71,7 +71,7 @@ def _download(file: GitHubFile) -> bytes:
     while True:
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
-                data: bytes = answer.read()  # IncompleteRead where it is shorter than announced
+                data: bytes = answer.read()  # raises IncompleteRead if it is shorter than announced
             return data
         except (OSError, http.client.HTTPException) as error:
             tries += 1
@@ -121,7 +121,7 @@ def word_object(text: str) -> list[Row]:
 
 
 def _lines(text: str) -> list[str]:
-    lines = [line.removesuffix("\r") for line in text.split("\n")]  # not splitlines: texts hold other separators
+    lines = [line.removesuffix("\r") for line in text.split("\n")]  # splitlines would also split within texts
     return lines if lines[-1] else lines[:-1]
 
 

@@ -193,7 +193,7 @@ def check_same(ours: str, other: str, where: str) -> None:
     if ours != other:
         raise ArtifactError(
             f"{where}: expected one tokenizer, found two (fingerprints {ours[:8]} and {other[:8]}); use models of one "
-            "family, or move the memory to the other vocabulary with `memdec adapt-vocab`"
+            "family, or adapt the memory to the other vocabulary with `memdec adapt-vocab`"
         )
 
 
@@ -233,7 +233,7 @@ def check_same_ids(one: Any, other: Any, where: str) -> None:
         found = [words(wrong, add_special_tokens=False, verbose=False)["input_ids"][:8] for words in (one, other)]
         raise ModelError(
             f"{where}: expected one tokenizer, found two: {wrong[:40]!r} has the ids {found[0]} and {found[1]}; use models "
-            "of one family, or move the memory to the other vocabulary with `memdec adapt-vocab`"
+            "of one family, or adapt the memory to the other vocabulary with `memdec adapt-vocab`"
         )
 
 

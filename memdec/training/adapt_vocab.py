@@ -249,8 +249,8 @@ def _save_tokenizer(words: Any, out: Path, sha256: str) -> None:
     artefact.write_json(file, {**plain, "auto_map": {"AutoTokenizer": [None, "tokenizer.json"]}})
     if not _loads_as(out, sha256):
         raise ModelError(
-            f"{out}: expected to load the tokenizer {sha256[:8]} beside this model, found that transformers makes another "
-            "one of it; use a tokenizer of the model's own class"
+            f"{out}: expected transformers to load tokenizer {sha256[:8]} from this folder, found that it loads another "
+            "one; use a tokenizer of the model's own class"
         )
 
 

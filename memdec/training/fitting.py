@@ -32,7 +32,7 @@ _CHECKPOINTS = 20  # number of checkpoints written during a training run without
 
 
 class LossModel(nn.Module):
-    """A causal LM whose forward pass is the training loss.
+    """A causal LM whose forward pass returns the training loss.
 
     The loss is inside the module because DDP and FSDP synchronise gradients in the forward pass that they wrap.
     """
@@ -314,7 +314,7 @@ def check_reporting(names: Sequence[str]) -> None:
     missing = [name for name in names if name not in there]
     if missing:
         raise ConfigError(
-            f"report_to: expected one of what is installed ({', '.join(there) or 'nothing'}), found {', '.join(missing)}; "
+            f"report_to: expected installed trackers ({', '.join(there) or 'nothing'}), found {', '.join(missing)}; "
             "install it, e.g. `pip install tensorboard`"
         )
 

@@ -252,7 +252,7 @@ def _refuse_changes(out: Path, now: Mapping[str, Any]) -> None:
     if changes:
         raise ArtifactError(
             f"{out}: expected the settings of the unfinished training there, found changes in {', '.join(changes)}; "
-            "restore them to go on, delete the folder to start anew, or choose another --out"
+            "restore them to resume, delete the folder to start again, or choose another --out"
         )
 
 

