@@ -1,7 +1,10 @@
 """Shared fixtures: artefacts made by the real stages in seconds, without mocks."""
 
 import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,6 +27,21 @@ settings.register_profile("whole", deadline=None)
 def pytest_configure(config: pytest.Config) -> None:
     """Use fewer hypothesis examples in the core suite (`-m "not slow"`)."""
     settings.load_profile("core" if config.option.markexpr == "not slow" else "whole")
+
+
+@pytest.fixture(autouse=True)
+def few_tasks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own 14,000 task files take ten seconds to index: only slow tests have them."""
+    manager = sys.modules.get("lm_eval.tasks.manager")
+    if manager is None or request.node.get_closest_marker("slow"):
+        return
+    own, build = Path(str(manager.__file__)).parent, manager.TaskIndex.build
+
+    def others(paths: Iterable[Path], **how: Any) -> dict[str, Any]:
+        found: dict[str, Any] = build([path for path in paths if Path(path) != own], **how)
+        return found
+
+    monkeypatch.setattr(manager.TaskIndex, "build", staticmethod(others))
 
 
 @pytest.fixture(scope="session")

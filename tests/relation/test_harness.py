@@ -286,6 +286,7 @@ def evaluate(model: str, tasks: str, everything: bool = False, **arguments: Any)
     return values
 
 
+@pytest.mark.slow
 def test_memdec_ppl_by_name_equals_hf_and_the_stream(
     base_folder: Path, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

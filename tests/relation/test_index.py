@@ -56,6 +56,12 @@ def built(store: list[Path], out: Path, nprobe: int = 4, **settings: Any) -> sea
     return search.load(Datastore(store), out, nprobe)
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Indexes over the store that several tests read: `built` makes what is there already only once."""
+    return tmp_path_factory.mktemp("indexes")
+
+
 def checked(folder: Path, nprobe: str = "4") -> dict[str, Any]:
     """What the manifest says of the index's truth."""
     return artefact.read(folder, "index").facts["check"]["nprobe"][nprobe]
@@ -70,8 +76,8 @@ def brute(store: Datastore, queries: NDArray[np.float32], neighbours: int, own: 
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=NAMES)
-def test_search_against_brute_force(store: list[Path], tmp_path: Path, settings: dict[str, Any]) -> None:
-    searcher = built(store, tmp_path / "i", **settings)
+def test_search_against_brute_force(store: list[Path], home: Path, settings: dict[str, Any]) -> None:
+    searcher = built(store, home / NAMES[KINDS.index(settings)], **settings)
     own, queries = searcher.store.sample(60, 5)
     true = brute(searcher.store, queries, 20, own)
     sq_dist, ids = searcher.search(queries, 20, own)
@@ -81,14 +87,14 @@ def test_search_against_brute_force(store: list[Path], tmp_path: Path, settings:
         np.testing.assert_array_equal(ids, true)
     else:
         assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(ids, true, strict=True)]) > 0.8
-    check = checked(tmp_path / "i", "4" if "ivf" in settings["kind"] else "all")
+    check = checked(home / NAMES[KINDS.index(settings)], "4" if "ivf" in settings["kind"] else "all")
     for name in ("rescored", "released"):
         assert 0.8 < check[name]["recall"] <= 1
         assert 0 <= check[name]["total_variation"]["16.0"] < 0.2
 
 
-def test_queries_from_outside_keep_everything(store: list[Path], tmp_path: Path) -> None:
-    searcher = built(store, tmp_path / "i", **KINDS[0])
+def test_queries_from_outside_keep_everything(store: list[Path], home: Path) -> None:
+    searcher = built(store, home / "exact", **KINDS[0])
     own, queries = searcher.store.sample(30, 5)
     sq_dist, ids = searcher.search(queries, 20)
     np.testing.assert_array_equal(ids, brute(searcher.store, queries, 20, np.full(30, -1)))
@@ -106,24 +112,24 @@ def test_fault_3_search_runs_without_a_gpu(store: list[Path], tmp_path: Path, mo
         assert (ids >= 0).all()
 
 
-def test_fault_8_exact_distances_give_truer_rows(store: list[Path], tmp_path: Path) -> None:
-    searcher = built(store, tmp_path / "i", **PQ)
+def test_fault_8_exact_distances_give_truer_rows(store: list[Path], home: Path) -> None:
+    searcher = built(store, home / "ivfpq", **PQ)
     own, queries = searcher.store.sample(60, 5)
     _, ids = searcher.search(queries, 20, own)
     again, _ = searcher.search(queries, 20, own)
     keys = np.concatenate([block.copy() for _, block in searcher.store.blocks(0, N, 500)])
     np.testing.assert_allclose(again, ((queries[:, None] - keys[ids]) ** 2).sum(-1), rtol=1e-5)
-    check = checked(tmp_path / "i")
+    check = checked(home / "ivfpq")
     for tau in ("1.0", "16.0"):
         assert check["rescored"]["total_variation"][tau] < 0.5 * check["released"]["total_variation"][tau]
 
 
-def test_the_measured_quality_is_what_it_says(store: list[Path], tmp_path: Path) -> None:
+def test_the_measured_quality_is_what_it_says(store: list[Path], home: Path) -> None:
     """Recall and total variation again, in plain loops over the rows."""
-    searcher = built(store, tmp_path / "i", **PQ)
-    facts, check = artefact.read(tmp_path / "i", "index").facts["check"], checked(tmp_path / "i")
+    searcher = built(store, home / "ivfpq", **PQ)
+    facts, check = artefact.read(home / "ivfpq", "index").facts["check"], checked(home / "ivfpq")
     assert (facts["queries"], facts["neighbours"], list(facts["nprobe"])) == (64, 50, ["2", "4"])
-    assert checked(tmp_path / "i", "2")["rescored"]["recall"] < check["rescored"]["recall"]
+    assert checked(home / "ivfpq", "2")["rescored"]["recall"] < check["rescored"]["recall"]
     own, queries = searcher.store.sample(64, 1)
     keys = np.concatenate([block.copy() for _, block in searcher.store.blocks(0, N, 500)]).astype(np.float64)
     values, true = searcher.store.values, brute(searcher.store, queries, 50, own)
@@ -142,8 +148,8 @@ def test_the_measured_quality_is_what_it_says(store: list[Path], tmp_path: Path)
         assert check[name]["total_variation"]["16.0"] == pytest.approx(np.mean(variation), abs=1e-5)
 
 
-def test_missing_neighbours_are_told(store: list[Path], tmp_path: Path) -> None:
-    searcher = built(store, tmp_path / "i", nprobe=1, **PQ)
+def test_missing_neighbours_are_told(store: list[Path], home: Path) -> None:
+    searcher = built(store, home / "ivfpq", nprobe=1, **PQ)
     own, queries = searcher.store.sample(40, 2)
     for released in (True, False):
         sq_dist, ids = searcher.search(queries, 1500, own, released=released)
@@ -184,8 +190,8 @@ def test_positions_after_the_same_rare_token_are_candidates_of_approximate_searc
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=NAMES)
-def test_the_batch_changes_nothing(store: list[Path], tmp_path: Path, settings: dict[str, Any]) -> None:
-    searcher = built(store, tmp_path / "i", **settings)
+def test_the_batch_changes_nothing(store: list[Path], home: Path, settings: dict[str, Any]) -> None:
+    searcher = built(store, home / NAMES[KINDS.index(settings)], **settings)
     own, queries = searcher.store.sample(50, 5)
     whole = searcher.search(queries, 30, own)
     for size in (1, 7):
@@ -206,7 +212,7 @@ def modes(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.mark.parametrize("opq", [False, True])
 def test_streamed_and_stored_keys_give_the_same_index(modes: dict[str, Path], tmp_path: Path, opq: bool) -> None:
-    settings = {**PQ, "opq": opq, "sample": 6000, "check_neighbours": 30}
+    settings = {**PQ, "opq": opq, "sample": 2000, "check_neighbours": 30}
     for name, folder in modes.items():
         built([folder], tmp_path / name, **settings)
     for file in ("trained.safetensors", "codes.npy"):

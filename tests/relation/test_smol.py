@@ -13,6 +13,8 @@ from memdec.harness.models import MemDecInterp
 from memdec.models import loading
 from memdec.text import tokens
 
+pytestmark = pytest.mark.slow  # the model itself takes a minute to make
+
 CONFIG = config.load(Path(__file__).resolve().parents[2] / "config" / "smol.yaml")
 PAIRS = [
     ("The capital of France is", " Paris"),

@@ -14,23 +14,31 @@ from transformers import MistralConfig, MistralForCausalLM
 from memdec.errors import ConfigError
 from memdec.inference import speculative
 from memdec.inference.mixture import MemDecForCausalLM
+from memdec.settings import TrainSettings
 from memdec.text import tokens
+from memdec.training import stages
 
 ALPHA = 0.4
 NEW = 12
 
 
 @pytest.fixture(scope="module")
-def mixture(base_folder: Path, small_folder: Path) -> MemDecForCausalLM:
-    return MemDecForCausalLM.from_parts(base_folder, [small_folder], [ALPHA])
+def mixture(
+    dapt_folder: Path, small_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> MemDecForCausalLM:
+    """Two models that know the text well enough to agree on most tokens."""
+    out = tmp_path_factory.mktemp("memory") / "tuned"
+    settings = TrainSettings(epochs=0.5, learning_rate=1e-2)
+    stages.run_finetune(small_folder, token_folder, out, settings, context=CONTEXT, seed=0)
+    return MemDecForCausalLM.from_parts(dapt_folder, [out], [ALPHA])
 
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer_folder: Path) -> list[Tensor]:
-    """50 pieces of made text, from one token to as many as there is room for."""
+    """20 pieces of made text, from one token to as many as there is room for."""
     ids = tokens.load_tokenizer(str(tokenizer_folder)).encode(made_text(60, 7))
     rng = random.Random(0)
-    lengths = [1, CONTEXT - NEW + 1, *(rng.randrange(1, CONTEXT - NEW + 2) for _ in range(48))]
+    lengths = [1, CONTEXT - NEW + 1, *(rng.randrange(1, CONTEXT - NEW + 2) for _ in range(18))]
     begins = [rng.randrange(len(ids) - CONTEXT) for _ in lengths]
     return [torch.tensor([ids[begin : begin + n]]) for begin, n in zip(begins, lengths, strict=True)]
 
@@ -51,9 +59,9 @@ def test_greedy_equals_plain_decoding(mixture: MemDecForCausalLM, prompts: list[
         assert result.n_accepted + result.n_corrected + result.n_bonus == NEW
         assert result.n_corrected + result.n_bonus == result.n_base_forwards
         assert result.n_accepted + result.n_corrected <= result.n_drafted <= n_draft * result.n_base_forwards
-    assert sum(result.n_accepted for result in found) > 100  # or the equality would prove little
-    assert sum(result.n_corrected for result in found) > 20
-    assert sum(result.n_bonus for result in found) > 20
+    assert sum(result.n_accepted for result in found) > 40  # or the equality would prove little
+    assert sum(result.n_corrected for result in found) > 8
+    assert sum(result.n_bonus for result in found) > 8
 
 
 def test_an_end_of_text_ends_it(mixture: MemDecForCausalLM, prompts: list[Tensor]) -> None:
@@ -67,7 +75,7 @@ def test_an_end_of_text_ends_it(mixture: MemDecForCausalLM, prompts: list[Tensor
             assert result.n_accepted + result.n_corrected + result.n_bonus == n_new
             last = result.n_corrected + result.n_bonus == result.n_base_forwards
             seen["last of its round" if last else "accepted"] += 1
-    assert min(seen.values()) > 10
+    assert min(seen.values()) > 5
 
 
 def test_the_default_end_is_that_of_the_model(mixture: MemDecForCausalLM, prompts: list[Tensor]) -> None:

@@ -65,6 +65,7 @@ def test_values_of_groups_are_those_of_headline() -> None:
     assert mixed.a != pytest.approx(found.a)
 
 
+@pytest.mark.slow
 def test_the_interval_is_that_of_a_plain_bootstrap_over_items() -> None:
     gold, a, b = made(60, 3)
     rng, values = np.random.default_rng(9), []
