@@ -1,4 +1,4 @@
-"""Functions that the YAML beside this file names; the code is in `memdec.tasks.domain` and `memdec.tasks.rows`."""
+"""Functions for the YAML files of this folder; their code is in `memdec.tasks.domain` and `memdec.tasks.rows`."""
 
 from memdec.tasks.domain import (
     entity_results,
