@@ -26,7 +26,7 @@ from memdec.errors import ArtifactError, CorpusError
 from memdec.settings import PassageSettings
 from memdec.text import tokens
 
-_BYTES = 32  # bytes of memory per token to plan for while bm25s sorts its entries
+_BYTES = 32  # bytes of memory per token to plan for: the 26 measured and some room
 _REMEMBERED = 4096  # cached queries: generation repeats one until the next retrieval; requests often share a context
 
 

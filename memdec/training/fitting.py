@@ -199,7 +199,8 @@ class LossTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.unexpected_keys:
             raise ArtifactError(
-                f"checkpoint: unexpected weights {load_result.unexpected_keys[:3]}; delete the work folder"
+                f"checkpoint: expected weights of this model, found others ({load_result.unexpected_keys[:3]}); delete the work "
+                "folder"
             )
 
 
