@@ -42,7 +42,7 @@ FAST: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 0.3}
 
 
 @pytest.fixture(scope="module")
-def token_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_tokens(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shorter stream than that of the other tests: an epoch of it shows as much, and much is trained here."""
     home = tmp_path_factory.mktemp("short")
     for split, n_documents in (("train", 60), ("valid", 10), ("test", 10)):
@@ -54,23 +54,23 @@ def token_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def rows(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rows(base_folder: Path, short_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("rows")
-    datastore.run(base_folder, token_folder, root / "d", DatastoreSettings(), context=CONTEXT, stride=CONTEXT // 2)
+    datastore.run(base_folder, short_tokens, root / "d", DatastoreSettings(), context=CONTEXT, stride=CONTEXT // 2)
     index.run([root / "d"], root / "i", IndexSettings())
-    targets.run([root / "d"], root / "i", token_folder, root / "t", TargetSettings(neighbours=20, temperature=4.0))
+    targets.run([root / "d"], root / "i", short_tokens, root / "t", TargetSettings(neighbours=20, temperature=4.0))
     return root / "t"
 
 
 @pytest.fixture
-def trained(small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path) -> Train:
+def trained(small_folder: Path, short_tokens: Path, rows: Path, tmp_path: Path) -> Train:
     def run(
         name: str, bases: tuple[Path, ...] = (), precision: devices.Precision = "float32", **changes: Any
     ) -> dict[str, torch.Tensor]:
         settings = MemorySettings(**{**FAST, **changes})
         given = [] if settings.objective == "ce" else [rows]
         how = {"context": CONTEXT, "seed": 3, "bases": bases, "compute": Compute(precision=precision)}
-        stages.run_train(small_folder, token_folder, given, tmp_path / name, settings, **how)
+        stages.run_train(small_folder, short_tokens, given, tmp_path / name, settings, **how)
         return load_file(tmp_path / name / "model.safetensors")
 
     return run
@@ -94,9 +94,9 @@ def test_fault_16_accumulation_changes_nothing(trained: Train, objective: str) -
 
 
 def test_fault_16_means_of_micro_batches_would_be_seen(
-    trained: Train, token_folder: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Train, short_tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = batches.WindowData(tokens.load_stream(token_folder, "train"), CONTEXT, 0)
+    data = batches.WindowData(tokens.load_stream(short_tokens, "train"), CONTEXT, 0)
     assert 0 < data.parts[-1].n_scored < CONTEXT
     changes: dict[str, Any] = {"epochs": 1, "learning_rate": 1e-4, "batch_size": 1, "accumulation": 8}
     right, plain = trained("right", **changes), fitting.LossModel.forward
@@ -111,9 +111,9 @@ def test_fault_16_means_of_micro_batches_would_be_seen(
 
 @pytest.mark.slow
 def test_fault_16_and_22_two_processes_change_neither_training_nor_perplexity(
-    trained: Train, small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path
+    trained: Train, small_folder: Path, short_tokens: Path, rows: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--model", small_folder, "--tokens", token_folder, "--targets", rows, "--out", tmp_path / "two"]
+    arguments = ["--model", small_folder, "--tokens", short_tokens, "--targets", rows, "--out", tmp_path / "two"]
     arguments += ["--context", CONTEXT, "--seed", 3, "--batch-size", 2, "--accumulation", 2, "--learning-rate", 1e-4]
     launch(2, "-m", "memdec.cli", "train", *arguments)
     one = trained("one", batch_size=8, epochs=1, learning_rate=1e-4)
@@ -159,18 +159,18 @@ dist.destroy_process_group()
 """
 
 
-def batch_of(token_folder: Path, rows: Path | None, indices: list[int]) -> dict[str, torch.Tensor]:
-    data = batches.WindowData(tokens.load_stream(token_folder, "train"), CONTEXT, 0)
-    reader = rows and TargetReader([rows], artefact.read(token_folder, "tokens").facts["sha256"]["train"])
+def batch_of(short_tokens: Path, rows: Path | None, indices: list[int]) -> dict[str, torch.Tensor]:
+    data = batches.WindowData(tokens.load_stream(short_tokens, "train"), CONTEXT, 0)
+    reader = rows and TargetReader([rows], artefact.read(short_tokens, "tokens").facts["sha256"]["train"])
     return batches.Collate(reader)([data[i] for i in indices])
 
 
 @pytest.mark.slow
 def test_sharded_parameters_give_the_same_gradients(
-    small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path
+    small_folder: Path, short_tokens: Path, rows: Path, tmp_path: Path
 ) -> None:
     """FSDP with activation checkpointing: the head's gradient goes through the fused loss."""
-    torch.save(batch_of(token_folder, rows, [0, 3, -1]), tmp_path / "batch.pt")
+    torch.save(batch_of(short_tokens, rows, [0, 3, -1]), tmp_path / "batch.pt")
     (tmp_path / "worker.py").write_text(FSDP)
     launch(2, tmp_path / "worker.py", small_folder, tmp_path / "batch.pt")
 
@@ -201,11 +201,11 @@ def test_order_is_a_permutation_filled_up_and_depends_on_seed_and_epoch_alone() 
     assert list(batches.Order(3, 2, seed=None)) == [0, 1, 2, -1]
 
 
-def test_collate_joins_rows_of_scored_positions(token_folder: Path, rows: Path) -> None:
-    data = batches.WindowData(tokens.load_stream(token_folder, "train"), CONTEXT, 7)
+def test_collate_joins_rows_of_scored_positions(short_tokens: Path, rows: Path) -> None:
+    data = batches.WindowData(tokens.load_stream(short_tokens, "train"), CONTEXT, 7)
     last = len(data) - 1
-    batch = batch_of(token_folder, rows, [2, last, -1])
-    reader = TargetReader([rows], artefact.read(token_folder, "tokens").facts["sha256"]["train"])
+    batch = batch_of(short_tokens, rows, [2, last, -1])
+    reader = TargetReader([rows], artefact.read(short_tokens, "tokens").facts["sha256"]["train"])
     flat, indptr = batch["labels"].flatten(), batch["target_indptr"]
     assert len(indptr) == 3 * CONTEXT + 1
     scored = (flat != -100).nonzero().flatten().tolist()
@@ -238,8 +238,8 @@ def test_fault_17_anomaly_detection_is_off(trained: Train, monkeypatch: pytest.M
     assert not any(seen)
 
 
-def test_fault_18_a_batch_holds_no_dense_target(token_folder: Path, rows: Path) -> None:
-    batch = batch_of(token_folder, rows, list(range(8)))
+def test_fault_18_a_batch_holds_no_dense_target(short_tokens: Path, rows: Path) -> None:
+    batch = batch_of(short_tokens, rows, list(range(8)))
     n, entries = 8 * CONTEXT, len(batch["target_tokens"])
     assert entries <= 20 * n  # k = 20 neighbours
     assert sum(x.numel() for x in batch.values()) == 2 * n + 2 * 8 + (n + 1) + 2 * entries
@@ -288,7 +288,7 @@ def test_fault_20_every_setting_is_read() -> None:
 
 
 def test_fault_21_a_padded_head_keeps_its_rows(
-    small_folder: Path, token_folder: Path, tokenizer_folder: Path, tmp_path: Path
+    small_folder: Path, short_tokens: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     padded = tmp_path / "padded"
     with artefact.building(padded, "model", {}, {}) as build:
@@ -298,7 +298,7 @@ def test_fault_21_a_padded_head_keeps_its_rows(
         model.save_pretrained(padded)
         tokens.load_tokenizer(str(tokenizer_folder)).save_pretrained(padded)
     settings = TrainSettings(epochs=0.1)
-    stages.run_finetune(padded, token_folder, tmp_path / "out", settings, context=CONTEXT, seed=0)
+    stages.run_finetune(padded, short_tokens, tmp_path / "out", settings, context=CONTEXT, seed=0)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_output_embeddings().weight.shape[0] == 320
 
 
@@ -319,7 +319,7 @@ def test_fused_activations_are_the_same_function() -> None:
 
 
 def test_evaluations_sweep_alpha_and_the_best_is_kept(
-    trained: Train, base_folder: Path, small_folder: Path, token_folder: Path, tmp_path: Path
+    trained: Train, base_folder: Path, small_folder: Path, short_tokens: Path, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {"epochs": 2, "learning_rate": 3e-2, "keep_best": True, "evaluate_every": 0.5}
     trained("m", bases=(base_folder,), alphas=[0.25, 0.5, 1.0], **changes)
@@ -330,7 +330,7 @@ def test_evaluations_sweep_alpha_and_the_best_is_kept(
     best = min(steps[:-1], key=lambda entry: entry["score"])
     assert steps[-1]["score"] == pytest.approx(best["score"], rel=1e-6)
     # By hand: both models over valid, mixed at the alpha of the last evaluation.
-    valid = tokens.load_stream(token_folder, "valid")
+    valid = tokens.load_stream(short_tokens, "valid")
     parts = batches.WindowData(valid, CONTEXT, 0)
     scores = []
     for folder in (base_folder, tmp_path / "m"):
@@ -415,13 +415,13 @@ def test_curves_go_where_report_to_says(trained: Train, tmp_path: Path) -> None:
 
 
 def test_the_flop_budget_ends_training(
-    base_folder: Path, small_folder: Path, token_folder: Path, tmp_path: Path
+    base_folder: Path, small_folder: Path, short_tokens: Path, tmp_path: Path
 ) -> None:
-    n_tokens = artefact.read(token_folder, "tokens").facts["tokens"]["train"]
+    n_tokens = artefact.read(short_tokens, "tokens").facts["tokens"]["train"]
     settings = TrainSettings(epochs=3, learning_rate=1e-3)
     for folder, name in ((base_folder, "own"), (small_folder, "smaller")):
         stages.run_finetune(
-            folder, token_folder, tmp_path / name, settings, context=CONTEXT, seed=0, budget=(base_folder, 1.5)
+            folder, short_tokens, tmp_path / name, settings, context=CONTEXT, seed=0, budget=(base_folder, 1.5)
         )
         facts = artefact.read(tmp_path / name, "model").facts
         ceiling = 1.5 * n_tokens * flops.flops_per_token(loading.load(base_folder), CONTEXT)
@@ -431,7 +431,7 @@ def test_the_flop_budget_ends_training(
         assert facts["flops"] > ceiling - per_update or facts["epochs"] == pytest.approx(3, abs=0.01)
     rounds = fitting._rounds(settings, len(batches.WindowData(range(n_tokens), CONTEXT, 0)), 1)  # type: ignore[arg-type]
     stages.run_finetune(
-        base_folder, token_folder, tmp_path / "all", settings, context=CONTEXT, seed=0, budget=(base_folder, 3)
+        base_folder, short_tokens, tmp_path / "all", settings, context=CONTEXT, seed=0, budget=(base_folder, 3)
     )
     assert artefact.read(tmp_path / "all", "model").facts["updates"] == 3 * rounds
     own, smaller = (artefact.read(tmp_path / name, "model").facts for name in ("own", "smaller"))
@@ -439,19 +439,19 @@ def test_the_flop_budget_ends_training(
     assert smaller["epochs"] > own["epochs"]
     with pytest.raises(ConfigError, match="which is one update, found"):
         stages.run_finetune(
-            base_folder, token_folder, tmp_path / "x", settings, context=CONTEXT, seed=0, budget=(base_folder, 1e-6)
+            base_folder, short_tokens, tmp_path / "x", settings, context=CONTEXT, seed=0, budget=(base_folder, 1e-6)
         )
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
 def test_lora_gets_the_rank_that_matches_a_model(
-    base_folder: Path, small_folder: Path, token_folder: Path, tmp_path: Path
+    base_folder: Path, small_folder: Path, short_tokens: Path, tmp_path: Path
 ) -> None:
     settings = LoraSettings(epochs=0.1)
     arguments: dict[str, Any] = {"context": CONTEXT, "seed": 0}
     with pytest.raises(ConfigError, match="expected 'rank', or --match"):
-        stages.run_lora(base_folder, token_folder, tmp_path / "l", settings, **arguments)
-    stages.run_lora(base_folder, token_folder, tmp_path / "l", settings, match=small_folder, **arguments)
+        stages.run_lora(base_folder, short_tokens, tmp_path / "l", settings, **arguments)
+    stages.run_lora(base_folder, short_tokens, tmp_path / "l", settings, match=small_folder, **arguments)
     manifest = artefact.read(tmp_path / "l", "lora")
     wanted = loading.n_parameters(loading.load(small_folder))
     per_rank = 2 * ((24 + 72) + (24 + 96) + (96 + 24))  # two layers: qkv, both MLP matrices
@@ -464,7 +464,7 @@ def test_lora_gets_the_rank_that_matches_a_model(
 
 
 def test_nan_names_step_positions_and_file(
-    small_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_folder: Path, short_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third update makes the weights infinite; the fourth must say so."""
     from transformers import TrainerCallback
@@ -478,13 +478,13 @@ def test_nan_names_step_positions_and_file(
     monkeypatch.setattr(
         fitting.LossTrainer, "__init__", lambda self, **kw: plain(self, **{**kw, "callbacks": [Spoil()]})
     )
-    expected = rf"step 4: the loss is nan on token positions \d+-\d+, .* of {token_folder}/train.npy; look at that text"
+    expected = rf"step 4: the loss is nan on token positions \d+-\d+, .* of {short_tokens}/train.npy; look at that text"
     with pytest.raises(NumericsError, match=expected):
-        stages.run_finetune(small_folder, token_folder, tmp_path / "f", TrainSettings(), context=CONTEXT, seed=0)
+        stages.run_finetune(small_folder, short_tokens, tmp_path / "f", TrainSettings(), context=CONTEXT, seed=0)
 
 
 def test_bad_input_is_seen_before_the_model_is_loaded(
-    small_folder: Path, token_folder: Path, rows: Path, tmp_path: Path, trained: Train, monkeypatch: pytest.MonkeyPatch
+    small_folder: Path, short_tokens: Path, rows: Path, tmp_path: Path, trained: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from memdec.artefacts.artefact import MANIFEST
 
@@ -506,15 +506,15 @@ def test_bad_input_is_seen_before_the_model_is_loaded(
     monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     out, arguments = tmp_path / "m", {"context": CONTEXT, "seed": 0}
     with pytest.raises(ModelError, match="expected a head for the tokenizer's 300 tokens, found one for 290"):
-        stages.run_train(short, token_folder, [rows], out, MemorySettings(), **arguments)
+        stages.run_train(short, short_tokens, [rows], out, MemorySettings(), **arguments)
     with pytest.raises(ConfigError, match="context: expected at most 32 tokens"):
-        stages.run_train(small_folder, token_folder, [rows], out, MemorySettings(), context=64, seed=0)
+        stages.run_train(small_folder, short_tokens, [rows], out, MemorySettings(), context=64, seed=0)
     with pytest.raises(ArtifactError, match="found an empty shard"):
-        stages.run_train(small_folder, token_folder, [empty], out, MemorySettings(), **arguments)
+        stages.run_train(small_folder, short_tokens, [empty], out, MemorySettings(), **arguments)
     with pytest.raises(ArtifactError, match="expected at least one shard"):
-        stages.run_train(small_folder, token_folder, [], out, MemorySettings(), **arguments)
+        stages.run_train(small_folder, short_tokens, [], out, MemorySettings(), **arguments)
     with pytest.raises(ConfigError, match="expected no --targets with objective ce, found 1"):
-        stages.run_train(small_folder, token_folder, [rows], out, MemorySettings(objective="ce"), **arguments)
+        stages.run_train(small_folder, short_tokens, [rows], out, MemorySettings(objective="ce"), **arguments)
     assert not out.exists()
 
 
