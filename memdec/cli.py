@@ -1,7 +1,6 @@
 """Run one stage or one check of the Memory Decoder benchmark; `memdec COMMAND --help` lists the options.
 
-Exit codes: 0 done, 1 a check found a difference, 2 bad input (one line on standard error), 3 results that cannot be
-compared.
+Exit codes: 0 done, 1 a check found a difference, 2 bad input (one line on standard error), 3 results not comparable.
 """
 
 import inspect
