@@ -4,61 +4,28 @@
 text as a heat map, blue where the memory gives a token more than the base, orange where less.
 """
 
-import html
-import json
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float, Int
-from numpy.typing import NDArray
+from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from memdec.inference.token_reports import _CHARACTER, _Row, Guess, Prediction, TokenReport, Neighbours, explain, _dense, _sparse, _speller
-from memdec.datastore import search
-from memdec.maths import sparse_rows
 from memdec.artefacts import artefact, devices
-from memdec.datastore import index
-from memdec.maths import knn, mixing
-from memdec.text import tokens
-from memdec.settings import AUTO, Compute, ExplainSettings
-from memdec.datastore.keys import Datastore
 from memdec.errors import ConfigError
 from memdec.inference.mixture import MemDecForCausalLM
-from memdec.maths.windows import Window, windows
+from memdec.inference.token_reports import Neighbours, Prediction, TokenReport, explain
+from memdec.settings import AUTO, Compute, ExplainSettings
+from memdec.text import tokens
 
 _DEEPEST = 3.0  # log ratio (a factor of 20) from which colours do not deepen
 _DISTRIBUTIONS = ("base", "memory", "knn", "joint")
 _TITLES = {"base": "base", "memory": "memory", "knn": "kNN", "joint": "joint"}
-
-
-# --- numbers ------------------------------------------------------------------------------------------------------
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 # --- in the terminal ----------------------------------------------------------------------------------------------
@@ -116,17 +83,15 @@ def page(reports: Sequence[TokenReport], facts: dict[str, str]) -> str:
         reports: Of `explain`.
         facts: What to say about models and settings, by name.
     """
-    data = [{**_plain(report), "m": report.memory_over_base, "g": report.gain} for report in reports]
-    # Inside a script element only "<" can end or change it.
-    parts = {
-        "facts": "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items()),
-        "tokens": "".join(_span(i, report) for i, report in enumerate(reports)),
-        "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
-        "deepest": f"{_DEEPEST:g}",
-        "factor": f"{math.exp(_DEEPEST):.0f}",
-    }
-    template = resources.files("memdec").joinpath("explain.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    source = resources.files("memdec.results").joinpath("explain.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # and unsorted: the page shows them in order
+    return environment.from_string(source).render(
+        facts=facts,
+        tokens=[{**_plain(report), "m": report.memory_over_base, "g": report.gain} for report in reports],
+        deepest=_DEEPEST,
+        factor=f"{math.exp(_DEEPEST):.0f}",
+    )
 
 
 def _plain(report: TokenReport) -> dict[str, Any]:
@@ -142,21 +107,6 @@ def _plain(report: TokenReport) -> dict[str, Any]:
         },
         "token": report.token,
     }
-
-
-def _span(number: int, report: TokenReport) -> str:
-    """One token of the heat map; white space keeps its place and shows faintly."""
-    text = html.escape(report.text)
-    if not report.text.strip(" "):
-        text = text.replace(" ", '<i class="s"> </i>')
-    text = (
-        text.replace("\r", '<i class="r"></i>')
-        .replace("\n", '<i class="n"></i>\n')
-        .replace("\t", '<i class="t">\t</i>')
-    )
-    depth = min(1.0, abs(report.memory_over_base) / _DEEPEST)
-    kind = "more" if report.memory_over_base > 0 else "less"
-    return f'<span class="{kind}" style="--d:{depth:.2f}" data-i="{number}">{text}</span>'
 
 
 # --- the command --------------------------------------------------------------------------------------------------
