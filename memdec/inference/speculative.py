@@ -1,15 +1,14 @@
 """Speculative decoding of the mixture, with its memory as the drafter (Leviathan et al. 2023, arXiv 2211.17192).
 
-The target is p_joint = alpha p_mem + (1 - alpha) p_base, and the memory is part of it: a token drawn from p_mem is accepted
-with probability sum_y min(p_joint, p_mem) >= alpha, whatever base and text are. Verifying needs p_mem too, and drafting
-has computed it already, so the memory runs once per token and the base once per round:
+The target is p_joint = alpha p_mem + (1 - alpha) p_base, and the memory is part of it. Verifying needs p_mem too, and
+drafting has computed it already, so the memory runs once per token and the base once per round:
 
     memory   d1 d2 d3 d4              n_draft tokens, one after the other, their distributions kept
     base     .. d1 d2 d3 d4           one forward gives p_base at d1 .. d4 and after d4
-    rule     ok ok x                  up to the first rejection, which is replaced; all accepted: a bonus token, free
+    joint    ok ok x                  up to the first rejection, which is replaced; all accepted: a bonus token, free
 
-Sampling follows p_joint exactly. Greedy decoding gives the tokens of `model.generate(do_sample=False)`; a base that reads
-several tokens at once rounds its logits otherwise than one by one, so only a tie within that rounding may fall otherwise.
+Decoding is greedy and gives the tokens of `model.generate(do_sample=False)`. A base that reads several tokens at once
+rounds its logits otherwise than one by one, so only a tie within that rounding may fall otherwise.
 """
 
 from collections.abc import Sequence
@@ -60,10 +59,7 @@ def generate(
     *,
     max_new_tokens: int,
     n_draft: int = 4,
-    do_sample: bool = False,
-    temperature: float = 1.0,
     eos_token_id: int | Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
 ) -> Result:
     """Continue one text with the tokens that the mixture would give, in fewer forward passes of the base.
 
@@ -72,25 +68,21 @@ def generate(
         input_ids: The prompt, one row without padding.
         max_new_tokens: Most new tokens; exactly so many where no EOS comes.
         n_draft: Tokens that the memory drafts per round.
-        do_sample: Draw from p_joint instead of taking its most probable token.
-        temperature: Of sampling, for target and drafter alike; the bound of alpha on acceptance holds at 1.
         eos_token_id: Where to stop; default as `model.generation_config` says, `()` stops nowhere.
-        generator: Of the draws, on the device of the base.
 
     Raises:
         ConfigError: More than one row or memory, no prompt, or more tokens than the models have positions.
     """
-    _check(model, input_ids, max_new_tokens, n_draft, temperature)
+    _check(model, input_ids, max_new_tokens, n_draft)
     if eos_token_id is None:
         eos_token_id = model.generation_config.eos_token_id
     stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
-    rule = _Sampling(temperature, generator) if do_sample else _Greedy()
     base, memory = (_Reader(part, model) for part in (model.base, model.memories[0]))
     ids, n_prompt = input_ids.to(model.device), input_ids.shape[1]
     n_rounds = n_drafted = n_accepted = n_corrected = n_bonus = 0
     while (left := n_prompt + max_new_tokens - ids.shape[1]) > 0:
         n = min(n_draft, left - 1)  # not the last token: whatever the drafts are worth, their round gives one more
-        new, rejected = _round(base, memory, ids, n, rule, model.config.weights)
+        new, rejected = _round(base, memory, ids, n, model.config.weights)
         kept = len(new) - 1
         stop = next((i for i, token in enumerate(new.tolist()) if token in stops), None)
         new = new if stop is None else new[: stop + 1]
@@ -103,7 +95,7 @@ def generate(
     return Result(ids, n_rounds, n_drafted, n_accepted, n_corrected, n_bonus)
 
 
-def _check(model: MemDecForCausalLM, input_ids: Tensor, max_new_tokens: int, n_draft: int, temperature: float) -> None:
+def _check(model: MemDecForCausalLM, input_ids: Tensor, max_new_tokens: int, n_draft: int) -> None:
     if len(model.memories) != 1:
         raise ConfigError(f"speculative: expected a mixture with one memory to draft, found {len(model.memories)}")
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
@@ -113,10 +105,6 @@ def _check(model: MemDecForCausalLM, input_ids: Tensor, max_new_tokens: int, n_d
     for name, value in (("max_new_tokens", max_new_tokens), ("n_draft", n_draft)):
         if value < 1:
             raise ConfigError(f"speculative: expected {name} of at least 1, found {value}")
-    if not temperature > 0:
-        raise ConfigError(
-            f"speculative: expected a temperature above 0, found {temperature}; for greedy decoding leave out do_sample"
-        )
     # The last new token is not read any more.
     model.check_length(input_ids.new_empty(1, input_ids.shape[1] + max_new_tokens - 1, device="meta"), None)
 
@@ -144,77 +132,35 @@ class _Reader:
 
 
 def _round(
-    base: _Reader, memory: _Reader, ids: Int[Tensor, "1 T"], n: int, rule: "_Greedy | _Sampling", weights: list[float]
+    base: _Reader, memory: _Reader, ids: Int[Tensor, "1 T"], n: int, weights: list[float]
 ) -> tuple[Int[Tensor, " kept+1"], bool]:
     """Draft n tokens, verify them, and give those that stand with one more; and whether a draft was rejected."""
-    text, log_q = _draft(memory, ids, n, rule)
+    text, log_q = _draft(memory, ids, n)
     drafts = text[0, ids.shape[1] :]
     log_p_base = base.read(text, n + 1)
-    kept, last = rule.verify(drafts, log_q, mixing.mix(log_p_base[:n], [log_q], weights))
+    kept, last = _verify(drafts, mixing.mix(log_p_base[:n], [log_q], weights))
     rejected = last is not None
     if last is None:
-        last = rule.draw(mixing.mix(log_p_base[n:], [memory.read(text, 1)], weights))
+        last = mixing.mix(log_p_base[n:], [memory.read(text, 1)], weights).argmax(-1)
     base.forget(ids.shape[1] + kept)
     memory.forget(ids.shape[1] + kept)
     return torch.cat([drafts[:kept], last]), rejected
 
 
-def _draft(
-    memory: _Reader, ids: Int[Tensor, "1 T"], n: int, rule: "_Greedy | _Sampling"
-) -> tuple[Int[Tensor, "1 T+n"], Float[Tensor, "n V"]]:
+def _draft(memory: _Reader, ids: Int[Tensor, "1 T"], n: int) -> tuple[Int[Tensor, "1 T+n"], Float[Tensor, "n V"]]:
     """The text with n tokens of the memory, and log p_mem of each of their positions."""
     rows = [torch.empty(0, memory.n_vocab, device=ids.device)]
     for _ in range(n):
         rows.append(memory.read(ids, 1))
-        ids = torch.cat([ids, rule.draw(rows[-1])[None]], dim=1)
+        ids = torch.cat([ids, rows[-1].argmax(-1)[None]], dim=1)
     return ids, torch.cat(rows)
 
 
-class _Greedy:
-    """Take the most probable token; of equal ones the first, as `generate` does."""
+def _verify(drafts: Int[Tensor, " n"], log_p: Float[Tensor, "n V"]) -> tuple[int, Int[Tensor, " 1"] | None]:
+    """How many drafts are the most probable tokens, and what replaces the next one (None: all stand).
 
-    def draw(self, log_p: Float[Tensor, "1 V"]) -> Int[Tensor, " 1"]:
-        return log_p.argmax(-1)
-
-    def verify(
-        self, drafts: Int[Tensor, " n"], log_q: Float[Tensor, "n V"], log_p: Float[Tensor, "n V"]
-    ) -> tuple[int, Int[Tensor, " 1"] | None]:
-        """How many drafts stand, and what replaces the next one (None: all stand)."""
-        best = log_p.argmax(-1)
-        kept = _leading(drafts == best)
-        return kept, best[kept : kept + 1] if kept < len(drafts) else None
-
-
-class _Sampling:
-    """Draw from a distribution; keep a draft of q with probability p / q, else draw from what p has more than q."""
-
-    def __init__(self, temperature: float, generator: torch.Generator | None) -> None:
-        self.temperature, self.generator = temperature, generator
-
-    def draw(self, log_p: Float[Tensor, "1 V"]) -> Int[Tensor, " 1"]:
-        return torch.multinomial(self._tempered(log_p).exp(), 1, generator=self.generator)[:, 0]
-
-    def verify(
-        self, drafts: Int[Tensor, " n"], log_q: Float[Tensor, "n V"], log_p: Float[Tensor, "n V"]
-    ) -> tuple[int, Int[Tensor, " 1"] | None]:
-        """As for greedy decoding."""
-        log_p, log_q = self._tempered(log_p), self._tempered(log_q)
-        ratio = (log_p - log_q).gather(1, drafts[:, None])[:, 0].exp()
-        kept = _leading(torch.rand(len(drafts), generator=self.generator, device=ratio.device) < ratio)
-        if kept == len(drafts):
-            return kept, None
-        return kept, torch.multinomial(residual(log_p[kept], log_q[kept]), 1, generator=self.generator)
-
-    def _tempered(self, log_p: Tensor) -> Tensor:
-        return log_p if self.temperature == 1 else torch.log_softmax(log_p / self.temperature, dim=-1)
-
-
-def residual(log_p: Float[Tensor, " V"], log_q: Float[Tensor, " V"]) -> Float[Tensor, " V"]:
-    """(p - q)+, not normalised: where a rejected draft of q is drawn again. Equal distributions give p itself."""
-    rest = (log_p.double().exp() - log_q.double().exp()).clamp(min=0)
-    return rest if rest.sum() > 0 else log_p.double().exp()  # equal but for rounding, which may reject too
-
-
-def _leading(good: Tensor) -> int:
-    """How many are true before the first that is not."""
-    return int(good.long().cumprod(0).sum())
+    Of equally probable tokens the first counts, as in `generate`.
+    """
+    best = log_p.argmax(-1)
+    kept = int((drafts == best).long().cumprod(0).sum())
+    return kept, best[kept : kept + 1] if kept < len(drafts) else None
