@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from memdec.maths.objectives import KINDS, Hybrid, Objective, Positions, Terms
+from memdec.maths.objectives import Hybrid, Objective, Positions, Terms
 
 IGNORED = -100  # label of a position that is not scored
 _BLOCK = {"cpu": 35 << 20, "cuda": 512 << 20}  # bytes of one float32 block of logits
@@ -67,10 +67,6 @@ def fused_loss(
         chunk = block_rows(len(hidden), len(head), device)
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     tensors = (hidden, head, labels, indptr, tokens, probs)
-    if torch.compiler.is_compiling():
-        need = (hidden.requires_grad, head.requires_grad)
-        sums, _, _ = _fused(*tensors, type(objective).__name__, list(vars(objective).values()), chunk, low, *need)
-        return Sums(*sums.unbind())
     if not torch.is_grad_enabled():  # autograd.Function would still be told that gradients are needed
         return Sums(*_run(*tensors, objective, chunk, low, False, False)[0].unbind())
     return Sums(*_Fused.apply(*tensors, objective, chunk, low))  # type: ignore[no-untyped-call]
@@ -300,50 +296,3 @@ def _add(at: Positions, terms: Terms, rate: Tensor | None, low: torch.dtype) -> 
             value = value / rate[sparse.row].clamp_min(torch.finfo(rate.dtype).tiny)
         weight.view(-1).index_add_(0, sparse.row * weight.shape[1] + sparse.token, value.to(weight.dtype))
     return weight.to(low)
-
-
-@torch.library.custom_op("memdec::fused_loss", mutates_args=())
-def _fused(
-    hidden: Tensor,
-    head: Tensor,
-    labels: Tensor,
-    indptr: Tensor,
-    tokens: Tensor,
-    probs: Tensor,
-    kind: str,
-    weights: list[float],
-    chunk: int,
-    low: torch.dtype,
-    need_hidden: bool,
-    need_head: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for torch.compile, as one operation of its graph; both gradients are then multiplied in backward."""
-    objective = KINDS[kind](*weights)
-    return _run(hidden, head, labels, indptr, tokens, probs, objective, chunk, low, need_hidden, need_head)
-
-
-@_fused.register_fake
-def _(hidden: Tensor, head: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    need_hidden, need_head = rest[-2:]
-    return (
-        hidden.new_empty(3, dtype=acc),
-        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(head, dtype=acc) if need_head else head.new_empty(0, dtype=acc),
-    )
-
-
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.need, ctx.types = inputs[-2:], (inputs[0].dtype, inputs[1].dtype)
-
-
-def _hand_over(ctx: Any, grad_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grads = (
-        (g * grad_sums[0].to(g.dtype)).to(dtype) if needed else None
-        for g, dtype, needed in zip(ctx.saved_tensors, ctx.types, ctx.need, strict=True)
-    )
-    return (*grads, *(None,) * 10)
-
-
-_fused.register_autograd(_hand_over, setup_context=_keep_gradients)

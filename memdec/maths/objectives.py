@@ -11,7 +11,6 @@ q_i (g_i - sum_j q_j g_j), and all but `Focal` have the same g_i wherever p_i = 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -213,10 +212,6 @@ def _support(at: Positions) -> Tensor:
 
 
 Objective = Hybrid | Focal | JensenShannon | BiLD | Sparsity
-KINDS: dict[str, Callable[..., Objective]] = {
-    **{kind.__name__: kind for kind in (Hybrid, Focal, JensenShannon, Sparsity)},
-    "BiLD": lambda n_top: BiLD(int(n_top)),  # torch.library passes lists of floats
-}
 
 
 def by_name(

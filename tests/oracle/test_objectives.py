@@ -156,19 +156,14 @@ def test_a_second_derivative_is_an_error() -> None:
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("how", ["eager", "compiled"])
-def test_float16_holds_the_heads_gradient_until_it_is_scaled(how: str) -> None:
+def test_float16_holds_the_heads_gradient_until_it_is_scaled() -> None:
     """The sum over 4,096 positions is beyond 65,504, its mean is not."""
     n = 4096
     hidden, head = torch.zeros(n, 4, dtype=torch.float16), torch.zeros(8, 4, dtype=torch.float16)
     hidden[:, 0] = 60.0
     labels, indptr, none = torch.zeros(n, dtype=torch.long), torch.zeros(n + 1, dtype=torch.long), torch.zeros(0)
-
-    def loss(w: Tensor) -> Tensor:
-        return fused_loss(hidden, w, labels, indptr, none.long(), none, Hybrid(0.0)).loss / n
-
     w = head.requires_grad_()
-    (torch.compile(loss, fullgraph=True, backend="aot_eager") if how == "compiled" else loss)(w).backward()
+    (fused_loss(hidden, w, labels, indptr, none.long(), none, Hybrid(0.0)).loss / n).backward()
     assert w.grad is not None
     assert torch.isfinite(w.grad).all()
     assert w.grad[0, 0].item() == pytest.approx(60 * (1 / 8 - 1), rel=1e-2)
@@ -212,22 +207,6 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, slice], message: s
         values[name] = values[name][part]
     with pytest.raises(ValueError, match=message):
         fused_loss(hidden, head, *values.values())
-
-
-@pytest.mark.parametrize("objective", [Hybrid(), JensenShannon(), BiLD(3)], ids=str)
-def test_one_graph_under_torch_compile(objective: Objective) -> None:
-    hidden, head, labels, p = case(9, 30, 4, 9, 3, torch.float64)
-    rows = sparse(p)
-    compiled = torch.compile(
-        lambda h, w: 2 * fused_loss(h * 1.5, w, labels, *rows, objective, 4).loss, fullgraph=True, backend="aot_eager"
-    )
-    grads = []
-    for function in (compiled, lambda h, w: 2 * fused_loss(h * 1.5, w, labels, *rows, objective, 4).loss):
-        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-        function(h, w).backward()
-        grads.append((h.grad, w.grad))
-    for x, y in zip(*grads, strict=True):
-        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
