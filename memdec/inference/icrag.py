@@ -55,7 +55,6 @@ class IcRagForCausalLM(Wrapper):
         every: Tokens between two retrievals.
         n_vocab: Tokens of the tokenizer, for a check; the output head decides.
         context: Most tokens that the base gets; default all it can see.
-        passages: 1, or 0 for the base alone.
 
     Raises:
         ArtifactError: The passages have tokens that the base does not know.
@@ -72,15 +71,11 @@ class IcRagForCausalLM(Wrapper):
         every: int = 4,
         n_vocab: int | None = None,
         context: int | None = None,
-        passages: int = 1,
     ) -> None:
         vocab = shared_vocabulary([base], n_vocab)
         super().__init__(MemDecConfig(parts=[{"config": base.config.to_dict()}], n_vocab=vocab), base)
         self.retriever, self.query, self.every, self.n_vocab = retriever, query, every, vocab
         self.context = check_numbers(retriever, self.n_positions, query=query, every=every, context=context)
-        if passages not in (0, 1):
-            raise ConfigError(f"passages: expected 1, or 0 for the base alone, found {passages}")
-        self.passages = passages
         known = base.get_input_embeddings().num_embeddings
         if retriever.facts["vocab_size"] > known:
             raise ArtifactError(
@@ -138,16 +133,6 @@ class IcRagForCausalLM(Wrapper):
                 f"past_key_values: expected whole texts, found a cache of {past_key_values.get_seq_length()} tokens; set "
                 "use_cache=False"
             )
-        if not self.passages:
-            self.check_length(input_ids, None)
-            out = self.base(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=False,
-                logits_to_keep=logits_to_keep,
-            )
-            return self.output(mixing.log_softmax(out.logits, self.n_vocab), labels, None)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         kept = torch.arange(input_ids.shape[1])[
             slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.cpu()

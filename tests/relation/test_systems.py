@@ -18,7 +18,6 @@ from memdec.datastore import index, passages
 from memdec.datastore import keys as datastore
 from memdec.errors import ArtifactError, ConfigError
 from memdec.harness.base_lm import WrappedLM
-from memdec.inference.icrag import IcRagForCausalLM
 from memdec.inference.systems import SYSTEMS, Parts
 from memdec.inference.wrapper import Wrapper
 from memdec.settings import (
@@ -154,14 +153,7 @@ WITHOUT: dict[str, Callable[[Parts], Wrapper]] = {
     "knn-lm": lambda parts: SYSTEMS["knn-lm"].build(
         dataclasses.replace(parts, knn_lm=parts.knn_lm.model_copy(update={"weight": 0.0}))
     ),
-    "ic-rag": lambda parts: without_passages(SYSTEMS["ic-rag"].build(parts)),
 }
-
-
-def without_passages(model: Wrapper) -> Wrapper:
-    assert isinstance(model, IcRagForCausalLM)
-    model.passages = 0
-    return model
 
 
 def test_weight_0_is_the_base_to_the_bit(name: str, model: Wrapper, parts: Parts, texts: list[Tensor]) -> None:
