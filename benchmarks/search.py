@@ -32,7 +32,6 @@ COLUMNS = [
 ]  # fmt: skip
 KINDS = {
     "exact": {"kind": "exact"},
-    "flat": {"kind": "flat"},
     "ivfpq 4096/64": {"kind": "ivfpq"},
     "ivfpq 4096/64, opq": {"kind": "ivfpq", "opq": True},
     "ivfflat 4096": {"kind": "ivfflat"},

@@ -303,8 +303,8 @@ class DatastoreSettings(Settings):
 class IndexSettings(Settings):
     """Search structure over the keys; defaults of IVFPQ are the paper's."""
 
-    kind: Literal["exact", "flat", "ivfflat", "ivfpq"] = Field(
-        "exact", description="exact: keys stream past; flat: FAISS, keys in memory; ivfflat, ivfpq: nearest cells only"
+    kind: Literal["exact", "ivfflat", "ivfpq"] = Field(
+        "exact", description="exact: keys stream past; ivfflat, ivfpq: FAISS, nearest cells only"
     )
     centroids: PositiveInt = Field(4096, description="cells of an ivf index (released: 4096)")
     code_size: PositiveInt = Field(64, description="bytes of a key's code in ivfpq (released: 64)")

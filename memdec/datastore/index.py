@@ -1,8 +1,8 @@
 """Stage `index`: the search structure over the keys of a datastore, and the one search that all readers use.
 
-exact: no data of its own; all keys stream past in blocks, or stay on the GPU where there is one (`device_search`). flat: FAISS Flat, all keys in
-memory. ivfflat, ivfpq: FAISS, only the nearest cells; on all GPUs where FAISS has them. Training sees a random sample,
-filling sees every key once, so a streamed datastore gives the same index as a stored one.
+exact: no data of its own; all keys stream past in blocks, or stay on the GPU where there is one (`device_search`).
+ivfflat, ivfpq: FAISS, only the nearest cells; on all GPUs where FAISS has them. Training sees a random sample, filling
+sees every key once, so a streamed datastore gives the same index as a stored one.
 
 Output: `trained.safetensors` (centroids, codebooks, rotation) and `codes.npy` [N, bytes] (cell and code of each key).
 The manifest holds recall@k against exact search in float64 and the total variation of p_kNN, measured on a sample of
@@ -78,13 +78,11 @@ def _check(store: Datastore, settings: IndexSettings) -> None:
     kind, d, n = settings.kind, store.width, store.n
     if settings.opq and kind != "ivfpq":
         raise ConfigError(f"index: expected opq with kind ivfpq alone, found kind {kind}; set `opq: false`")
-    if kind in ("exact", "flat"):
+    if kind == "exact":
         if not store.parts:
             raise ConfigError(
                 f"index: expected stored keys for kind {kind}, found a streamed datastore; use kind ivfpq or ivfflat"
             )
-        if kind == "flat":
-            resources.check_memory(4.0 * n * d, "index of kind flat", "use kind exact or ivfpq")
         return
     sample = min(settings.sample, n)
     if kind == "ivfpq" and d % settings.code_size:
@@ -240,7 +238,7 @@ def _measure(
                     "recall": knn.recall(near[1], true[1]),
                     "total_variation": {str(t): _variation(store, near, true, t) for t in _TEMPERATURES},
                 }
-    if settings.kind in ("exact", "flat") and results["all"]["rescored"]["recall"] < _EXACT:
+    if settings.kind == "exact" and results["all"]["rescored"]["recall"] < _EXACT:
         warnings.warn(
             f"index: exact search found {results['all']['rescored']['recall']:.4f} of the true neighbours; distances between "
             "the keys are lost in float32, look at the key point",

@@ -1,7 +1,7 @@
 """Nearest neighbours among the keys of a datastore: the one search that all readers use.
 
-exact: all keys pass by in blocks, or stay on the GPU (`device_search`). flat: FAISS Flat, all keys in memory. ivfflat and
-ivfpq: FAISS searches the nearest cells only, on all GPUs where FAISS has them.
+exact: all keys pass by in blocks, or stay on the GPU (`device_search`). ivfflat and ivfpq: FAISS searches the nearest
+cells only, on all GPUs where FAISS has them.
 """
 
 from pathlib import Path
@@ -124,17 +124,10 @@ class Searcher:
         self._index: Any = None
         self._trained: dict[str, NDArray[Any]] = {}
         self._same_token: _SameToken | None = None
-        self._centre = np.zeros(store.width, np.float32)
         # Candidates lie anywhere: in memory they take half the time of a memory map, for its pages are small.
         in_memory = sum(keys.nbytes for _, keys in store.parts) < resources.free_memory() / 10
         self._parts = [(first, kernels.bits(np.array(keys) if in_memory else keys)) for first, keys in store.parts]
-        if settings.kind == "flat":
-            self._index = faiss.IndexFlatL2(store.width)
-            for _, keys in tqdm(store.blocks(0, store.n, PER_CALL), desc="load index", unit="block", mininterval=2):
-                if not self._index.ntotal:
-                    self._centre = torch.from_numpy(keys).median(0).values.numpy()  # as in `Nearest`
-                self._index.add(keys - self._centre)
-        elif settings.kind != "exact":
+        if settings.kind != "exact":
             self._trained = load_file(folder / "trained.safetensors")
             self._index = empty_index(store, settings, self._trained)
             codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
@@ -150,7 +143,7 @@ class Searcher:
             self._index = faiss.index_cpu_to_all_gpus(self._index, options)
 
     def set_nprobe(self, nprobe: int) -> None:
-        """Search the nearest `nprobe` cells of an ivf index; nothing for the other kinds.
+        """Search the nearest `nprobe` cells of an ivf index; nothing for exact search.
 
         Raises:
             ConfigError: There are fewer.
@@ -239,7 +232,7 @@ class Searcher:
 
     def _candidates(self, queries: NDArray[np.float32], fetch: int) -> Pair:
         if self._index is not None:
-            found: Pair = self._index.search(rotate(queries - self._centre, self._trained), fetch)
+            found: Pair = self._index.search(rotate(queries, self._trained), fetch)
             return found
         if (there := self.on_device) is not None:
             near, positions = there.search(torch.from_numpy(queries), fetch)

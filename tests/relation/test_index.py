@@ -33,12 +33,11 @@ PQ = {
 }
 KINDS: list[dict[str, Any]] = [
     {"kind": "exact", "check_neighbours": 50},
-    {"kind": "flat", "check_neighbours": 50},
     {**PQ, "kind": "ivfflat"},
     PQ,
     {**PQ, "opq": True},
 ]
-NAMES = ["exact", "flat", "ivfflat", "ivfpq", "opq"]
+NAMES = ["exact", "ivfflat", "ivfpq", "opq"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_search_against_brute_force(store: list[Path], tmp_path: Path, settings:
     sq_dist, ids = searcher.search(queries, 20, own)
     assert not (ids == own[:, None]).any()
     assert (np.diff(sq_dist, axis=1) >= 0).all()
-    if settings["kind"] in ("exact", "flat"):
+    if settings["kind"] == "exact":
         np.testing.assert_array_equal(ids, true)
     else:
         assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(ids, true, strict=True)]) > 0.8
@@ -272,14 +271,13 @@ def test_an_index_whose_file_was_cut_is_made_again(store: list[Path], tmp_path: 
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "i").iterdir()}
 
 
-@pytest.mark.parametrize("kind", ["exact", "flat"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_a_common_offset_costs_exact_search_nothing(tmp_path: Path, kind: str, dtype: type) -> None:
+def test_a_common_offset_costs_exact_search_nothing(tmp_path: Path, dtype: type) -> None:
     """One very large dimension, as hidden states of real models have: |k|^2 - 2 q k alone would lose neighbours."""
     keys = np.random.default_rng(0).normal(size=(1500, 16))
     keys[:, 3] += 3000
     store = write_store(tmp_path / "s", keys.astype(dtype), write_tokens(tmp_path / "t", np.zeros(1500, np.uint16)))
-    searcher = built(store, tmp_path / "i", kind=kind, check_neighbours=50)
+    searcher = built(store, tmp_path / "i", kind="exact", check_neighbours=50)
     own, queries = searcher.store.sample(300, 1)
     np.testing.assert_array_equal(searcher.search(queries, 40, own)[1], brute(searcher.store, queries, 40, own))
 
@@ -348,7 +346,7 @@ def test_fault_14_memory_is_bounded_by_blocks_and_asked_for_before(
     built(store, tmp_path / "i", **{**PQ, "sample": 1000})
     assert max(seen) <= 512
     monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("M", "available")(1000))
-    for kind in ("flat", "ivfpq", "ivfflat"):
+    for kind in ("ivfpq", "ivfflat"):
         with pytest.raises(ResourceError, match=f"index of kind {kind}: expected .* of free memory, found 1 kB"):
             index.run(store, tmp_path / kind, IndexSettings(**{**PQ, "kind": kind}))
 
@@ -363,9 +361,8 @@ def test_fault_14_an_index_names_the_keys_it_was_made_from(store: list[Path], tm
 
 
 def test_exact_search_of_streamed_keys_is_refused(modes: dict[str, Path], tmp_path: Path) -> None:
-    for kind in ("exact", "flat"):
-        with pytest.raises(ConfigError, match=f"expected stored keys for kind {kind}, found a streamed datastore"):
-            index.run([modes["streamed"]], tmp_path / kind, IndexSettings(kind=kind))
+    with pytest.raises(ConfigError, match="expected stored keys for kind exact, found a streamed datastore"):
+        index.run([modes["streamed"]], tmp_path / "exact", IndexSettings(kind="exact"))
     searcher = built([modes["streamed"]], tmp_path / "i", **PQ)
     with pytest.raises(ConfigError, match="expected stored keys to take the distances from"):
         searcher.search(np.zeros((1, 24), np.float32), 5)

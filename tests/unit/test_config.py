@@ -52,7 +52,7 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
             {"index": {"kind": "ivfpq", "centroids": 8}},
             r"targets.nprobe: expected at most index.centroids \(8\), found 32",
         ),
-        ({"index": {"kind": "flat", "opq": True}}, "index.opq: expected false with index.kind flat, found true"),
+        ({"index": {"kind": "ivfflat", "opq": True}}, "index.opq: expected false with index.kind ivfflat, found true"),
         ({"index": {"seed": -1}}, "index.seed: .* found -1"),
         ({"targets": {"temperature": float("inf")}}, "targets.temperature: .* finite number, found inf"),
         ({"evaluate": {"alphas": [1.5]}}, "alphas.0: .* found 1.5"),
