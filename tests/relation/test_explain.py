@@ -255,10 +255,11 @@ def test_a_token_that_would_end_the_data(nasty: list[TokenReport]) -> None:
 
 
 def test_white_space_is_marked_and_kept() -> None:
-    assert '<i class="s"> </i><i class="s"> </i></span>' in explain._span(0, example("  "))
-    assert '> a<i class="n"></i>\n</span>' in explain._span(0, example(" a\n"))
-    assert '><i class="t">\t</i></span>' in explain._span(0, example("\t"))
-    assert '><i class="r"></i><i class="n"></i>\n</span>' in explain._span(0, example("\r\n"))
+    page = explain.page([example(text) for text in ("  ", " a\n", "\t", "\r\n")], {})
+    assert '><i class="s"> </i><i class="s"> </i></span><' in page
+    assert '> a<i class="n"></i>\n</span><' in page
+    assert '><i class="t">\t</i></span><' in page
+    assert '><i class="r"></i><i class="n"></i>\n</span></div>' in page
 
 
 # --- the command --------------------------------------------------------------------------------------------------

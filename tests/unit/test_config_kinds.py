@@ -172,7 +172,7 @@ def test_a_memory_takes_from_the_default_what_it_does_not_say() -> None:
         ),
         (
             {"a": {"adapt": "memdec", "tuned_start": True}},
-            "memories.a: expected nothing else .* adapt, found tuned_start",
+            "memories.a: expected no other starting model beside adapt, found tuned_start",
         ),
         ({"a": {"dapt": True, "share": 0.1}}, "memories.a: expected only memory_model and models .* true, found share"),
         (
