@@ -49,7 +49,7 @@ smol: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 tests
 
-# All but what takes more than five seconds: two minutes on two cores.
+# All but what takes more than three seconds: two minutes on two cores.
 core: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m 'not slow' tests
 

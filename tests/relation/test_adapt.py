@@ -287,6 +287,7 @@ def real(shared_data: Path) -> Callable[[str], Any]:
 
 
 # Copied tokens count those spelled the same, and those of equal role: GPT-2's one special token is EOS and BOS.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [

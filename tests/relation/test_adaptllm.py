@@ -268,6 +268,7 @@ def test_made_rows_of_each_kind_equal_a_plain_script(
     assert found["results"]["memdec_usmle"]["acc,none"] != found["results"]["memdec_usmle"]["acc_sum,none"]
 
 
+@pytest.mark.slow
 def test_real_rows_of_every_task_equal_a_plain_script(
     pair: tuple[Path, Path], shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +403,7 @@ def word_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_counts_of_the_real_rows(word_tokenizer: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMDEC_DATA", str(shared_data / "tasks"))
     found = {config: load(**metadata(config, word_tokenizer)) for config, load in LOADERS.items()}

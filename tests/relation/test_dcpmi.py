@@ -217,6 +217,7 @@ def plain_scores(
     return table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("real", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_a_plain_script(family: str, real: bool, request: pytest.FixtureRequest) -> None:
@@ -261,6 +262,7 @@ def test_scores_equal_a_plain_script(family: str, real: bool, request: pytest.Fi
         assert group["acc,none"] == pytest.approx(sum(accuracies) / 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hf_gives_what_memdec_interp_gives_at_alpha_0(
     family: str, real_data: Path, gpt2_pair: tuple[Path, Path]
@@ -314,6 +316,7 @@ def test_the_papers_constant_rows(family: str, shared_data: Path, monkeypatch: p
     assert found[tasks[1]]["majority_class_rate,none"] == pytest.approx(28 / 56)
 
 
+@pytest.mark.slow
 def test_another_alpha_loads_no_model(
     made_data: Path, base_folder: Path, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,6 +261,7 @@ def test_targets_are_those_of_the_cpu(made: Made, tmp_path: Path, request: pytes
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_device")
 def test_shards_and_batches_change_no_bit_of_the_targets(made: Made, tmp_path: Path) -> None:
     whole = rows(made, tmp_path / "whole")

@@ -80,6 +80,7 @@ def plain_knn_lm(home: Path, base: Path, token_folder: Path, split: str, tau: fl
     return math.exp(-total / len(stream))
 
 
+@pytest.mark.slow
 def test_knn_lm_and_dapt_equal_plain_loops(
     home: Path, base_folder: Path, dapt_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
 ) -> None:
@@ -163,6 +164,7 @@ def test_a_dapt_model_is_mixed_in_as_a_memory_is(
     assert artefact.read(tmp_path / "e", "evaluation").settings["memory"] == "dapt"
 
 
+@pytest.mark.slow
 def test_general_text_is_measured_at_the_weights_of_the_domain(
     base_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:

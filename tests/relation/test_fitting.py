@@ -359,6 +359,7 @@ def test_training_stops_when_nothing_gets_better(trained: Train, tmp_path: Path)
         TrainSettings(patience=3)
 
 
+@pytest.mark.slow
 def test_a_killed_training_that_stops_early_resumes_to_the_same_weights(
     trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,6 +415,7 @@ def test_curves_go_where_report_to_says(trained: Train, tmp_path: Path) -> None:
 # --- budget and sizes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_flop_budget_ends_training(
     base_folder: Path, small_folder: Path, short_tokens: Path, tmp_path: Path
 ) -> None:

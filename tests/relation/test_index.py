@@ -104,6 +104,7 @@ def test_queries_from_outside_keep_everything(store: list[Path], home: Path) -> 
     assert np.isfinite(every).all()
 
 
+@pytest.mark.slow
 def test_fault_3_search_runs_without_a_gpu(store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(ivf, "_n_gpus", lambda device: 0)
@@ -210,6 +211,7 @@ def modes(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPa
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opq", [False, True])
 def test_streamed_and_stored_keys_give_the_same_index(modes: dict[str, Path], tmp_path: Path, opq: bool) -> None:
     settings = {**PQ, "opq": opq, "sample": 2000, "check_neighbours": 30}
@@ -224,6 +226,7 @@ def test_streamed_and_stored_keys_give_the_same_index(modes: dict[str, Path], tm
     search.load(Datastore(modes["streamed"]), tmp_path / "stored", 4)  # an index of one serves the other
 
 
+@pytest.mark.slow
 def test_streamed_mode_needs_a_code_and_little_more(modes: dict[str, Path], tmp_path: Path) -> None:
     built([modes["streamed"]], tmp_path / "i", **PQ)
     n = Datastore(modes["streamed"]).n

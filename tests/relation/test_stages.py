@@ -226,6 +226,7 @@ def test_a_killed_training_resumes_to_the_same_weights(
     assert not (tmp_path / "killed" / "work").exists()
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down_and_the_targets_matter(
     small_folder: Path, token_folder: Path, whole: list[Path], make_targets: Callable[..., list[Path]], tmp_path: Path
 ) -> None:

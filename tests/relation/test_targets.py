@@ -358,6 +358,7 @@ def modes(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPa
     return {path.name: path for path in root.iterdir()}
 
 
+@pytest.mark.slow
 def test_streamed_keys_give_the_targets_of_stored_ones(
     modes: dict[str, Path], token_folder: Path, tmp_path: Path
 ) -> None:
@@ -377,6 +378,7 @@ def test_streamed_keys_give_the_targets_of_stored_ones(
         )
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing_in_approximate_search(
     modes: dict[str, Path], token_folder: Path, tmp_path: Path
 ) -> None:

@@ -116,6 +116,7 @@ def test_a_stage_by_hand(
     assert artefact.read(tmp_path / "passages", "passages").settings == {"passage": 9}
 
 
+@pytest.mark.slow
 def test_the_whole_evaluation_by_hand(
     base_folder: Path, small_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
 ) -> None:

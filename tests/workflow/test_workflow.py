@@ -185,6 +185,7 @@ def test_dry_run_of_every_config(
     assert planned(text) == expected
 
 
+@pytest.mark.slow
 def test_another_tokenizer_adds_its_table_to_the_default(tmp_path: Path) -> None:
     configs = ["--configfile", *(str(ROOT / "config" / f"{name}.yaml") for name in ("mini", "vocabulary"))]
     counts = planned(snakemake(tmp_path, "-n", "--cores", "8", *configs))
@@ -197,6 +198,7 @@ def test_a_wrong_key_stops_the_workflow_at_once(tmp_path: Path) -> None:
         snakemake(tmp_path, "-n", "--cores", "1", "--config", "strid=3")
 
 
+@pytest.mark.slow
 def test_a_table_that_cannot_be_says_why(tmp_path: Path) -> None:
     for table, reason in (("table4", "base model with another tokenizer"), ("table9", "one of table1, table3")):
         with pytest.raises(AssertionError, match=f"expected (a )?{reason}"):
@@ -232,6 +234,7 @@ def test_the_rules_use_nothing_of_snakemake_that_it_keeps_for_itself() -> None:
             assert word not in path.read_text(), (path, word)
 
 
+@pytest.mark.slow
 def test_rules_that_compute_take_the_gpu_that_the_config_may_use(tmp_path: Path) -> None:
     computing = {"model", "finetune", "lora", "datastore", "index", "targets", "train", "evaluate", "evaluate_systems"}
     for device, taken in (("cpu", "gpu=0"), ("cuda", "gpu=1")):
