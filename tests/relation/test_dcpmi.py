@@ -217,7 +217,7 @@ def plain_scores(
     return table
 
 
-@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_a_plain_script(family: str, real: bool, request: pytest.FixtureRequest) -> None:
     data = request.getfixturevalue("real_data" if real else "made_data")
@@ -261,6 +261,7 @@ def test_scores_equal_a_plain_script(family: str, real: bool, request: pytest.Fi
         assert group["acc,none"] == pytest.approx(sum(accuracies) / 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hf_gives_what_memdec_interp_gives_at_alpha_0(
     family: str, real_data: Path, gpt2_pair: tuple[Path, Path]
