@@ -217,8 +217,7 @@ def plain_scores(
     return table
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_a_plain_script(family: str, real: bool, request: pytest.FixtureRequest) -> None:
     data = request.getfixturevalue("real_data" if real else "made_data")

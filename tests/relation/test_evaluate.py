@@ -168,7 +168,7 @@ def test_a_dapt_model_is_mixed_in_as_a_memory_is(
 def test_general_text_is_measured_at_the_weights_of_the_domain(
     base_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "text.txt").write_text(made_text(250, 6).upper())
+    (tmp_path / "text.txt").write_text(made_text(80, 6).upper())
     general = tmp_path / "novels"
     corpora.run(FileCorpus(source="files", path=str(tmp_path / "text.txt"), min_bytes=200), general)
     what = {"memory": dapt_folder, "name": "dapt", "dapt": dapt_folder}
