@@ -69,6 +69,19 @@ def test_every_document_is_in_one_split_and_duplicates_are_in_none(tmp_path: Pat
     assert facts["splits"]["test"]["bytes"] == sum(len(t.encode()) for t in corpora.load(tmp_path / "o", "test"))
 
 
+def test_documents_of_one_unit_stay_together() -> None:
+    documents = [
+        corpora.Document(f"text {unit} {line}", f"module_{unit}.py", f"module_{unit}.py:{line}")
+        for unit in range(100)
+        for line in range(5)
+    ]
+    splits = corpora._split_by_unit(documents)
+    units = {split: {document.unit for document in found} for split, found in splits.items()}
+    assert all(units.values())
+    assert sum(map(len, units.values())) == 100
+    assert sum(map(len, splits.values())) == 500
+
+
 def test_a_smaller_cap_draws_from_the_larger_one(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     drawn = []
