@@ -165,6 +165,7 @@ def test_a_dapt_model_is_mixed_in_as_a_memory_is(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_general_text_is_measured_at_the_weights_of_the_domain(
     base_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:

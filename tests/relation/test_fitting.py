@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from making import CONTEXT, launch, made_text, spec
+from making import CONTEXT, launch, spec
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -24,33 +24,19 @@ from memdec.maths import mixing, objectives
 from memdec.models import flops, loading
 from memdec.settings import (
     AUTO,
-    SPLITS,
     Compute,
     DatastoreSettings,
-    FileCorpus,
     IndexSettings,
     LoraSettings,
     MemorySettings,
     TargetSettings,
     TrainSettings,
 )
-from memdec.text import corpora, tokens
+from memdec.text import tokens
 from memdec.training import batches, fitting, stages
 
 Train = Callable[..., dict[str, torch.Tensor]]
 FAST: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 0.3}
-
-
-@pytest.fixture(scope="module")
-def short_tokens(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shorter stream than that of the other tests: an epoch of it shows as much, and much is trained here."""
-    home = tmp_path_factory.mktemp("short")
-    for split, n_documents in (("train", 60), ("valid", 10), ("test", 10)):
-        (home / f"{split}.txt").write_text(made_text(n_documents, n_documents))
-    paths = {split: str(home / f"{split}.txt") for split in SPLITS}
-    corpora.run(FileCorpus(source="files", paths=paths, min_bytes=200), home / "corpus")
-    tokens.run_tokens(tokenizer_folder, home / "corpus", home / "tokens")
-    return home / "tokens"
 
 
 @pytest.fixture(scope="module")

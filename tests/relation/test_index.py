@@ -202,17 +202,17 @@ def test_the_batch_changes_nothing(store: list[Path], home: Path, settings: dict
 
 
 @pytest.fixture(scope="module")
-def modes(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def modes(base_folder: Path, short_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The keys of a model, stored and streamed."""
     out = {name: tmp_path_factory.mktemp("modes") / name for name in ("stored", "streamed")}
     for name, folder in out.items():
         settings = DatastoreSettings(batch_size=4, stored=name == "stored")
-        datastore.run(base_folder, token_folder, folder, settings, context=CONTEXT, stride=CONTEXT // 2)
+        datastore.run(base_folder, short_tokens, folder, settings, context=CONTEXT, stride=CONTEXT // 2)
     return out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opq", [False, True])
+@pytest.mark.parametrize("opq", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_streamed_and_stored_keys_give_the_same_index(modes: dict[str, Path], tmp_path: Path, opq: bool) -> None:
     settings = {**PQ, "opq": opq, "sample": 2000, "check_neighbours": 30}
     for name, folder in modes.items():

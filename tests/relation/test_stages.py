@@ -32,9 +32,9 @@ WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
 
 
 @pytest.fixture(scope="module")
-def store(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(base_folder: Path, short_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("store") / "float32"
-    datastore.run(base_folder, token_folder, out, DatastoreSettings(dtype="float32"), **WINDOW)
+    datastore.run(base_folder, short_tokens, out, DatastoreSettings(dtype="float32"), **WINDOW)
     return out
 
 
@@ -46,13 +46,13 @@ def index_folder(store: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def make_targets(
-    store: Path, index_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    store: Path, index_folder: Path, short_tokens: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., list[Path]]:
     def make(**changes: Any) -> list[Path]:
         settings = TargetSettings(**{"neighbours": 20, "temperature": 4.0, **changes})
         root = tmp_path_factory.mktemp("targets")
         for shard in range(settings.shards):
-            targets.run([store], index_folder, token_folder, root / str(shard), settings, shard=shard)
+            targets.run([store], index_folder, short_tokens, root / str(shard), settings, shard=shard)
         return [root / str(shard) for shard in range(settings.shards)]
 
     return make
@@ -71,9 +71,9 @@ def reader(folders: list[Path], stream: Path) -> TargetReader:
 
 
 def test_keys_are_the_input_of_the_last_mlp_one_position_before(
-    base_folder: Path, token_folder: Path, store: Path
+    base_folder: Path, short_tokens: Path, store: Path
 ) -> None:
-    keys, stream = np.load(store / "keys.npy"), tokens.load_stream(token_folder, "train")
+    keys, stream = np.load(store / "keys.npy"), tokens.load_stream(short_tokens, "train")
     model = loading.load(base_folder)
     seen: list[torch.Tensor] = []
     model.transformer.h[-1].mlp.register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
@@ -84,18 +84,18 @@ def test_keys_are_the_input_of_the_last_mlp_one_position_before(
 
 
 def test_keys_do_not_depend_on_the_batch_size(
-    base_folder: Path, token_folder: Path, store: Path, tmp_path: Path
+    base_folder: Path, short_tokens: Path, store: Path, tmp_path: Path
 ) -> None:
-    datastore.run(base_folder, token_folder, tmp_path / "d", DatastoreSettings(dtype="float32", batch_size=3), **WINDOW)
+    datastore.run(base_folder, short_tokens, tmp_path / "d", DatastoreSettings(dtype="float32", batch_size=3), **WINDOW)
     np.testing.assert_allclose(np.load(tmp_path / "d" / "keys.npy"), np.load(store / "keys.npy"), atol=1e-5)
 
 
 # --- targets ------------------------------------------------------------------------------------------------------
 
 
-def test_targets_equal_brute_force(store: Path, token_folder: Path, whole: list[Path]) -> None:
-    keys, values = np.asarray(np.load(store / "keys.npy"), np.float64), tokens.load_stream(token_folder, "train")
-    found = reader(whole, token_folder)
+def test_targets_equal_brute_force(store: Path, short_tokens: Path, whole: list[Path]) -> None:
+    keys, values = np.asarray(np.load(store / "keys.npy"), np.float64), tokens.load_stream(short_tokens, "train")
+    found = reader(whole, short_tokens)
     for position in range(0, len(keys), len(keys) // 23):
         sq_dist = ((keys - keys[position]) ** 2).sum(1)
         sq_dist[position] = np.inf
@@ -111,21 +111,21 @@ def test_targets_equal_brute_force(store: Path, token_folder: Path, whole: list[
 
 @pytest.mark.parametrize("changes", [{"shards": 3}, {"shards": 7}, {"batch_size": 130}])
 def test_targets_do_not_depend_on_shards_or_batches(
-    make_targets: Callable[..., list[Path]], whole: list[Path], token_folder: Path, changes: dict[str, int]
+    make_targets: Callable[..., list[Path]], whole: list[Path], short_tokens: Path, changes: dict[str, int]
 ) -> None:
-    n = len(tokens.load_stream(token_folder, "train"))
+    n = len(tokens.load_stream(short_tokens, "train"))
     one, other = (
-        reader(whole, token_folder).rows([(0, n)]),
-        reader(make_targets(**changes), token_folder).rows([(0, n)]),
+        reader(whole, short_tokens).rows([(0, n)]),
+        reader(make_targets(**changes), short_tokens).rows([(0, n)]),
     )
     np.testing.assert_array_equal(one.indptr, other.indptr)
     np.testing.assert_array_equal(one.tokens, other.tokens)
     np.testing.assert_allclose(one.probs, other.probs, atol=1e-5)
 
 
-def test_rows_across_shards(make_targets: Callable[..., list[Path]], token_folder: Path) -> None:
+def test_rows_across_shards(make_targets: Callable[..., list[Path]], short_tokens: Path) -> None:
     folders = make_targets(shards=3)
-    found = reader(folders[::-1], token_folder)
+    found = reader(folders[::-1], short_tokens)
     all_rows = found.rows([(0, int(found.begins[2]) + 50)])
     begin, end = int(found.begins[1]) - 5, int(found.begins[2]) + 5
     part = found.rows([(begin, end), (3, 4)])
@@ -133,19 +133,19 @@ def test_rows_across_shards(make_targets: Callable[..., list[Path]], token_folde
     np.testing.assert_array_equal(part.tokens[: high - low], all_rows.tokens[low:high])
     assert len(part) == end - begin + 1
     with pytest.raises(ArtifactError, match="expected the shard that begins at position"):
-        reader([folders[0], folders[2]], token_folder)
+        reader([folders[0], folders[2]], short_tokens)
     with pytest.raises(ArtifactError, match="expected shards up to position"):
-        reader(folders[:2], token_folder)
+        reader(folders[:2], short_tokens)
     with pytest.raises(ArtifactError, match="another"):
         TargetReader(folders, "0" * 32)
     with pytest.raises(ArtifactError, match="expected at least one shard"):
         TargetReader([], "0" * 32)
     with pytest.raises(ArtifactError, match="different settings"):
-        reader([folders[0], *make_targets(shards=3, temperature=9.0)[1:]], token_folder)
+        reader([folders[0], *make_targets(shards=3, temperature=9.0)[1:]], short_tokens)
 
 
 def test_bad_targets_are_refused_early(
-    store: Path, index_folder: Path, token_folder: Path, base_folder: Path, tmp_path: Path
+    store: Path, index_folder: Path, short_tokens: Path, base_folder: Path, tmp_path: Path
 ) -> None:
     n = artefact.read(store, "datastore").facts["positions"]
     for settings, shard, message in (
@@ -153,12 +153,12 @@ def test_bad_targets_are_refused_early(
         (TargetSettings(neighbours=5, shards=2), 2, "expected a shard from 0 to 1, found 2"),
     ):
         with pytest.raises(ConfigError, match=message):
-            targets.run([store], index_folder, token_folder, tmp_path / "t", settings, shard=shard)
+            targets.run([store], index_folder, short_tokens, tmp_path / "t", settings, shard=shard)
     datastore.run(
-        base_folder, token_folder, tmp_path / "d", DatastoreSettings(), context=CONTEXT, stride=1 + CONTEXT // 2
+        base_folder, short_tokens, tmp_path / "d", DatastoreSettings(), context=CONTEXT, stride=1 + CONTEXT // 2
     )
     with pytest.raises(ArtifactError, match="found one of other keys"):
-        targets.run(tmp_path / "d", index_folder, token_folder, tmp_path / "t", TargetSettings(neighbours=5), shard=0)
+        targets.run(tmp_path / "d", index_folder, short_tokens, tmp_path / "t", TargetSettings(neighbours=5), shard=0)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -182,12 +182,12 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: f
 
 
 def test_fault_16_accumulation_changes_nothing(
-    small_folder: Path, token_folder: Path, whole: list[Path], tmp_path: Path
+    small_folder: Path, short_tokens: Path, whole: list[Path], tmp_path: Path
 ) -> None:
     runs = [
         train_memory(
             small_folder,
-            token_folder,
+            short_tokens,
             whole,
             tmp_path / f"{size}",
             batch_size=size,
@@ -202,9 +202,9 @@ def test_fault_16_accumulation_changes_nothing(
 
 
 def test_a_killed_training_resumes_to_the_same_weights(
-    small_folder: Path, token_folder: Path, whole: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_folder: Path, short_tokens: Path, whole: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = train_memory(small_folder, token_folder, whole, tmp_path / "straight", dropout=0.1)
+    straight = train_memory(small_folder, short_tokens, whole, tmp_path / "straight", dropout=0.1)
 
     class Kill(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -216,26 +216,26 @@ def test_a_killed_training_resumes_to_the_same_weights(
         fitting.LossTrainer, "__init__", lambda self, **kw: plain(self, **{**kw, "callbacks": [Kill()]})
     )
     with pytest.raises(KeyboardInterrupt):
-        train_memory(small_folder, token_folder, whole, tmp_path / "killed", dropout=0.1)
+        train_memory(small_folder, short_tokens, whole, tmp_path / "killed", dropout=0.1)
     assert list((tmp_path / "killed" / "work").glob("checkpoint-*"))
     with pytest.raises(ArtifactError, match="unfinished"):
         artefact.read(tmp_path / "killed", "memory")
     monkeypatch.setattr(fitting.LossTrainer, "__init__", plain)
-    resumed = train_memory(small_folder, token_folder, whole, tmp_path / "killed", dropout=0.1)
+    resumed = train_memory(small_folder, short_tokens, whole, tmp_path / "killed", dropout=0.1)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert not (tmp_path / "killed" / "work").exists()
 
 
 @pytest.mark.slow
 def test_the_loss_goes_down_and_the_targets_matter(
-    small_folder: Path, token_folder: Path, whole: list[Path], make_targets: Callable[..., list[Path]], tmp_path: Path
+    small_folder: Path, short_tokens: Path, whole: list[Path], make_targets: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
-    hybrid = train_memory(small_folder, token_folder, whole, tmp_path / "h")
+    hybrid = train_memory(small_folder, short_tokens, whole, tmp_path / "h")
     facts = artefact.read(tmp_path / "h", "memory").facts
     assert facts["valid_perplexity"] < artefact.read(small_folder, "model").facts["valid_perplexity"]
-    ce = train_memory(small_folder, token_folder, [], tmp_path / "ce", objective="ce")
+    ce = train_memory(small_folder, short_tokens, [], tmp_path / "ce", objective="ce")
     assert any(not torch.equal(hybrid[name], ce[name]) for name in ce)
-    zero = train_memory(small_folder, token_folder, make_targets(temperature=0.5), tmp_path / "zero", kl_weight=0)
+    zero = train_memory(small_folder, short_tokens, make_targets(temperature=0.5), tmp_path / "zero", kl_weight=0)
     assert_close(ce, zero, 0)
 
 
@@ -259,22 +259,22 @@ def test_targets_of_other_tokens_are_refused_before_the_model_loads(
 
 
 def test_nan_loss_names_the_positions(
-    small_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_folder: Path, short_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loading.load(small_folder)
     model.transformer.h[0].ln_1.weight.data[0] = float("nan")
     monkeypatch.setattr(loading, "load", lambda *_, **__: model)
     with pytest.raises(NumericsError, match=r"the loss is nan on token positions \d+-\d+"):
-        stages.run_finetune(small_folder, token_folder, tmp_path / "f", TrainSettings(), context=CONTEXT, seed=0)
+        stages.run_finetune(small_folder, short_tokens, tmp_path / "f", TrainSettings(), context=CONTEXT, seed=0)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
-def test_lora_and_finetune_keep_the_best_epoch(base_folder: Path, token_folder: Path, tmp_path: Path) -> None:
+def test_lora_and_finetune_keep_the_best_epoch(base_folder: Path, short_tokens: Path, tmp_path: Path) -> None:
     before = artefact.read(base_folder, "model").facts["valid_perplexity"]
     settings: dict[str, Any] = {"epochs": 1, "learning_rate": 5e-3, "keep_best": True, "evaluate_every": 0.5}
-    stages.run_finetune(base_folder, token_folder, tmp_path / "f", TrainSettings(**settings), context=CONTEXT, seed=0)
+    stages.run_finetune(base_folder, short_tokens, tmp_path / "f", TrainSettings(**settings), context=CONTEXT, seed=0)
     stages.run_lora(
-        base_folder, token_folder, tmp_path / "l", LoraSettings(**settings, rank=4), context=CONTEXT, seed=0
+        base_folder, short_tokens, tmp_path / "l", LoraSettings(**settings, rank=4), context=CONTEXT, seed=0
     )
     assert artefact.read(tmp_path / "f", "model").facts["valid_perplexity"] < before
     assert artefact.read(tmp_path / "l", "lora").facts["valid_perplexity"] < before

@@ -23,12 +23,12 @@ N_VOCAB = 300
 
 
 @pytest.fixture(scope="module")
-def make(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]:
+def make(base_folder: Path, short_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]:
     def build(**changes: Any) -> list[Path]:
         settings = TeacherSettings(**changes)
         root = tmp_path_factory.mktemp("teacher")
         for shard in range(settings.shards):
-            teacher.run(base_folder, token_folder, root / str(shard), settings, **WINDOW, shard=shard)
+            teacher.run(base_folder, short_tokens, root / str(shard), settings, **WINDOW, shard=shard)
         return [root / str(shard) for shard in range(settings.shards)]
 
     return build
@@ -62,9 +62,9 @@ def by_whole_model(folder: Path, stream: Path, temperature: float) -> np.ndarray
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_rows_are_the_models_own_distribution(
-    make: Callable[..., list[Path]], base_folder: Path, token_folder: Path, temperature: float
+    make: Callable[..., list[Path]], base_folder: Path, short_tokens: Path, temperature: float
 ) -> None:
-    expected = by_whole_model(base_folder, token_folder, temperature)
+    expected = by_whole_model(base_folder, short_tokens, temperature)
     everything = dense(make(top=N_VOCAB + 1, temperature=temperature)[0])
     np.testing.assert_allclose(everything, expected, atol=1e-6)
     few = dense(make(top=5, temperature=temperature)[0])
@@ -74,16 +74,16 @@ def test_rows_are_the_models_own_distribution(
     np.testing.assert_allclose(few, kept / kept.sum(1, keepdims=True), atol=1e-6)
 
 
-def test_shards_and_disk_type(make: Callable[..., list[Path]], whole: Path, token_folder: Path) -> None:
+def test_shards_and_disk_type(make: Callable[..., list[Path]], whole: Path, short_tokens: Path) -> None:
     folders, one = make(batch_size=4, shards=3), arrays(whole)
     pieces = [arrays(folder) for folder in folders]
     for name in ("tokens", "probs"):
         np.testing.assert_array_equal(np.concatenate([piece[name] for piece in pieces]), one[name])
     half = dense(make(batch_size=4, dtype="float16")[0])
     np.testing.assert_allclose(half, dense(whole), rtol=1e-3, atol=1e-6)
-    sha256 = artefact.read(token_folder, "tokens").facts["sha256"]["train"]
+    sha256 = artefact.read(short_tokens, "tokens").facts["sha256"]["train"]
     found = TargetReader(folders[::-1], sha256)
-    rows = found.rows([(0, len(tokens.load_stream(token_folder, "train")))])
+    rows = found.rows([(0, len(tokens.load_stream(short_tokens, "train")))])
     np.testing.assert_array_equal(rows.indptr, one["indptr"])
     facts = artefact.read(whole, "targets").facts
     assert facts == {
@@ -91,14 +91,14 @@ def test_shards_and_disk_type(make: Callable[..., list[Path]], whole: Path, toke
         "end": len(one["indptr"]) - 1,
         "entries": 64 * (len(one["indptr"]) - 1),
         "short_rows": 0,
-        "positions": len(tokens.load_stream(token_folder, "train")),
+        "positions": len(tokens.load_stream(short_tokens, "train")),
         "tokens_sha256": sha256,
         "device": "cpu",
     }
 
 
 def test_a_killed_run_goes_on_where_it_was(
-    base_folder: Path, token_folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_folder: Path, short_tokens: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(target_rows, "_CHECKPOINT", -1.0)
     calls: list[int] = []
@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_where_it_was(
     monkeypatch.setattr(teacher, "_rows", counting)
     settings = TeacherSettings(batch_size=4)
     with pytest.raises(KeyboardInterrupt):
-        teacher.run(base_folder, token_folder, tmp_path / "t", settings, **WINDOW)
+        teacher.run(base_folder, short_tokens, tmp_path / "t", settings, **WINDOW)
     assert calls == [0, 1, 2]
     with pytest.raises(ArtifactError, match="unfinished"):
         artefact.read(tmp_path / "t", "targets")
@@ -122,13 +122,13 @@ def test_a_killed_run_goes_on_where_it_was(
     monkeypatch.setattr(
         teacher, "_rows", lambda forward, number, *rest: (again.append(number), plain(forward, number, *rest))[1]
     )
-    teacher.run(base_folder, token_folder, tmp_path / "t", settings, **WINDOW)
+    teacher.run(base_folder, short_tokens, tmp_path / "t", settings, **WINDOW)
     assert again[0] == 3
     for name, values in arrays(whole).items():
         np.testing.assert_array_equal(arrays(tmp_path / "t")[name], values)
 
 
-def test_padded_heads_are_masked(base_folder: Path, token_folder: Path, whole: Path, tmp_path: Path) -> None:
+def test_padded_heads_are_masked(base_folder: Path, short_tokens: Path, whole: Path, tmp_path: Path) -> None:
     model, out = loading.load(base_folder), tmp_path / "padded"
     words, facts = tokens.load_tokenizer(str(base_folder)), artefact.read(base_folder, "model").facts
     model.resize_token_embeddings(320, mean_resizing=False)
@@ -139,27 +139,27 @@ def test_padded_heads_are_masked(base_folder: Path, token_folder: Path, whole: P
         model.save_pretrained(out)
         words.save_pretrained(out)
         build.facts.update(tokenizer_sha256=facts["tokenizer_sha256"])
-    teacher.run(out, token_folder, tmp_path / "t", TeacherSettings(batch_size=4), **WINDOW)
+    teacher.run(out, short_tokens, tmp_path / "t", TeacherSettings(batch_size=4), **WINDOW)
     assert arrays(tmp_path / "t")["tokens"].max() < N_VOCAB
     np.testing.assert_allclose(dense(tmp_path / "t"), dense(whole), atol=1e-6)
 
 
 def test_what_cannot_work_is_refused_before_the_model_loads(
-    base_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_folder: Path, short_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     other = write_tokens(tmp_path / "other", np.arange(100, dtype=np.uint16))
-    passes = -(-len(windows(len(tokens.load_stream(token_folder, "train")), **WINDOW)) // 16)
+    passes = -(-len(windows(len(tokens.load_stream(short_tokens, "train")), **WINDOW)) // 16)
     for stream, settings, changes, error, message in (
-        (token_folder, {"shards": 2}, {"shard": 2}, ConfigError, "expected a shard from 0 to 1, found 2"),
+        (short_tokens, {"shards": 2}, {"shard": 2}, ConfigError, "expected a shard from 0 to 1, found 2"),
         (
-            token_folder,
+            short_tokens,
             {"shards": passes + 1},
             {},
             ConfigError,
             f"expected at most {passes} shards for {passes} forward",
         ),
-        (token_folder, {}, {"context": 33}, ConfigError, "context: expected at most 32 tokens"),
+        (short_tokens, {}, {"context": 33}, ConfigError, "context: expected at most 32 tokens"),
         (other, {}, {}, ArtifactError, "expected one tokenizer, found two"),
     ):
         with pytest.raises(error, match=message):
@@ -168,7 +168,7 @@ def test_what_cannot_work_is_refused_before_the_model_loads(
 
 
 def test_nan_names_the_position(
-    base_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_folder: Path, short_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loading.load(base_folder)
     monkeypatch.setattr(loading, "load", lambda *_, **__: model)
@@ -179,7 +179,7 @@ def test_nan_names_the_position(
 
     model.transformer.ln_f.register_forward_hook(spoil)
     with pytest.raises(NumericsError, match="found NaN or inf at position 20;"):
-        teacher.run(base_folder, token_folder, tmp_path / "t", TeacherSettings(), **WINDOW)
+        teacher.run(base_folder, short_tokens, tmp_path / "t", TeacherSettings(), **WINDOW)
     logits = torch.zeros(4, 6)
     logits[2, 1] = float("inf")
     with pytest.raises(NumericsError, match="at position 12;"):
@@ -187,7 +187,7 @@ def test_nan_names_the_position(
 
 
 def test_logits_that_are_capped_are_refused(
-    base_folder: Path, token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_folder: Path, short_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loading.load(base_folder)
     monkeypatch.setattr(loading, "load", lambda *_, **__: model)
@@ -200,4 +200,4 @@ def test_logits_that_are_capped_are_refused(
 
     monkeypatch.setattr(model, "forward", capped)
     with pytest.raises(ModelError, match="scales, caps or shifts them"):
-        teacher.run(base_folder, token_folder, tmp_path / "t", TeacherSettings(), **WINDOW)
+        teacher.run(base_folder, short_tokens, tmp_path / "t", TeacherSettings(), **WINDOW)
