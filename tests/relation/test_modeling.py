@@ -92,6 +92,15 @@ def test_what_has_no_weight_does_not_run(mixture: MemDecForCausalLM, monkeypatch
         mixture.set_weights(kept)
 
 
+def test_padding_on_the_left_changes_no_probability(mixture: MemDecForCausalLM, words: Any) -> None:
+    batch = words(PROMPTS, return_tensors="pt", padding=True)
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    found = mixture(**batch, position_ids=positions).logits[:, -1].exp().double()
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        expected = plain(mixture, torch.tensor(words.encode(prompt)))[-1]
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "how", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}], ids=str
 )
