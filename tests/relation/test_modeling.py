@@ -92,6 +92,17 @@ def test_what_has_no_weight_does_not_run(mixture: MemDecForCausalLM, monkeypatch
         mixture.set_weights(kept)
 
 
+def test_padding_on_the_left_changes_no_probability(mixture: MemDecForCausalLM, words: Any) -> None:
+    batch = words(PROMPTS, return_tensors="pt", padding=True)
+    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    out = mixture.generate(**batch, **how, output_logits=True, return_dict_in_generate=True)
+    new = out.sequences[:, batch["input_ids"].shape[1] :].tolist()
+    for step, log_p in enumerate(out.logits):
+        for prompt, tokens_, row in zip(PROMPTS, new, log_p, strict=True):
+            expected = plain(mixture, torch.tensor(words.encode(prompt) + tokens_[:step]))[-1]
+            torch.testing.assert_close(row.exp().double(), expected, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "how", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}], ids=str
 )
