@@ -265,6 +265,7 @@ def test_names() -> None:
         by_name("mse")
 
 
+@pytest.mark.slow
 def test_nothing_of_the_size_of_the_logits_is_alive() -> None:
     """Peak memory in a process of its own: 2,048 positions x 40,000 tokens would be 328 MB per dense copy."""
     code = """

@@ -400,6 +400,7 @@ KL_WORDS = {
 ALPHAS = {"sst2": 0.3, "mr": 0.3, "cr": 0.05, "rt": 0.2, "hyp": 0.2, "cb": 0.3, "rte": 0.6, "agn": 0.2, "yahoo": 0.2}
 
 
+@pytest.mark.slow
 def test_counts_of_rows_and_words_are_the_published_ones(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMDEC_DATA", str(shared_data / "tasks"))
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")

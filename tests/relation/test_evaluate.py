@@ -144,6 +144,7 @@ def test_in_context_rag_is_the_model_of_that_name(
     assert rag["value"] != base["value"]
 
 
+@pytest.mark.slow
 def test_a_dapt_model_is_mixed_in_as_a_memory_is(
     dapt_folder: Path, small_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
 ) -> None:

@@ -38,6 +38,10 @@ KINDS: list[dict[str, Any]] = [
     {**PQ, "opq": True},
 ]
 NAMES = ["exact", "ivfflat", "ivfpq", "opq"]
+CASES = [
+    pytest.param(kind, id=name, marks=[pytest.mark.slow] if name == "opq" else [])
+    for kind, name in zip(KINDS, NAMES, strict=True)
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def brute(store: Datastore, queries: NDArray[np.float32], neighbours: int, own: 
     return np.argsort(sq_dist, axis=1, kind="stable")[:, :neighbours]
 
 
-@pytest.mark.parametrize("settings", KINDS, ids=NAMES)
+@pytest.mark.parametrize("settings", CASES)
 def test_search_against_brute_force(store: list[Path], home: Path, settings: dict[str, Any]) -> None:
     searcher = built(store, home / NAMES[KINDS.index(settings)], **settings)
     own, queries = searcher.store.sample(60, 5)
@@ -190,7 +194,7 @@ def test_positions_after_the_same_rare_token_are_candidates_of_approximate_searc
     assert not all(set(positions) <= set(row) for row, positions in zip(ids, after, strict=True))
 
 
-@pytest.mark.parametrize("settings", KINDS, ids=NAMES)
+@pytest.mark.parametrize("settings", CASES)
 def test_the_batch_changes_nothing(store: list[Path], home: Path, settings: dict[str, Any]) -> None:
     searcher = built(store, home / NAMES[KINDS.index(settings)], **settings)
     own, queries = searcher.store.sample(50, 5)
@@ -268,6 +272,7 @@ def test_a_killed_fill_goes_on_and_gives_the_same_index(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_raised_version_trains_and_fills_the_index_anew(
     store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
