@@ -117,6 +117,20 @@ def test_fault_27_generation_in_a_left_padded_batch_equals_a_plain_loop(
         assert row[: len(expected)] == expected
 
 
+def test_every_model_gets_the_mask(mixture: MemDecForCausalLM, words: Any) -> None:
+    """Without positions: from those transformers finds out by itself where a text begins."""
+    batch = words(PROMPTS, return_tensors="pt", padding=True)
+    weights = [1 - sum(mixture.config.weights), *mixture.config.weights]
+    parts = list(zip([mixture.base, *mixture.memories], weights, strict=True))
+
+    def expected(**inputs: Tensor) -> Tensor:
+        return sum(w * m(**inputs).logits[:, -1, : mixture.n_vocab].double().softmax(-1) for m, w in parts)
+
+    found = mixture(**batch).logits[:, -1].exp().double()
+    torch.testing.assert_close(found, expected(**batch), atol=1e-6, rtol=1e-3)
+    assert float((found - expected(input_ids=batch["input_ids"])).abs().max()) > 1e-3
+
+
 def test_beams_move_the_caches_of_all_models(mixture: MemDecForCausalLM, words: Any) -> None:
     batch = words(PROMPTS, return_tensors="pt", padding=True)
     with_cache, without = (
