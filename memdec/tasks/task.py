@@ -84,7 +84,7 @@ class TaskSplit:
     def __init__(self, name: str, metadata: Mapping[str, Any]) -> None:
         from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_path=str(HARNESS_TASKS), metadata=dict(metadata))
+        manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=dict(metadata))
         self._task = manager.load([name])["tasks"][name]
         if self._task.get_config("num_fewshot") is None:
             self._task.set_config("num_fewshot", 0)
