@@ -1,8 +1,10 @@
 """Write and read artefacts: every stage makes a folder whose `manifest.json` is written last, atomically.
 
-A folder without a manifest is unfinished and is never read. Reading checks the manifest: it must parse and be of the
-expected kind, and every file must exist with the listed size. The manifest holds the settings, the hashes of the
-inputs, the package versions, and facts about the result (counts, shapes, hashes).
+A folder without a manifest is unfinished and is never read. Reading checks the manifest: it must parse, fit its own
+checksum, and be of the expected kind, and every file must exist with the listed size and content. Content is compared
+by a fast hash. Files above `SMALL` bytes are hashed only where a stage reads them as a whole, and by `memdec doctor`.
+The manifest holds the settings, the hashes of the inputs, the package versions, and facts about the result (counts,
+shapes, hashes).
 """
 
 import hashlib
@@ -12,11 +14,13 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from memdec.artefacts import provenance
 from memdec.artefacts.resources import Team
@@ -27,6 +31,7 @@ MANIFEST = "manifest.json"
 MARK = ".memdec"  # holds the recipe of the build that made the folder; without it the folder is not ours to overwrite
 LOCK = ".memdec.lock"  # locked while a process builds in the folder; the file is not removed
 WORK = "work"  # checkpoints and other files needed only to resume; not part of the artefact
+SMALL = 64 * 2**20  # bytes up to which every reader checks the content of a file: 0.02 s with xxh3
 
 # Version of each kind of artefact, or of each stage if several stages make one kind. Raise it when the same settings
 # and inputs give another result. It is part of the recipe, so artefacts of the old code are made again from the start.
@@ -52,6 +57,15 @@ VERSIONS = {
 }
 
 
+class Listed(BaseModel):
+    """What a manifest says about one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    xxh3_128: str | None = None  # None in manifests of earlier versions, which list sizes only
+
+
 class Manifest(BaseModel):
     """What an artefact is and how it was made."""
 
@@ -63,8 +77,21 @@ class Manifest(BaseModel):
     settings: dict[str, Any]
     inputs: dict[str, str]  # name -> recipe of the artefact, or content hash of a file
     facts: dict[str, Any]
-    files: dict[str, int]  # relative name -> bytes
+    files: dict[str, Listed]  # by relative name
     versions: dict[str, str]
+    checksum: str | None = None  # `_checksum` of the other fields; None in manifests older than this field
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _sizes_of_earlier_versions(cls, files: Any) -> Any:
+        if not isinstance(files, dict):
+            return files
+        return {name: {"bytes": entry} if isinstance(entry, int) else entry for name, entry in files.items()}
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all files."""
+        return sum(listed.bytes for listed in self.files.values())
 
 
 @dataclass
@@ -98,6 +125,26 @@ def sha256(path: Path) -> str:
 def file_digest(path: Path) -> str:
     """sha256 (128 bits, hex) of a file."""
     return sha256(path)[:32]
+
+
+def content_hash(path: Path) -> str:
+    """xxh3_128 (hex) of a file: what manifests list, and what says whether two files are equal."""
+    found = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(2**22):
+            found.update(block)
+    return found.hexdigest()
+
+
+@cache
+def _hashed(path: Path, inode: int, n_bytes: int, changed_ns: int) -> str:
+    """`content_hash`, computed once per process while the file is the same."""
+    return content_hash(path)
+
+
+def _checksum(said: Mapping[str, Any]) -> str:
+    """Digest of a manifest's JSON without `checksum`; of `files` only the names, as the files speak for the rest."""
+    return digest({**said, "checksum": None, "files": sorted(said["files"])})
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -190,11 +237,7 @@ def locked(path: Path) -> Iterator[None]:
 def _finish(build: Build, kind: str, version: int, plain: dict[str, Any], inputs: Mapping[str, str]) -> None:
     path = build.path
     _remove(path / WORK)
-    files = {
-        str(file.relative_to(path)): file.stat().st_size
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name not in (MANIFEST, MARK, LOCK)
-    }
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name not in (MANIFEST, MARK, LOCK)]
     manifest = Manifest(
         kind=kind,
         version=version,
@@ -202,10 +245,26 @@ def _finish(build: Build, kind: str, version: int, plain: dict[str, Any], inputs
         settings=plain,
         inputs=dict(inputs),
         facts=build.facts,
-        files=files,
+        files={
+            str(file.relative_to(path)): Listed(bytes=file.stat().st_size, xxh3_128=content_hash(file))
+            for file in found
+        },
         versions=provenance.versions(),
     )
-    write_json(path / MANIFEST, manifest.model_dump(mode="json"))
+    _sync(path, found)
+    said = json.loads(json.dumps(manifest.model_dump(mode="json")))
+    write_json(path / MANIFEST, {**said, "checksum": _checksum(said)})
+
+
+def _sync(path: Path, files: Sequence[Path]) -> None:
+    """Write files and folders through to the disk, so that a power failure leaves no manifest without its files."""
+    own = [file for file in files if not file.is_symlink()]
+    for place in (*own, *sorted({file.parent for file in files} | {path})):
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _is_current(path: Path, kind: str, recipe: str) -> bool:
@@ -215,37 +274,66 @@ def _is_current(path: Path, kind: str, recipe: str) -> bool:
         return False
 
 
-def read(path: Path, kind: str) -> Manifest:
-    """Read and check the manifest of an artefact of the given kind.
+def read(path: Path, kind: str, whole: bool = False) -> Manifest:
+    """Read and check the manifest and the files of an artefact of the given kind.
+
+    Files up to `SMALL` bytes are hashed, with `whole` also the larger ones; a file that did not change is hashed once
+    per process.
 
     Raises:
-        ArtifactError: The artefact is missing, unfinished, unreadable or of another kind, or a file is missing or cut.
+        ArtifactError: The artefact is missing, unfinished, unreadable or of another kind, its manifest was changed, or
+            a file is missing, cut or changed.
     """
-    file = path / MANIFEST
-    again = f"delete the folder and run `memdec {kind}` (or snakemake) again"
     if not path.is_dir():
         raise ArtifactError(
             f"{path}: expected a folder with a {kind} artefact, found nothing; run `memdec {kind}` first"
         )
-    if not file.is_file():
+    if not (path / MANIFEST).is_file():
         raise ArtifactError(
             f"{path}: expected {MANIFEST}, found an unfinished {kind} artefact; run `memdec {kind}` again"
         )
+    again = f"delete the folder and run `memdec {kind}` (or snakemake) again"
+    manifest = _parsed(path / MANIFEST, again)
+    if manifest.kind != kind:
+        raise ArtifactError(f"{path}: expected a {kind} artefact, found one of kind {manifest.kind}; check the path")
+    for problem in damage(path, manifest, None if whole else SMALL):
+        raise ArtifactError(f"{problem}; {again}")
+    return manifest
+
+
+def _parsed(file: Path, again: str) -> Manifest:
+    """The manifest in a file, if it fits its own checksum."""
     try:
-        manifest = Manifest.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
+        text = file.read_text(encoding="utf-8")
+        manifest = Manifest.model_validate_json(text)
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
         reason = describe(error) if isinstance(error, ValidationError) else str(error)
         raise ArtifactError(
             f"{file}: expected a whole manifest, found one that is cut or edited ({reason[:120]}); {again}"
         ) from None
-    if manifest.kind != kind:
-        raise ArtifactError(f"{path}: expected a {kind} artefact, found one of kind {manifest.kind}; check the path")
-    for name, size in manifest.files.items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != size:
-            what = "no such file" if found is None else f"{found} bytes"
-            raise ArtifactError(f"{path / name}: expected {size} bytes, found {what}; {again}")
+    if manifest.checksum is None:
+        return manifest
+    bare = [name for name, listed in manifest.files.items() if listed.xxh3_128 is None]
+    if bare or _checksum(json.loads(text)) != manifest.checksum:
+        raise ArtifactError(f"{file}: expected the manifest as it was written, found one that was changed; {again}")
     return manifest
+
+
+def damage(path: Path, manifest: Manifest, up_to: int | None = None) -> Iterator[str]:
+    """What is wrong with each damaged file of an artefact; only files of at most `up_to` bytes are hashed."""
+    for name, listed in manifest.files.items():
+        file = path / name
+        try:
+            there = file.stat() if file.is_file() else None
+            if there is None or there.st_size != listed.bytes:
+                what = "no such file" if there is None else f"{there.st_size} bytes"
+                yield f"{file}: expected {listed.bytes} bytes, found {what}"
+            elif listed.xxh3_128 is not None and (up_to is None or listed.bytes <= up_to):
+                found = _hashed(file, there.st_ino, there.st_size, there.st_mtime_ns)
+                if found != listed.xxh3_128:
+                    yield f"{file}: expected the content that was written (xxh3_128 {listed.xxh3_128}), found {found}"
+        except OSError as error:
+            yield f"{file}: expected a file that can be read, found {error}"
 
 
 def check_shards(found: Sequence[tuple[Manifest, Path]], kind: str) -> None:

@@ -115,7 +115,7 @@ class System:
             for name in self.needs
             if name in _MODELS
         )
-        index = sum(artefact.read(parts.of("index"), "index").files.values()) if "index" in self.needs else 0
+        index = artefact.read(parts.of("index"), "index").n_bytes if "index" in self.needs else 0
         what, instead = f"weights in {parts.dtype}", "use another dtype or device"
         if devices.is_cuda(parts.device):
             devices.check_room(index, "cpu", "the index", "use a smaller one (kind ivfpq)")
