@@ -221,6 +221,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_mark(path: Path, data: bytes) -> None:
+    """Write what a killed run resumes from, behind its hash (`read_mark`)."""
+    write_bytes(path, xxhash.xxh3_128_digest(data) + data)
+
+
+def read_mark(path: Path) -> bytes | None:
+    """What `write_mark` wrote; None if the file is missing or damaged, so that the run starts again."""
+    try:
+        found = path.read_bytes()
+    except OSError:
+        return None
+    return found[16:] if xxhash.xxh3_128_digest(found[16:]) == found[:16] else None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     write_bytes(path, text.encode())
@@ -439,10 +453,7 @@ def _parsed(file: Path, again: str) -> Manifest:
         raise ArtifactError(
             f"{file}: expected a whole manifest, found one that is cut or edited ({reason[:120]}); {again}"
         ) from None
-    if manifest.checksum is None:
-        return manifest
-    bare = [name for name, listed in manifest.files.items() if listed.xxh3_128 is None]
-    if bare or _checksum(written) != manifest.checksum:
+    if manifest.checksum is not None and _checksum(written) != manifest.checksum:
         raise ArtifactError(f"{file}: expected the manifest as it was written, found one that was changed; {again}")
     return manifest
 
@@ -471,14 +482,22 @@ def damage(path: Path, manifest: Manifest, up_to: int | None = None, *, again: b
             yield f"{file}: expected a file that can be read, found {error}"
 
 
-def check_shards(found: Sequence[tuple[Manifest, Path]], kind: str) -> None:
-    """Check that shards, sorted by their `begin`, come from one run and cover every position once.
+def shards(folders: Sequence[Path], kind: str) -> list[tuple[Manifest, Path]]:
+    """Read the shards of one run, sorted by position: together they cover every position once.
 
     Raises:
-        ArtifactError: There is no shard, one is missing or given twice, or their settings or inputs differ.
+        ArtifactError: There is no shard, one is damaged, missing or given twice, or their settings or inputs differ.
     """
+    found = [(read(folder, kind), folder) for folder in folders]
     if not found:
         raise ArtifactError(f"{kind}: expected at least one shard, found none; run `memdec {kind}` first")
+    for manifest, folder in found:
+        places = [manifest.facts[name] for name in ("begin", "end", "positions")]
+        if not all(isinstance(place, int) for place in places) or not 0 <= places[0] <= places[1] <= places[2]:
+            raise ArtifactError(
+                f"{folder}: expected positions from 'begin' to 'end' of 'positions', found {places}; make it again"
+            )
+    found.sort(key=lambda item: int(item[0].facts["begin"]))
 
     def shared(manifest: Manifest) -> tuple[object, ...]:
         return manifest.version, {**manifest.settings, "shard": None}, manifest.inputs, manifest.facts["positions"]
@@ -500,6 +519,7 @@ def check_shards(found: Sequence[tuple[Manifest, Path]], kind: str) -> None:
             f"{kind}: expected shards up to position {found[0][0].facts['positions']}, found them up to {position}; give "
             "every shard once"
         )
+    return found
 
 
 def kind_of(path: Path) -> str | None:
