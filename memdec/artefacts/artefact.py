@@ -151,10 +151,10 @@ def file_digest(path: Path) -> str:
 
 def content_hash(path: Path) -> str:
     """xxh3_128 (hex) of a file: what manifests list, and what says whether two files are equal."""
-    found = xxhash.xxh3_128()
+    found, block = xxhash.xxh3_128(), memoryview(bytearray(2**18))
     with path.open("rb", buffering=0) as file:
-        while block := file.read(2**22):
-            found.update(block)
+        while n_bytes := file.readinto(block):
+            found.update(block[:n_bytes])
     return found.hexdigest()
 
 
@@ -396,7 +396,10 @@ def _tidy_up(path: Path) -> None:
 
 def _sync(path: Path, files: Sequence[Path]) -> None:
     """Write files and their folders through, so that a power failure leaves no manifest without its files."""
-    for place in (*(file for file in files if not file.is_symlink()), *sorted({file.parent for file in files} | {path})):
+    for place in (
+        *(file for file in files if not file.is_symlink()),
+        *sorted({file.parent for file in files} | {path}),
+    ):
         sync(place)
 
 

@@ -112,7 +112,7 @@ def _hash(path: Path, n_bytes: int) -> Any:
         with path.open("rb") as file:
             file.seek(_HEADER)
             while n_bytes:
-                block = file.read(min(n_bytes, 2**22))
+                block = file.read(min(n_bytes, 2**18))
                 found.update(block)
                 n_bytes -= len(block)
     return found

@@ -90,7 +90,9 @@ def run_tokens(tokenizer_folder: Path, corpus_folder: Path, out: Path) -> None:
 def load_stream(folder: Path, split: Split) -> NDArray[np.integer]:
     """Memory-mapped token stream of one split, shape (N,)."""
     facts = artefact.read(folder, "tokens", whole=True).facts
-    return arrays.load(folder / f"{split}.npy", facts.get("dtype", arrays.INTEGERS), (facts.get("tokens", {}).get(split),))
+    return arrays.load(
+        folder / f"{split}.npy", facts.get("dtype", arrays.INTEGERS), (facts.get("tokens", {}).get(split),)
+    )
 
 
 def load_tokenizer(
