@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What stands in one line knows nothing of its neighbours, and only of the lines before; `modeling` is a public name.
 ORDER = [
     ["errors"],
+    ["plain"],
     ["settings"],
     ["maths"],
     ["artefacts"],
@@ -27,6 +28,7 @@ ORDER = [
     ["modeling", "harness"],
     ["results"],
     ["cli"],
+    ["__main__"],
 ]
 LEVEL = {name: number for number, names in enumerate(ORDER) for name in names}
 
