@@ -303,12 +303,12 @@ class Config(Settings):
             wrong.append(f"targets.nprobe: {fault}")
         if self.index.opq and self.index.kind != "ivfpq":
             wrong.append(f"index.opq: expected false with index.kind {self.index.kind}, found true")
-        if (model := self.models.get(self.key_model)) is not None and self.index.kind == "ivfpq" and model.width:
-            if model.width % self.index.code_size:
-                wrong.append(
-                    f"index.code_size: expected a divisor of the key model's width ({model.width}), found "
-                    f"{self.index.code_size}"
-                )
+        model = self.models.get(self.key_model)
+        width = model.width if model is not None and self.index.kind == "ivfpq" else None
+        if width is not None and width % self.index.code_size:
+            wrong.append(
+                f"index.code_size: expected a divisor of the key model's width ({width}), found {self.index.code_size}"
+            )
         for domain in self.domains:
             most = self.corpora[domain].max_bytes.get("train") if domain in self.corpora else None
             if most is not None and self.targets.neighbours > most:

@@ -82,7 +82,7 @@ Seeds = Annotated[list[Seed], AfterValidator(each_once)]
 class Settings(BaseModel):
     """Base class of all settings: immutable; unknown keys and numbers that are not finite are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Compute(Settings):
