@@ -8,7 +8,7 @@ schema` generates that file from the classes here, and a test fails when it is o
 import copy
 import glob
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -319,6 +319,7 @@ class Config(Settings):
         return wrong
 
 
+DEFAULT = Path(__file__).resolve().parent.parent / "config" / "mini.yaml"  # where the package is checked out
 _FIELDS_ONLY = {"fields": "only"}  # validation context: without what concerns several sections
 
 
@@ -433,6 +434,13 @@ def read(*paths: Path) -> Any:
     return data
 
 
+def with_default(paths: Sequence[Path]) -> list[Path]:
+    """The files of a run: without a section 'models' they are laid over the default config, as the Snakefile does it."""
+    data = read(*paths)
+    is_overlay = isinstance(data, dict) and "models" not in data and DEFAULT.is_file()
+    return [DEFAULT, *paths] if is_overlay else list(paths)
+
+
 def checked(data: object, where: str) -> Config:
     """The config that plain data describe.
 
@@ -461,6 +469,12 @@ def faults(data: object) -> tuple[list[str], Config | None]:
         parts = _sound(data, error)
         return [*found, *references(data), *(parts.contradictions() if parts is not None else [])], parts
     return [*references(_entry(data)), *config.contradictions()], config
+
+
+def check(data: object) -> list[str]:
+    """Every fault of a config, and everything that it needs and this machine lacks, one line each."""
+    found, config = faults(data)
+    return [*dict.fromkeys(found), *(missing(config) if config is not None else [])]
 
 
 # What stands in for a field that a config must have and that has a fault.

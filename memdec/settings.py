@@ -146,7 +146,7 @@ class _Corpus(Settings):
 class DocstringCorpus(_Corpus):
     """Docstrings of installed packages. They are read with `ast`, without importing the packages."""
 
-    source: Literal["docstrings"]
+    source: Literal["docstrings"] = Field(description="kind of corpus")
     packages: Annotated[list[str], AfterValidator(each_once)] = Field(
         min_length=1, description="top-level packages; 'stdlib' is Python's own library"
     )
@@ -156,7 +156,7 @@ class DocstringCorpus(_Corpus):
 class FileCorpus(_Corpus):
     """Local .txt, .jsonl or .parquet files, optionally .gz or .xz compressed."""
 
-    source: Literal["files"]
+    source: Literal["files"] = Field(description="kind of corpus")
     path: Place | None = Field(
         None, description="file or glob; documents are split 84/6/10 by hash; ${NAME} is an environment variable"
     )
@@ -176,7 +176,7 @@ class FileCorpus(_Corpus):
 class HubCorpus(_Corpus):
     """A data set of the Hugging Face Hub, or a local folder in the same format."""
 
-    source: Literal["hub"]
+    source: Literal["hub"] = Field(description="kind of corpus")
     path: str = Field(description="data set id or local folder")
     config: str | None = Field(None, description="configuration name, e.g. wikitext-103-raw-v1")
     revision: str | None = Field(None, description="commit; pinned in the paper scale")
@@ -202,7 +202,7 @@ class TokenizerSpec(Settings):
     pretrained: Pretrained | None = Field(
         None, description="folder, Hub id, GGUF file, or GGUF file in a wheel; ${NAME} is an environment variable"
     )
-    revision: str | None = None
+    revision: str | None = Field(None, description="commit; pinned in the paper scale")
 
     @model_validator(mode="after")
     def _one_of(self) -> "TokenizerSpec":
@@ -320,7 +320,7 @@ class ModelSpec(Settings):
         description="number of layers of a model from scratch; with pretrained: keep only the first layers, this many "
         "(ours)",
     )
-    heads: PositiveInt | None = None
+    heads: PositiveInt | None = Field(None, description="attention heads; they share the width equally")
     corpus: Name | None = Field(None, description="corpus it is trained on")
     train: TrainSettings | None = None
     seed: Seed = Field(0, description="seed of a model from scratch: initial weights and order of the data")

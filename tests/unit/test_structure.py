@@ -27,6 +27,7 @@ ORDER = [
     ["training", "inference"],
     ["modeling", "harness"],
     ["results"],
+    ["options"],
     ["cli"],
     ["__main__"],
 ]
