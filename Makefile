@@ -19,6 +19,8 @@ TARGET ?= results/table3.csv
 CONFIG ?=
 FOLDER ?= .
 PROFILE ?= profiles/default
+# The recipe reads them as variables of the shell, so that none of their characters is taken for a command.
+export TARGET CONFIG FOLDER PROFILE
 
 .PHONY: install table3 repair smol test core mutants check bench bench-search bench-gpu report regression reference reference-smol ablations
 
@@ -39,8 +41,8 @@ table3: $(STAMP)
 # Makes again what a finished table has lost, and nothing else:
 #   make repair TARGET=results/table1.csv CONFIG='config/mini.yaml config/table1.yaml'
 repair: $(STAMP)
-	. $(BIN)/activate && workflow/repair.sh $(FOLDER) --workflow-profile $(PROFILE) \
-	  $(if $(CONFIG),--configfile $(CONFIG)) -- $(TARGET)
+	. $(BIN)/activate && set -f && workflow/repair.sh "$$FOLDER" --workflow-profile "$$PROFILE" \
+	  $(if $(CONFIG),--configfile $$CONFIG) -- $$TARGET
 
 # A real model of 135 M parameters from the package index; the work folder is build/smol.
 smol: $(STAMP)

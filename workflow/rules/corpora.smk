@@ -26,7 +26,7 @@ rule corpus:
         version=VERSIONS["corpus"],
     shell:
         "OMP_NUM_THREADS={threads} RAYON_NUM_THREADS={threads} memdec {params.command} {params.inputs} "
-        "{params.options} --overwrite --out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.options} --overwrite --out \"$(dirname {output.manifest:q})\" > {log:q} 2>&1"
 
 
 use rule corpus as tokenizer with:
@@ -75,5 +75,5 @@ use rule corpus as passages with:
         f"{BENCHMARK}/passages/{{tokenizer}}-{{domain}}.tsv"
     params:
         command="passages",
-        options=options(section("passages")),
+        options=lambda w: options(section("passages")),
         version=VERSIONS["passages"],

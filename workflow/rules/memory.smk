@@ -30,7 +30,7 @@ use rule finetune as index with:
         f"{BENCHMARK}/index/{{domain}}-{{seed}}-{{key}}.tsv"
     params:
         command="index",
-        options=f"{options(section('index'))} {DEVICE}",
+        options=lambda w: f"{options(section('index'))} {DEVICE}",
         version=VERSIONS["index"],
 
 
@@ -84,7 +84,7 @@ use rule corpus as adapt with:
         runtime=600,
     params:
         command="adapt-vocab",
-        options=lambda w: f"{options(section('adapt'))} --seed {w.seed}",
+        options=lambda w: f"{options(section('adapt'))} {words('--seed', w.seed)}",
         version=VERSIONS["adapt-vocab"],
 
 
