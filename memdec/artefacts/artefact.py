@@ -142,6 +142,12 @@ def _hashed(path: Path, inode: int, n_bytes: int, changed_ns: int) -> str:
     return content_hash(path)
 
 
+def hashed(path: Path) -> str:
+    """`content_hash` of a file, or of the file behind a link; computed once per process while the file is the same."""
+    there = path.stat()
+    return _hashed(path, there.st_ino, there.st_size, there.st_mtime_ns)
+
+
 def _checksum(said: Mapping[str, Any]) -> str:
     """Digest of a manifest's JSON without `checksum`; of `files` only the names, as the files speak for the rest."""
     return digest({**said, "checksum": None, "files": sorted(said["files"])})
