@@ -161,8 +161,8 @@ def content_hash(path: Path) -> str:
 _HASHES: dict[tuple[str | int, ...], str] = {}
 
 
-def _hashed(path: Path) -> str:
-    """`content_hash`, computed once per process while the file is the same."""
+def hashed(path: Path) -> str:
+    """`content_hash` of a file, or of the file behind a link; computed once per process while the file is the same."""
     now = path.stat()
     key = (str(path), now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
     if key not in _HASHES:
@@ -478,7 +478,7 @@ def damage(path: Path, manifest: Manifest, up_to: int | None = None, *, again: b
                 what = "no such file" if there is None else f"{there.st_size} bytes"
                 yield f"{file}: expected {listed.bytes} bytes, found {what}"
             elif listed.xxh3_128 is not None and (up_to is None or listed.bytes <= up_to):
-                found = content_hash(file) if again else _hashed(file)
+                found = content_hash(file) if again else hashed(file)
                 if found != listed.xxh3_128:
                     yield f"{file}: expected the content that was written (xxh3_128 {listed.xxh3_128}), found {found}"
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have

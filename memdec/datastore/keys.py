@@ -155,7 +155,7 @@ def run(
         raise ConfigError(
             f"datastore: expected shards 1 where keys are not stored, found {settings.shards}; shard the targets instead"
         )
-    source, base = artefact.read(stream, "tokens"), artefact.read(model_folder, "model")
+    source, base = artefact.read(stream, "tokens"), loading.known(model_folder, "model")
     tokens.check_same(source.facts["tokenizer_sha256"], base.facts["tokenizer_sha256"], f"{model_folder} with {stream}")
     inputs = {"model": base.recipe, "tokens": source.recipe}
     plain = {**settings.model_dump(mode="json"), "context": context, "stride": stride, "shard": shard}
@@ -308,7 +308,8 @@ class Datastore:
 
     def _source(self, kind: str) -> Path:
         path = (self.folder / str(self.facts[kind])).resolve()
-        if artefact.read(path, kind).recipe != self._inputs[kind]:
+        recipe = loading.known(path, kind).recipe if kind == "model" else artefact.read(path, kind).recipe
+        if recipe != self._inputs[kind]:
             raise ArtifactError(
                 f"{path}: expected the {kind} that {self.folder} was made from, found another one; run `memdec datastore` "
                 "again"

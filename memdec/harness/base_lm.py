@@ -27,7 +27,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from memdec.errors import ConfigError, ModelError, one_line_errors, outside
+from memdec.artefacts import sources
+from memdec.errors import ConfigError, one_line_errors
 from memdec.harness.scores import ScoreStore, TokenScores, request_key
 from memdec.harness.scoring import score_labels, score_stream, score_words
 from memdec.inference.systems import Parts, System
@@ -89,9 +90,11 @@ class WrappedLM(HFLM):
         self.system, self.weight, self.base_name = system, mixing.check_weight(weight), str(parts.base)
         self.n_cut = 0  # requests that were cut on the left
         pretrained = self.base_name
-        loading.check_folder(pretrained)
+        loading.check_folder(pretrained, kwargs.get("subfolder") or "", any_weights=True)
         self._spread = any(kwargs.get(key) for key in _ELSEWHERE)
-        given = {key: kwargs[key] for key in ("revision", "trust_remote_code", "device") if kwargs.get(key) is not None}
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # without a value transformers would ask
+        own = ("revision", "subfolder", "tokenizer", "trust_remote_code", "device")
+        given = {key: kwargs[key] for key in own if kwargs.get(key) is not None}
         dtype = str(kwargs.get("dtype") or "auto").removeprefix("torch.")
         self.parts = replace(parts, dtype=dtype, **given)
         system.check_parts(self.parts)
@@ -113,15 +116,34 @@ class WrappedLM(HFLM):
         """The context of the memory in tokens; None if there is no memory or it is unknown."""
         if self.parts.memory is None:
             return None
-        return loading.n_positions(loading.config(self.parts.memory, self.parts.memory_revision))
+        trust = self.parts.trust_remote_code
+        memory = loading.config(self.parts.memory, self.parts.memory_revision, trust_remote_code=trust)
+        return loading.n_positions(memory)
 
     # --- the models, when they are needed ---------------------------------------------------------------------------
 
     def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         """Delay loading the base: with stored scores it may not be needed."""
-        self._load_base = partial(super()._create_model, pretrained, *args, **kwargs)
+        self._load_base = partial(self._checked_base, pretrained, *args, **kwargs)
         # The attributes that the constructor of `hf` uses.
         self._model = SimpleNamespace(to=lambda *_: None, config=self.config)
+
+    def _checked_base(self, pretrained: str, *args: Any, peft: str | None = None, **kwargs: Any) -> None:
+        """Load the base as `hf` does, but check the report of every load, and do not resize the vocabulary for peft."""
+        delta, kind = kwargs.get("delta"), self.AUTO_MODEL_CLASS
+        if peft and delta:
+            raise ConfigError("peft, delta: expected one of them, found both; leave one out of --model_args")
+        if delta:
+            where = {name: kwargs.get(name) for name in ("subfolder", "trust_remote_code") if kwargs.get(name)}
+            loading.check_delta(pretrained, delta, kwargs.get("revision"), **where)
+        # `hf` calls `from_pretrained` of this class for base and delta.
+        self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=partial(loading.from_pretrained, kind))
+        try:
+            super()._create_model(pretrained, *args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = kind
+        if peft:
+            self._model = loading.adapted(self._model, peft, revision=kwargs.get("revision"))
 
     def _load(self) -> None:
         """Load base and memory when the first request needs them; errors in the requests show before that."""
@@ -165,12 +187,14 @@ class WrappedLM(HFLM):
     def _store(self, folder: str | None, kwargs: dict[str, Any]) -> ScoreStore | None:
         if folder is None and not self.remembers:
             return None
-        named: dict[str, tuple[str | None, str | None]] = {
-            "base": (self.base_name, kwargs.get("revision")),
-            "peft": (kwargs.get("peft"), None),
-            "delta": (kwargs.get("delta"), None),
+        named: dict[str, tuple[Any, str | None]] = {
+            "peft": (kwargs.get("peft"), kwargs.get("revision")),
+            "delta": (kwargs.get("delta"), kwargs.get("revision")),
         }
-        setting = {key: model_identity(name, revision) for key, (name, revision) in named.items() if name}
+        base = model_identity(self.base_name, kwargs.get("revision"), kwargs.get("subfolder") or "")
+        setting = {"base": base} | {key: model_identity(*where) for key, where in named.items() if where[0]}
+        if isinstance(kwargs.get("tokenizer"), str):
+            setting["tokenizer"] = model_identity(kwargs["tokenizer"], kwargs.get("revision"), weights=False)
         numbers = {key: str(value) for key, value in kwargs.items() if key not in (*named, *_NO_NUMBERS)}
         return ScoreStore(
             Path(folder) if folder is not None else None, setting | self.system.second(self.parts) | numbers
@@ -468,7 +492,7 @@ class WrappedLM(HFLM):
 
 
 def _loading(name: str) -> AbstractContextManager[None]:
-    return outside(ModelError, name, "a causal LM", "check the path or the network")
+    return sources.reading(name, "a causal LM")
 
 
 def _kept(batch: list[list[Item]]) -> int:

@@ -195,16 +195,15 @@ def check_numbers(retriever: Passages, limit: int | None, *, query: int, every: 
     return size
 
 
-def check_folders(base: str | Path, passages: Path, settings: RetrievalSettings) -> Passages:
+def check_folders(base: str | Path, words: Any, config: Any, passages: Path, settings: RetrievalSettings) -> Passages:
     """Check that passages fit the base, and return them; loads no weights.
 
     Raises:
         ArtifactError: The passages are incomplete, or were made with another tokenizer.
         ConfigError: The passages leave no room for text.
-        ModelError: The base cannot be found.
     """
-    retriever, words = Passages(passages), tokens.load_tokenizer(str(base))
+    retriever = Passages(passages)
     tokens.check_same(tokens.fingerprint(words), retriever.facts["tokenizer_sha256"], f"{base} with {passages}")
-    limit = loading.n_positions(loading.config(base))
+    limit = loading.n_positions(config)
     check_numbers(retriever, limit, query=settings.query, every=settings.every, context=None)
     return retriever

@@ -24,6 +24,7 @@ from memdec.datastore.keys import Datastore
 from memdec.errors import ArtifactError, NumericsError
 from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, last_positions, shared_vocabulary
 from memdec.maths import kernels, mixing
+from memdec.models import loading
 from memdec.models.keypoints import KeyPoint
 from memdec.settings import KnnLMSettings, parse
 from memdec.text import tokens
@@ -184,22 +185,20 @@ class KnnLMForCausalLM(Wrapper):
 
 
 def check_folders(
-    base: str | Path, datastore: Path | Sequence[Path], index_folder: Path, settings: KnnLMSettings
+    base: str | Path, words: Any, datastore: Path | Sequence[Path], index_folder: Path, settings: KnnLMSettings
 ) -> Datastore:
     """Check that base, keys, index and settings match, and return the datastore; loads no weights.
 
     Raises:
         ArtifactError: They do not match, or one of them is incomplete.
         ConfigError: A setting is out of its range.
-        ModelError: The base has no tokenizer.
     """
     store = Datastore(datastore)
     store.require_stored()
     search.check(store, index_folder, settings)
-    words = tokens.load_tokenizer(str(base))
     tokens.check_same(tokens.fingerprint(words), store.facts["tokenizer_sha256"], f"{base} with {store.folder}")
     # A model that is not an artefact has no recipe; its weights are compared when it is loaded.
-    if artefact.kind_of(Path(base)) == "model" and artefact.read(Path(base), "model").recipe != store.model:
+    if artefact.kind_of(Path(base)) == "model" and loading.known(base, "model").recipe != store.model:
         raise ArtifactError(
             f"{store.folder}: expected keys of {base}, found those of another model; run `memdec datastore` with this one"
         )

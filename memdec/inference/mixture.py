@@ -46,7 +46,8 @@ class MemDecForCausalLM(Wrapper):
     def __init__(self, config: MemDecConfig, base: Any | None = None, memories: Sequence[Any] | None = None) -> None:
         if base is None:
             base, *memories = (
-                AutoModelForCausalLM.from_config(config.part_config(i)) for i in range(len(config.parts))
+                AutoModelForCausalLM.from_config(config.part_config(i), trust_remote_code=False)
+                for i in range(len(config.parts))
             )
         super().__init__(config, base)
         memories = list(memories or ())
@@ -89,6 +90,7 @@ class MemDecForCausalLM(Wrapper):
         memory_dtype: str | None = None,
         device_map: Any | None = None,
         memory_device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> "MemDecForCausalLM":
         """Load base and memories (folders or Hub ids) and check that their tokenizers are the same.
@@ -102,6 +104,7 @@ class MemDecForCausalLM(Wrapper):
             memory_dtype: Number type of the memories' weights; default as the base.
             device_map: Devices of the base, as in `from_pretrained` ("auto": spread over all GPUs).
             memory_device: Device of the memories; default the base's (first) device.
+            trust_remote_code: Whether base and memories may run code from their repositories.
             kwargs: Passed on to the base's `from_pretrained`.
 
         Raises:
@@ -109,16 +112,17 @@ class MemDecForCausalLM(Wrapper):
             ResourceError: The memories do not fit on their device.
         """
         commits = list(revisions or [None] * (1 + len(memories)))
-        words = tokens.load_tokenizer(str(base), commits[0])
+        trust, inside = {"trust_remote_code": trust_remote_code}, kwargs.get("subfolder") or ""
+        words = tokens.load_tokenizer(str(base), commits[0], subfolder=inside, **trust)
         for name, commit in zip(memories, commits[1:], strict=True):
-            tokens.check_same_ids(words, tokens.load_tokenizer(str(name), commit), f"{base} with {name}")
+            tokens.check_same_ids(words, tokens.load_tokenizer(str(name), commit, **trust), f"{base} with {name}")
         if device_map is not None:
             kwargs["device_map"] = device_map
-        lm = load(base, dtype=dtype, revision=commits[0], **kwargs)
+        lm = load(base, dtype=dtype, revision=commits[0], **trust, **kwargs)
         place = torch.device(memory_device) if memory_device is not None else next(lm.parameters()).device
         small = []
         for name, commit in zip(memories, commits[1:], strict=True):
-            model = load(name, dtype=memory_dtype or dtype, revision=commit)
+            model = load(name, dtype=memory_dtype or dtype, revision=commit, **trust)
             small.append(placed(model, place, str(name)))
         mixture = cls.from_models(lm, small, weights, n_vocab=len(words))
         mixture._tokenizer = words
@@ -166,6 +170,7 @@ class MemDecForCausalLM(Wrapper):
         memory_dtype: str | torch.dtype | None = None,
         device_map: Any | None = None,
         memory_device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> "MemDecForCausalLM":
         """Load a mixture that `save_pretrained` wrote, from a folder or the Hub; arguments as for `from_parts`."""
@@ -186,7 +191,14 @@ class MemDecForCausalLM(Wrapper):
             )
             wanted = (dtype if index == 0 else memory_dtype or dtype) or "auto"
             place = {"device_map": device_map} if index == 0 and device_map is not None else {}
-            model = load(part.get("path", name), dtype=wanted, **where, **place, **known)
+            model = load(
+                part.get("path", name),
+                dtype=wanted,
+                trust_remote_code=bool(trust_remote_code),
+                **where,
+                **place,
+                **known,
+            )
             if index:
                 device = torch.device(memory_device) if memory_device is not None else loaded[0].device
                 model = placed(model, device, f"memory {index - 1} of {name}")

@@ -30,6 +30,7 @@ from memdec.harness.baselines import of_system
 from memdec.harness.scores import TokenScores
 from memdec.inference.systems import SYSTEMS, Parts
 from memdec.maths import mixing, statistics
+from memdec.models import loading
 from memdec.settings import (
     AUTO,
     DEFAULT_MEMORY,
@@ -101,7 +102,8 @@ def run(
         dtype=devices.precision(compute),
         device=str(devices.pick(compute)),
     )
-    inputs = {"base": artefact.read(base, "model").recipe, "corpus": text.recipe}
+    source = loading.known(base, "model")
+    inputs = {"base": source.recipe, "corpus": text.recipe}
     others = {folder.name: artefact.read(folder, "corpus") for folder in also}
     inputs |= {f"also {name}": manifest.recipe for name, manifest in others.items()}
     inputs |= _made_of(parts, corpus, text)
@@ -126,9 +128,8 @@ def run(
             artefact.write_json(out / FORGETTING, [record for record in records if record["on"] != corpus.name])
         # Hashes of all text that the numbers depend on: the scored corpora and the base's training corpus.
         known = {corpus.name: text.facts["sha256"]} | {name: other.facts["sha256"] for name, other in others.items()}
-        lineage = artefact.read(base, "model").facts
-        if "corpus" in lineage:
-            known[Path(lineage["corpus"]).name] = lineage["corpus_sha256"]
+        if "corpus" in source.facts:
+            known[Path(source.facts["corpus"]).name] = source.facts["corpus_sha256"]
         build.facts.update(methods=[record["method"] for record in records], corpora_sha256=known)
 
 
@@ -156,8 +157,10 @@ def _made_of(parts: Parts, corpus: Path, text: artefact.Manifest) -> dict[str, s
 
 
 def _trained_on(folder: Path, kind: str, corpus: Path, text: artefact.Manifest) -> str:
-    """Check that an artefact was made from the corpus, and return its recipe."""
-    manifest = artefact.read(folder, kind)
+    """Check that an artefact was made from the corpus, and return its recipe; a plain folder says nothing about that."""
+    if kind in ("model", "memory", "lora") and not loading.is_artefact(folder):
+        return loading.model_identity(folder)
+    manifest = artefact.read(folder, kind, whole=kind in ("model", "memory", "lora"))
     if manifest.facts.get("corpus_sha256") != text.facts["sha256"]:
         raise ArtifactError(f"{folder}: expected {kind} made from {corpus}, found one from other text; check the paths")
     return manifest.recipe

@@ -19,7 +19,12 @@ FEWSHOT_SEED = 1234  # lm-eval's default
 def tokenizer(metadata: Mapping[str, Any]) -> Any:
     """The tokenizer of the evaluated model; a task's metadata contains `--model_args` and `--metadata`."""
     name = metadata.get("tokenizer") or metadata.get("pretrained") or PAPER_BASE
-    return tokens.load_tokenizer(str(name), metadata.get("revision"))
+    return tokens.load_tokenizer(
+        str(name),
+        metadata.get("revision"),
+        subfolder=metadata.get("subfolder") or "",
+        trust_remote_code=bool(metadata.get("trust_remote_code")),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from memdec.artefacts import arrays, artefact, sources
-from memdec.errors import ArtifactError, ConfigError, CorpusError, ModelError, outside
+from memdec.errors import ArtifactError, ConfigError, CorpusError, ModelError
 from memdec.settings import SPLITS, Split, TokenizerSpec
 from memdec.text import corpora
 
@@ -37,7 +37,13 @@ def run_tokenizer(spec: TokenizerSpec, out: Path, corpus_folders: Sequence[Path]
         raise ConfigError(
             f"{out}: expected {len(spec.train_on)} corpus folders (train_on), found {len(corpus_folders)}"
         )
-    with artefact.building(out, "tokenizer", spec, inputs) as build:
+    plain = spec.model_dump(mode="json")
+    if isinstance(spec.pretrained, str):  # known by its content; a wheel has its hash in the settings
+        plain["pretrained"] = None
+        inputs["pretrained"] = sources.identity(
+            spec.pretrained, spec.revision, weights=sources.is_gguf(spec.pretrained)
+        )
+    with artefact.building(out, "tokenizer", plain, inputs) as build:
         if build is None:
             return
         if spec.pretrained is not None:
@@ -96,20 +102,25 @@ def load_stream(folder: Path, split: Split) -> NDArray[np.integer]:
 
 
 def load_tokenizer(
-    name: str, revision: str | None = None, *, trust_remote_code: bool = False, gguf_file: str | None = None
+    name: str,
+    revision: str | None = None,
+    *,
+    subfolder: str = "",
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> Any:
     """Load a fast tokenizer from a folder or Hub id.
 
     Raises:
-        ModelError: There is no tokenizer, or it has no EOS token.
+        ModelError: There is no tokenizer, it has no EOS token, or it needs code of its repository that is not trusted.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    with outside(ModelError, name, "a tokenizer folder or Hub id", "check the path or the network"):
-        gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **gguf)
+    more = {"gguf_file": gguf_file, "subfolder": subfolder}
+    with sources.reading(name, "a tokenizer folder or Hub id"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, **{k: v for k, v in more.items() if v}
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{name}: expected a tokenizer with an EOS token, found none; set eos_token in tokenizer_config.json"
