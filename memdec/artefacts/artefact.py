@@ -46,9 +46,9 @@ SMALL = 64 * 2**20  # bytes up to which every reader checks the content of a fil
 # Version of each kind of artefact, or of each stage if several stages make one kind. Raise it when the same settings
 # and inputs give another result. It is part of the recipe, so artefacts of the old code are made again from the start.
 VERSIONS = {
-    "corpus": 1,
+    "corpus": 2,
     "tokenizer": 1,
-    "tokens": 1,
+    "tokens": 2,
     "model": 2,
     "finetune": 2,
     "adapt-vocab": 1,

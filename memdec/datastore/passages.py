@@ -75,7 +75,10 @@ def _end_of_document(stream: Path, source: artefact.Manifest, ids: NDArray[np.in
         raise ArtifactError(
             f"{folder}: expected the corpus that {stream} was made from, found another one; run `memdec tokens` again"
         )
-    return int(ids[-1]) if corpus.facts["separator"] == "eos" else None  # every document ends so
+    # Token streams of earlier versions do not name the token, but every document ends with it.
+    last = int(ids[-1]) if corpus.facts["separator"] == "eos" else None
+    end: int | None = source.facts.get("end", last)
+    return end
 
 
 def cut(
