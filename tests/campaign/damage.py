@@ -26,14 +26,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+os.environ["OMP_NUM_THREADS"] = os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 from making import CONTEXT, made_text, spec
 
-from memdec import cli
 from memdec import config as cfg
 from memdec.artefacts import artefact, doctor
 from memdec.datastore import index, passages, search, targets, teacher
@@ -594,7 +595,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run only the cases whose name has these words")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    cli.app  # noqa: B018 - the modules of the command line are part of what is loaded before the first fork
     with tempfile.TemporaryDirectory(prefix="damage-") as scratch_folder:
         world, begun = Path(scratch_folder) / "world", time.monotonic()
         world.mkdir()
