@@ -9,18 +9,22 @@ folder=$1
 shift
 root=$(cd "$(dirname "$0")/.." && pwd)
 
-# A Snakemake process works in its --directory. Of other users only the command line can be read: such a process counts.
+# A Snakemake process works in its --directory, and its user owns its locks. The folder of another user's process cannot
+# be read: that process counts if a lock is its user's.
 is_free() {
-  python3 - "$folder" <<'PYTHON'
+  python3 - "$folder" "$locks" <<'PYTHON'
 import os, sys
 import psutil
 
 folder, me = os.path.realpath(sys.argv[1]), psutil.Process()
 ours = {me.pid, *(each.pid for each in me.parents())}
+owners = {lock.stat().st_uid for lock in os.scandir(sys.argv[2])}
 for process in psutil.process_iter():
     try:
         words = process.cmdline()
-        if process.pid in ours or not any(os.path.basename(word) == "snakemake" for word in words):
+        if process.pid in ours or process.uids().effective not in owners:
+            continue
+        if not any(os.path.basename(word) == "snakemake" for word in words):
             continue
         if process.status() != psutil.STATUS_ZOMBIE and os.path.realpath(process.cwd()) == folder:
             sys.exit(1)

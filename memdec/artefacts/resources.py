@@ -15,11 +15,11 @@ import psutil
 from memdec.errors import MemDecError, ResourceError, reason
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How libraries in other languages say it: Rust (safetensors, tokenizers), Arrow, and torch's writer of archives, which
-# gives no reason.
+# How libraries in other languages say it: Rust (safetensors, tokenizers) and Arrow. Torch's writer of archives and NumPy's
+# of arrays give no reason.
 _SAID = re.compile(
     rf"{'|'.join(re.escape(os.strerror(number)) for number in _FULL)}|os error ({'|'.join(map(str, _FULL))})\b"
-    "|PytorchStreamWriter failed|inline_container",
+    r"|PytorchStreamWriter failed|inline_container|\d+ requested and \d+ written",
     re.IGNORECASE,
 )
 

@@ -259,6 +259,8 @@ class Datastore:
         plain = {name: value for name, value in first.settings.items() if name not in _NOT_SETTINGS}
         self.facts, self.settings = first.facts, parse(DatastoreSettings, plain, f"{self.folder}")
         self.n, self.width, self.recipe = first.facts["positions"], first.facts["width"], first.facts["keys_recipe"]
+        if not isinstance(self.width, int):
+            raise ArtifactError(f"{self.folder}: expected a width, found {self.width}; run `memdec datastore` again")
         self.model = first.inputs["model"]
         if self.n >= kernels.NOBODY:
             raise ConfigError(f"{self.folder}: expected fewer than {kernels.NOBODY} positions, found {self.n}")

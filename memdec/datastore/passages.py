@@ -140,6 +140,12 @@ class Passages:
         self._edges = arrays.load(folder / "edges.npy", np.int64, (self.facts["passages"] + 1,))
         with outside(ArtifactError, folder, "an index of bm25s", "run `memdec passages` again"):
             self._index = bm25s.BM25.load(folder, mmap=True, allow_pickle=False, load_vocab=False)
+            n_vocab = len(self._index.scores["indptr"]) - 1
+        if n_vocab != self.facts["vocab_size"]:
+            raise ArtifactError(
+                f"{folder}: expected an index of {self.facts['vocab_size']} tokens, found one of {n_vocab}; run `memdec passages` "
+                "again"
+            )
         self._remembered = lru_cache(_REMEMBERED)(self._best)
 
     def best(self, query: Sequence[int]) -> list[int]:
