@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,7 @@ def stage(
         def command(**values: Any) -> None:
             from memdec.artefacts import devices
 
+            begin = time.time()
             _limit_threads()
             arguments = {p.name: values.pop(p.name) for p in own}
             _check_numbers(arguments)
@@ -138,7 +140,7 @@ def stage(
             with devices.one_line_when_full(f"memdec {name}", arguments.get("settings")):
                 function(**arguments)
             if name in NEXT and "out" in arguments:
-                options.wrote(arguments["out"], NEXT[name])
+                options.wrote(arguments["out"], NEXT[name], begin)
 
         made = [*own, *options.of_fields(typed.values()), *of_entry]
         command.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
@@ -698,6 +700,8 @@ def data_verify(
     from memdec.tasks import fetch
 
     folder = _data_folder(folder, "FOLDER")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: expected a folder with files of tasks, found none; make it with `memdec data fetch`")
     _show_files(fetch.verify(folder, task), bool(task), as_json)
     _say(f"verified {folder}. Next: export MEMDEC_DATA={shlex.quote(str(folder))}; lm_eval --tasks ...")
 
@@ -713,7 +717,7 @@ def _show_files(found: list[Any], all_needed: bool, as_json: bool) -> None:
 
     wrong = fetch.wrong(found, all_needed)
     files = [
-        {"file": each.file.name, "rows": each.rows, "status": each.status, "commit": each.commit} for each in found
+        {"file": each.file.file, "rows": each.rows, "status": each.status, "commit": each.commit} for each in found
     ]
     _print(fetch.shown(found), {"ok": not wrong, "files": files} if as_json else None)
     if wrong:
