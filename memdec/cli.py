@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -124,6 +125,7 @@ def stage(
         def command(**values: Any) -> None:
             from memdec.artefacts import artefact, devices
 
+            begin = time.time()
             _limit_threads()
             replaces = values.pop("overwrite", False)
             arguments = {p.name: values.pop(p.name) for p in own}
@@ -144,7 +146,7 @@ def stage(
             ):
                 function(**arguments)
             if name in NEXT and "out" in arguments:
-                options.wrote(arguments["out"], NEXT[name])
+                options.wrote(arguments["out"], NEXT[name], begin)
 
         made = [*own, *options.of_fields(typed.values()), *of_entry]
         made += [_OVERWRITE] if any(p.name == "out" for p in own) else []
@@ -713,6 +715,8 @@ def data_verify(
     from memdec.tasks import fetch
 
     folder = _data_folder(folder, "FOLDER")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: expected a folder with files of tasks, found none; make it with `memdec data fetch`")
     _show_files(fetch.verify(folder, task), bool(task), as_json)
     _say(f"verified {folder}. Next: export MEMDEC_DATA={shlex.quote(str(folder))}; lm_eval --tasks ...")
 
@@ -728,7 +732,7 @@ def _show_files(found: list[Any], all_needed: bool, as_json: bool) -> None:
 
     wrong = fetch.wrong(found, all_needed)
     files = [
-        {"file": each.file.name, "rows": each.rows, "status": each.status, "commit": each.commit} for each in found
+        {"file": each.file.file, "rows": each.rows, "status": each.status, "commit": each.commit} for each in found
     ]
     _print(fetch.shown(found), {"ok": not wrong, "files": files} if as_json else None)
     if wrong:

@@ -200,12 +200,20 @@ _FACTS = (
 _FACTS += ("valid_perplexity", "methods")
 
 
-def wrote(out: Path, following: str) -> None:
-    """Say on standard error what a command wrote and what comes next; of several processes only the first says it."""
+def wrote(out: Path, following: str, since: float = 0) -> None:
+    """Say on standard error what a command wrote and what comes next; of several processes only the first says it.
+
+    Args:
+        out: The file or folder.
+        following: The next command; `{out}` in it is `out`.
+        since: When the command began (`time.time()`); what is older was found finished.
+    """
     if os.environ.get("RANK", "0") != "0" or not out.exists():
         return
+    last = out / artefact.MANIFEST if out.is_dir() else out
+    verb = "wrote" if not last.exists() or last.stat().st_mtime >= since - 0.01 else "found finished:"
     about = _about(out) if out.is_dir() else ""
-    print(f"wrote {out}{about}. Next: {following.format(out=shlex.quote(str(out)))}", file=sys.stderr)
+    print(f"{verb} {out}{about}. Next: {following.format(out=shlex.quote(str(out)))}", file=sys.stderr)
 
 
 def _about(folder: Path) -> str:
@@ -215,7 +223,11 @@ def _about(folder: Path) -> str:
     facts = json.loads((folder / artefact.MANIFEST).read_text(encoding="utf-8")).get("facts") or {}
     if "splits" in facts:
         facts["documents"] = {split: each["documents"] for split, each in facts["splits"].items()}
-    shown = [f"{name.replace('_', ' ')}: {_shown(facts[name])}" for name in _FACTS if facts.get(name) is not None]
+    shown = [
+        f"{name.replace('_', ' ')}: {_shown(facts[name])}"
+        for name in _FACTS
+        if not isinstance(facts.get(name), str | None)
+    ]
     return f" ({'; '.join([kind, *shown[:3]])})"
 
 

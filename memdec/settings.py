@@ -543,7 +543,7 @@ def _described(item: Any, names: list[str], parent: Any) -> str:
     place, text = ".".join(names) or "(top)", item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         field = re.match(r"(\w+): expected", text)  # a validator of several fields names the one that is wrong
-        return f"{place}.{text}" if field and names else f"{place}: {text}"
+        return f"{'.'.join([*names, ''])}{text}" if field else f"{place}: {text}"
     if item["type"] == "missing":
         return f"{place}: {text}"
     if item["type"] == "union_tag_not_found":
