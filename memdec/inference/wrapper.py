@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     Cache,
     GenerationMixin,
@@ -48,7 +49,10 @@ class MemDecConfig(PreTrainedConfig):
     def part_config(self, index: int) -> Any:
         """Configuration of one model: 0 is the base."""
         plain = dict(self.parts[index]["config"])
-        return AutoConfig.for_model(plain.pop("model_type"), **plain)
+        kind = plain.pop("model_type")
+        if kind not in CONFIG_MAPPING:  # of code of a repository, which is not asked for again
+            return PreTrainedConfig(**plain)
+        return AutoConfig.for_model(kind, **plain)
 
     @property
     def max_position_embeddings(self) -> int:
