@@ -136,6 +136,8 @@ class WrappedLM(HFLM):
         if delta:
             where = {name: kwargs.get(name) for name in ("subfolder", "trust_remote_code") if kwargs.get(name)}
             loading.check_delta(pretrained, delta, kwargs.get("revision"), **where)
+        for folder, inside in ((pretrained, kwargs.get("subfolder") or ""), *([(delta, "")] if delta else [])):
+            loading.check_folder(folder, inside, any_weights=True, whole=True)
         # `hf` calls `from_pretrained` of this class for base and delta.
         self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=partial(loading.from_pretrained, kind))
         try:

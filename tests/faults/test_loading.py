@@ -1,7 +1,10 @@
 """Faults of loading: weights that are missing, models known by their path, code of a repository, generation settings."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from making import CONTEXT
+from making import CONTEXT, made_text
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Model
 from transformers.utils import logging as transformers_logging
@@ -347,6 +350,48 @@ def test_replaced_weights_behind_a_link_are_noticed(
     moved = plain(base_folder, tmp_path / "elsewhere")
     loading.run_pretrained(spec.model_copy(update={"pretrained": str(moved)}), tokenizer_folder, tmp_path / "other")
     assert artefact.read(tmp_path / "other", "model").recipe == first
+
+
+@pytest.mark.slow
+def test_snakemake_notices_a_replaced_source(base_folder: Path, tmp_path: Path) -> None:
+    source = plain(base_folder, tmp_path / "source")
+    entry = f"{{family: t, tokenizer: bpe, pretrained: {source}}}"
+    (tmp_path / "text.txt").write_text(made_text(250, 0))
+    (tmp_path / "my.yaml").write_text(
+        f"""
+scale: tiny
+seeds: [0]
+context: {CONTEXT}
+stride: 16
+tokenizers:
+  bpe: {{pretrained: {source}}}
+corpora:
+  made: {{source: files, path: {tmp_path}/text.txt, min_bytes: 200}}
+models:
+  g: {entry}
+domains: [made]
+key_model: g
+memory_model: g
+"""
+    )
+    root = Path(loading.__file__).parents[2]
+    target = "results/tiny/models/g/manifest.json"
+
+    def snakemake(*options: str) -> str:
+        command = [sys.executable, "-m", "snakemake", "-s", str(root / "Snakefile"), "--directory", str(tmp_path)]
+        command += ["--cores", "1", "--configfile", str(tmp_path / "my.yaml"), *options, "--", target]
+        where = {**os.environ, "PYTHONPATH": str(root), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=where)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    snakemake()
+    first = artefact.read(tmp_path / target.removesuffix("/manifest.json"), "model").recipe
+    assert "Nothing to be done" in snakemake("-n")
+    bent(source, 1)
+    snakemake()
+    assert artefact.read(tmp_path / target.removesuffix("/manifest.json"), "model").recipe != first
+    assert "Nothing to be done" in snakemake("-n")
 
 
 def test_a_tokenizer_is_known_by_its_content(base_folder: Path, tmp_path: Path) -> None:
