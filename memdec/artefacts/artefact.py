@@ -59,7 +59,7 @@ VERSIONS = {
     "targets": 2,
     "teacher": 1,
     "passages": 1,
-    "evaluation": 3,
+    "evaluation": 4,
     "cases": 1,
     "latency": 1,
     "sweep": 1,

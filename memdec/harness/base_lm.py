@@ -136,6 +136,8 @@ class WrappedLM(HFLM):
         if delta:
             where = {name: kwargs.get(name) for name in ("subfolder", "trust_remote_code") if kwargs.get(name)}
             loading.check_delta(pretrained, delta, kwargs.get("revision"), **where)
+        for folder, inside in ((pretrained, kwargs.get("subfolder") or ""), *([(delta, "")] if delta else [])):
+            loading.check_folder(folder, inside, any_weights=True, whole=True)
         # `hf` calls `from_pretrained` of this class for base and delta.
         self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=partial(loading.from_pretrained, kind))
         try:
@@ -149,16 +151,16 @@ class WrappedLM(HFLM):
         """Load base and memory when the first request needs them; errors in the requests show before that."""
         if self._load_base is None:
             return
-        load_base, self._load_base = self._load_base, None
         start = time.perf_counter()
         if not self._spread:  # if the base is spread, its share of each device is unknown
             self.system.check_room(replace(self.parts, device=str(self._device)))
         with _loading(self.base_name):
-            load_base()
+            self._load_base()
         base: Any = self._model
         if not getattr(base, "hf_device_map", None):
             base.to(self._device)
         self._model = self.system.wrap(base.eval(), self.parts, len(self.tokenizer))
+        self._load_base = None  # not before: after an error nothing is loaded
         if self.system.weight is not None:
             self._model.set_weight(self.weight)
         log.info("loaded %s in %.1f s", self.base_name, time.perf_counter() - start)

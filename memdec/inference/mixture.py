@@ -51,7 +51,7 @@ class MemDecForCausalLM(Wrapper):
             )
         super().__init__(config, base)
         memories = list(memories or ())
-        self.n_vocab = config.n_vocab = shared_vocabulary([base, *memories], config.n_vocab)
+        self.n_vocab = shared_vocabulary([base, *memories], config.n_vocab)
         self.memories = nn.ModuleList(memories)
         self.set_weights(config.weights)
         self._layers = [len(DynamicCache(config=model.config).layers) for model in (base, *memories)]
@@ -149,7 +149,7 @@ class MemDecForCausalLM(Wrapper):
             else:
                 model.save_pretrained(folder / _folder(index), **kwargs)
             parts.append(part)
-        saved = MemDecConfig(parts=parts, weights=self.config.weights, n_vocab=self.n_vocab)
+        saved = MemDecConfig(parts=parts, weights=self.config.weights, n_vocab=self.config.n_vocab)
         saved.architectures = [type(self).__name__]
         saved.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)

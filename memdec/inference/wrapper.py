@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     Cache,
     GenerationMixin,
@@ -28,7 +29,7 @@ class MemDecConfig(PreTrainedConfig):
         parts: One dictionary for the base, then one for each memory. It holds `config` (the configuration of that
             model, as a dictionary with `model_type`) and, if the weights are saved elsewhere, `path` and `revision`.
         weights: Weight of each memory; the base has the rest to 1.
-        n_vocab: Size of the shared vocabulary.
+        n_vocab: Vocabulary size of the tokenizer, which every output head must cover.
     """
 
     model_type = "memdec"
@@ -48,7 +49,10 @@ class MemDecConfig(PreTrainedConfig):
     def part_config(self, index: int) -> Any:
         """Configuration of one model: 0 is the base."""
         plain = dict(self.parts[index]["config"])
-        return AutoConfig.for_model(plain.pop("model_type"), **plain)
+        kind = plain.pop("model_type")
+        if kind not in CONFIG_MAPPING:  # of code of a repository, which is not asked for again
+            return PreTrainedConfig(**plain)
+        return AutoConfig.for_model(kind, **plain)
 
     @property
     def max_position_embeddings(self) -> int:
@@ -59,12 +63,10 @@ class MemDecConfig(PreTrainedConfig):
         return int(min(known))
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
-        """The base's text config with the shared vocabulary; `generate` reads layers and special tokens from it."""
+        """The base's text config; `generate` reads layers, vocabulary and special tokens from it."""
         if not self.parts:
             return self
-        config = self.part_config(0).get_text_config(decoder=decoder, encoder=encoder)
-        config.vocab_size = self.n_vocab or config.vocab_size
-        return config
+        return self.part_config(0).get_text_config(decoder=decoder, encoder=encoder)
 
 
 class Wrapper(PreTrainedModel, GenerationMixin):
@@ -159,18 +161,21 @@ def last_positions(n: int, keep: int) -> int | Tensor:
 
 
 def shared_vocabulary(models: Sequence[Any], n_vocab: int | None) -> int:
-    """Size of the shortest output head; it is the shared vocabulary, as some model families pad their heads.
+    """Rows of the base's output head, which is the vocabulary of a mixture.
+
+    Some families pad their heads. The base is normalised over all of its rows, as it is alone, and so every system
+    around one base is normalised over the same entries (`mixing.in_vocabulary`).
 
     Args:
-        models: Causal LMs.
+        models: Causal LMs, the base first.
         n_vocab: Vocabulary size of the tokenizer, only to check that every head covers it.
 
     Raises:
         ModelError: A head has fewer than `n_vocab` tokens.
     """
-    shortest = min(int(model.get_output_embeddings().weight.shape[0]) for model in models)
-    if n_vocab is not None and n_vocab > shortest:
+    rows = [int(model.get_output_embeddings().weight.shape[0]) for model in models]
+    if n_vocab is not None and n_vocab > min(rows):
         raise ModelError(
-            f"expected output heads of at least {n_vocab} tokens, found {shortest}; use models of one tokenizer"
+            f"expected output heads of at least {n_vocab} tokens, found {min(rows)}; use models of one tokenizer"
         )
-    return shortest
+    return rows[0]

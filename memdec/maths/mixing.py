@@ -89,17 +89,26 @@ def mix_scores(log_p_base: NDArray[np.floating], log_p_mem: NDArray[np.floating]
     return np.logaddexp(memory + log_a, base + log_b)
 
 
-def log_softmax(logits: Float[Tensor, "*batch V"], n_vocab: int | None = None) -> Float[Tensor, "*batch V"]:
-    """log-softmax in float32 over the first `n_vocab` entries.
+def in_vocabulary(logits: Float[Tensor, "*batch V"], n_vocab: int) -> Float[Tensor, "*batch W"]:
+    """Logits of `n_vocab` entries, those of the base's head, before the softmax.
 
-    `n_vocab` cuts off padded head rows before the softmax (Qwen2.5: 151,936 rows up to 3B, 152,064 from 7B on). It is
-    the size of the shorter head when two models are mixed.
+    Families pad their heads (Qwen2.5: 151,936 rows up to 3B, 152,064 from 7B on). Padded rows that the base lacks are
+    cut off. Where a memory has fewer rows than the base, its probability of the others is 0, and the base stays as it
+    is alone.
+    """
+    logits = logits[..., :n_vocab]
+    missing = n_vocab - logits.shape[-1]
+    return torch.nn.functional.pad(logits, (0, missing), value=-math.inf) if missing else logits
+
+
+def log_softmax(logits: Float[Tensor, "*batch V"], n_vocab: int | None = None) -> Float[Tensor, "*batch V"]:
+    """log-softmax in float32 over `n_vocab` entries, or all.
 
     Raises:
         NumericsError: The logits hold NaN (the released code turns them into probability one).
     """
     if n_vocab is not None:
-        logits = logits[..., :n_vocab]
+        logits = in_vocabulary(logits, n_vocab)
     log_p = torch.log_softmax(logits.float(), dim=-1)
     if torch.isnan(log_p[..., 0]).any():
         raise NumericsError("logits hold NaN or only infinities; try dtype=float32, or check the model's weights")

@@ -42,7 +42,7 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_folder(name, subfolder)
+    check_folder(name, subfolder, whole=True)
     given = {"revision": revision, "subfolder": subfolder, "trust_remote_code": trust_remote_code}
     with sources.reading(name, "a causal LM with safetensors weights"):
         config = AutoConfig.from_pretrained(name, **given)
@@ -94,12 +94,15 @@ def adapted(base: Any, name: str | Path, *, revision: str | None = None) -> Any:
     every head to the size of the tokenizer, so that a softmax over other entries would be compared with the base's.
 
     Raises:
+        ArtifactError: The folder is an artefact that is not complete.
         ModelError: The adapter cannot be read, was made for another model, or lacks weights.
     """
     from peft import PeftModel
 
     given = {"revision": revision, "torch_device": str(base.device)}
     given["key_mapping"] = getattr(base, "_checkpoint_conversion_mapping", None) or {}
+    if is_artefact(Path(name)):
+        artefact.read(Path(name), "lora", whole=True)
     with sources.reading(name, f"a peft adapter of {base.name_or_path}"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
         _take_rows(base, name, given)
@@ -203,8 +206,8 @@ def placed(model: Any, device: torch.device, name: str) -> Any:
     return model.to(device)
 
 
-def check_folder(name: str | Path, subfolder: str = "", *, any_weights: bool = False) -> None:
-    """Check that a name that looks like a local path is a complete model folder; the weights are not read.
+def check_folder(name: str | Path, subfolder: str = "", *, any_weights: bool = False, whole: bool = False) -> None:
+    """Check that a name that looks like a local path is a complete model folder.
 
     Without this check the Hub client would report an invalid repository name.
 
@@ -212,6 +215,7 @@ def check_folder(name: str | Path, subfolder: str = "", *, any_weights: bool = F
         name: Folder or Hub id.
         subfolder: Subfolder of the folder.
         any_weights: Whether weights in another format than safetensors will do, or none (a saved mixture).
+        whole: Whether the content of large files of an artefact is checked too; for those who load it.
 
     Raises:
         ArtifactError: The folder is an artefact that is not complete.
@@ -219,7 +223,7 @@ def check_folder(name: str | Path, subfolder: str = "", *, any_weights: bool = F
     """
     path = Path(name)
     if is_artefact(path):
-        artefact.read(path, artefact.kind_of(path) or "model")
+        artefact.read(path, artefact.kind_of(path) or "model", whole)
     looks_local = path.is_absolute() or len(path.parts) > 2 or str(name).startswith(".") or path.exists()
     if not looks_local:
         return

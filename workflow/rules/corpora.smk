@@ -45,6 +45,7 @@ use rule corpus as tokenizer with:
     params:
         command="tokenizer",
         options=lambda w: spec("tokenizers", w.tokenizer),
+        source=lambda w: stamp(CONFIG.tokenizers[w.tokenizer]),
         version=VERSIONS["tokenizer"],
 
 

@@ -82,4 +82,5 @@ use rule finetune as model with:
     params:
         command="model",
         options=lambda w: f"{spec('models', w.model)} {CONTEXT} {COMPUTE}",
+        source=lambda w: stamp(MODELS[w.model]),
         version=VERSIONS["model"],
