@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from memdec.artefacts import artefact
-from memdec.errors import ConfigError, CorpusError
+from memdec.errors import ConfigError, CorpusError, reason
 from memdec.settings import SPLITS
 from memdec.tasks import rows, task
 from memdec.tasks.rows import HubRows, Rows
 from memdec.text import corpora
+from memdec.text.reading import shown
 
 WIKITEXT_FOLDER = "wikitext/wikitext-103-raw-v1"  # under MEMDEC_DATA
 WIKITEXT = {
@@ -67,15 +68,16 @@ def _lines(file: Path) -> list[str]:
     import pyarrow.parquet as pq
 
     try:
-        column = pq.read_table(file)["text"]
-    except (OSError, pa.ArrowException, KeyError) as error:
+        lines: list[str] = pq.read_table(file, columns=["text"])["text"].to_pylist()
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise CorpusError(
-            f"{file}: expected a parquet file with the field 'text', found {' '.join(str(error).split())}; get it again"
+            f"{file}: expected a parquet file with the field 'text', found {reason(error)}; get it again"
         ) from None
-    lines: list[str] = column.to_pylist()
     for number, line in enumerate(lines):
         if not isinstance(line, str):
-            raise CorpusError(f"{file}, row {number}: expected 'text' of type str, found {line!r}; get the file again")
+            raise CorpusError(
+                f"{file}, row {number}: expected 'text' of type str, found {shown(line)}; get the file again"
+            )
     return lines
 
 

@@ -19,7 +19,9 @@ import pyarrow as pa
 from huggingface_hub import HfApi
 
 from memdec.artefacts import artefact
-from memdec.errors import CorpusError, outside
+from memdec.errors import CorpusError, outside, reason
+from memdec.text import reading
+from memdec.text.reading import shown
 
 log = logging.getLogger("lm_eval.tasks.memdec")  # the lm_eval executable shows the messages of loggers under lm_eval
 
@@ -153,43 +155,50 @@ def _read(path: Path) -> datasets.Dataset:
                 kinds = {type(each) for each in (*known, *value)}
             if len(kinds) > 1:
                 raise CorpusError(
-                    f"{path}, row {number}: expected {field!r} of one type in all rows, found {value!r} here and {known!r} in row "
-                    f"{row_of}; check the file"
+                    f"{path}, row {number}: expected {shown(field)} of one type in all rows, found {shown(value)} here and "
+                    f"{shown(known)} in row {row_of}; check the file"
                 )
+    if listed:  # the columns are the fields of the first row
+        listed[0] = dict.fromkeys(field for row in listed for field in row) | listed[0]
     try:
         return datasets.Dataset.from_list(listed)
-    except pa.ArrowException as error:
-        raise CorpusError(f"{path}: expected rows that make a table, found: {' '.join(str(error).split())}") from None
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise CorpusError(
+            f"{path}: expected rows that make a table, found: {reason(error)}; check the file"
+        ) from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the objects of a JSON lines file.
 
     Raises:
-        CorpusError: A line is not a JSON object; the message names the file and the row.
+        CorpusError: The file cannot be read, or a line is not a JSON object; the message names the file and the row.
     """
-    try:
-        # Not splitlines, which also splits at other separators that JSON allows within texts.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: expected UTF-8 text, found {error}; check the file") from None
-    while lines and not lines[-1].strip():  # only empty lines at the end, so that row numbers stay right
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            shown = f"{line[:40]!r} ({error})" if line.strip() else "an empty line"
+    rows: list[dict[str, Any]] = []
+    for number, row in reading.json_lines(text_of(path), path):
+        if number > len(rows):  # empty lines are allowed at the end only, so that row numbers stay right
             raise CorpusError(
-                f"{path}, row {number}: expected a JSON object on one line, found {shown}; check the file"
-            ) from None
+                f"{path}, row {len(rows)}: expected a JSON object on one line, found an empty line; check the file"
+            )
         if not isinstance(row, dict):
             raise CorpusError(
-                f"{path}, row {number}: expected a JSON object on one line, found {line[:40]!r}; check the file"
+                f"{path}, row {number}: expected a JSON object on one line, found {shown(row, 40)}; check the file"
             )
         rows.append(row)
     return rows
+
+
+def text_of(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        CorpusError: The file cannot be read or is not UTF-8 text.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path}: expected a file that can be read, found {reason(error)}; check the file") from None
+    return reading.decoded(data, path)
 
 
 def pinned(hub: HubRows) -> HubRows:
@@ -237,10 +246,10 @@ def check(rows: Rows, fields: Mapping[str, type | tuple[type, ...]]) -> None:
     """
     for number, row in enumerate(rows.rows):
         for field, kind in fields.items():
-            if not isinstance(row.get(field), kind) or (kind is int and isinstance(row[field], bool)):
+            if not isinstance(row.get(field), kind) or isinstance(row[field], bool):  # a bool is an int in Python
                 names = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
                 raise CorpusError(
-                    f"{rows.where(number)}: expected {field!r} of type {names}, found {row.get(field)!r}; check the file "
+                    f"{rows.where(number)}: expected {field!r} of type {names}, found {shown(row.get(field))}; check the file "
                     "or revision"
                 )
 

@@ -56,8 +56,10 @@ def json_value(text: str, where: str, expected: str = "a JSON object on one line
         fault = unusable(value)
     except RecursionError:
         fault = f"more than {MAX_DEPTH} levels of nesting"
-    except ValueError as error:  # not JSON, or an integer of thousands of digits
+    except json.JSONDecodeError as error:
         fault = f"{text[:40]!r} ({error})"
+    except ValueError:  # Python reads no integer of thousands of digits
+        fault = "an integer beyond 64 bits"
     if fault is not None:
         raise CorpusError(f"{where}: expected {expected}, found {fault}; check the file")
     return value
