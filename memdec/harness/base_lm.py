@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from memdec.artefacts import sources
@@ -37,6 +38,7 @@ from memdec.maths import mixing
 from memdec.maths.windows import windows
 from memdec.models import loading
 from memdec.models.loading import model_identity
+from memdec.tasks.perplexity import WindowSum
 from memdec.text import tokens
 
 log = logging.getLogger("lm_eval.models.memdec")  # the `lm_eval` command only shows loggers below lm_eval
@@ -423,13 +425,29 @@ class WrappedLM(HFLM):
     @one_line_errors()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Total log-probability (nats) of each text under the mixture; every token is scored exactly once."""
-        results = []
+        results: list[float] = []
         for request in requests:
             (text,) = request.args
-            total = float(self.token_scores(text, disable_tqdm=disable_tqdm).log_p(self.weight).sum())
+            total = self._window_sum(text, self.token_scores(text, disable_tqdm=disable_tqdm).log_p(self.weight))
             results.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return results
+
+    def _window_sum(self, text: str, log_p: NDArray[np.float64]) -> WindowSum:
+        """The total of a text, with that of each window, for the task to log."""
+        parts = windows(len(log_p), self.context, self.stride)
+        encoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        spans: list[Any] = [encoding.token_to_chars(part.first) for part in parts] if self.tokenizer.is_fast else [None]
+        total = WindowSum(log_p.sum())
+        total.windows = {
+            "context": self.context,
+            "stride": self.stride,
+            "ids": request_key("ids", encoding["input_ids"]).hex(),
+            "log_p": np.add.reduceat(log_p, [part.first for part in parts]).tolist(),
+            "tokens": [part.n_scored for part in parts],
+            "begins": None if None in spans else [span.start for span in spans],
+        }
+        return total
 
     @one_line_errors()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

@@ -156,3 +156,29 @@ def perplexities(
 def best_weight(values: Mapping[float, float], *, higher: bool = False) -> float:
     """The weight with the lowest value, or with `higher` the highest; among ties the smallest weight."""
     return min(values, key=lambda weight: (-values[weight] if higher else values[weight], weight))
+
+
+def at_end(
+    name: str, chosen: float, candidates: Iterable[float], limits: tuple[float, float] = (0.0, 1.0)
+) -> str | None:
+    """A warning if a tuned weight is the smallest or largest of its candidates, as a better one may lie beyond.
+
+    Args:
+        name: Name of the weight, for the message.
+        chosen: The best candidate.
+        candidates: All of them; with fewer than two nothing was tuned.
+        limits: Smallest and largest possible value; alpha and lambda have 0 (the base alone) and 1.
+
+    Returns:
+        The message, or None if the weight is inside of its grid.
+    """
+    values = {*candidates, chosen}
+    low, high = min(values), max(values)
+    if low == high or low < chosen < high:
+        return None
+    where = f"{name}: the best of {low:g} to {high:g} is {chosen:g}, the end of the grid"
+    if chosen == limits[0]:
+        return f"{where}; no mixture is better than the base alone"
+    if chosen == limits[1]:
+        return f"{where}; no mixture is better than the second distribution alone"
+    return f"{where}; try {'smaller' if chosen == low else 'larger'} ones"

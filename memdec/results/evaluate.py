@@ -11,7 +11,9 @@ general corpora are given.
 """
 
 import json
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from memdec.settings import (
 )
 from memdec.text import corpora
 
+log = logging.getLogger(__name__)
 TASK = "memdec_ppl"
 _TUNED_ON: tuple[Split, Split] = ("valid", "test")
 
@@ -188,6 +191,7 @@ class _Session:
         self._lm_eval(model, "MemDec", "valid", self.corpora[0])
         valid = self._valid(model, self.settings.alphas)
         best = mixing.best_weight(valid)
+        self._warn_at_end("alpha", best, valid)
         tuned = {"alpha": best, "memory": name, "valid_sweep": valid, "valid": valid[best]}
         model.set_weight(0.0)
         records = self._tested(model, "base", 0.0)
@@ -205,8 +209,18 @@ class _Session:
             sweeps[tau] = self._valid(self._knn(tau, self.settings.lambdas[0]), self.settings.lambdas)
         tau = min(sweeps, key=lambda each: min(sweeps[each].values()))
         best = mixing.best_weight(sweeps[tau])
+        self._warn_at_end("lambda", best, sweeps[tau])
+        self._warn_at_end("temperature", tau, sweeps, (0.0, math.inf))
         tuned = {"lambda": best, "temperature": tau, "valid_sweep": sweeps[tau], "valid": sweeps[tau][best]}
         return [record | tuned for record in self._tested(self._knn(tau, best), "kNN-LM", best)]
+
+    def _warn_at_end(
+        self, name: str, chosen: float, candidates: Iterable[float], limits: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
+        """Say so if a weight that was tuned on the valid text is the end of its grid."""
+        warning = mixing.at_end(f"{self.parts.base} on {self.corpora[0].name}: {name}", chosen, candidates, limits)
+        if warning is not None:
+            log.warning("warning: %s", warning)
 
     def _knn(self, temperature: float, weight: float) -> WrappedLM:
         settings = _knn_settings(self.settings, weight, temperature)

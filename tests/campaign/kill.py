@@ -14,6 +14,7 @@ It prints a line for each kill and a count, and exits 1 if anything failed.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -66,7 +67,9 @@ def killed_at(run: subprocess.Popen[bytes], seconds: float) -> int | None:
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-        while members := [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _session(pid) == run.pid]:
+        while members := [
+            pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _session(pid) == run.pid
+        ]:
             for pid in members:
                 _kill(pid)
             time.sleep(0.05)
@@ -82,10 +85,8 @@ def _session(pid: int) -> int | None:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def last_words(folder: Path) -> str:
@@ -148,7 +149,14 @@ def stages(home: Path) -> dict[str, list[str]]:
 
     def model(width: int) -> str:
         train = {"epochs": 0.3, "learning_rate": 0.01}
-        plain = {"family": "t", "tokenizer": "tokenizer", "architecture": "gpt2", "width": width, "layers": 1, "heads": 2}
+        plain = {
+            "family": "t",
+            "tokenizer": "tokenizer",
+            "architecture": "gpt2",
+            "width": width,
+            "layers": 1,
+            "heads": 2,
+        }
         return json.dumps(plain | {"corpus": "corpus", "train": train})
 
     texts = {split: str(home / f"{split}.txt") for split in ("train", "valid", "test")}
