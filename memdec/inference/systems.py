@@ -40,6 +40,7 @@ class Parts:
         revision: Commit of the base, for Hub ids.
         memory_revision: Commit of the memory.
         trust_remote_code: Whether the user allows tokenizers to run code from their repository.
+        tokenizer: Tokenizer of the base, loaded; None: the one in its folder.
     """
 
     base: str | Path
@@ -58,6 +59,7 @@ class Parts:
     revision: str | None = None
     memory_revision: str | None = None
     trust_remote_code: bool = False
+    tokenizer: Any | None = None
 
     def of(self, name: str) -> Any:
         """A part by its name; `System.check_parts` has made sure that it is given."""
@@ -74,7 +76,7 @@ class System:
         weight: Name of the mixing weight of its second distribution; None: it has one distribution.
         fits: Raises if the parts do not match; loads no weights.
         load: Loads the causal LM that the system wraps.
-        wrap: (that causal LM, parts, vocabulary size) -> the system.
+        wrap: (that causal LM, parts, rows that the tokenizer needs in a head) -> the system.
     """
 
     name: SystemName
@@ -142,8 +144,7 @@ class System:
 
         self.check_parts(parts)
         self.check_room(parts)
-        n_vocab = len(tokens.load_tokenizer(str(parts.base), parts.revision))
-        return self.wrap(self.load(parts), parts, n_vocab)
+        return self.wrap(self.load(parts), parts, tokens.n_needed(_tokenizer(parts, "base")))
 
     def second(self, parts: Parts) -> dict[str, str]:
         """What its second distribution depends on, except the weight: content of the added parts, and settings."""
@@ -183,6 +184,8 @@ def _tokenizer(parts: Parts, name: str) -> Any:
     from memdec.models import loading
     from memdec.text import tokens
 
+    if name == "base" and parts.tokenizer is not None:
+        return parts.tokenizer
     model = str(parts.of(name))
     loading.check_folder(model)
     return tokens.load_tokenizer(model, _revision(parts, name), trust_remote_code=parts.trust_remote_code)
@@ -215,13 +218,13 @@ def _made_from_base(name: str, kind: str) -> Callable[[Parts], None]:
 def _fits_keys(parts: Parts) -> None:
     from memdec.inference import knnlm
 
-    knnlm.check_folders(parts.base, parts.datastore, parts.of("index"), parts.knn_lm)
+    knnlm.check_folders(parts.base, parts.datastore, parts.of("index"), parts.knn_lm, parts.tokenizer)
 
 
 def _fits_passages(parts: Parts) -> None:
     from memdec.inference import icrag
 
-    icrag.check_folders(parts.base, parts.of("passages"), parts.retrieval)
+    icrag.check_folders(parts.base, parts.of("passages"), parts.retrieval, parts.tokenizer)
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
