@@ -14,8 +14,9 @@ There is no separator between the two. The text is cut on the left to fit into t
     tokens 8, 9                 q  q  q            passage (q) | 0 .. 8
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.datastore.passages import Passages
 from memdec.errors import ArtifactError, ConfigError
-from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, kept_positions, shared_vocabulary
+from memdec.inference.wrapper import MemDecConfig, Wrapper, kept_positions, shared_vocabulary
 from memdec.maths import mixing
 from memdec.models import loading
 from memdec.settings import RetrievalSettings
@@ -94,14 +95,6 @@ class IcRagForCausalLM(Wrapper):
         """None: `forward` makes the base's inputs itself, so what a family does in `generate` has no part in it."""
         return []
 
-    def log_probs(
-        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(log p, None): there is no second distribution."""
-        self.check_inputs(input_ids)
-        kept = torch.arange(input_ids.shape[1])[kept_positions(logits_to_keep)]
-        return self._run(input_ids.to(self.device), torch.ones_like(input_ids), kept, mixing.log_softmax), None
-
     def forward(
         self,
         input_ids: Tensor,
@@ -111,11 +104,13 @@ class IcRagForCausalLM(Wrapper):
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        prepared: Mapping[int, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the base behind its passages, float32 (B, T or logits_to_keep, V); zeros at padding.
+        """Logits = normalised log-probabilities, float32 (B, T or logits_to_keep, V); uniform at padding.
 
-        `input_ids` are whole texts. They may be longer than the context of the base.
+        `input_ids` are whole texts. They may be longer than the context of the base. `prepared` says that this is a step
+        of `generate`, where the logits are the base's own.
 
         Raises:
             ConfigError: `past_key_values` already holds text.
@@ -128,22 +123,14 @@ class IcRagForCausalLM(Wrapper):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         where = logits_to_keep.cpu() if isinstance(logits_to_keep, Tensor) else logits_to_keep
         kept = torch.arange(input_ids.shape[1])[kept_positions(where)]
-        return self.output(self._run(input_ids, mask, kept, mixing.finite), labels, None)
-
-    def _run(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        mask: Int[Tensor, "B T"],
-        kept: Int[Tensor, " K"],
-        made: Callable[[Tensor], Tensor],
-    ) -> Float[Tensor, "B K V"]:
-        """`made` of the base's logits at the kept positions; zeros at padding."""
-        found = torch.zeros(len(input_ids), len(kept), self.n_vocab, device=self.device)
+        made = mixing.log_softmax if prepared is None else mixing.finite
+        shape = (len(input_ids), len(kept), self.n_vocab)
+        found = torch.full(shape, -math.log(self.n_vocab), device=self.device)
         rows = self._rows(input_ids, mask.bool(), kept.tolist())
         rows.sort(key=lambda row: len(row.ids))
         for first in range(0, len(rows), _ROWS):
             self._fill(found, rows[first : first + _ROWS], made)
-        return found
+        return self.output(found, labels, None)
 
     def _rows(self, input_ids: Int[Tensor, "B T"], mask: Tensor, kept: Sequence[int]) -> list[_Row]:
         """Inputs of the base for the kept positions that are not padding: one row for each stride of a text."""

@@ -114,9 +114,9 @@ class KnnLMForCausalLM(Wrapper):
         prepared: Mapping[int, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, float32 (B, T or logits_to_keep, V): log p on the level of the base's logits; the base's at padding.
+        """Logits = normalised log-probabilities, float32 (B, T or logits_to_keep, V); p_base at padding.
 
-        `prepared` has what the base reads; `prepare_inputs_for_generation` makes it.
+        In `generate`, `prepared` has what the base reads, and the logits stay on the level of the base's.
         """
         if use_cache:
             past_key_values = self._joint(past_key_values)
@@ -125,9 +125,10 @@ class KnnLMForCausalLM(Wrapper):
         read = self._read([0], prepared, past_key_values, **inputs)[0]
         how = {"use_cache": bool(use_cache), "logits_to_keep": logits_to_keep}
         logits, base, found = self._run(self.weight > 0, read, attention_mask, **how)
-        if found is not None:
-            logits = mixing.mix(base, [found], [self.weight]) + mixing.log_z(logits, base)
-        return self.output(logits.float(), labels, past_key_values)
+        mixed = mixing.mix(base, [found], [self.weight])
+        if prepared is not None:
+            mixed = logits.float() if found is None else mixed + mixing.log_z(logits, base)
+        return self.output(mixed, labels, past_key_values)
 
     def _run(
         self,

@@ -4,18 +4,15 @@
     model.save_pretrained("folder")
     model = AutoModelForCausalLM.from_pretrained("folder")  # after `import memdec.modeling`
 
-`log_probs` gives normalised log-probabilities. The softmax of the logits of `forward` (float32) is the mixture
-sum_i w_i p_i, so everything that reads logits, `generate` and lm-eval included, uses the mixture. Their level is the
-weighted mean of the models' levels (`mixing.mix_logits`), so logits processors act as on a model alone. One KV cache of
-transformers holds the layers of all models, one model after the other. So beam search, cropping and selecting rows act
-on all models at once.
+`forward` returns log(sum_i w_i p_i) as its logits (float32, normalised). So everything that reads logits, `generate`
+and lm-eval included, uses the mixture. One KV cache of transformers holds the layers of all models, one model after the
+other. So beam search, cropping and selecting rows act on all models at once.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +221,7 @@ class MemDecForCausalLM(Wrapper):
         self.check_inputs(input_ids)
         read = self._read(running, None, None, input_ids=input_ids, position_ids=None)
         kept = last_positions(input_ids.shape[1], logits_to_keep)
-        found = self._run(read, partial(mixing.log_softmax, n_vocab=self.n_vocab), use_cache=False, logits_to_keep=kept)
+        found = self._run(read, self._log_p, use_cache=False, logits_to_keep=kept)
         memories = [found.get(i) for i in range(1, len(shares) + 1)]
         return found.get(0), mixing.mix(None, memories, shares) if which != "base" and shares else None
 
@@ -245,19 +242,23 @@ class MemDecForCausalLM(Wrapper):
         prepared: Mapping[int, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the mixture (`mixing.mix_logits`), float32 (B, T or logits_to_keep, V).
+        """Logits = normalised log-probabilities of the mixture, float32 (B, T or logits_to_keep, V).
 
-        `prepared` has what each model reads; `prepare_inputs_for_generation` makes it.
+        In `generate`, `prepared` has what each model reads, and the logits are those of `mixing.mix_logits`.
         """
         if use_cache:
             past_key_values = self._joint(past_key_values)
         self.check_length(input_ids, past_key_values)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         read = self._read(self.running, prepared, past_key_values, **inputs)
-        found = self._run(read, self._shared, use_cache=bool(use_cache), logits_to_keep=logits_to_keep)
+        made, mix = (self._log_p, mixing.mix) if prepared is None else (self._shared, mixing.mix_logits)
+        found = self._run(read, made, use_cache=bool(use_cache), logits_to_keep=logits_to_keep)
         memories = [found.get(i) for i in range(1, len(self.readers))]
-        mixed = mixing.mix_logits(found.get(0), memories, self.config.weights)
+        mixed = mix(found.get(0), memories, self.config.weights)
         return self.output(mixed, labels, past_key_values)
+
+    def _log_p(self, logits: Tensor) -> Tensor:
+        return mixing.log_softmax(logits, self.n_vocab)
 
     def _shared(self, logits: Tensor) -> Tensor:
         """Logits of the shared vocabulary."""

@@ -97,10 +97,8 @@ def generate(
         *,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
         **_: Any,
     ) -> Tensor:
-        _check_config(generation_config)
         found.append(_decode(model, input_ids, logits_processor, stopping_criteria, n_draft))
         return found[0].sequences
 
@@ -148,6 +146,7 @@ def _check(model: MemDecForCausalLM, input_ids: Tensor, max_new_tokens: int, n_d
     for name, value in (("max_new_tokens", max_new_tokens), ("n_draft", n_draft)):
         if value < 1:
             raise ConfigError(f"speculative: expected {name} of at least 1, found {value}")
+    _check_config(model.generation_config)
     if model._is_stateful:
         raise ModelError(
             "speculative: expected models that can forget rejected tokens, found one with a state (Mamba); use model.generate"
@@ -173,7 +172,7 @@ def _check_frequencies(config: Any, begin: int, end: int) -> None:
 
 def _check_config(config: GenerationConfig) -> None:
     mode = config.get_generation_mode()
-    if mode != GenerationMode.GREEDY_SEARCH:
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ConfigError(
             f"speculative: expected a generation config of greedy search, found {mode.value.replace('_', ' ')}; use "
             "model.generate"

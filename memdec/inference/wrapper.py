@@ -1,7 +1,9 @@
 """The base class of all systems: a causal LM around a frozen base.
 
-A wrapper is transparent: at weight 0 it gives the logits and the texts of the base alone, whatever its family. So what
-a family decides about its own inputs is asked from it (`Reader`), and the logits keep the level of the base's.
+A wrapper is transparent: at weight 0 it gives the probabilities and the texts of the base alone, whatever its family.
+So what a family decides about its own inputs is asked from it (`Reader`). `forward` gives normalised log-probabilities
+as logits, but in `generate` they stay on the level of the base's logits (`mixing.mix_logits`): logits processors multiply
+scores, so the level matters to them.
 """
 
 import copy
@@ -158,7 +160,7 @@ class Reader:
 
 
 class Wrapper(PreTrainedModel, GenerationMixin):
-    """A causal LM around a frozen base; `log_probs` gives log-probabilities, `forward` logits on the base's level.
+    """A causal LM around a frozen base: `forward` gives normalised log-probabilities as logits, float32.
 
     Args:
         config: Its first part is the base.
@@ -216,14 +218,16 @@ class Wrapper(PreTrainedModel, GenerationMixin):
     def log_probs(
         self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(log p_base, log p_second) of a batch without left padding; None for one that is not asked for or not there.
+        """(log p, None) of a batch without left padding; None because there is no second distribution.
 
         Args:
             input_ids: Token ids (B, T).
             which: "base"; models with a second distribution also accept "both" and "memory".
             logits_to_keep: Number of last positions to return; 0 means all.
         """
-        raise NotImplementedError
+        self.check_inputs(input_ids)
+        kept = last_positions(input_ids.shape[1], logits_to_keep)
+        return self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=kept).logits, None
 
     def output(self, logits: Tensor, labels: Tensor | None, cache: Cache | None) -> CausalLMOutputWithPast:
         """Make the output of `forward`; with `labels` (B, T) it has the usual loss of causal LMs, in nats per token."""

@@ -85,7 +85,7 @@ def mix_logits(
     memories: Sequence[Float[Tensor, "*batch V"] | None],
     weights: Sequence[float],
 ) -> Float[Tensor, "*batch V"]:
-    """Logits of the mixture, float32: log p_mix + sum_i w_i log Z_i, where Z_i is the sum of exp(logits) of model i.
+    """Logits of the mixture for `generate`, float32: log p_mix + sum_i w_i log Z_i, Z_i the sum of exp(logits) of model i.
 
     Adding a constant to a row changes no probability, but logits processors multiply scores (a repetition penalty), so
     the level of a row matters to them. With this one, a model of weight 1 keeps its logits bit for bit, and models
