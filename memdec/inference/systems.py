@@ -40,7 +40,7 @@ class Parts:
         revision: Commit of the base, for Hub ids.
         memory_revision: Commit of the memory.
         subfolder: Subfolder of the base's folder or repository.
-        tokenizer: Folder or Hub id of the tokenizer, if it is not the base's own.
+        tokenizer: Folder or Hub id of the base's tokenizer, or the tokenizer itself; None: the one in the base's folder.
         trust_remote_code: Whether the user allows base and memory to run code from their repositories.
     """
 
@@ -60,7 +60,7 @@ class Parts:
     revision: str | None = None
     memory_revision: str | None = None
     subfolder: str = ""
-    tokenizer: str | None = None
+    tokenizer: Any | None = None
     trust_remote_code: bool = False
 
     def of(self, name: str) -> Any:
@@ -78,7 +78,7 @@ class System:
         weight: Name of the mixing weight of its second distribution; None: it has one distribution.
         fits: Raises if the parts do not match; loads no weights.
         load: Loads the causal LM that the system wraps.
-        wrap: (that causal LM, parts, vocabulary size) -> the system.
+        wrap: (that causal LM, parts, rows that the tokenizer needs in a head) -> the system.
     """
 
     name: SystemName
@@ -142,9 +142,11 @@ class System:
         Raises:
             MemDecError: The system cannot run with these parts on this machine.
         """
+        from memdec.text import tokens
+
         self.check_parts(parts)
         self.check_room(parts)
-        return self.wrap(self.load(parts), parts, len(_tokenizer(parts, "base")))
+        return self.wrap(self.load(parts), parts, tokens.n_needed(_tokenizer(parts, "base")))
 
     def second(self, parts: Parts) -> dict[str, str]:
         """What its second distribution depends on, except the weight: content of the added parts, and settings."""
@@ -187,6 +189,8 @@ def _tokenizer(parts: Parts, name: str) -> Any:
     from memdec.models import loading
     from memdec.text import tokens
 
+    if name == "base" and parts.tokenizer is not None and not isinstance(parts.tokenizer, str):
+        return parts.tokenizer
     where = _where(parts, name)
     model = str(parts.of(name))
     loading.check_folder(model, where["subfolder"], any_weights=name == "base")
