@@ -74,6 +74,7 @@ class WrappedLM(HFLM):
         kwargs: As for lm-eval's `hf` (dtype, device, batch_size, peft, parallelize, max_length ...).
     """
 
+    AUTO_MODEL_CLASS: Any  # whose `from_pretrained` makes the base
     cache_hook: Any  # of lm-eval's cache of answers
     remembers = False  # whether scores are kept in memory if no folder is given
 
