@@ -106,7 +106,7 @@ def _write(forward: Forward, passes: range, settings: TeacherSettings, out: Path
         return rows.n_entries
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _rows(
     forward: Forward, number: int, settings: TeacherSettings, n_vocab: int
 ) -> tuple[Int[np.ndarray, "n top"], Float[np.ndarray, "n top"]]:

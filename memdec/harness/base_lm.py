@@ -50,7 +50,7 @@ _NO_NUMBERS = {
 }  # fmt: skip
 # With these arguments the place of the base, or its size in bytes, is not known before it is loaded.
 _ELSEWHERE = (
-    "parallelize", "tp_plan", "gguf_file", "autogptq", "gptqmodel", "load_in_4bit", "load_in_8bit", "trust_remote_code",
+    "parallelize", "tp_plan", "subfolder", "gguf_file", "autogptq", "gptqmodel", "load_in_4bit", "load_in_8bit", "trust_remote_code",
 )  # fmt: skip
 _LOGITS = 1 << 28  # most logits of one model in memory at a time (1 GiB in float32)
 
@@ -88,23 +88,33 @@ class WrappedLM(HFLM):
         scores: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.system, self.weight, self.base_name = system, mixing.check_weight(weight), str(parts.base)
+        self.system, self.weight = system, mixing.check_weight(weight)
         self.n_cut = 0  # requests that were cut on the left
-        pretrained = self.base_name
-        loading.check_folder(pretrained, kwargs.get("subfolder") or "", any_weights=True)
+        self.base_name = pretrained = _in_subfolder(str(parts.base), kwargs)
+        own_words = any(kwargs.get(key) for key in ("tokenizer", "gguf_file", "subfolder"))  # not in the base's folder
+        if not kwargs.get("gguf_file"):
+            loading.check_folder(pretrained, kwargs.get("subfolder") or "", any_weights=True)
         self._spread = any(kwargs.get(key) for key in _ELSEWHERE)
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # without a value transformers would ask
-        own = ("revision", "subfolder", "tokenizer", "trust_remote_code", "device")
+        own = ("revision", "subfolder", "trust_remote_code", "device")
         given = {key: kwargs[key] for key in own if kwargs.get(key) is not None}
         dtype = str(kwargs.get("dtype") or "auto").removeprefix("torch.")
-        self.parts = replace(parts, dtype=dtype, **given)
-        system.check_parts(self.parts)
+        self.parts = replace(parts, base=pretrained, dtype=dtype, **given)
+        if not own_words:
+            system.check_parts(self.parts)
         self._load_base: Callable[[], None] | None = None
         self._configuring = True
         with _loading(pretrained):
             super().__init__(pretrained=pretrained, **kwargs)
             self._n_positions = min(int(super().max_length), self._most_positions() or sys.maxsize)
         self._configuring = False
+        if own_words:
+            self.parts = replace(self.parts, tokenizer=self.tokenizer)
+            system.check_parts(self.parts)
+        if self.backend != "causal":
+            raise ModelError(
+                f"{pretrained}: expected a causal LM, found one of the kind {self.backend}; use another base"
+            )
         if hasattr(self, "accelerator"):
             # `hf` distributes requests only if a process sees several GPUs, and it uses the local rank.
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -160,7 +170,7 @@ class WrappedLM(HFLM):
         base: Any = self._model
         if not getattr(base, "hf_device_map", None):
             base.to(self._device)
-        self._model = self.system.wrap(base.eval(), self.parts, len(self.tokenizer))
+        self._model = self.system.wrap(base.eval(), self.parts, tokens.n_needed(self.tokenizer))
         self._load_base = None  # not before: after an error nothing is loaded
         if self.system.weight is not None:
             self._model.set_weight(self.weight)
@@ -318,7 +328,7 @@ class WrappedLM(HFLM):
     def _n_logits(self) -> int:
         return len(self.tokenizer)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score_batch(self, batch: list[list[Item]]) -> Iterator[tuple[bytes, TokenScores]]:
         longest, keep = len(batch[0][0][1]), _kept(batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)  # right padding changes no earlier logits
@@ -327,6 +337,7 @@ class WrappedLM(HFLM):
         base, memory = self._last(ids, keep)
         for row, group in enumerate(batch):
             for key, read, scored in group:
+                self.model.check_labels(scored)
                 span = slice(len(read) - len(scored) - (longest - keep), len(read) - (longest - keep))
                 parts = [None if each is None else each[row, span] for each in (base, memory)]
                 yield key, score_labels(parts[0], parts[1], torch.tensor(scored, device=self.model.device))
@@ -334,8 +345,14 @@ class WrappedLM(HFLM):
     def _last(self, ids: torch.Tensor, keep: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(log p_base, log p_mem) of the last positions of a batch, each (B, keep, V)."""
         found: tuple[torch.Tensor | None, torch.Tensor | None]
-        found = self.model.log_probs(ids, which=self._which, logits_to_keep=keep)
+        with self._precision():
+            found = self.model.log_probs(ids, which=self._which, logits_to_keep=keep)
         return found
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """The context of `mixed_precision_dtype`, as `hf` has it."""
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     # --- probabilities of next words --------------------------------------------------------------------------------
 
@@ -374,7 +391,7 @@ class WrappedLM(HFLM):
                 )
         return torch.tensor([ids[0] for ids in rows])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score_words(self, items: list[WordItem]) -> Iterator[tuple[bytes, TokenScores]]:
         """Score batches of inputs of equal length: there is no padding, and logits exist only for the last position."""
         groups: dict[tuple[int, ...], list[WordItem]] = {}
@@ -392,6 +409,7 @@ class WrappedLM(HFLM):
                 for row, read in enumerate(batch):
                     base, memory = (None if each is None else each[row, -1] for each in log_p)
                     for key, _, words in groups[read]:
+                        self.model.check_labels(words)
                         yield key, score_words(base, memory, words)
 
     # --- rolling log-likelihood -----------------------------------------------------------------------------------
@@ -407,9 +425,11 @@ class WrappedLM(HFLM):
             size = self.batch_size_per_gpu if isinstance(self.batch_size_per_gpu, int) else 8
             parts = windows(len(stream), self.context, self.stride)
             quiet = disable_tqdm or self.rank != 0
-            scores = score_stream(
-                self.model, stream, parts, self.prefix_token_id, which=self._which, batch_size=size, quiet=quiet
-            )
+            self.model.check_labels(stream)
+            with self._precision():
+                scores = score_stream(
+                    self.model, stream, parts, self.prefix_token_id, which=self._which, batch_size=size, quiet=quiet
+                )
             self._keep(key, scores)
             if self.store is not None:
                 self.store.flush()
@@ -492,6 +512,16 @@ class WrappedLM(HFLM):
         with one_line_errors():
             model: WrappedLM = super().create_from_arg_obj(*args, **kwargs)
             return model
+
+
+def _in_subfolder(base: str, kwargs: dict[str, Any]) -> str:
+    """The base's folder; a local `subfolder` is part of it, and a tokenizer is read from its own, as in `hf`."""
+    if not kwargs.get("subfolder") or not Path(base).is_dir():
+        return base
+    inner = kwargs.pop("subfolder")
+    if isinstance(words := kwargs.get("tokenizer"), str) and Path(words, inner).is_dir():
+        kwargs["tokenizer"] = str(Path(words, inner))
+    return str(Path(base, inner))
 
 
 def _loading(name: str) -> AbstractContextManager[None]:

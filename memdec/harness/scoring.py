@@ -16,7 +16,7 @@ from memdec.maths import mixing
 from memdec.maths.windows import Window
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_stream(
     model: Any,
     stream: Int[np.ndarray, " N"],

@@ -9,26 +9,19 @@ and lm-eval included, uses the mixture. One KV cache of transformers holds the l
 other. So beam search, cropping and selecting rows act on all models at once.
 """
 
-import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
-    StaticCache,
-)
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from memdec.errors import ConfigError, ModelError
+from memdec.errors import ModelError
 from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, last_positions, shared_vocabulary
 from memdec.maths import mixing
 from memdec.models.loading import load, placed
@@ -49,12 +42,9 @@ class MemDecForCausalLM(Wrapper):
                 AutoModelForCausalLM.from_config(config.part_config(i), trust_remote_code=False)
                 for i in range(len(config.parts))
             )
-        super().__init__(config, base)
-        memories = list(memories or ())
+        super().__init__(config, base, memories := list(memories or ()))
         self.n_vocab = shared_vocabulary([base, *memories], config.n_vocab)
-        self.memories = nn.ModuleList(memories)
         self.set_weights(config.weights)
-        self._layers = [len(DynamicCache(config=model.config).layers) for model in (base, *memories)]
         self._tokenizer: Any | None = None
         self._side: Any | None = None  # the memories' CUDA stream
         self.requires_grad_(False)
@@ -71,7 +61,7 @@ class MemDecForCausalLM(Wrapper):
             base: Any causal LM; it is not changed.
             memories: Memory decoders with the base's tokenizer.
             weights: alpha of each memory; their sum is from 0 (base only) to 1 (memories only).
-            n_vocab: Vocabulary size of the tokenizer, only to check that all output heads cover it.
+            n_vocab: Rows that the tokenizer needs (`tokens.n_needed`), only to check that all output heads have them.
         """
         parts = [{"config": model.config.to_dict()} for model in (base, *memories)]
         mixture: MemDecForCausalLM = cls(MemDecConfig(parts=parts, weights=weights, n_vocab=n_vocab), base, memories)
@@ -125,7 +115,7 @@ class MemDecForCausalLM(Wrapper):
         for name, commit in zip(memories, commits[1:], strict=True):
             model = load(name, dtype=memory_dtype or dtype, revision=commit, **trust)
             small.append(placed(model, place, str(name)))
-        mixture = cls.from_models(lm, small, weights, n_vocab=len(words))
+        mixture = cls.from_models(lm, small, weights, n_vocab=tokens.n_needed(words))
         mixture._tokenizer = words
         return mixture
 
@@ -205,6 +195,8 @@ class MemDecForCausalLM(Wrapper):
                 model = placed(model, device, f"memory {index - 1} of {name}")
             loaded.append(model)
         mixture: MemDecForCausalLM = cls(config, loaded[0], loaded[1:])
+        with suppress(OSError):  # a folder of an earlier version has none
+            mixture.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
         mixture.name_or_path = str(name)
         mixture.eval()
         return mixture
@@ -239,10 +231,17 @@ class MemDecForCausalLM(Wrapper):
         shares = [w / total if total else 1 / len(self.memories) for w in self.config.weights]
         running = [0] if which != "memory" else []
         running += [i for i, share in enumerate(shares, 1) if share and which != "base"]
+        self.check_inputs(input_ids)
+        read = self._read(running, None, None, input_ids=input_ids, position_ids=None)
         kept = last_positions(input_ids.shape[1], logits_to_keep)
-        found = self._run(running, input_ids=input_ids, use_cache=False, logits_to_keep=kept)
+        found = self._run(read, self._log_p, use_cache=False, logits_to_keep=kept)
         memories = [found.get(i) for i in range(1, len(shares) + 1)]
         return found.get(0), mixing.mix(None, memories, shares) if which != "base" and shares else None
+
+    @property
+    def running(self) -> list[int]:
+        weights = [mixing.base_weight(self.config.weights), *self.config.weights]
+        return [i for i, weight in enumerate(weights) if weight]
 
     def forward(
         self,
@@ -253,45 +252,45 @@ class MemDecForCausalLM(Wrapper):
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        prepared: Mapping[int, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits = normalised log-probabilities of the mixture, float32 (B, T or logits_to_keep, V)."""
-        weights = [mixing.base_weight(self.config.weights), *self.config.weights]
-        running = [i for i, weight in enumerate(weights) if weight]
+        """Logits = normalised log-probabilities of the mixture, float32 (B, T or logits_to_keep, V).
+
+        In `generate`, `prepared` has what each model reads, and the logits are those of `mixing.mix_logits`.
+        """
         if use_cache:
             past_key_values = self._joint(past_key_values)
         self.check_length(input_ids, past_key_values)
-        found = self._run(
-            running,
-            caches=past_key_values,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=bool(use_cache),
-            logits_to_keep=logits_to_keep,
-            **{k: v for k, v in kwargs.items() if k == "cache_position" and v is not None},
-        )
-        mixed = mixing.mix(found.get(0), [found.get(i) for i in range(1, len(weights))], weights[1:])
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        read = self._read(self.running, prepared, past_key_values, **inputs)
+        made, mix = (self._log_p, mixing.mix) if prepared is None else (self._shared, mixing.mix_logits)
+        found = self._run(read, made, use_cache=bool(use_cache), logits_to_keep=logits_to_keep)
+        memories = [found.get(i) for i in range(1, len(self.readers))]
+        mixed = mix(found.get(0), memories, self.config.weights)
         return self.output(mixed, labels, past_key_values)
 
-    def _run(self, running: Sequence[int], caches: Cache | None = None, **inputs: Any) -> dict[int, Tensor]:
-        """log-probabilities of the models `running`; on one GPU the memories run in parallel to the base."""
-        side = self._side_stream(running)
-        models = [self.base, *self.memories]
+    def _log_p(self, logits: Tensor) -> Tensor:
+        return mixing.log_softmax(logits, self.n_vocab)
+
+    def _shared(self, logits: Tensor) -> Tensor:
+        """Logits of the base's vocabulary."""
+        return mixing.in_vocabulary(logits, self.n_vocab)
+
+    def _run(
+        self, read: Mapping[int, Mapping[str, Any]], made: Callable[[Tensor], Tensor], **how: Any
+    ) -> dict[int, Tensor]:
+        """`made` of the logits of each model in `read`; on one GPU the memories run in parallel to the base."""
+        side = self._side_stream(list(read))
         found: dict[int, Tensor] = {}
-        for i in sorted(running, reverse=True):  # memories first: their kernels queue on the side stream
+        for i in sorted(read, reverse=True):  # memories first: their kernels queue on the side stream
             with torch.cuda.stream(side if i else None):
-                device = models[i].device
-                given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-                if caches is not None:
-                    given["past_key_values"] = _view(caches, self._layers, i)
-                logits = models[i](**given).logits
-                found[i] = mixing.log_softmax(logits, self.n_vocab).to(self.device)
+                found[i] = made(self.readers[i].logits(read[i], **how)).to(self.device)
         if side is not None:
             now = torch.cuda.current_stream(self.device)
             now.wait_stream(side)
-            for i in running:
-                found[i].record_stream(now)
+            for logits in found.values():
+                logits.record_stream(now)
         return found
 
     def _side_stream(self, running: Sequence[int]) -> Any | None:
@@ -304,29 +303,6 @@ class MemDecForCausalLM(Wrapper):
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         return self._side
-
-    def _joint(self, cache: Cache | None) -> Cache:
-        """A cache with the layers of all models; an empty cache of the base is extended in place.
-
-        Raises:
-            ConfigError: The cache holds text that only the base has read.
-        """
-        if cache is None:
-            cache = DynamicCache(config=self.base.config)
-        missing = sum(self._layers) - len(cache.layers)
-        if missing <= 0:
-            return cache
-        if len(cache.layers) not in (0, self._layers[0]) or cache.get_seq_length() > 0:
-            raise ConfigError(
-                f"past_key_values: expected a new cache or one of this model ({sum(self._layers)} layers), found one with "
-                f"{len(cache.layers)} layers that is in use; begin without"
-            )
-        configs = [model.config for model in (self.base, *self.memories)][bool(cache.layers) :]
-        for config in configs:
-            longest = cache.get_max_length() if isinstance(cache, StaticCache) else None
-            more = StaticCache(config, longest) if longest is not None else DynamicCache(config=config)
-            cache.layers.extend(more.layers)
-        return cache
 
 
 def _folder(index: int) -> str:
@@ -348,14 +324,6 @@ def _reference(model: Any) -> dict[str, Any]:
     if commit is None:
         warnings.warn(f"{name}: no commit is known; the reference loads the newest version on the Hub", stacklevel=3)
     return {"path": name, "revision": commit}
-
-
-def _view(cache: Cache, layers: Sequence[int], index: int) -> Cache:
-    """A cache of one model that shares its layers with the joint cache."""
-    begin = sum(layers[:index])
-    view = copy.copy(cache)  # keeps the class and the offloading settings
-    view.layers = cache.layers[begin : begin + layers[index]]
-    return view
 
 
 AutoConfig.register(MemDecConfig.model_type, MemDecConfig, exist_ok=True)

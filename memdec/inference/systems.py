@@ -39,9 +39,9 @@ class Parts:
         device: Device of all models.
         revision: Commit of the base, for Hub ids.
         memory_revision: Commit of the memory.
-        subfolder: Subfolder of the base's folder or repository.
-        tokenizer: Folder or Hub id of the tokenizer, if it is not the base's own.
+        subfolder: Subfolder of the base's repository on the Hub.
         trust_remote_code: Whether the user allows base and memory to run code from their repositories.
+        tokenizer: Tokenizer of the base, loaded; None: the one in its folder.
     """
 
     base: str | Path
@@ -60,8 +60,8 @@ class Parts:
     revision: str | None = None
     memory_revision: str | None = None
     subfolder: str = ""
-    tokenizer: str | None = None
     trust_remote_code: bool = False
+    tokenizer: Any | None = None
 
     def of(self, name: str) -> Any:
         """A part by its name; `System.check_parts` has made sure that it is given."""
@@ -78,7 +78,7 @@ class System:
         weight: Name of the mixing weight of its second distribution; None: it has one distribution.
         fits: Raises if the parts do not match; loads no weights.
         load: Loads the causal LM that the system wraps.
-        wrap: (that causal LM, parts, vocabulary size) -> the system.
+        wrap: (that causal LM, parts, rows that the tokenizer needs in a head) -> the system.
     """
 
     name: SystemName
@@ -142,9 +142,11 @@ class System:
         Raises:
             MemDecError: The system cannot run with these parts on this machine.
         """
+        from memdec.text import tokens
+
         self.check_parts(parts)
         self.check_room(parts)
-        return self.wrap(self.load(parts), parts, len(_tokenizer(parts, "base")))
+        return self.wrap(self.load(parts), parts, tokens.n_needed(_tokenizer(parts, "base")))
 
     def second(self, parts: Parts) -> dict[str, str]:
         """What its second distribution depends on, except the weight: content of the added parts, and settings."""
@@ -187,11 +189,12 @@ def _tokenizer(parts: Parts, name: str) -> Any:
     from memdec.models import loading
     from memdec.text import tokens
 
+    if name == "base" and parts.tokenizer is not None:
+        return parts.tokenizer
     where = _where(parts, name)
     model = str(parts.of(name))
     loading.check_folder(model, where["subfolder"], any_weights=name == "base")
-    words = parts.tokenizer if name == "base" and parts.tokenizer else model
-    return tokens.load_tokenizer(words, **where)
+    return tokens.load_tokenizer(model, **where)
 
 
 def _fits_alone(parts: Parts) -> None:

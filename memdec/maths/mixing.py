@@ -13,6 +13,8 @@ from torch import Tensor
 from memdec.errors import ConfigError, NumericsError
 from memdec.maths.statistics import perplexity
 
+_NOT_FINITE = "logits hold NaN or only infinities; try dtype=float32, or check the model's weights"
+
 
 def check_weight(alpha: float) -> float:
     """Return alpha as a float after checking that it is in [0, 1].
@@ -78,6 +80,38 @@ def mix(
     return mixed
 
 
+def mix_logits(
+    base: Float[Tensor, "*batch V"] | None,
+    memories: Sequence[Float[Tensor, "*batch V"] | None],
+    weights: Sequence[float],
+) -> Float[Tensor, "*batch V"]:
+    """Logits of the mixture for `generate`, float32: log p_mix + sum_i w_i log Z_i, Z_i the sum of exp(logits) of model i.
+
+    Adding a constant to a row changes no probability, but logits processors multiply scores (a repetition penalty), so
+    the level of a row matters to them. With this one, a model of weight 1 keeps its logits bit for bit, and models
+    with equal logits give those logits at any weights. Logits with weight 0 are not read and may be None.
+
+    Raises:
+        NumericsError: The logits hold NaN.
+    """
+    weights = check_weights(weights, len(memories))
+    parts = [(base, base_weight(weights)), *zip(memories, weights, strict=True)]
+    alone = next((logits for logits, weight in parts if weight == 1.0), None)
+    if alone is not None:
+        return finite(alone.float())
+    log_p = [None if not weight or logits is None else log_softmax(logits) for logits, weight in parts]
+    mixed = mix(log_p[0], log_p[1:], weights)
+    for (logits, weight), each in zip(parts, log_p, strict=True):
+        if logits is not None and each is not None:
+            mixed = mixed + weight * log_z(logits, each)
+    return mixed
+
+
+def log_z(logits: Float[Tensor, "*batch V"], log_p: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch 1"]:
+    """log of the sum of exp(logits), float32, from logits and their log-softmax."""
+    return logits.amax(-1, keepdim=True).float() - log_p.amax(-1, keepdim=True)
+
+
 def mix_scores(log_p_base: NDArray[np.floating], log_p_mem: NDArray[np.floating], alpha: float) -> NDArray[np.float64]:
     """Mix stored per-token log-probabilities, in float64, shape (N,), so that a new alpha needs no model pass."""
     base, memory = np.asarray(log_p_base, np.float64), np.asarray(log_p_mem, np.float64)
@@ -111,8 +145,15 @@ def log_softmax(logits: Float[Tensor, "*batch V"], n_vocab: int | None = None) -
         logits = in_vocabulary(logits, n_vocab)
     log_p = torch.log_softmax(logits.float(), dim=-1)
     if torch.isnan(log_p[..., 0]).any():
-        raise NumericsError("logits hold NaN or only infinities; try dtype=float32, or check the model's weights")
+        raise NumericsError(_NOT_FINITE)
     return log_p
+
+
+def finite(logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
+    """The logits, after a check that they have a softmax."""
+    if not logits.amax(-1).isfinite().all():
+        raise NumericsError(_NOT_FINITE)
+    return logits
 
 
 def greedy_interval(

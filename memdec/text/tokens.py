@@ -162,6 +162,16 @@ def fingerprint(tokenizer: Any) -> str:
     return artefact.digest({key: state.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
 
 
+def n_needed(tokenizer: Any) -> int:
+    """Rows that the embedding and the output head of a model need for the texts of a tokenizer.
+
+    Added control tokens may have ids beyond them: no text holds them, and some families have no rows for them (Gemma 3
+    1B: 262,145 tokens and 262,144 rows). The ends of texts count, as token streams hold them.
+    """
+    beyond = _control_tokens(tokenizer) - {tokenizer.eos_token, tokenizer.bos_token}
+    return 1 + max((token for word, token in tokenizer.get_vocab().items() if word not in beyond), default=-1)
+
+
 def _train(texts: Iterator[str], vocab_size: int) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer

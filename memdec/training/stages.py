@@ -273,9 +273,9 @@ def _checked(model_folder: Path, stream: Path, context: int) -> Any:
     words = tokens.load_tokenizer(str(model_folder))
     tokens.check_same(manifest.facts["tokenizer_sha256"], tokens.fingerprint(words), f"{model_folder} with {stream}")
     config = loading.config(model_folder)
-    if config.vocab_size < len(words):
+    if config.vocab_size < tokens.n_needed(words):
         raise ModelError(
-            f"{model_folder}: expected a head for the tokenizer's {len(words)} tokens, found one for {config.vocab_size}; "
+            f"{model_folder}: expected a head for the tokenizer's {tokens.n_needed(words)} tokens, found one for {config.vocab_size}; "
             "use a model of this tokenizer, or `memdec adapt-vocab`"
         )
     loading.check_positions(loading.n_positions(config), context, f"{model_folder}: context", "lower 'context'")

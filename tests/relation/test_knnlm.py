@@ -374,7 +374,7 @@ def test_a_query_beyond_the_range_of_the_keys_names_its_place(home: Home, model:
         with pytest.raises(
             NumericsError, match="finite keys within the range of float16, found another one in row 1 at position 3"
         ):
-            model._run(True, text(home, 24).reshape(2, 12), None, logits_to_keep=5)
+            model._run(True, {"input_ids": text(home, 24).reshape(2, 12)}, None, logits_to_keep=5, use_cache=False)
     finally:
         handle.remove()
 
