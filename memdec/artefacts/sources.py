@@ -163,14 +163,13 @@ def commit(name: str, revision: str | None = None) -> str:
     why = "no network"
     if not constants.HF_HUB_OFFLINE:
         try:
-            found = HfApi().model_info(name, revision=wanted, timeout=10).sha
-            if found is not None:
-                return found
+            if (found := HfApi().model_info(name, revision=wanted, timeout=10).sha) is not None:
+                return str(found)
         except Exception as error:  # the client raises a dozen unrelated types; the cache is asked next
             why = type(error).__name__
     place = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs" / wanted
     if place.is_file():
-        return place.read_text(encoding="utf-8").strip()
+        return str(place.read_text(encoding="utf-8")).strip()
     raise ModelError(
         f"{name}: expected a folder, or a Hub id whose commit of revision {wanted} is on the Hub or in the cache, found "
         f"neither ({why}); check the path, or give revision=<commit>"

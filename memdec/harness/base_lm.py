@@ -76,6 +76,7 @@ class WrappedLM(HFLM):
         kwargs: As for lm-eval's `hf` (dtype, device, batch_size, peft, parallelize, max_length ...).
     """
 
+    AUTO_MODEL_CLASS: Any  # whose `from_pretrained` makes the base
     cache_hook: Any  # of lm-eval's cache of answers
     remembers = False  # whether scores are kept in memory if no folder is given
 
@@ -89,20 +90,19 @@ class WrappedLM(HFLM):
         scores: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.system, self.weight, self.base_name = system, mixing.check_weight(weight), str(parts.base)
+        self.system, self.weight = system, mixing.check_weight(weight)
         self.n_cut = 0  # requests that were cut on the left
-        pretrained = self.base_name
-        # A tokenizer inside a GGUF file, or one that is given as an object, is known when `hf` has read it.
-        later = bool(kwargs.get("gguf_file")) or not isinstance(kwargs.get("tokenizer"), str | None)
+        self.base_name = pretrained = _in_subfolder(str(parts.base), kwargs)
+        own_words = any(kwargs.get(key) for key in ("tokenizer", "gguf_file", "subfolder"))  # not in the base's folder
         if not kwargs.get("gguf_file"):
             loading.check_folder(pretrained, kwargs.get("subfolder") or "", any_weights=True)
         self._spread = any(kwargs.get(key) for key in _ELSEWHERE)
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # without a value transformers would ask
-        own = ("revision", "subfolder", "tokenizer", "trust_remote_code", "device")
+        own = ("revision", "subfolder", "trust_remote_code", "device")
         given = {key: kwargs[key] for key in own if kwargs.get(key) is not None}
         dtype = str(kwargs.get("dtype") or "auto").removeprefix("torch.")
-        self.parts = replace(parts, dtype=dtype, **given)
-        if not later:
+        self.parts = replace(parts, base=pretrained, dtype=dtype, **given)
+        if not own_words:
             system.check_parts(self.parts)
         self._load_base: Callable[[], None] | None = None
         self._configuring = True
@@ -110,7 +110,7 @@ class WrappedLM(HFLM):
             super().__init__(pretrained=pretrained, **kwargs)
             self._n_positions = min(int(super().max_length), self._most_positions() or sys.maxsize)
         self._configuring = False
-        if later:
+        if own_words:
             self.parts = replace(self.parts, tokenizer=self.tokenizer)
             system.check_parts(self.parts)
         if self.backend != "causal":
@@ -531,6 +531,16 @@ class WrappedLM(HFLM):
         with one_line_errors():
             model: WrappedLM = super().create_from_arg_obj(*args, **kwargs)
             return model
+
+
+def _in_subfolder(base: str, kwargs: dict[str, Any]) -> str:
+    """The base's folder; a local `subfolder` is part of it, and a tokenizer is read from its own, as in `hf`."""
+    if not kwargs.get("subfolder") or not Path(base).is_dir():
+        return base
+    inner = kwargs.pop("subfolder")
+    if isinstance(words := kwargs.get("tokenizer"), str) and Path(words, inner).is_dir():
+        kwargs["tokenizer"] = str(Path(words, inner))
+    return str(Path(base, inner))
 
 
 def _loading(name: str) -> AbstractContextManager[None]:

@@ -200,8 +200,6 @@ def check_numbers(retriever: Passages, limit: int | None, *, query: int, every: 
 def check_folders(base: str | Path, words: Any, config: Any, passages: Path, settings: RetrievalSettings) -> Passages:
     """Check that passages fit the base, and return them; loads no weights.
 
-    `words` is the tokenizer of the base.
-
     Raises:
         ArtifactError: The passages are incomplete, or were made with another tokenizer.
         ConfigError: The passages leave no room for text.

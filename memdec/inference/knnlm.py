@@ -194,8 +194,6 @@ def check_folders(
 ) -> Datastore:
     """Check that base, keys, index and settings match, and return the datastore; loads no weights.
 
-    `words` is the tokenizer of the base.
-
     Raises:
         ArtifactError: They do not match, or one of them is incomplete.
         ConfigError: A setting is out of its range.

@@ -102,7 +102,8 @@ class MemDecForCausalLM(Wrapper):
             ResourceError: The memories do not fit on their device.
         """
         commits = list(revisions or [None] * (1 + len(memories)))
-        trust, inside = {"trust_remote_code": trust_remote_code}, kwargs.get("subfolder") or ""
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        inside = kwargs.get("subfolder") or ""
         words = tokens.load_tokenizer(str(base), commits[0], subfolder=inside, **trust)
         for name, commit in zip(memories, commits[1:], strict=True):
             tokens.check_same_ids(words, tokens.load_tokenizer(str(name), commit, **trust), f"{base} with {name}")
@@ -273,7 +274,7 @@ class MemDecForCausalLM(Wrapper):
         return mixing.log_softmax(logits, self.n_vocab)
 
     def _shared(self, logits: Tensor) -> Tensor:
-        """Logits of the shared vocabulary."""
+        """Logits of the base's vocabulary."""
         return mixing.in_vocabulary(logits, self.n_vocab)
 
     def _run(

@@ -39,9 +39,9 @@ class Parts:
         device: Device of all models.
         revision: Commit of the base, for Hub ids.
         memory_revision: Commit of the memory.
-        subfolder: Subfolder of the base's folder or repository.
-        tokenizer: Folder or Hub id of the base's tokenizer, or the tokenizer itself; None: the one in the base's folder.
+        subfolder: Subfolder of the base's repository on the Hub.
         trust_remote_code: Whether the user allows base and memory to run code from their repositories.
+        tokenizer: Tokenizer of the base, loaded; None: the one in its folder.
     """
 
     base: str | Path
@@ -60,8 +60,8 @@ class Parts:
     revision: str | None = None
     memory_revision: str | None = None
     subfolder: str = ""
-    tokenizer: Any | None = None
     trust_remote_code: bool = False
+    tokenizer: Any | None = None
 
     def of(self, name: str) -> Any:
         """A part by its name; `System.check_parts` has made sure that it is given."""
@@ -189,13 +189,12 @@ def _tokenizer(parts: Parts, name: str) -> Any:
     from memdec.models import loading
     from memdec.text import tokens
 
-    if name == "base" and parts.tokenizer is not None and not isinstance(parts.tokenizer, str):
+    if name == "base" and parts.tokenizer is not None:
         return parts.tokenizer
     where = _where(parts, name)
     model = str(parts.of(name))
     loading.check_folder(model, where["subfolder"], any_weights=name == "base")
-    words = parts.tokenizer if name == "base" and parts.tokenizer else model
-    return tokens.load_tokenizer(words, **where)
+    return tokens.load_tokenizer(model, **where)
 
 
 def _fits_alone(parts: Parts) -> None:

@@ -46,7 +46,7 @@ class MemDecConfig(PreTrainedConfig):
         parts: One dictionary for the base, then one for each memory. It holds `config` (the configuration of that
             model, as a dictionary with `model_type`) and, if the weights are saved elsewhere, `path` and `revision`.
         weights: Weight of each memory; the base has the rest to 1.
-        n_vocab: Vocabulary size of the tokenizer, which every output head must cover.
+        n_vocab: Rows that the tokenizer needs (`tokens.n_needed`), which every output head must have.
     """
 
     model_type = "memdec"
@@ -419,13 +419,13 @@ def shared_vocabulary(models: Sequence[Any], n_vocab: int | None) -> int:
     around one base is normalised over the same entries (`mixing.in_vocabulary`).
 
     Args:
-        models: Causal LMs.
+        models: Causal LMs, the base first.
         n_vocab: Rows that the tokenizer needs (`tokens.n_needed`), only to check that every head has them.
 
     Raises:
         ModelError: A head has fewer than `n_vocab` tokens.
     """
-    rows = [int(model.get_output_embeddings().weight.shape[0]) for model in models]
+    rows = [_rows(model.get_output_embeddings()) for model in models]
     if n_vocab is not None and n_vocab > min(rows):
         raise ModelError(
             f"expected output heads of at least {n_vocab} tokens, found {min(rows)}; use models of one tokenizer"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memdec.artefacts import artefact, devices, sources
-from memdec.errors import ConfigError, ModelError
+from memdec.errors import ConfigError, ModelError, outside
 from memdec.models import checkpoints
 from memdec.settings import ModelSpec
 from memdec.text import tokens
@@ -43,7 +43,7 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_folder(name, subfolder, whole=True)
-    given = {"revision": revision, "subfolder": subfolder, "trust_remote_code": trust_remote_code}
+    given: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "trust_remote_code": trust_remote_code}
     with sources.reading(name, "a causal LM with safetensors weights"):
         config = AutoConfig.from_pretrained(name, **given)
     if dropout is not None:
@@ -99,7 +99,7 @@ def adapted(base: Any, name: str | Path, *, revision: str | None = None) -> Any:
     """
     from peft import PeftModel
 
-    given = {"revision": revision, "torch_device": str(base.device)}
+    given: dict[str, Any] = {"revision": revision, "torch_device": str(base.device)}
     given["key_mapping"] = getattr(base, "_checkpoint_conversion_mapping", None) or {}
     if is_artefact(Path(name)):
         artefact.read(Path(name), "lora", whole=True)
@@ -501,8 +501,7 @@ def snapshot(name: str, revision: str | None) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    instead = "download it on a machine with network and give the folder"
-    with outside(ModelError, name, "a model of the Hub", instead):
+    with outside(ModelError, name, "a model of the Hub", "download it on a machine with network and give the folder"):
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
