@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -69,7 +70,8 @@ def stage(settings: type[BaseModel] | None = None) -> Callable[[Callable[..., No
     """Register a function as a command whose options are its parameters and the fields of `settings`.
 
     The function gets the fields as one object, its parameter `settings`. A parameter `compute` gets the options of
-    `settings.Compute` in the same way.
+    `settings.Compute` in the same way. A command with `--out` also has `--overwrite`; without it, what was made there
+    with other settings is kept.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -79,18 +81,23 @@ def stage(settings: type[BaseModel] | None = None) -> Callable[[Callable[..., No
         typed = {"settings": settings} if settings is not None else {}
         typed |= {"compute": Compute} if len(own) + len(typed) < len(takes) else {}
         options = [_option(field, info) for kind in typed.values() for field, info in kind.model_fields.items()]
+        options += [_OVERWRITE] if any(p.name == "out" for p in own) else []
 
         def command(**values: Any) -> None:
-            from memdec.artefacts import devices
+            from memdec.artefacts import artefact, devices
 
             _limit_threads()
+            replaces = values.pop("overwrite", False)
             arguments = {p.name: values.pop(p.name) for p in own}
             for argument, kind in typed.items():
                 given = {field: values[field] for field in kind.model_fields}
                 arguments[argument] = parse(kind, given, f"memdec {name}")
             if "compute" in arguments:
                 devices.pick(arguments["compute"])  # a missing GPU is reported before anything is read
-            with devices.one_line_when_full(f"memdec {name}", arguments.get("settings")):
+            with (
+                nullcontext() if replaces else artefact.keeping(),
+                devices.one_line_when_full(f"memdec {name}", arguments.get("settings")),
+            ):
                 function(**arguments)
 
         command.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
@@ -120,6 +127,14 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=help_text)]
     )
+
+
+_OVERWRITE = inspect.Parameter(
+    "overwrite",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--overwrite", help="replace what was made in --out with other settings")],
+)
 
 
 def _limit_threads() -> None:
@@ -566,7 +581,7 @@ def table(
     tables.run(catalogue.table(cfg.load(config), name), _cells(cell), out)
 
 
-@app.command()
+@stage()
 def cases(
     config: RunConfig,
     base: Annotated[Path, typer.Option(help="base model folder")],

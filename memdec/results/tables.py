@@ -15,7 +15,7 @@ import pandas as pd
 from memdec.artefacts import artefact, provenance
 from memdec.artefacts.markdown import table as write_markdown
 from memdec.config import Config
-from memdec.errors import ArtifactError, ConfigError
+from memdec.errors import ArtifactError, ConfigError, outside
 from memdec.results import catalogue
 from memdec.results.catalogue import Perplexities, Row, Table
 from memdec.settings import FORGETTING, portable
@@ -64,7 +64,7 @@ def _marked_words(table: Table, cells: Sequence[Cell], out: Path) -> None:
         raise ConfigError(f"{table.name}: expected one --cell with a folder of kind {table.kind}, found {len(cells)}")
     *_, folder = cells[0]
     manifest = artefact.read(folder, table.kind)
-    frame = pd.DataFrame(json.loads((folder / "records.json").read_text(encoding="utf-8")))
+    frame = pd.DataFrame(_records(folder / "records.json"))
     systems = [name for name in frame.columns if name not in ("group", "text", "target", "tokens")]
     rows = []
     for _, row in frame.iterrows():
@@ -118,13 +118,18 @@ def load_records(config: Config, cells: Sequence[Cell], file: str = "records.jso
     rows: list[dict[str, Any]] = []
     for domain, model, seed, folder in cells:
         artefact.read(folder, "evaluation")
-        for record in json.loads((folder / file).read_text(encoding="utf-8")):
-            if record["seed"] != seed:
+        for record in _records(folder / file):
+            if record.get("seed") != seed:
                 raise ArtifactError(
-                    f"{folder}: expected records of seed {seed}, found seed {record['seed']}; run it again"
+                    f"{folder}: expected records of seed {seed}, found seed {record.get('seed')}; run it again"
                 )
             rows.append({"domain": domain, "family": config.models[model].family, "model": model, **record})
     return pd.DataFrame(rows).drop_duplicates(["domain", "model", "method", "memory", "seed", "on"])
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    with outside(ArtifactError, file, "records in JSON", "run the evaluation again"):
+        return [dict(record) for record in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def pivot(table: Perplexities, records: pd.DataFrame) -> pd.DataFrame:

@@ -18,12 +18,14 @@ import datasets
 import pyarrow as pa
 from huggingface_hub import HfApi
 
+from memdec.artefacts import artefact
 from memdec.errors import CorpusError, outside, reason
 from memdec.text import reading
 from memdec.text.reading import shown
 
 log = logging.getLogger("lm_eval.tasks.memdec")  # the lm_eval executable shows the messages of loggers under lm_eval
 
+SOURCES = "sources.json"  # in a folder that `memdec data fetch` filled
 NEWEST = "main"  # revision of a data set for which no commit is known
 
 
@@ -67,10 +69,42 @@ class Rows:
 
 
 def local_file(name: str) -> Path | None:
-    """The file of this name under MEMDEC_DATA, or None if there is none."""
+    """The file of this name under MEMDEC_DATA, or None if there is none.
+
+    Raises:
+        CorpusError: `memdec data fetch` wrote it, and it has changed since.
+    """
     folder = os.environ.get("MEMDEC_DATA")
     file = Path(folder) / name if folder else None
-    return file if file is not None and file.is_file() else None
+    if file is None or not file.is_file():
+        return None
+    stated = fetched(Path(folder or "")).get(name, {}).get("sha256")
+    if stated is not None and (found := artefact.sha256(file)) != stated:
+        raise CorpusError(
+            f"{file}: expected the file that was fetched (sha256 {str(stated)[:16]}), found another ({found[:16]}); run `memdec "
+            f"data fetch` again, or take the file out of {SOURCES} if it is yours"
+        )
+    return file
+
+
+def fetched(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `memdec data fetch` wrote into a folder: an entry (origin, revision, rows, sha256) for each file.
+
+    Raises:
+        CorpusError: The list of entries is damaged.
+    """
+    path = folder / SOURCES
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values()):
+            return entries
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError):
+        pass
+    raise CorpusError(
+        f"{path}: expected a JSON object with an entry per file, found another; delete it and fetch again"
+    )
 
 
 def load(task: str, file: str, hub: HubRows | None = None, *, adapt: Callable[[Any], Any] | None = None) -> Rows:

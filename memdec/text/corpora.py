@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from memdec.artefacts import artefact
-from memdec.errors import CorpusError, outside, reason
+from memdec.errors import ArtifactError, CorpusError, outside, reason
 from memdec.settings import SPLITS, CorpusSpec, DocstringCorpus, FileCorpus, HubCorpus, Split
 from memdec.text import reading
 
@@ -86,8 +86,10 @@ def run(spec: CorpusSpec, out: Path, against: Sequence[Path] = ()) -> None:
 
 def load(path: Path, split: Split) -> list[str]:
     """The texts of one split of a corpus folder, in order."""
-    artefact.read(path, "corpus")
-    return list(pq.read_table(path / f"{split}.parquet", columns=["text"])["text"].to_pylist())
+    artefact.read(path, "corpus", whole=True)
+    file = path / f"{split}.parquet"
+    with outside(ArtifactError, file, "texts in Parquet format", "run `memdec corpus` again"):
+        return list(pq.read_table(file, columns=["text"])["text"].to_pylist())
 
 
 def joined(texts: Iterable[str], separator: str, eos: str) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from memdec.artefacts import artefact, sources
+from memdec.artefacts import arrays, artefact, sources
 from memdec.errors import ArtifactError, ConfigError, CorpusError, ModelError, outside
 from memdec.settings import SPLITS, Split, TokenizerSpec
 from memdec.text import corpora
@@ -104,9 +104,10 @@ def run_tokens(tokenizer_folder: Path, corpus_folder: Path, out: Path) -> None:
 
 def load_stream(folder: Path, split: Split) -> NDArray[np.integer]:
     """Memory-mapped token stream of one split, shape (N,)."""
-    artefact.read(folder, "tokens")
-    stream: NDArray[np.integer] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-    return stream
+    facts = artefact.read(folder, "tokens", whole=True).facts
+    return arrays.load(
+        folder / f"{split}.npy", facts.get("dtype", arrays.INTEGERS), (facts.get("tokens", {}).get(split),)
+    )
 
 
 def load_tokenizer(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from memdec.artefacts import artefact
+from memdec.errors import ResourceError
 from memdec.settings import LoraSettings, MemorySettings, TrainSettings
 from memdec.training import checkpoints, fitting, stages
 
@@ -266,7 +267,7 @@ def test_11_a_disk_that_is_full_in_a_checkpoint_costs_only_that_checkpoint(
         path.write_bytes(b"")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(ResourceError, match="found it full"):
         patch.setattr(function, write)
         train(tmp_path / "m")
     assert steps(tmp_path / "m") == [16, 18, 20]
