@@ -196,6 +196,8 @@ def _train(
         state = _whole_state(trainer)
         if team.rank > 0:
             return
+        if kind == "lora":  # peft keeps a set, whose order depends on the process
+            model.peft_config["default"].target_modules = sorted(model.peft_config["default"].target_modules)
         model.save_pretrained(out, state_dict=state)
         if kind == "lora":
             facts |= {
@@ -242,7 +244,10 @@ def _refuse_changes(out: Path, now: Mapping[str, Any]) -> None:
     file = out / artefact.WORK / _SETTINGS
     if not file.is_file() or not list(file.parent.glob("checkpoint-*")):
         return
-    there = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # a damaged file; `building` removes work of another recipe
     changes = [
         f"{key} ({old.get(key)} there, {new.get(key)} now)"
         for old, new in ((there["settings"], now["settings"]), (there["inputs"], now["inputs"]))
