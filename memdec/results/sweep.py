@@ -200,7 +200,7 @@ def _draw(rows: Sequence[dict[str, Any]], better: dict[tuple[str, str], bool], o
                           textcoords="offset points", ha="right", fontsize=8, color="0.4")  # fmt: skip
         axes.set_xlabel("α, weight of the memory")
         axes.set_ylabel(metric.replace("_", " "))
-        axes.set_title(task, fontsize=9)
+        axes.set_title(task.replace("$", r"\$"), fontsize=9)  # a dollar begins a formula
         axes.margins(y=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "sweep.png", dpi=160)

@@ -1,6 +1,6 @@
 """Kill campaign: kill runs at random moments and stages before chosen file-system events, then run the same command again.
 
-    python tests/campaign/kill.py FOLDER            # about five minutes on two cores; goes on where it was stopped
+    python tests/campaign/kill.py        # about five minutes on two cores; a run that was stopped goes on
 
 Part 1 kills the reduced run (tests/regression/reduced.yaml) with all its processes, 20 times at random moments. After
 each kill the documented command is given again, without any help, until the table is there. The table must equal that
@@ -10,7 +10,8 @@ Part 2 kills single stages of tiny size before 60 chosen file-system events in t
 writing, synced, renamed or removed, or a folder is made or removed. The same command is then given again. It must
 succeed, and the artefact must equal that of an undisturbed run, except for measured times.
 
-It prints a line for each kill and a count, and exits 1 if anything failed.
+It prints a line for each kill and a count, and exits 1 if anything failed. Then the folder stays, and the next call tries
+again what failed; otherwise it is removed.
 """
 
 import argparse
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", MEMDEC_TEST_DATA="/")
 BIN = Path(sys.executable).parent
+GOOD = "the same"  # what came of a kill if nothing was lost
 PATIENCE = 300  # seconds after which a command counts as stuck
 # Files that hold measured times or dates; all others must be equal.
 TIMES = ("results_*.json",)
@@ -42,11 +44,11 @@ TIMES = ("results_*.json",)
 
 
 def command(folder: Path) -> list[str]:
-    """The documented command for a table of one's own config."""
+    """The documented command for a table of one's own config: what `make table3` runs, on another folder."""
     return [
-        "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder), "--cores", "all",
-        "--configfile", str(ROOT / "tests" / "regression" / "reduced.yaml"),
-        "--workflow-profile", str(ROOT / "profiles" / "default"), "--", "results/table3.csv",
+        str(ROOT / "workflow" / "run.sh"), str(folder), "--cores", "all", "--quiet", "progress", "--configfile",
+        str(ROOT / "tests" / "regression" / "reduced.yaml"), "--workflow-profile", str(ROOT / "profiles" / "default"),
+        "--", "results/table3.csv",
     ]  # fmt: skip
 
 
@@ -104,19 +106,18 @@ def run_kills(home: Path, n_kills: int, rng: random.Random) -> list[dict[str, An
             raise SystemExit(f"the undisturbed run failed: {last_words(right)}")
     known = home / "runs.json"
     found: list[dict[str, Any]] = json.loads(known.read_text()) if known.is_file() else []
-    moments = [rng.uniform(2, 30) for _ in range(n_kills)]
+    found = [each for each in found if each["after"] in (None, GOOD)]
+    moments = [rng.uniform(2, 24) for _ in range(n_kills)]
     while len(found) < n_kills or found[-1]["after"] is None:
-        number = 1 + sum(each["after"] == "the same table" for each in found)
-        folder = home / f"killed-{number}"
+        folder = home / "killed"
         patience = moments[len(found)] if len(found) < n_kills else PATIENCE
         code = killed_at(started(folder), patience)
         if code is None and len(found) < n_kills:
-            found.append({"folder": folder.name, "after_s": round(patience, 1), "after": None})
+            found.append({"run": "killed", "event": f"after {patience:.1f} s", "after": None})
         elif code == 0:
             same = (folder / table).read_bytes() == (right / table).read_bytes()
-            _after(found, "the same table" if same else "ANOTHER TABLE")
-            if same:
-                shutil.rmtree(folder)
+            _after(found, GOOD if same else "ANOTHER TABLE")
+            shutil.rmtree(folder)
         else:
             _after(found, f"STUCK: {last_words(folder) if code is not None else 'no end'}")
             _help(folder)
@@ -348,7 +349,7 @@ def stage_kill(home: Path, stage: str, event: int, right: dict[str, Any]) -> str
     if differ:
         return f"ANOTHER RESULT: {', '.join(differ)}"
     shutil.rmtree(out)
-    return "the same"
+    return GOOD
 
 
 def stage_kills(home: Path, n_kills: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -373,7 +374,7 @@ def stage_kills(home: Path, n_kills: int, rng: random.Random) -> list[dict[str, 
         if pid == 0:
             for stage, number in jobs[worker::2]:
                 file = home / "events" / f"{stage}.{number}.txt"
-                if not file.is_file():
+                if not file.is_file() or file.read_text() != GOOD:
                     file.write_text(stage_kill(home, stage, number, content(home / "made" / stage)))
             os._exit(0)
         workers.append(pid)
@@ -419,7 +420,7 @@ def _texts(home: Path) -> None:
 def main() -> int:
     """Run both parts, print what came of each kill, and return 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder for all runs; give it again to go on")
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build" / "kill", help="folder for all runs")
     parser.add_argument("--runs", type=int, default=20, help="kills of the reduced run")
     parser.add_argument("--events", type=int, default=60, help="kills of stages")
     parser.add_argument("--seed", type=int, default=0)
@@ -436,10 +437,12 @@ def main() -> int:
         begin = time.monotonic()
         for each in part(home / name, n_kills, random.Random(given.seed)):
             print(" | ".join(str(value) for value in each.values()))
-            failed += each["after"] not in ("the same", "the same table")
+            failed += each["after"] != GOOD
             n += 1
         print(f"{name}: {time.monotonic() - begin:.0f} s")
     print(f"{n} kills, {failed} failed")
+    if not failed:
+        shutil.rmtree(home)
     return int(failed > 0)
 
 
