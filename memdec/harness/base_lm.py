@@ -137,16 +137,16 @@ class WrappedLM(HFLM):
         """Load base and memory when the first request needs them; errors in the requests show before that."""
         if self._load_base is None:
             return
-        load_base, self._load_base = self._load_base, None
         start = time.perf_counter()
         if not self._spread:  # if the base is spread, its share of each device is unknown
             self.system.check_room(replace(self.parts, device=str(self._device)))
         with _loading(self.base_name):
-            load_base()
+            self._load_base()
         base: Any = self._model
         if not getattr(base, "hf_device_map", None):
             base.to(self._device)
         self._model = self.system.wrap(base.eval(), self.parts, tokens.n_needed(self.tokenizer))
+        self._load_base = None  # last, or what fails above would be hidden by errors of a model that is not wrapped
         if self.system.weight is not None:
             self._model.set_weight(self.weight)
         log.info("loaded %s in %.1f s", self.base_name, time.perf_counter() - start)
