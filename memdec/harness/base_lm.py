@@ -174,7 +174,7 @@ class WrappedLM(HFLM):
         if not getattr(base, "hf_device_map", None):
             base.to(self._device)
         self._model = self.system.wrap(base.eval(), self.parts, tokens.n_needed(self.tokenizer))
-        self._load_base = None  # not before: after an error nothing is loaded
+        self._load_base = None  # last, or what fails above would be hidden by errors of a model that is not wrapped
         if self.system.weight is not None:
             self._model.set_weight(self.weight)
         log.info("loaded %s in %.1f s", self.base_name, time.perf_counter() - start)

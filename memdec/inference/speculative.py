@@ -12,6 +12,7 @@ a base that reads several tokens at once rounds its logits differently. The logi
 (repetition penalty, suppressed tokens ...) act on every token, as there. What cannot give the same tokens is refused.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -171,8 +172,9 @@ def _check_frequencies(config: Any, begin: int, end: int) -> None:
 
 
 def _check_config(config: GenerationConfig) -> None:
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    greedy = copy.deepcopy(config)
+    greedy.do_sample = False
+    if (mode := greedy.get_generation_mode()) != GenerationMode.GREEDY_SEARCH:
         raise ConfigError(
             f"speculative: expected a generation config of greedy search, found {mode.value.replace('_', ' ')}; use "
             "model.generate"

@@ -141,11 +141,15 @@ class Reader:
         logits: Tensor = self.model(**given, use_cache=use_cache, return_dict=True).logits
         return logits if "logits_to_keep" in self._takes else logits[:, kept_positions(logits_to_keep)]
 
-    def check_generation(self, use_cache: bool) -> None:
+    def check_generation(self, use_cache: bool, chunks: bool) -> None:
         """Check that the family generates by the steps of transformers.
 
+        Args:
+            use_cache: Whether there is a cache.
+            chunks: Whether the prompt is read in chunks.
+
         Raises:
-            ModelError: It has a step or a cache of its own.
+            ModelError: It has a step or a cache of its own, or cannot read chunks.
         """
         family = type(self._family)
         own = [step for step in _STEPS if getattr(family, step, None) is not getattr(GenerationMixin, step, None)]
@@ -153,6 +157,11 @@ class Reader:
             raise ModelError(
                 f"generate: expected models with a cache of transformers, found {family.__name__} with its own; set "
                 "use_cache=False"
+            )
+        if chunks and self.cache_name != "past_key_values":
+            raise ModelError(
+                f"generate: expected models that can read a prompt in chunks, found {family.__name__}; leave "
+                "prefill_chunk_size out"
             )
         if own:
             raise ModelError(
@@ -246,10 +255,12 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         Raises:
             ModelError: A family generates in a way of its own, or a model lacks a token of the prompt.
         """
-        use_cache = kwargs.get("use_cache")
-        use_cache = self.generation_config.use_cache is not False if use_cache is None else use_cache
+        use_cache, chunks = (
+            getattr(self.generation_config, key) if kwargs.get(key) is None else kwargs[key]
+            for key in ("use_cache", "prefill_chunk_size")
+        )
         for i in self.running:
-            self.readers[i].check_generation(bool(use_cache))
+            self.readers[i].check_generation(use_cache is not False, bool(chunks))
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None:
             self.check_inputs(prompt)

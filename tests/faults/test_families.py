@@ -53,7 +53,7 @@ PROCESSORS = {
     "no_repeat_ngram_size": 2,
     "suppress_tokens": list(range(3, 60)),
     "bad_words_ids": [[70], [80, 81]],
-    "min_new_tokens": 5,
+    "min_new_tokens": 10,
     "forced_eos_token_id": 7,
     "begin_suppress_tokens": list(range(8, 110)),
     "exponential_decay_length_penalty": (2, 1.5),
@@ -183,7 +183,7 @@ def test_logits_processors_act_as_on_the_base(name: str) -> None:
     base, memory = qwen2(0), qwen2(1)
     base.generation_config.update(**{name: PROCESSORS[name]}, eos_token_id=7, pad_token_id=0)
     acts = 0
-    for seed in range(3):
+    for seed in range(4):
         ids = torch.randint(8, 120, (1, 6), generator=torch.Generator().manual_seed(seed))
         how = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
         plain = base.generate(ids, **how)
@@ -241,6 +241,14 @@ def test_a_family_that_generates_in_its_own_way_is_refused_before_anything_runs(
         mixture.generate(torch.arange(8, 12)[None], max_new_tokens=2)
     mixture.set_weights([0.0])
     assert mixture.generate(torch.arange(8, 12)[None], max_new_tokens=2).shape[1] >= 5
+
+
+def test_what_mamba_cannot_read_is_refused() -> None:
+    mixture = MemDecForCausalLM.from_models(made("Mamba", 0), [], [])
+    with pytest.raises(
+        ModelError, match="can read a prompt in chunks, found MambaForCausalLM; leave prefill_chunk_size"
+    ):
+        mixture.generate(torch.arange(8, 18)[None], max_new_tokens=2, prefill_chunk_size=4)
 
 
 def test_a_saved_mixture_keeps_its_generation_config(tmp_path: Path) -> None:
