@@ -18,7 +18,23 @@ from memdec.tasks import dcpmi_rows, domain, fetch, perplexity, qa, verbalizers
 from memdec.text import corpora
 
 Case = Callable[[Path], None]
-_TEXTS = ["", " ", "a word", "\ud800", "\udfff tail", "\x00", "\u2028", "﻿x", "e\u0301", "𝔘" * 9, "x" * 5000, "\r", '"', "ß"]
+_TEXTS = [
+    "",
+    " ",
+    "a word",
+    "\ud800",
+    "\udfff tail",
+    "\x00",
+    "\u2028",
+    "﻿x",
+    "e\u0301",
+    "𝔘" * 9,
+    "x" * 5000,
+    "\r",
+    '"',
+    "ß",
+]
+_PLAIN = [text for text in _TEXTS if not any("\ud800" <= c <= "\udfff" or c == "\0" for c in text)]
 _NUMBERS = [0, 1, -1, 3, 2**31, 2**63, -(2**63) - 1, 10**400, 1.5, 1e308, float("nan"), float("inf"), True, None]
 _FIELDS = [
     *("text", "label", "input", "options", "gold_index", "class_id", "question", "answer", "premise", "hypothesis"),
@@ -88,12 +104,15 @@ def _rows_case(rng: random.Random) -> tuple[str, Case]:
 
 
 def _corpus_case(rng: random.Random) -> tuple[str, Case]:
-    suffix = rng.choice([".txt", ".jsonl", ".JSONL", ".json", ".csv", ".txt.gz", ".txt.xz", ".parquet", ".md", ".dat", ""])
+    suffix = rng.choice(
+        [".txt", ".jsonl", ".JSONL", ".json", ".csv", ".txt.gz", ".txt.xz", ".parquet", ".md", ".dat", ""]
+    )
     if "json" in suffix.lower():
         data = _damaged(rng, _lines(rng, {"text": "a text of some words"}))
     else:
         ends = rng.choice(["\n", "\r", "\r\n", "\n\n"])
-        data = _damaged(rng, ends.join(rng.choice(_TEXTS) for _ in range(rng.randrange(30))))
+        texts = rng.choice([_TEXTS, _PLAIN, _PLAIN])
+        data = _damaged(rng, ends.join(rng.choice(texts) for _ in range(rng.randrange(30))))
     if suffix.endswith((".gz", ".xz")) and rng.random() < 0.8:
         data = (gzip.compress if suffix.endswith(".gz") else lzma.compress)(data)
         data = _cut(rng, data) if rng.random() < 0.3 else data
@@ -161,7 +180,9 @@ def _parquet_case(rng: random.Random) -> tuple[str, Case]:
 def _lines(rng: random.Random, right: dict[str, Any]) -> str:
     """JSON lines, most of them right."""
     lines = []
-    calm = rng.choice([1, 10])  # in half of the files a wrong row is rare, so that what comes after reading is tried too
+    calm = rng.choice(
+        [1, 10]
+    )  # in half of the files a wrong row is rare, so that what comes after reading is tried too
     for _ in range(rng.randrange(1, 12)):
         row = dict(right)
         kind = rng.random() * calm
