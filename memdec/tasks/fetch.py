@@ -218,7 +218,7 @@ def _check(folder: Path, file: DataFile, entries: dict[str, dict[str, Any]]) -> 
         return Checked(file, None, "missing")
     try:
         found = _rows(path)
-    except (CorpusError, pa.ArrowException) as error:
+    except (CorpusError, pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).removeprefix(str(path)).lstrip(",: ")
         return Checked(file, None, f"not whole: {' '.join(reason.split())[:80]}")
     entry = entries.get(file.file)

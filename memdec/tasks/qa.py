@@ -58,7 +58,9 @@ def _checked(found: Rows, answers: list[list[str]], drop: str | None = None) -> 
                 f"{found.where(number)}: expected a 'question', found {shown(row['question'])}; check the file"
             )
         if not listed or not all(isinstance(answer, str) and answer.strip() for answer in listed):
-            raise CorpusError(f"{found.where(number)}: expected texts in 'answer', found {shown(listed)}; check the file")
+            raise CorpusError(
+                f"{found.where(number)}: expected texts in 'answer', found {shown(listed)}; check the file"
+            )
         if drop not in listed:
             kept.append({"question": row["question"], "answers": list(dict.fromkeys(listed))})
     if not kept:

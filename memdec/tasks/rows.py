@@ -163,9 +163,7 @@ def _read(path: Path) -> datasets.Dataset:
     try:
         return datasets.Dataset.from_list(listed)
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
-        raise CorpusError(
-            f"{path}: expected rows that make a table, found: {reason(error)}; check the file"
-        ) from None
+        raise CorpusError(f"{path}: expected rows that make a table, found: {reason(error)}; check the file") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -226,7 +226,8 @@ class _Piece:
 
     def run(self, numbers: range, shift: int) -> list[tuple[int, int, int]]:
         """Id, first character and end of these tokens; characters are counted from `shift`."""
-        return [(self.ids[i], *(at - shift for at in self._place(i))) for i in numbers]
+        placed = ((self.ids[number], self._place(number)) for number in numbers)
+        return [(token, first - shift, end - shift) for token, (first, end) in placed]
 
     def _place(self, number: int) -> tuple[int, int]:
         place: tuple[int, int] | None = self.tokens.token_to_chars(number)

@@ -57,12 +57,14 @@ def newest(work: Path, keep_best: bool) -> Path | None:
     found = None
     for path in _newest_first(work):
         known = facts(path)
-        best = None if known is None or not keep_best else known["best"]
-        if known is not None and (best is None or facts(folder(work, best)) is not None):
+        damaged = path if known is None else None
+        if known is not None and keep_best and known["best"] is not None:
+            best = folder(work, known["best"])
+            damaged = best if facts(best) is None else None
+        if damaged is None:
             found = found or path
             continue
         if (path / SEAL).exists():  # else it was being written when the run ended
-            damaged = path if known is None else folder(work, best)
             warnings.warn(
                 f"{damaged}: expected the checkpoint as it was written, found a damaged one; the training goes on from an "
                 "earlier one, or begins again",

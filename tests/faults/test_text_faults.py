@@ -49,7 +49,9 @@ def bpe(n_merges: int = 60) -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    pieces = sorted({word for text in texts(40) for word in text.replace(" ", "▁").split("▁")} | set("".join(texts(40))))
+    pieces = sorted(
+        {word for text in texts(40) for word in text.replace(" ", "▁").split("▁")} | set("".join(texts(40)))
+    )
     vocab = [("<unk>", 0.0), (EOS, 0.0), ("▁", -2.0)] + [(piece, -3.0 - 0.1 * len(piece)) for piece in pieces if piece]
     return Tokenizer(backends.Unigram(vocab, unk_id=0))
 
@@ -80,9 +82,7 @@ def byte_level(**options: Any) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(**options)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts(60), trainer)
     return made(backend)
 

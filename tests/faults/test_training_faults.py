@@ -58,16 +58,16 @@ class Kill(TrainerCallback):
 
 def killed(train: Train, out: Path, step: int, changes: dict[str, Any] = PLAIN) -> Path:
     """A run that is killed at a step before its checkpoint, or behind the last one when the weights are gathered."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        plain = fitting.LossTrainer.__init__
-        given = [Kill(step)]
-        patch.setattr(
-            fitting.LossTrainer,
-            "__init__",
-            lambda self, **how: plain(self, **{**how, "callbacks": [*how.get("callbacks", []), *given]}),
-        )
+    plain = fitting.LossTrainer.__init__
+
+    def made(self: Any, **how: Any) -> None:
+        plain(self, **{**how, "callbacks": [*how.get("callbacks", []), Kill(step)]})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting.LossTrainer, "__init__", made)
         patch.setattr(stages, "_whole_state", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-        train(out, changes)
+        with pytest.raises(KeyboardInterrupt):
+            train(out, changes)
     return out
 
 
@@ -91,7 +91,9 @@ def steps(out: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("at", [(13,), (4, 38), (99,), (40, 99)])
-def test_8_kills_change_nothing_in_a_trained_folder(at: tuple[int, ...], train: Train, straight: Path, tmp_path: Path) -> None:
+def test_8_kills_change_nothing_in_a_trained_folder(
+    at: tuple[int, ...], train: Train, straight: Path, tmp_path: Path
+) -> None:
     """Step 99 is never reached: the kill comes behind the last step. The loss was that of the steps after it, or 0.0."""
     for step in at:
         killed(train, tmp_path / "m", step)
@@ -102,7 +104,9 @@ def test_8_kills_change_nothing_in_a_trained_folder(at: tuple[int, ...], train: 
 
 
 @pytest.mark.parametrize("at", [31, 99])
-def test_8_kills_change_no_evaluation_and_no_best_step(at: int, train: Train, straight_best: Path, tmp_path: Path) -> None:
+def test_8_kills_change_no_evaluation_and_no_best_step(
+    at: int, train: Train, straight_best: Path, tmp_path: Path
+) -> None:
     killed(train, tmp_path / "m", at, BEST)
     (tmp_path / "m").rename(tmp_path / "moved")  # checkpoints name the folder of the best one by its old path
     moved = train(tmp_path / "moved", BEST)
@@ -146,7 +150,11 @@ def test_8_two_runs_write_the_same_bytes(
     short = {"epochs": 0.05, "learning_rate": 1e-3}
     for run in "ab":
         stages.run_pretrain(
-            spec(16, train=TrainSettings(**short)), tokenizer_folder, short_tokens, tmp_path / run / "p", context=CONTEXT
+            spec(16, train=TrainSettings(**short)),
+            tokenizer_folder,
+            short_tokens,
+            tmp_path / run / "p",
+            context=CONTEXT,
         )
         lora = LoraSettings(**short, rank=2)
         stages.run_lora(base_folder, short_tokens, tmp_path / run / "l", lora, context=CONTEXT, seed=0)
@@ -214,7 +222,9 @@ def test_11_a_damaged_checkpoint_is_passed_over_with_a_warning(
     work = shutil.copytree(unfinished / "work", tmp_path / "work")
     damage(work / "checkpoint-18" / name)
     if (work / "checkpoint-18" / "whole.json").exists():
-        with pytest.warns(UserWarning, match=r"checkpoint-18: expected the checkpoint as it was written, found a damaged"):
+        with pytest.warns(
+            UserWarning, match=r"checkpoint-18: expected the checkpoint as it was written, found a damaged"
+        ):
             assert checkpoints.newest(work, keep_best=False) == work / "checkpoint-16"
     else:  # nothing says that it ever was whole
         assert checkpoints.newest(work, keep_best=False) == work / "checkpoint-16"
@@ -267,9 +277,10 @@ def test_11_a_disk_that_is_full_in_a_checkpoint_costs_only_that_checkpoint(
         path.write_bytes(b"")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(ResourceError, match="found it full"):
+    with monkeypatch.context() as patch:
         patch.setattr(function, write)
-        train(tmp_path / "m")
+        with pytest.raises(ResourceError, match="found it full"):
+            train(tmp_path / "m")
     assert steps(tmp_path / "m") == [16, 18, 20]
     assert content(train(tmp_path / "m")) == content(straight)
 
@@ -279,9 +290,7 @@ def test_11_scores_of_bases_that_were_damaged_are_made_again(
 ) -> None:
     def run(out: Path) -> None:
         settings = MemorySettings(**{**BEST, "epochs": 0.2})
-        stages.run_train(
-            small_folder, short_tokens, [], out, settings, context=CONTEXT, seed=3, bases=[base_folder]
-        )
+        stages.run_train(small_folder, short_tokens, [], out, settings, context=CONTEXT, seed=3, bases=[base_folder])
 
     run(tmp_path / "straight")
     killed(lambda out, _: run(out), tmp_path / "m", 2)
@@ -308,7 +317,9 @@ def test_12_sharded_weights_are_an_artefact_like_others(
     from memdec.models import loading
 
     plain = PreTrainedModel.save_pretrained
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, *a, **k: plain(self, *a, **k, max_shard_size="20KB"))
+    monkeypatch.setattr(
+        PreTrainedModel, "save_pretrained", lambda self, *a, **k: plain(self, *a, **k, max_shard_size="20KB")
+    )
     settings = TrainSettings(epochs=0.05)
     stages.run_finetune(base_folder, short_tokens, tmp_path / "f", settings, context=CONTEXT, seed=0)
     files = artefact.read(tmp_path / "f", "model").files
