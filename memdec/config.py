@@ -8,6 +8,8 @@ schema` generates that file from the classes here, and a test fails when it is o
 import copy
 import glob
 import importlib.util
+import itertools
+import os
 from collections.abc import Iterable, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -408,7 +410,9 @@ def _chain(names: list[str]) -> str:
 
 def _unknown(where: str, names: list[str], known: list[str]) -> list[str]:
     return [
-        f"{where}: expected one of {', '.join(known) or 'none defined'}, found {name}{near(name, known)}"
+        plain.on_one_line(
+            f"{where}: expected one of {', '.join(known) or 'none defined'}, found {name}{near(name, known)}"
+        )
         for name in names
         if name not in known
     ]
@@ -450,7 +454,7 @@ def checked(data: object, where: str) -> Config:
     plain.check(data, where)
     found, config = faults(data)
     if found or config is None:
-        raise ConfigError(f"{where}: {'; '.join(found)}")
+        raise ConfigError(plain.on_one_line(f"{where}: {'; '.join(found)}"))
     return config
 
 
@@ -474,7 +478,8 @@ def faults(data: object) -> tuple[list[str], Config | None]:
 def check(data: object) -> list[str]:
     """Every fault of a config, and everything that it needs and this machine lacks, one line each."""
     found, config = faults(data)
-    return [*dict.fromkeys(found), *(missing(config) if config is not None else [])]
+    lines = [*dict.fromkeys(found), *(missing(config) if config is not None else [])]
+    return [plain.on_one_line(line) for line in lines]
 
 
 # What stands in for a field that a config must have and that has a fault.
@@ -541,7 +546,7 @@ def missing(config: Config) -> list[str]:
             lines += [
                 f"corpora.{name}.{field}: expected text files at {place}, found none; check the path"
                 for field, place in places.items()
-                if not any(Path(file).is_file() for file in [place, *glob.glob(place, recursive=True)])
+                if not any(map(os.path.isfile, itertools.chain([place], glob.iglob(place, recursive=True))))
             ]
         elif (fault := _no_folder(corpus.path, "")) is not None:
             lines.append(f"corpora.{name}.path: {fault}")
@@ -568,14 +573,14 @@ def _no_folder(place: str, needed: str) -> str | None:
     It is taken for a local path if it cannot be an id (`owner/name`), or if its first folder is there.
     """
     path = Path(place)
-    if path.is_file():
+    if os.path.isfile(place):
         return None if place.endswith(".gguf") else f"expected a folder or a GGUF file, found the file {place}"
-    if path.is_dir():
-        if needed and not any(file.name.startswith(needed) for file in path.iterdir()):
+    if os.path.isdir(place):
+        if needed and not glob.glob(f"{glob.escape(place)}/{needed}*"):
             return f"expected a folder with a file {needed}*, found none in {place}; check the path"
         return None
     is_local = path.is_absolute() or place.startswith((".", "~")) or len(path.parts) > 2 or place.endswith(".gguf")
-    if is_local or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
+    if is_local or (len(path.parts) > 1 and os.path.isdir(path.parts[0])):
         return f"expected a folder or a Hub id, found nothing at {place}; check the path"
     return None
 

@@ -536,7 +536,7 @@ def describe(error: ValidationError, kind: Any = None) -> str:
 
 def problems(error: ValidationError, kind: Any = None) -> list[str]:
     """Each problem of a validation as one line; `kind` is the type that was validated, for the names in the message."""
-    return [_described(item, *locate(kind, item["loc"])) for item in error.errors()]
+    return [plain.on_one_line(_described(item, *locate(kind, item["loc"]))) for item in error.errors()]
 
 
 def _described(item: Any, names: list[str], parent: Any) -> str:
