@@ -7,6 +7,10 @@ It is a subclass of lm-eval's `hf` model, so all features of `hf` work (batching
 - `loglikelihood_rolling` uses the paper's sliding windows.
 - `label_word_probs` gives the probabilities of many next words from one pass.
 - A score store keeps the scores of both distributions, so a run at another weight loads no model.
+
+A request's answer is what it would be alone: where the frequencies of a model depend on the length, only requests of
+one length class share a pass (`memdec.models.rope`). Log-probabilities are computed in float64, because many of them
+are added.
 """
 
 import logging
@@ -15,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,16 +29,19 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from memdec.errors import ConfigError, ModelError, one_line_errors, outside
+from memdec.harness import answers, arguments
+from memdec.harness.scores import FORMAT as SCORES_FORMAT
 from memdec.harness.scores import ScoreStore, TokenScores, request_key
 from memdec.harness.scoring import score_labels, score_stream, score_words
 from memdec.inference.systems import Parts, System
 from memdec.inference.wrapper import Which
 from memdec.maths import mixing
 from memdec.maths.windows import windows
-from memdec.models import loading
+from memdec.models import loading, rope
 from memdec.models.loading import model_identity
 from memdec.text import tokens
 
@@ -51,7 +58,7 @@ _NO_NUMBERS = {
 _ELSEWHERE = (
     "parallelize", "tp_plan", "gguf_file", "autogptq", "gptqmodel", "load_in_4bit", "load_in_8bit", "trust_remote_code",
 )  # fmt: skip
-_LOGITS = 1 << 28  # most logits of one model in memory at a time (1 GiB in float32)
+_LOGITS = 1 << 27  # most log-probabilities of one model in memory at a time (1 GiB in float64)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
 Item = tuple[bytes, list[int], list[int]]  # key, input of the model, labels of its last positions
@@ -73,6 +80,7 @@ class WrappedLM(HFLM):
         kwargs: As for lm-eval's `hf` (dtype, device, batch_size, peft, parallelize, max_length ...).
     """
 
+    name = "memdec"  # of the model in lm-eval, for messages
     cache_hook: Any  # of lm-eval's cache of answers
     remembers = False  # whether scores are kept in memory if no folder is given
 
@@ -88,32 +96,52 @@ class WrappedLM(HFLM):
     ) -> None:
         self.system, self.weight, self.base_name = system, mixing.check_weight(weight), str(parts.base)
         self.n_cut = 0  # requests that were cut on the left
+        self._given, scores = kwargs, arguments.folder("scores", scores)
+        for name in ("context", "stride", "max_length"):
+            value = {"context": context, "stride": stride}.get(name, kwargs.get(name))
+            if value is not None:
+                arguments.whole(name, value)
         pretrained = self.base_name
         loading.check_folder(pretrained)
         self._spread = any(kwargs.get(key) for key in _ELSEWHERE)
+        if kwargs.get("revision") is not None:
+            kwargs["revision"] = str(kwargs["revision"])  # lm-eval reads a commit of digits as a number
         given = {key: kwargs[key] for key in ("revision", "trust_remote_code", "device") if kwargs.get(key) is not None}
-        dtype = str(kwargs.get("dtype") or "auto").removeprefix("torch.")
+        dtype = arguments.dtype("dtype", kwargs.get("dtype") or "auto")
+        if parts.memory_dtype is not None:
+            arguments.dtype("memory_dtype", parts.memory_dtype)
         self.parts = replace(parts, dtype=dtype, **given)
         system.check_parts(self.parts)
         self._load_base: Callable[[], None] | None = None
         self._configuring = True
         with _loading(pretrained):
             super().__init__(pretrained=pretrained, **kwargs)
-            self._n_positions = min(int(super().max_length), self._most_positions() or sys.maxsize)
+            self._configs = [self.config] + ([self._memory_config()] if parts.memory is not None else [])
+            known = [loading.n_positions(config) for config in self._configs[1:]]
+            self._n_positions = min(int(super().max_length), *(n or sys.maxsize for n in known), sys.maxsize)
         self._configuring = False
+        self._check_numbers()
         if hasattr(self, "accelerator"):
             # `hf` distributes requests only if a process sees several GPUs, and it uses the local rank.
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.context, self.stride = self._windows(context, stride)
-        self.store = self._store(scores, kwargs)
+        self.store = None
+        if scores is not None or self.remembers:
+            self.store = ScoreStore(Path(scores) if scores is not None else None, self._setting)
         if self.store is not None:
             log.info("scores: %d requests known in %s", len(self.store), self.store.folder or "memory")
 
-    def _most_positions(self) -> int | None:
-        """The context of the memory in tokens; None if there is no memory or it is unknown."""
-        if self.parts.memory is None:
-            return None
-        return loading.n_positions(loading.config(self.parts.memory, self.parts.memory_revision))
+    def _memory_config(self) -> Any:
+        assert self.parts.memory is not None
+        return loading.config(self.parts.memory, self.parts.memory_revision)
+
+    def _check_numbers(self) -> None:
+        """Check what `hf` would only notice in the middle of the requests."""
+        if isinstance(self.batch_size, int):
+            arguments.whole("batch_size", self.batch_size)
+        prefix, n = self._given.get("prefix_token_id"), len(self.tokenizer)
+        if prefix is not None and not (isinstance(prefix, int) and 0 <= prefix < n):
+            raise ConfigError(f"prefix_token_id: expected a token from 0 to {n - 1}, found {prefix!r}; correct --model_args")
 
     # --- the models, when they are needed ---------------------------------------------------------------------------
 
@@ -162,19 +190,55 @@ class WrappedLM(HFLM):
         windows(1, size, step)  # raises if context or stride is invalid
         return size, step
 
-    def _store(self, folder: str | None, kwargs: dict[str, Any]) -> ScoreStore | None:
-        if folder is None and not self.remembers:
-            return None
+    @cached_property
+    def _setting(self) -> dict[str, str]:
+        """Everything that the scores of given token ids depend on, except the weight."""
+        kwargs = self._given
         named: dict[str, tuple[str | None, str | None]] = {
             "base": (self.base_name, kwargs.get("revision")),
             "peft": (kwargs.get("peft"), None),
             "delta": (kwargs.get("delta"), None),
         }
-        setting = {key: model_identity(name, revision) for key, (name, revision) in named.items() if name}
+        setting = {key: model_identity(str(name), revision) for key, (name, revision) in named.items() if name}
         numbers = {key: str(value) for key, value in kwargs.items() if key not in (*named, *_NO_NUMBERS)}
-        return ScoreStore(
-            Path(folder) if folder is not None else None, setting | self.system.second(self.parts) | numbers
-        )
+        return setting | self.system.second(self.parts) | numbers
+
+    # --- lm-eval's own cache of answers ------------------------------------------------------------------------------
+
+    @property
+    def weight_by_task(self) -> bool:
+        """Whether tasks of one run may have different weights."""
+        return False
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Use lm-eval's cache of answers (`--use_cache`), in a table for this setting and weight alone."""
+        super().set_cache_hook(cache_hook)
+        if getattr(cache_hook, "dbdict", None) is not None and self.weight_by_task:
+            log.warning(
+                "--use_cache: answers are neither kept nor reused, because alpha depends on the task; give alpha= a "
+                "number, or use scores=FOLDER, which serves every alpha"
+            )
+        with one_line_errors():
+            self._use_own_answers()
+
+    def _use_own_answers(self) -> None:
+        cache = getattr(self.cache_hook, "dbdict", None)
+        if cache is not None:
+            answers.use_table(cache, None if self.weight_by_task else self._answer_setting())
+
+    def _answer_setting(self) -> dict[str, Any]:
+        """Everything that the answer to a text depends on."""
+        given = {key: str(value) for key, value in self._given.items() if key not in ("batch_size", "max_batch_size")}
+        return {
+            "format": SCORES_FORMAT,
+            "scores": self._setting,
+            "given": given,
+            "weight": self.weight,
+            "windows": [self.context, self.stride],
+            "max_length": self.max_length,
+            "prefix": self.prefix_token_id,
+            "tokenizer": tokens.whole_fingerprint(self.tokenizer),
+        }
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
@@ -257,7 +321,10 @@ class WrappedLM(HFLM):
         return request_key("pair", whole, [len(labels)]), whole[:-1], labels
 
     def _request_batches(self, items: list[Item], size: int | None) -> Iterator[list[list[Item]]]:
-        """Batches of groups, longest inputs first; the items of a group have the same input but different labels."""
+        """Batches of groups, longest inputs first; the items of a group have the same input but different labels.
+
+        The inputs of a batch are of one length class (`memdec.models.rope`).
+        """
         groups: dict[tuple[int, ...], list[Item]] = {}
         for item in items:
             groups.setdefault(tuple(item[1]), []).append(item)
@@ -267,12 +334,16 @@ class WrappedLM(HFLM):
         if size is None:
             size = self._rows_at_once(ordered[0][0][1], ordered[0][0][2])
         batch: list[list[Item]] = []
-        for group in ordered:
-            if batch and (len(batch) == size or (len(batch) + 1) * _kept([*batch, group]) * self._n_logits > _LOGITS):
-                yield batch
-                batch = []
-            batch.append(group)
-        yield batch
+        for _, same in groupby(ordered, key=lambda group: rope.lengths_class(self._configs, len(group[0][1]))):
+            for group in same:
+                if batch and (
+                    len(batch) == size or (len(batch) + 1) * _kept([*batch, group]) * self._n_logits > _LOGITS
+                ):
+                    yield batch
+                    batch = []
+                batch.append(group)
+            yield batch
+            batch = []
 
     def _rows_at_once(self, longest: Sequence[int], scored: Sequence[int]) -> int:
         """The batch size; "auto" finds it with the longest input."""
@@ -307,7 +378,8 @@ class WrappedLM(HFLM):
     def _last(self, ids: torch.Tensor, keep: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(log p_base, log p_mem) of the last positions of a batch, each (B, keep, V)."""
         found: tuple[torch.Tensor | None, torch.Tensor | None]
-        found = self.model.log_probs(ids, which=self._which, logits_to_keep=keep)
+        wide = torch.float32 if self.model.device.type == "mps" else torch.float64  # mps has no float64
+        found = self.model.log_probs(ids, which=self._which, logits_to_keep=keep, dtype=wide)
         return found
 
     # --- probabilities of next words --------------------------------------------------------------------------------
@@ -407,8 +479,12 @@ class WrappedLM(HFLM):
 
     @one_line_errors()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """As in `hf`: greedy or sampled text from the mixture; prompts are cut on the left to fit."""
-        for request in requests:
+        """As in `hf`: greedy or sampled text from the mixture; prompts are cut on the left to fit.
+
+        Prompts share a batch only if they are of one length class up to their last new token.
+        """
+        groups: dict[Any, list[int]] = {}
+        for number, request in enumerate(requests):
             prompt, settings = request.args
             n_new = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
             if n_new >= self.max_length:
@@ -416,9 +492,14 @@ class WrappedLM(HFLM):
                     f"generate_until: expected fewer than {self.max_length} new tokens (positions of the models), found "
                     f"{n_new}; set max_gen_toks"
                 )
-            self.n_cut += len(self.tok_encode(prompt)) > self.max_length - n_new
-        texts: list[str] = super().generate_until(requests, disable_tqdm)
-        return texts
+            n, room = len(self.tok_encode(prompt)), self.max_length - n_new
+            self.n_cut += n > room
+            groups.setdefault(rope.lengths_class(self._configs, min(n, room), n_new), []).append(number)
+        texts: dict[int, str] = {}
+        for numbers in groups.values():
+            found = super().generate_until([requests[number] for number in numbers], disable_tqdm)
+            texts.update(zip(numbers, found, strict=True))
+        return [texts[number] for number in range(len(requests))]
 
     def set_weight(self, weight: float) -> None:
         """Set the weight of the second distribution.
@@ -431,6 +512,7 @@ class WrappedLM(HFLM):
         self.weight = mixing.check_weight(weight)
         if self._load_base is None:
             self._model.set_weight(self.weight)
+        self._use_own_answers()
 
     def get_model_info(self) -> dict[str, Any]:
         """Information about the model for the results file; the weight is named `alpha` or `lambda`."""
@@ -455,15 +537,16 @@ class WrappedLM(HFLM):
     # --- errors ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def create_from_arg_string(cls, *args: Any, **kwargs: Any) -> "WrappedLM":
-        with one_line_errors():
-            model: WrappedLM = super().create_from_arg_string(*args, **kwargs)
-            return model
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "WrappedLM":
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
-    def create_from_arg_obj(cls, *args: Any, **kwargs: Any) -> "WrappedLM":
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "WrappedLM":
         with one_line_errors():
-            model: WrappedLM = super().create_from_arg_obj(*args, **kwargs)
+            arguments.check(cls, cls.name, arg_dict, additional_config)
+            model: WrappedLM = super().create_from_arg_obj(arg_dict, additional_config)
             return model
 
 

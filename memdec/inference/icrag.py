@@ -17,6 +17,7 @@ There is no separator between the two. The text is cut on the left to fit into t
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.datastore.passages import Passages
 from memdec.errors import ArtifactError, ConfigError
-from memdec.inference.wrapper import MemDecConfig, Wrapper, shared_vocabulary
+from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, shared_vocabulary
 from memdec.maths import mixing
-from memdec.models import loading
+from memdec.models import loading, rope
 from memdec.settings import RetrievalSettings
 from memdec.text import tokens
 
@@ -113,17 +114,32 @@ class IcRagForCausalLM(Wrapper):
                 f"past_key_values: expected whole texts, found a cache of {past_key_values.get_seq_length()} tokens; set "
                 "use_cache=False"
             )
+        log_p = self._log_p(input_ids, attention_mask, logits_to_keep, torch.float32)
+        return self.output(log_p, labels, None)
+
+    def log_probs(
+        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(log p, None) of a batch without left padding, as for `Wrapper`."""
+        return self._log_p(input_ids, None, logits_to_keep, dtype), None
+
+    def _log_p(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None, logits_to_keep: int | Tensor, dtype: torch.dtype
+    ) -> Float[Tensor, "B K V"]:
+        """log-probabilities of the kept positions; uniform at padding."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         kept = torch.arange(input_ids.shape[1])[
             slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
         ]
         shape = (len(input_ids), len(kept), self.n_vocab)
-        log_p = torch.full(shape, -math.log(self.n_vocab), device=self.device)
+        log_p = torch.full(shape, -math.log(self.n_vocab), dtype=dtype, device=self.device)
         rows = self._rows(input_ids, mask.bool(), kept.tolist())
         rows.sort(key=lambda row: len(row.ids))
-        for first in range(0, len(rows), _ROWS):
-            self._fill(log_p, rows[first : first + _ROWS])
-        return self.output(log_p, labels, None)
+        for _, same in groupby(rows, key=lambda row: rope.length_class(self.base.config, len(row.ids))):
+            group = list(same)
+            for first in range(0, len(group), _ROWS):
+                self._fill(log_p, group[first : first + _ROWS])
+        return log_p
 
     def _rows(self, input_ids: Int[Tensor, "B T"], mask: Tensor, kept: Sequence[int]) -> list[_Row]:
         """Inputs of the base for the kept positions that are not padding: one row for each stride of a text."""
@@ -164,7 +180,7 @@ class IcRagForCausalLM(Wrapper):
         ).logits
         places = [(number, -1 - back, *where) for number, row in enumerate(rows) for *where, back in row.kept]
         number, back, row_of, at = torch.tensor(places).T
-        log_p[row_of, at] = mixing.log_softmax(logits[number, back], self.n_vocab).to(log_p.device)
+        log_p[row_of, at] = mixing.log_softmax(logits[number, back], self.n_vocab, log_p.dtype).to(log_p.device)
 
 
 def check_numbers(retriever: Passages, limit: int | None, *, query: int, every: int, context: int | None) -> int:

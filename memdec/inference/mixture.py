@@ -31,6 +31,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memdec.errors import ConfigError, ModelError
 from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, last_positions, shared_vocabulary
 from memdec.maths import mixing
+from memdec.models import rope
 from memdec.models.loading import load, placed
 from memdec.text import tokens
 
@@ -52,6 +53,7 @@ class MemDecForCausalLM(Wrapper):
         memories = list(memories or ())
         self.n_vocab = config.n_vocab = shared_vocabulary([base, *memories], config.n_vocab)
         self.memories = nn.ModuleList(memories)
+        rope.independent(self)
         self.set_weights(config.weights)
         self._layers = [len(DynamicCache(config=model.config).layers) for model in (base, *memories)]
         self._tokenizer: Any | None = None
@@ -211,9 +213,9 @@ class MemDecForCausalLM(Wrapper):
     # --- running --------------------------------------------------------------------------------------------------
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(log p_base, log p_mem) of a batch without left padding, each float32 (B, T or logits_to_keep, V).
+        """(log p_base, log p_mem) of a batch without left padding, each (B, T or logits_to_keep, V) in `dtype`.
 
         With several memories, p_mem is their mixture in proportion to their weights.
 
@@ -221,13 +223,14 @@ class MemDecForCausalLM(Wrapper):
             input_ids: Token ids (B, T).
             which: "base", "memory" or "both".
             logits_to_keep: Number of last positions to return; 0 means all.
+            dtype: float32, or float64 where many log-probabilities are added.
         """
         total = math.fsum(self.config.weights)
         shares = [w / total if total else 1 / len(self.memories) for w in self.config.weights]
         running = [0] if which != "memory" else []
         running += [i for i, share in enumerate(shares, 1) if share and which != "base"]
         kept = last_positions(input_ids.shape[1], logits_to_keep)
-        found = self._run(running, input_ids=input_ids, use_cache=False, logits_to_keep=kept)
+        found = self._run(running, dtype=dtype, input_ids=input_ids, use_cache=False, logits_to_keep=kept)
         memories = [found.get(i) for i in range(1, len(shares) + 1)]
         return found.get(0), mixing.mix(None, memories, shares) if which != "base" and shares else None
 
@@ -261,7 +264,9 @@ class MemDecForCausalLM(Wrapper):
         mixed = mixing.mix(found.get(0), [found.get(i) for i in range(1, len(weights))], weights[1:])
         return self.output(mixed, labels, past_key_values)
 
-    def _run(self, running: Sequence[int], caches: Cache | None = None, **inputs: Any) -> dict[int, Tensor]:
+    def _run(
+        self, running: Sequence[int], caches: Cache | None = None, dtype: torch.dtype = torch.float32, **inputs: Any
+    ) -> dict[int, Tensor]:
         """log-probabilities of the models `running`; on one GPU the memories run in parallel to the base."""
         side = self._side_stream(running)
         models = [self.base, *self.memories]
@@ -273,7 +278,7 @@ class MemDecForCausalLM(Wrapper):
                 if caches is not None:
                     given["past_key_values"] = _view(caches, self._layers, i)
                 logits = models[i](**given).logits
-                found[i] = mixing.log_softmax(logits, self.n_vocab).to(self.device)
+                found[i] = mixing.log_softmax(logits, self.n_vocab, dtype).to(self.device)
         if side is not None:
             now = torch.cuda.current_stream(self.device)
             now.wait_stream(side)

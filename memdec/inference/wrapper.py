@@ -16,6 +16,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.errors import ConfigError, ModelError
+from memdec.models import rope
 from memdec.models.loading import check_positions, n_positions
 
 Which = Literal["both", "base", "memory"]
@@ -83,6 +84,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MemDecConfig, base: Any) -> None:
         super().__init__(config)
         self.base = base
+        rope.independent(base)
         self.generation_config = copy.deepcopy(base.generation_config)
         self.n_positions = n_positions(config)
 
@@ -116,7 +118,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         )
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p, None) of a batch without left padding; None because there is no second distribution.
 
@@ -124,9 +126,9 @@ class Wrapper(PreTrainedModel, GenerationMixin):
             input_ids: Token ids (B, T).
             which: "base"; models with a second distribution also accept "both" and "memory".
             logits_to_keep: Number of last positions to return; 0 means all.
+            dtype: Number type of the log-probabilities: float32, or float64 where many of them are added.
         """
-        kept = last_positions(input_ids.shape[1], logits_to_keep)
-        return self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=kept).logits, None
+        raise NotImplementedError(f"{type(self).__name__}.log_probs")
 
     def output(self, log_p: Tensor, labels: Tensor | None, cache: Cache | None) -> CausalLMOutputWithPast:
         """Make the output of `forward`; with `labels` (B, T) it has the usual loss of causal LMs, in nats per token."""

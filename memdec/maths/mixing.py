@@ -61,7 +61,7 @@ def mix(
     log_p_mems: Sequence[Float[Tensor, "*shape"] | None],
     weights: Sequence[float],
 ) -> Float[Tensor, "*shape"]:
-    """log(sum_i w_i p_mem,i + (1 - sum_i w_i) p_base), float32, of log-probabilities of equal shape.
+    """log(sum_i w_i p_mem,i + (1 - sum_i w_i) p_base) of log-probabilities of equal shape, in float32 or float64.
 
     A distribution with weight 0 is not read and may be None. A distribution with weight 1 is returned bit for bit.
     """
@@ -72,7 +72,8 @@ def mix(
         if weight == 0.0:
             continue
         assert log_p is not None
-        part = log_p.float() if weight == 1.0 else log_p.float() + math.log(weight)
+        wide = log_p if log_p.dtype == torch.float64 else log_p.float()
+        part = wide if weight == 1.0 else wide + math.log(weight)
         mixed = part if mixed is None else torch.logaddexp(mixed, part)
     assert mixed is not None  # the weights sum to one
     return mixed
@@ -89,8 +90,13 @@ def mix_scores(log_p_base: NDArray[np.floating], log_p_mem: NDArray[np.floating]
     return np.logaddexp(memory + log_a, base + log_b)
 
 
-def log_softmax(logits: Float[Tensor, "*batch V"], n_vocab: int | None = None) -> Float[Tensor, "*batch V"]:
-    """log-softmax in float32 over the first `n_vocab` entries.
+def log_softmax(
+    logits: Float[Tensor, "*batch V"], n_vocab: int | None = None, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*batch V"]:
+    """log-softmax over the first `n_vocab` entries, computed in `dtype`.
+
+    In float32 the rounding error of the normaliser is common to all tokens of a position. Where log-probabilities of
+    many tokens of one position are added, it adds up, so they are computed in float64.
 
     `n_vocab` cuts off padded head rows before the softmax (Qwen2.5: 151,936 rows up to 3B, 152,064 from 7B on). It is
     the size of the shorter head when two models are mixed.
@@ -100,7 +106,7 @@ def log_softmax(logits: Float[Tensor, "*batch V"], n_vocab: int | None = None) -
     """
     if n_vocab is not None:
         logits = logits[..., :n_vocab]
-    log_p = torch.log_softmax(logits.float(), dim=-1)
+    log_p = torch.log_softmax(logits, dim=-1, dtype=dtype)
     if torch.isnan(log_p[..., 0]).any():
         raise NumericsError("logits hold NaN or only infinities; try dtype=float32, or check the model's weights")
     return log_p

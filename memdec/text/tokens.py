@@ -6,6 +6,7 @@ the smallest unsigned integer type that holds the vocabulary. With separator `eo
 token stream equals the tokens of the joined text, which is the text that lm-eval gets.
 """
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -143,12 +144,20 @@ def fingerprint(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return artefact.digest(sorted(tokenizer.get_vocab().items()))
-    import json
-
     state = json.loads(backend.to_str())
     # "" and null mean the same to the library, and a reloaded tokenizer may have either.
     state["model"] = {key: value for key, value in state["model"].items() if value}
     return artefact.digest({key: state.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
+
+
+def whole_fingerprint(tokenizer: Any) -> str:
+    """Hash of everything that decides the ids of a string with the special tokens that are put around it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return artefact.digest([fingerprint(tokenizer), str(getattr(tokenizer, "init_kwargs", None))])
+    state = json.loads(backend.to_str())
+    # Padding and truncation are set anew by each call.
+    return artefact.digest({key: value for key, value in state.items() if key not in ("padding", "truncation")})
 
 
 def _train(texts: Iterator[str], vocab_size: int) -> Any:
