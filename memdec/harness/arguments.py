@@ -15,14 +15,14 @@ from memdec.models import loading
 
 OURS = ("context", "stride", "scores")  # arguments of every system
 # Keywords that `hf` hands on to `from_pretrained`, and those that it takes out of them for quantised loading.
-_PRETRAINED = frozenset(
-    "adapter_kwargs allow_all_kernels attn_implementation cache_dir code_revision config device_map device_mesh "
-    "disable_mmap distributed_config experts_implementation force_download fusion_config generation_config "
-    "ignore_mismatched_sizes kernel_config key_mapping load_in_4bit load_in_8bit local_files_only low_cpu_mem_usage "
-    "max_memory offload_buffers offload_state_dict output_loading_info proxies quantization_config resume_download "
-    "state_dict token torch_dtype tp_size tqdm_class use_auth_token use_kernels use_safetensors variant "
-    "weights_only".split()
-)
+_PRETRAINED = {
+    "adapter_kwargs", "allow_all_kernels", "attn_implementation", "cache_dir", "code_revision", "config",
+    "device_map", "device_mesh", "disable_mmap", "distributed_config", "experts_implementation", "force_download",
+    "fusion_config", "generation_config", "ignore_mismatched_sizes", "kernel_config", "key_mapping", "load_in_4bit",
+    "load_in_8bit", "local_files_only", "low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_state_dict",
+    "output_loading_info", "proxies", "quantization_config", "resume_download", "state_dict", "token", "torch_dtype",
+    "tp_size", "tqdm_class", "use_auth_token", "use_kernels", "use_safetensors", "variant", "weights_only",
+}  # fmt: skip
 _PREFIXES = ("bnb_4bit_", "llm_int8_")  # settings of the quantisation
 
 
@@ -97,9 +97,7 @@ def dtype(name: str, value: Any) -> str:
     kind = str(value).removeprefix("torch.")
     found = getattr(torch, kind, None)
     if kind != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ConfigError(
-            f"{name}: expected auto, float32, bfloat16 or float16, found {value!r}; correct --model_args"
-        )
+        raise ConfigError(f"{name}: expected auto, float32, bfloat16 or float16, found {value!r}; correct --model_args")
     return kind
 
 
@@ -118,5 +116,7 @@ def folder(name: str, value: Any) -> str | None:
     if not there.is_dir():
         raise ConfigError(f"{name}: expected a folder, found the file {there}; give another path")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{name}: expected a folder that may be written, found {there}, which may not; give another path")
+        raise ConfigError(
+            f"{name}: expected a folder that may be written, found {there}, which may not; give another path"
+        )
     return str(value)

@@ -141,7 +141,9 @@ class WrappedLM(HFLM):
             arguments.whole("batch_size", self.batch_size)
         prefix, n = self._given.get("prefix_token_id"), len(self.tokenizer)
         if prefix is not None and not (isinstance(prefix, int) and 0 <= prefix < n):
-            raise ConfigError(f"prefix_token_id: expected a token from 0 to {n - 1}, found {prefix!r}; correct --model_args")
+            raise ConfigError(
+                f"prefix_token_id: expected a token from 0 to {n - 1}, found {prefix!r}; correct --model_args"
+            )
 
     # --- the models, when they are needed ---------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ def _normalised(log_p: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Fl
     if log_p.device.type == "mps":  # it has no float64
         return log_p.gather(-1, labels[..., None])[..., 0]
     own = log_p.gather(-1, labels[..., None])[..., 0].double()
-    rows = log_p.flatten(0, 1).split(_ROWS)
+    rows = torch.split(log_p.flatten(0, 1), _ROWS)
     return own - torch.cat([part.double().logsumexp(-1) for part in rows]).view(own.shape)
 
 
@@ -97,9 +97,7 @@ def _both(
     if base is None:
         assert memory is not None
         base = np.full_like(memory, np.nan)
-    return TokenScores(
-        np.asarray(base, np.float64), None if memory is None else np.asarray(memory, np.float64), greedy
-    )
+    return TokenScores(np.asarray(base, np.float64), None if memory is None else np.asarray(memory, np.float64), greedy)
 
 
 def _batches(parts: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:

@@ -124,7 +124,11 @@ class IcRagForCausalLM(Wrapper):
         return self._log_p(input_ids, None, logits_to_keep, dtype), None
 
     def _log_p(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None, logits_to_keep: int | Tensor, dtype: torch.dtype
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None,
+        logits_to_keep: int | Tensor,
+        dtype: torch.dtype,
     ) -> Float[Tensor, "B K V"]:
         """log-probabilities of the kept positions; uniform at padding."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

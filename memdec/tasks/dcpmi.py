@@ -18,7 +18,7 @@ from lm_eval.api.model import LM, TemplateLM
 from numpy.typing import NDArray
 
 from memdec.errors import ConfigError, one_line_errors
-from memdec.tasks import rows, task
+from memdec.tasks import task
 from memdec.tasks.task import RowsTask
 from memdec.tasks.verbalizers import read_verbalizer
 from memdec.text import tokens
