@@ -13,6 +13,12 @@ from lm_eval.models.huggingface import HFLM
 from memdec.errors import ConfigError, MemDecError
 from memdec.models import loading
 
+_NUMBERS = ("context", "stride", "max_length")
+_SWITCHES = (
+    "truncation", "logits_cache", "add_bos_token", "use_fast_tokenizer", "trust_remote_code", "enable_thinking",
+    "parallelize", "gptqmodel",
+)  # fmt: skip
+_TEXTS = ("peft", "delta", "gguf_file", "attn_implementation")
 OURS = ("context", "stride", "scores")  # arguments of every system
 # Keywords that `hf` hands on to `from_pretrained`, and those that it takes out of them for quantised loading.
 _PRETRAINED = {
@@ -47,10 +53,13 @@ def check(kind: type, name: str, given: Mapping[str, Any], passed: Mapping[str, 
     own = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
     named = {key for key, each in own.items() if each.kind is not each.VAR_KEYWORD} - {"self"}
     hf = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
-    unknown = [key for key in given if key not in {*named, *OURS, *hf, *_PRETRAINED} and not key.startswith(_PREFIXES)]
-    if unknown and not given.get("trust_remote_code"):
-        _check_config(name, unknown, given, sorted({*named, *OURS, *hf, *_PRETRAINED}))
-    missing = [key for key in named if own[key].default is inspect.Parameter.empty and not given.get(key)]
+    known = {*named, *OURS, *hf, *_PRETRAINED}
+    unknown = [key for key in given if key not in known and not str(key).startswith(_PREFIXES)]
+    if unknown and not given.get("trust_remote_code"):  # code of a repository may take any
+        _check_config(name, unknown, given, sorted(known))
+    missing = [
+        key for key in own if key in named and own[key].default is inspect.Parameter.empty and not given.get(key)
+    ]
     if missing:
         raise ConfigError(
             f"{name}: expected {_listed(f'{key}=' for key in missing)} in --model_args, found "
@@ -77,15 +86,31 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
-def whole(name: str, value: Any, least: int = 1) -> int:
-    """Return a whole number that is at least `least`.
+def check_types(given: Mapping[str, Any]) -> None:
+    """Check arguments whose wrong types would only be noticed in the middle of the requests; None is never wrong.
+
+    Raises:
+        ConfigError: A value has another type.
+    """
+    for name in _NUMBERS:
+        if given.get(name) is not None:
+            whole(name, given[name])
+    for name in _SWITCHES:
+        if not isinstance(given.get(name), bool | None):
+            raise ConfigError(f"{name}: expected True or False, found {given[name]!r}; correct --model_args")
+    for name in _TEXTS:
+        if not isinstance(given.get(name), str | None) or given.get(name) == "":
+            raise ConfigError(f"{name}: expected a text, found {given[name]!r}; correct --model_args")
+
+
+def whole(name: str, value: Any) -> None:
+    """Check that a value is a whole number from 1 on.
 
     Raises:
         ConfigError: It is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}: expected a whole number from {least} on, found {value!r}; correct --model_args")
-    return value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}: expected a whole number from 1 on, found {value!r}; correct --model_args")
 
 
 def dtype(name: str, value: Any) -> str:

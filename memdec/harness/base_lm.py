@@ -97,10 +97,7 @@ class WrappedLM(HFLM):
         self.system, self.weight, self.base_name = system, mixing.check_weight(weight), str(parts.base)
         self.n_cut = 0  # requests that were cut on the left
         self._given, scores = kwargs, arguments.folder("scores", scores)
-        for name in ("context", "stride", "max_length"):
-            value = {"context": context, "stride": stride}.get(name, kwargs.get(name))
-            if value is not None:
-                arguments.whole(name, value)
+        arguments.check_types({"context": context, "stride": stride, **kwargs})
         pretrained = self.base_name
         loading.check_folder(pretrained)
         self._spread = any(kwargs.get(key) for key in _ELSEWHERE)
@@ -108,8 +105,9 @@ class WrappedLM(HFLM):
             kwargs["revision"] = str(kwargs["revision"])  # lm-eval reads a commit of digits as a number
         given = {key: kwargs[key] for key in ("revision", "trust_remote_code", "device") if kwargs.get(key) is not None}
         dtype = arguments.dtype("dtype", kwargs.get("dtype") or "auto")
-        if parts.memory_dtype is not None:
-            arguments.dtype("memory_dtype", parts.memory_dtype)
+        for name, value in {"memory_dtype": parts.memory_dtype, **kwargs}.items():
+            if name.endswith("_dtype") and name not in ("torch_dtype", "bnb_4bit_compute_dtype") and value is not None:
+                arguments.dtype(name, value)
         self.parts = replace(parts, dtype=dtype, **given)
         system.check_parts(self.parts)
         self._load_base: Callable[[], None] | None = None
@@ -139,6 +137,9 @@ class WrappedLM(HFLM):
         """Check what `hf` would only notice in the middle of the requests."""
         if isinstance(self.batch_size, int):
             arguments.whole("batch_size", self.batch_size)
+        if self._given.get("max_length") is not None and not rope.has_rotations(self.config):
+            limit = loading.n_positions(self.config)
+            loading.check_positions(limit, self._given["max_length"], "max_length", "lower it")
         prefix, n = self._given.get("prefix_token_id"), len(self.tokenizer)
         if prefix is not None and not (isinstance(prefix, int) and 0 <= prefix < n):
             raise ConfigError(
@@ -157,16 +158,22 @@ class WrappedLM(HFLM):
         """Load base and memory when the first request needs them; errors in the requests show before that."""
         if self._load_base is None:
             return
-        load_base, self._load_base = self._load_base, None
         start = time.perf_counter()
         if not self._spread:  # if the base is spread, its share of each device is unknown
             self.system.check_room(replace(self.parts, device=str(self._device)))
-        with _loading(self.base_name):
-            load_base()
-        base: Any = self._model
-        if not getattr(base, "hf_device_map", None):
-            base.to(self._device)
-        self._model = self.system.wrap(base.eval(), self.parts, len(self.tokenizer))
+        self._configuring = True  # `hf` asks for its model while it makes it
+        try:
+            with _loading(self.base_name):
+                self._load_base()
+            base: Any = self._model
+            if not getattr(base, "hf_device_map", None):
+                base.to(self._device)
+            self._model = self.system.wrap(base.eval(), self.parts, len(self.tokenizer))
+            if self._given.get("max_length") is not None:
+                self._model.n_positions = self._n_positions  # rotations exist beyond the positions of the configuration
+        finally:
+            self._configuring = False
+        self._load_base = None
         if self.system.weight is not None:
             self._model.set_weight(self.weight)
         log.info("loaded %s in %.1f s", self.base_name, time.perf_counter() - start)
@@ -548,7 +555,8 @@ class WrappedLM(HFLM):
     ) -> "WrappedLM":
         with one_line_errors():
             arguments.check(cls, cls.name, arg_dict, additional_config)
-            model: WrappedLM = super().create_from_arg_obj(arg_dict, additional_config)
+            with outside(ConfigError, cls.name, "arguments that `hf` takes", "correct --model_args"):
+                model: WrappedLM = super().create_from_arg_obj(arg_dict, additional_config)
             return model
 
 

@@ -21,7 +21,7 @@ def check_weight(alpha: float) -> float:
         ConfigError: alpha is not a number in that range.
     """
     try:
-        value = float(alpha)
+        value = math.nan if isinstance(alpha, bool) else float(alpha)
     except (TypeError, ValueError):
         value = math.nan
     if not 0.0 <= value <= 1.0:

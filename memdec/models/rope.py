@@ -46,6 +46,11 @@ def lengths_class(configs: Iterable[Any], n: int, n_new: int = 0) -> tuple[tuple
     return tuple(key)
 
 
+def has_rotations(config: Any) -> bool:
+    """Whether positions are rotations, which exist beyond the positions of the configuration too."""
+    return bool(getattr(config.get_text_config(decoder=True), "rope_parameters", None))
+
+
 def _kinds(text: Any) -> list[tuple[str, dict[str, Any]]]:
     """Type and parameters of each set of frequencies; some models have one set per type of layer."""
     found = getattr(text, "rope_parameters", None) or {}
