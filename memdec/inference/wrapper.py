@@ -16,6 +16,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.errors import ConfigError, ModelError
+from memdec.maths import mixing
 from memdec.models import rope
 from memdec.models.loading import check_positions, n_positions
 
@@ -128,7 +129,9 @@ class Wrapper(PreTrainedModel, GenerationMixin):
             logits_to_keep: Number of last positions to return; 0 means all.
             dtype: Number type of the log-probabilities: float32, or float64 where many of them are added.
         """
-        raise NotImplementedError(f"{type(self).__name__}.log_probs")
+        kept = last_positions(input_ids.shape[1], logits_to_keep)
+        log_p = self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=kept).logits
+        return log_p if dtype == log_p.dtype else mixing.log_softmax(log_p, dtype=dtype), None
 
     def output(self, log_p: Tensor, labels: Tensor | None, cache: Cache | None) -> CausalLMOutputWithPast:
         """Make the output of `forward`; with `labels` (B, T) it has the usual loss of causal LMs, in nats per token."""
