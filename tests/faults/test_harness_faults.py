@@ -3,8 +3,10 @@
 Each test has the right value; tests/faults/README.md lists what the code gave before.
 """
 
+import dataclasses
 import importlib.util
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets.arrow_writer import ArrowWriter
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
@@ -33,7 +36,7 @@ from transformers import (
 )
 
 from memdec import HARNESS_TASKS
-from memdec.errors import ConfigError, MemDecError
+from memdec.errors import ConfigError, CorpusError, MemDecError
 from memdec.harness import answers, arguments
 from memdec.harness.baselines import MemDecIcRag, MemDecKnnLM
 from memdec.harness.models import MemDecInterp
@@ -44,6 +47,7 @@ from memdec.models import loading, rope
 from memdec.results import sweep
 from memdec.settings import FileCorpus
 from memdec.tasks import task
+from memdec.tasks.rows import HubRows, hub_rows
 from memdec.tasks.task import Declared
 from memdec.text import corpora
 
@@ -195,6 +199,32 @@ def test_cache_requests_does_not_mix_corpora(
     perplexity(base_folder, small_folder, corpus_folder, alpha=0.5, cache_requests=True)
     assert perplexity(base_folder, small_folder, tmp_path / "other", alpha=0.5, cache_requests=True) == right
     assert not (tmp_path / "requests").exists()
+
+
+@pytest.mark.parametrize(("commit", "fits"), [("a" * 40, True), ("b" * 40, False)])
+def test_rows_of_another_commit_in_the_cache_of_datasets_are_refused(
+    commit: str, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the Hub cannot be reached, `datasets` takes the newest version that it has, whatever the revision."""
+    from datasets import Dataset, config
+
+    made = Dataset.from_list([{"text": "a"}])
+    folder = tmp_path / "who___what" / "default" / "0.0.0" / ("a" * 40)
+    folder.mkdir(parents=True)
+    made.info.config_name, made.info.dataset_name, made.info.builder_name = "default", "what", "parquet"
+    made.info.splits = {"test": {"name": "test", "num_bytes": 1, "num_examples": 1, "dataset_name": "what"}}
+    made.info.version = "0.0.0"
+    (folder / "dataset_info.json").write_text(json.dumps(dataclasses.asdict(made.info), default=str))
+    with ArrowWriter(path=str(folder / "what-test.arrow")) as writer:
+        writer.write({"text": "a"})
+        writer.finalize()
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path)
+    hub = HubRows("who/what", None, "test", commit)
+    if fits:
+        assert hub_rows(hub)["text"] == ["a"]
+    else:
+        with pytest.raises(CorpusError, match="expected rows of this commit, found another version in"):
+            hub_rows(hub)
 
 
 # --- an answer does not depend on the company -----------------------------------------------------------------------
