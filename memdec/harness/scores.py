@@ -26,19 +26,19 @@ from safetensors.numpy import load, save
 from memdec.artefacts import artefact
 from memdec.maths import mixing
 
-_FORMAT = 3
+FORMAT = 3
 _FLUSH = 1_000_000  # tokens in memory before a part is written
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """log-probabilities (nats) of the true tokens, float32 (N,); `memory` is None if the memory did not run.
+    """log-probabilities (nats) of the true tokens, float64 (N,); `memory` is None if the memory did not run.
 
     `greedy` is (from, to): every token is the most probable one exactly for these alphas. It is None if not computed.
     """
 
-    base: NDArray[np.float32]
-    memory: NDArray[np.float32] | None
+    base: NDArray[np.float64]
+    memory: NDArray[np.float64] | None
     greedy: tuple[float, float] | None = None
 
     def log_p(self, alpha: float) -> NDArray[np.float64]:
@@ -72,7 +72,7 @@ class ScoreStore:
         self.setting = dict(setting)
         self._known: dict[bytes, TokenScores] = {}
         self._new: dict[bytes, TokenScores] = {}
-        self.folder = None if folder is None else folder / artefact.digest([_FORMAT, self.setting])
+        self.folder = None if folder is None else folder / artefact.digest([FORMAT, self.setting])
         if self.folder is None:
             return
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -100,7 +100,7 @@ class ScoreStore:
             return
         data = save(_pack(self._new))
         artefact.write_bytes(self.folder / self._name(data), data)
-        artefact.write_json(self.folder / "manifest.json", {"format": _FORMAT, "setting": self.setting})
+        artefact.write_json(self.folder / "manifest.json", {"format": FORMAT, "setting": self.setting})
         self._new = {}
 
     def _name(self, data: bytes) -> str:
@@ -135,7 +135,7 @@ def _pack(scores: Mapping[bytes, TokenScores]) -> dict[str, NDArray[Any]]:
         "log_p_base": np.concatenate([row.base for row in rows]),
         "log_p_mem": np.concatenate([row.base if row.memory is None else row.memory for row in rows]),
         "no_memory": np.array(missing),
-        "greedy": np.array([row.greedy or nothing for row in rows], np.float32),
+        "greedy": np.array([row.greedy or nothing for row in rows], np.float64),
     }
 
 

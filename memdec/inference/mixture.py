@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +217,9 @@ class MemDecForCausalLM(Wrapper):
     # --- running --------------------------------------------------------------------------------------------------
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(log p_base, log p_mem) of a batch without left padding, each float32 (B, T or logits_to_keep, V).
+        """(log p_base, log p_mem) of a batch without left padding, each (B, T or logits_to_keep, V) in `dtype`.
 
         With several memories, p_mem is their mixture in proportion to their weights.
 
@@ -226,6 +227,7 @@ class MemDecForCausalLM(Wrapper):
             input_ids: Token ids (B, T).
             which: "base", "memory" or "both".
             logits_to_keep: Number of last positions to return; 0 means all.
+            dtype: float32, or float64 where many log-probabilities are added.
         """
         total = math.fsum(self.config.weights)
         shares = [w / total if total else 1 / len(self.memories) for w in self.config.weights]
@@ -234,7 +236,7 @@ class MemDecForCausalLM(Wrapper):
         self.check_inputs(input_ids)
         read = self._read(running, None, None, input_ids=input_ids, position_ids=None)
         kept = last_positions(input_ids.shape[1], logits_to_keep)
-        found = self._run(read, self._log_p, use_cache=False, logits_to_keep=kept)
+        found = self._run(read, partial(self._log_p, dtype=dtype), use_cache=False, logits_to_keep=kept)
         memories = [found.get(i) for i in range(1, len(shares) + 1)]
         return found.get(0), mixing.mix(None, memories, shares) if which != "base" and shares else None
 
@@ -270,8 +272,8 @@ class MemDecForCausalLM(Wrapper):
         mixed = mix(found.get(0), memories, self.config.weights)
         return self.output(mixed, labels, past_key_values)
 
-    def _log_p(self, logits: Tensor) -> Tensor:
-        return mixing.log_softmax(logits, self.n_vocab)
+    def _log_p(self, logits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return mixing.log_softmax(logits, self.n_vocab, dtype)
 
     def _shared(self, logits: Tensor) -> Tensor:
         """Logits of the base's vocabulary."""

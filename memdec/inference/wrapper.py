@@ -27,6 +27,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.errors import ConfigError, ModelError
+from memdec.maths import mixing
+from memdec.models import rope
 from memdec.models.loading import check_positions, n_positions
 
 Which = Literal["both", "base", "memory"]
@@ -187,6 +189,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MemDecConfig, base: Any, memories: Sequence[Any] = ()) -> None:
         super().__init__(config)
         self.base, self.memories = base, nn.ModuleList(memories)
+        rope.independent(self)
         self.generation_config = copy.deepcopy(base.generation_config)
         self.n_positions = n_positions(config)
         self.readers = [Reader(model) for model in (base, *memories)]
@@ -227,7 +230,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         )
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p, None) of a batch without left padding; None because there is no second distribution.
 
@@ -235,10 +238,12 @@ class Wrapper(PreTrainedModel, GenerationMixin):
             input_ids: Token ids (B, T).
             which: "base"; models with a second distribution also accept "both" and "memory".
             logits_to_keep: Number of last positions to return; 0 means all.
+            dtype: Number type of the log-probabilities: float32, or float64 where many of them are added.
         """
         self.check_inputs(input_ids)
         kept = last_positions(input_ids.shape[1], logits_to_keep)
-        return self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=kept).logits, None
+        log_p = self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=kept).logits
+        return log_p if dtype == log_p.dtype else mixing.log_softmax(log_p, dtype=dtype), None
 
     def output(self, logits: Tensor, labels: Tensor | None, cache: Cache | None) -> CausalLMOutputWithPast:
         """Make the output of `forward`; with `labels` (B, T) it has the usual loss of causal LMs, in nats per token."""

@@ -23,7 +23,7 @@ def check_weight(alpha: float) -> float:
         ConfigError: alpha is not a number in that range.
     """
     try:
-        value = float(alpha)
+        value = math.nan if isinstance(alpha, bool) else float(alpha)
     except (TypeError, ValueError):
         value = math.nan
     if not 0.0 <= value <= 1.0:
@@ -63,7 +63,7 @@ def mix(
     log_p_mems: Sequence[Float[Tensor, "*shape"] | None],
     weights: Sequence[float],
 ) -> Float[Tensor, "*shape"]:
-    """log(sum_i w_i p_mem,i + (1 - sum_i w_i) p_base), float32, of log-probabilities of equal shape.
+    """log(sum_i w_i p_mem,i + (1 - sum_i w_i) p_base) of log-probabilities of equal shape, in float32 or float64.
 
     A distribution with weight 0 is not read and may be None. A distribution with weight 1 is returned bit for bit.
     """
@@ -74,7 +74,8 @@ def mix(
         if weight == 0.0:
             continue
         assert log_p is not None
-        part = log_p.float() if weight == 1.0 else log_p.float() + math.log(weight)
+        wide = log_p if log_p.dtype == torch.float64 else log_p.float()
+        part = wide if weight == 1.0 else wide + math.log(weight)
         mixed = part if mixed is None else torch.logaddexp(mixed, part)
     assert mixed is not None  # the weights sum to one
     return mixed
@@ -135,15 +136,20 @@ def in_vocabulary(logits: Float[Tensor, "*batch V"], n_vocab: int) -> Float[Tens
     return torch.nn.functional.pad(logits, (0, missing), value=-math.inf) if missing else logits
 
 
-def log_softmax(logits: Float[Tensor, "*batch V"], n_vocab: int | None = None) -> Float[Tensor, "*batch V"]:
-    """log-softmax in float32 over `n_vocab` entries, or all.
+def log_softmax(
+    logits: Float[Tensor, "*batch V"], n_vocab: int | None = None, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*batch V"]:
+    """log-softmax over `n_vocab` entries, or all, computed in `dtype`.
+
+    In float32 the rounding error of the normaliser is common to all tokens of a position. Where log-probabilities of
+    many tokens of one position are added, it adds up, so they are computed in float64.
 
     Raises:
         NumericsError: The logits hold NaN (the released code turns them into probability one).
     """
     if n_vocab is not None:
         logits = in_vocabulary(logits, n_vocab)
-    log_p = torch.log_softmax(logits.float(), dim=-1)
+    log_p = torch.log_softmax(logits, dim=-1, dtype=dtype)
     if torch.isnan(log_p[..., 0]).any():
         raise NumericsError(_NOT_FINITE)
     return log_p

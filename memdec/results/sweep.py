@@ -22,7 +22,7 @@ from memdec.harness.models import MemDecInterp
 from memdec.maths import mixing
 from memdec.models.loading import model_identity
 from memdec.settings import Split
-from memdec.tasks.task import FEWSHOT_SEED
+from memdec.tasks.task import FEWSHOT_SEED, check_names
 from memdec.text import corpora
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,9 @@ def _evaluate(
     model: Any, tasks: Sequence[str], alphas: Sequence[float], metadata: dict[str, Any], limit: int | None
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, str], bool]]:
     """Rows of the table, and for each (task, metric) whether higher is better."""
-    loaded = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata).load(list(tasks))
+    manager = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata)
+    check_names(tasks, manager.all_tasks)
+    loaded = manager.load(list(tasks))
     rows: list[dict[str, Any]] = []
     better: dict[tuple[str, str], bool] = {}
     for number, alpha in enumerate(alphas):

@@ -228,7 +228,25 @@ def hub_rows(hub: HubRows) -> datasets.Dataset:
         options: dict[str, Any] = {"data_files": {hub.split: hub.files}} if hub.files is not None else {}
         if hub.columns is not None:
             options["columns"] = list(hub.columns)
-        return datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, **options)
+        found = datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, **options)
+    _check_commit(hub, [Path(file["filename"]) for file in found.cache_files])
+    return found
+
+
+def _check_commit(hub: HubRows, files: list[Path]) -> None:
+    """Check that rows come from the commit asked for.
+
+    Where the Hub cannot be reached, `datasets` takes the newest version in its cache, whatever the revision. The folder
+    of a version in the cache is named by its commit.
+
+    Raises:
+        CorpusError: They are of another commit.
+    """
+    if files and len(hub.revision) == 40 and not Path(hub.path).is_dir() and hub.revision not in files[0].parts:
+        raise CorpusError(
+            f"{hub}: expected rows of this commit, found another version in {files[0].parent} (the Hub cannot be reached); "
+            "connect to the network, or set MEMDEC_DATA to a folder that has them"
+        )
 
 
 def _reached(hub: HubRows) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ the smallest unsigned integer type that holds the vocabulary. The token stream i
 text of the split (`corpora.joined`), which is also the text that lm-eval gets.
 """
 
+import json
 import os
 import warnings
 from bisect import bisect_left
@@ -170,8 +171,6 @@ def fingerprint(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return artefact.digest(sorted(tokenizer.get_vocab().items()))
-    import json
-
     state = json.loads(backend.to_str())
     # "" and null mean the same to the library, and a reloaded tokenizer may have either.
     state["model"] = {key: value for key, value in state["model"].items() if value}
@@ -186,6 +185,16 @@ def n_needed(tokenizer: Any) -> int:
     """
     beyond = _control_tokens(tokenizer) - {tokenizer.eos_token, tokenizer.bos_token}
     return 1 + max((token for word, token in tokenizer.get_vocab().items() if word not in beyond), default=-1)
+
+
+def whole_fingerprint(tokenizer: Any) -> str:
+    """Hash of everything that decides the ids of a string with the special tokens that are put around it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return artefact.digest([fingerprint(tokenizer), str(getattr(tokenizer, "init_kwargs", None))])
+    state = json.loads(backend.to_str())
+    # Padding and truncation are set anew by each call.
+    return artefact.digest({key: value for key, value in state.items() if key not in ("padding", "truncation")})
 
 
 def _train(texts: Iterator[str], vocab_size: int) -> Any:
