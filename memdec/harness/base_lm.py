@@ -28,7 +28,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from memdec.artefacts import sources
-from memdec.errors import ConfigError, one_line_errors
+from memdec.errors import ConfigError, ModelError, one_line_errors
 from memdec.harness.scores import ScoreStore, TokenScores, request_key
 from memdec.harness.scoring import score_labels, score_stream, score_words
 from memdec.inference.systems import Parts, System

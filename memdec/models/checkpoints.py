@@ -102,7 +102,8 @@ def repaired_file(name: str | Path, kwargs: Mapping[str, Any]) -> Any | None:
     )
     if file is None:
         return None
-    said = json.loads(Path(file).read_text(encoding="utf-8"))
+    with outside(ModelError, file, "generation settings as a JSON object", "correct the file, or remove it"):
+        said = dict(json.loads(Path(file).read_text(encoding="utf-8")))
     return None if _valid(said) else _repaired(said, file)
 
 
