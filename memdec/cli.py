@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -108,8 +109,9 @@ def stage(
     """Register a function as a command whose options are its parameters and the fields of `settings`.
 
     The function gets the fields as one object, its parameter `settings`. A parameter `compute` gets the options of
-    `settings.Compute` in the same way. With `entry`, a kind of entry of the config, the function gets a parameter
-    `entry`: a function that makes it of the options given and of fields that the command fills in.
+    `settings.Compute` in the same way. A command with `--out` also has `--overwrite`; without it, what was made there
+    with other settings is kept. With `entry`, a kind of entry of the config, the function gets a parameter `entry`: a
+    function that makes it of the options given and of fields that the command fills in.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -121,10 +123,11 @@ def stage(
         of_entry = [] if entry is None else options.of_entry(entry, LEFT_OUT)
 
         def command(**values: Any) -> None:
-            from memdec.artefacts import devices
+            from memdec.artefacts import artefact, devices
 
             begin = time.time()
             _limit_threads()
+            replaces = values.pop("overwrite", False)
             arguments = {p.name: values.pop(p.name) for p in own}
             _check_numbers(arguments)
             for argument, kind in typed.items():
@@ -137,12 +140,16 @@ def stage(
                 )
             if "compute" in arguments:
                 devices.pick(arguments["compute"])  # a missing GPU is reported before anything is read
-            with devices.one_line_when_full(f"memdec {name}", arguments.get("settings")):
+            with (
+                nullcontext() if replaces else artefact.keeping(),
+                devices.one_line_when_full(f"memdec {name}", arguments.get("settings")),
+            ):
                 function(**arguments)
             if name in NEXT and "out" in arguments:
                 options.wrote(arguments["out"], NEXT[name], begin)
 
         made = [*own, *options.of_fields(typed.values()), *of_entry]
+        made += [_OVERWRITE] if any(p.name == "out" for p in own) else []
         command.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
         command.__doc__ = function.__doc__
         app.command(name)(command)
@@ -161,6 +168,14 @@ def _check_numbers(arguments: dict[str, Any]) -> None:
 def _say(line: str) -> None:
     """A line for people, on standard error: standard output is for results."""
     print(line, file=sys.stderr)
+
+
+_OVERWRITE = inspect.Parameter(
+    "overwrite",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--overwrite", help="replace what was made in --out with other settings")],
+)
 
 
 def _limit_threads() -> None:
@@ -611,7 +626,7 @@ def table(
     options.wrote(out, f"cat {shlex.quote(str(out.with_suffix('.md')))}")
 
 
-@app.command()
+@stage()
 def cases(
     config: RunConfig,
     base: Annotated[Path, typer.Option(help="base model folder")],

@@ -57,7 +57,7 @@ def run(
     """
     if not 0 <= shard < settings.shards:
         raise ConfigError(f"teacher: expected a shard from 0 to {settings.shards - 1}, found {shard}")
-    source, base = artefact.read(stream, "tokens"), artefact.read(model_folder, "model")
+    source, base = artefact.read(stream, "tokens"), loading.known(model_folder, "model")
     tokens.check_same(source.facts["tokenizer_sha256"], base.facts["tokenizer_sha256"], f"{model_folder} with {stream}")
     final = DatastoreSettings(split="train", key_point="final", batch_size=settings.batch_size)
     forward = Forward(model_folder, stream, final, context, stride, compute)
@@ -106,7 +106,7 @@ def _write(forward: Forward, passes: range, settings: TeacherSettings, out: Path
         return rows.n_entries
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _rows(
     forward: Forward, number: int, settings: TeacherSettings, n_vocab: int
 ) -> tuple[Int[np.ndarray, "n top"], Float[np.ndarray, "n top"]]:

@@ -16,7 +16,9 @@ There is no separator between the two. The text is cut on the left to fit into t
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +29,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.datastore.passages import Passages
 from memdec.errors import ArtifactError, ConfigError
-from memdec.inference.wrapper import MemDecConfig, Wrapper, shared_vocabulary
+from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, kept_positions, shared_vocabulary
 from memdec.maths import mixing
-from memdec.models import loading
+from memdec.models import loading, rope
 from memdec.settings import RetrievalSettings
 from memdec.text import tokens
 
@@ -54,7 +56,7 @@ class IcRagForCausalLM(Wrapper):
         retriever: Passages in token ids of the base's tokenizer.
         query: The query is this many tokens, the last ones before the stride.
         every: Tokens between two retrievals.
-        n_vocab: Vocabulary size of the tokenizer, only to check that the output head covers it.
+        n_vocab: Rows that the tokenizer needs (`tokens.n_needed`), only to check that the output head has them.
         context: Maximum input length of the base in tokens; default: all positions of the base.
 
     Raises:
@@ -86,9 +88,14 @@ class IcRagForCausalLM(Wrapper):
         self.requires_grad_(False)
         self.eval()
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `generate` of transformers, but without a KV cache."""
-        return super().generate(*args, **(kwargs | {"use_cache": False}))
+        return super().generate(inputs, *args, **(kwargs | {"use_cache": False}))
+
+    @property
+    def running(self) -> list[int]:
+        """None: `forward` makes the base's inputs itself, so what a family does in `generate` has no part in it."""
+        return []
 
     def forward(
         self,
@@ -99,11 +106,13 @@ class IcRagForCausalLM(Wrapper):
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        prepared: Mapping[int, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits = normalised log-probabilities, float32 (B, T or logits_to_keep, V); uniform at padding.
 
-        `input_ids` are whole texts. They may be longer than the context of the base.
+        `input_ids` are whole texts. They may be longer than the context of the base. `prepared` says that this is a step
+        of `generate`, where the logits are the base's own.
 
         Raises:
             ConfigError: `past_key_values` already holds text.
@@ -113,17 +122,38 @@ class IcRagForCausalLM(Wrapper):
                 f"past_key_values: expected whole texts, found a cache of {past_key_values.get_seq_length()} tokens; set "
                 "use_cache=False"
             )
+        made = mixing.log_softmax if prepared is None else mixing.finite
+        found = self._made(input_ids, attention_mask, logits_to_keep, made, torch.float32)
+        return self.output(found, labels, None)
+
+    def log_probs(
+        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(log p, None) of a batch without left padding, as for `Wrapper`."""
+        made = partial(mixing.log_softmax, dtype=dtype)
+        return self._made(input_ids, None, logits_to_keep, made, dtype), None
+
+    def _made(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None,
+        logits_to_keep: int | Tensor,
+        made: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "B K V"]:
+        """`made` of the base's logits at the kept positions; uniform at padding."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        kept = torch.arange(input_ids.shape[1])[
-            slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
-        ]
+        where = logits_to_keep.cpu() if isinstance(logits_to_keep, Tensor) else logits_to_keep
+        kept = torch.arange(input_ids.shape[1])[kept_positions(where)]
         shape = (len(input_ids), len(kept), self.n_vocab)
-        log_p = torch.full(shape, -math.log(self.n_vocab), device=self.device)
+        found = torch.full(shape, -math.log(self.n_vocab), dtype=dtype, device=self.device)
         rows = self._rows(input_ids, mask.bool(), kept.tolist())
         rows.sort(key=lambda row: len(row.ids))
-        for first in range(0, len(rows), _ROWS):
-            self._fill(log_p, rows[first : first + _ROWS])
-        return self.output(log_p, labels, None)
+        for _, same in groupby(rows, key=lambda row: rope.length_class(self.base.config, len(row.ids))):
+            group = list(same)
+            for first in range(0, len(group), _ROWS):
+                self._fill(found, group[first : first + _ROWS], made)
+        return found
 
     def _rows(self, input_ids: Int[Tensor, "B T"], mask: Tensor, kept: Sequence[int]) -> list[_Row]:
         """Inputs of the base for the kept positions that are not padding: one row for each stride of a text."""
@@ -148,23 +178,18 @@ class IcRagForCausalLM(Wrapper):
         begin = max(0, start + self.every - 1 - (self.context - len(passage)))
         return [*passage, *text[begin : last + 1]]
 
-    def _fill(self, log_p: Float[Tensor, "B K V"], rows: Sequence[_Row]) -> None:
-        """Run the base over some rows, padded on the left, and write the results into `log_p`."""
+    def _fill(self, found: Float[Tensor, "B K V"], rows: Sequence[_Row], made: Callable[[Tensor], Tensor]) -> None:
+        """Run the base over some rows, padded on the left, and write `made` of its logits into `found`."""
         longest = max(len(row.ids) for row in rows)
         ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
         for number, row in enumerate(rows):
             ids[number, longest - len(row.ids) :] = torch.tensor(row.ids)
             mask[number, longest - len(row.ids) :] = 1
-        logits = self.base(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(self.device),
-            use_cache=False,
-            logits_to_keep=self.every,
-        ).logits
+        read = self.readers[0].inputs(None, (mask.cumsum(1) - 1).clamp(min=0), input_ids=ids, attention_mask=mask)
+        logits = self.readers[0].logits(read, use_cache=False, logits_to_keep=self.every)
         places = [(number, -1 - back, *where) for number, row in enumerate(rows) for *where, back in row.kept]
         number, back, row_of, at = torch.tensor(places).T
-        log_p[row_of, at] = mixing.log_softmax(logits[number, back], self.n_vocab).to(log_p.device)
+        found[row_of, at] = made(logits[number, back, : self.n_vocab].float()).to(found)
 
 
 def check_numbers(retriever: Passages, limit: int | None, *, query: int, every: int, context: int | None) -> int:
@@ -195,16 +220,15 @@ def check_numbers(retriever: Passages, limit: int | None, *, query: int, every: 
     return size
 
 
-def check_folders(base: str | Path, passages: Path, settings: RetrievalSettings) -> Passages:
+def check_folders(base: str | Path, words: Any, config: Any, passages: Path, settings: RetrievalSettings) -> Passages:
     """Check that passages fit the base, and return them; loads no weights.
 
     Raises:
         ArtifactError: The passages are incomplete, or were made with another tokenizer.
         ConfigError: The passages leave no room for text.
-        ModelError: The base cannot be found.
     """
-    retriever, words = Passages(passages), tokens.load_tokenizer(str(base))
+    retriever = Passages(passages)
     tokens.check_same(tokens.fingerprint(words), retriever.facts["tokenizer_sha256"], f"{base} with {passages}")
-    limit = loading.n_positions(loading.config(base))
+    limit = loading.n_positions(config)
     check_numbers(retriever, limit, query=settings.query, every=settings.every, context=None)
     return retriever

@@ -9,26 +9,20 @@ and lm-eval included, uses the mixture. One KV cache of transformers holds the l
 other. So beam search, cropping and selecting rows act on all models at once.
 """
 
-import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
-    StaticCache,
-)
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from memdec.errors import ConfigError, ModelError
+from memdec.errors import ModelError
 from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, last_positions, shared_vocabulary
 from memdec.maths import mixing
 from memdec.models.loading import load, placed
@@ -46,14 +40,12 @@ class MemDecForCausalLM(Wrapper):
     def __init__(self, config: MemDecConfig, base: Any | None = None, memories: Sequence[Any] | None = None) -> None:
         if base is None:
             base, *memories = (
-                AutoModelForCausalLM.from_config(config.part_config(i)) for i in range(len(config.parts))
+                AutoModelForCausalLM.from_config(config.part_config(i), trust_remote_code=False)
+                for i in range(len(config.parts))
             )
-        super().__init__(config, base)
-        memories = list(memories or ())
-        self.n_vocab = config.n_vocab = shared_vocabulary([base, *memories], config.n_vocab)
-        self.memories = nn.ModuleList(memories)
+        super().__init__(config, base, memories := list(memories or ()))
+        self.n_vocab = shared_vocabulary([base, *memories], config.n_vocab)
         self.set_weights(config.weights)
-        self._layers = [len(DynamicCache(config=model.config).layers) for model in (base, *memories)]
         self._tokenizer: Any | None = None
         self._side: Any | None = None  # the memories' CUDA stream
         self.requires_grad_(False)
@@ -70,7 +62,7 @@ class MemDecForCausalLM(Wrapper):
             base: Any causal LM; it is not changed.
             memories: Memory decoders with the base's tokenizer.
             weights: alpha of each memory; their sum is from 0 (base only) to 1 (memories only).
-            n_vocab: Vocabulary size of the tokenizer, only to check that all output heads cover it.
+            n_vocab: Rows that the tokenizer needs (`tokens.n_needed`), only to check that all output heads have them.
         """
         parts = [{"config": model.config.to_dict()} for model in (base, *memories)]
         mixture: MemDecForCausalLM = cls(MemDecConfig(parts=parts, weights=weights, n_vocab=n_vocab), base, memories)
@@ -89,6 +81,7 @@ class MemDecForCausalLM(Wrapper):
         memory_dtype: str | None = None,
         device_map: Any | None = None,
         memory_device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> "MemDecForCausalLM":
         """Load base and memories (folders or Hub ids) and check that their tokenizers are the same.
@@ -102,6 +95,7 @@ class MemDecForCausalLM(Wrapper):
             memory_dtype: Number type of the memories' weights; default as the base.
             device_map: Devices of the base, as in `from_pretrained` ("auto": spread over all GPUs).
             memory_device: Device of the memories; default the base's (first) device.
+            trust_remote_code: Whether base and memories may run code from their repositories.
             kwargs: Passed on to the base's `from_pretrained`.
 
         Raises:
@@ -109,18 +103,20 @@ class MemDecForCausalLM(Wrapper):
             ResourceError: The memories do not fit on their device.
         """
         commits = list(revisions or [None] * (1 + len(memories)))
-        words = tokens.load_tokenizer(str(base), commits[0])
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        inside = kwargs.get("subfolder") or ""
+        words = tokens.load_tokenizer(str(base), commits[0], subfolder=inside, **trust)
         for name, commit in zip(memories, commits[1:], strict=True):
-            tokens.check_same_ids(words, tokens.load_tokenizer(str(name), commit), f"{base} with {name}")
+            tokens.check_same_ids(words, tokens.load_tokenizer(str(name), commit, **trust), f"{base} with {name}")
         if device_map is not None:
             kwargs["device_map"] = device_map
-        lm = load(base, dtype=dtype, revision=commits[0], **kwargs)
+        lm = load(base, dtype=dtype, revision=commits[0], **trust, **kwargs)
         place = torch.device(memory_device) if memory_device is not None else next(lm.parameters()).device
         small = []
         for name, commit in zip(memories, commits[1:], strict=True):
-            model = load(name, dtype=memory_dtype or dtype, revision=commit)
+            model = load(name, dtype=memory_dtype or dtype, revision=commit, **trust)
             small.append(placed(model, place, str(name)))
-        mixture = cls.from_models(lm, small, weights, n_vocab=len(words))
+        mixture = cls.from_models(lm, small, weights, n_vocab=tokens.n_needed(words))
         mixture._tokenizer = words
         return mixture
 
@@ -145,7 +141,7 @@ class MemDecForCausalLM(Wrapper):
             else:
                 model.save_pretrained(folder / _folder(index), **kwargs)
             parts.append(part)
-        saved = MemDecConfig(parts=parts, weights=self.config.weights, n_vocab=self.n_vocab)
+        saved = MemDecConfig(parts=parts, weights=self.config.weights, n_vocab=self.config.n_vocab)
         saved.architectures = [type(self).__name__]
         saved.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
@@ -166,6 +162,7 @@ class MemDecForCausalLM(Wrapper):
         memory_dtype: str | torch.dtype | None = None,
         device_map: Any | None = None,
         memory_device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> "MemDecForCausalLM":
         """Load a mixture that `save_pretrained` wrote, from a folder or the Hub; arguments as for `from_parts`."""
@@ -186,12 +183,21 @@ class MemDecForCausalLM(Wrapper):
             )
             wanted = (dtype if index == 0 else memory_dtype or dtype) or "auto"
             place = {"device_map": device_map} if index == 0 and device_map is not None else {}
-            model = load(part.get("path", name), dtype=wanted, **where, **place, **known)
+            model = load(
+                part.get("path", name),
+                dtype=wanted,
+                trust_remote_code=bool(trust_remote_code),
+                **where,
+                **place,
+                **known,
+            )
             if index:
                 device = torch.device(memory_device) if memory_device is not None else loaded[0].device
                 model = placed(model, device, f"memory {index - 1} of {name}")
             loaded.append(model)
         mixture: MemDecForCausalLM = cls(config, loaded[0], loaded[1:])
+        with suppress(OSError):  # a folder of an earlier version has none
+            mixture.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
         mixture.name_or_path = str(name)
         mixture.eval()
         return mixture
@@ -211,9 +217,9 @@ class MemDecForCausalLM(Wrapper):
     # --- running --------------------------------------------------------------------------------------------------
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(log p_base, log p_mem) of a batch without left padding, each float32 (B, T or logits_to_keep, V).
+        """(log p_base, log p_mem) of a batch without left padding, each (B, T or logits_to_keep, V) in `dtype`.
 
         With several memories, p_mem is their mixture in proportion to their weights.
 
@@ -221,15 +227,23 @@ class MemDecForCausalLM(Wrapper):
             input_ids: Token ids (B, T).
             which: "base", "memory" or "both".
             logits_to_keep: Number of last positions to return; 0 means all.
+            dtype: float32, or float64 where many log-probabilities are added.
         """
         total = math.fsum(self.config.weights)
         shares = [w / total if total else 1 / len(self.memories) for w in self.config.weights]
         running = [0] if which != "memory" else []
         running += [i for i, share in enumerate(shares, 1) if share and which != "base"]
+        self.check_inputs(input_ids)
+        read = self._read(running, None, None, input_ids=input_ids, position_ids=None)
         kept = last_positions(input_ids.shape[1], logits_to_keep)
-        found = self._run(running, input_ids=input_ids, use_cache=False, logits_to_keep=kept)
+        found = self._run(read, partial(self._log_p, dtype=dtype), use_cache=False, logits_to_keep=kept)
         memories = [found.get(i) for i in range(1, len(shares) + 1)]
         return found.get(0), mixing.mix(None, memories, shares) if which != "base" and shares else None
+
+    @property
+    def running(self) -> list[int]:
+        weights = [mixing.base_weight(self.config.weights), *self.config.weights]
+        return [i for i, weight in enumerate(weights) if weight]
 
     def forward(
         self,
@@ -240,45 +254,45 @@ class MemDecForCausalLM(Wrapper):
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        prepared: Mapping[int, Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits = normalised log-probabilities of the mixture, float32 (B, T or logits_to_keep, V)."""
-        weights = [mixing.base_weight(self.config.weights), *self.config.weights]
-        running = [i for i, weight in enumerate(weights) if weight]
+        """Logits = normalised log-probabilities of the mixture, float32 (B, T or logits_to_keep, V).
+
+        In `generate`, `prepared` has what each model reads, and the logits are those of `mixing.mix_logits`.
+        """
         if use_cache:
             past_key_values = self._joint(past_key_values)
         self.check_length(input_ids, past_key_values)
-        found = self._run(
-            running,
-            caches=past_key_values,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=bool(use_cache),
-            logits_to_keep=logits_to_keep,
-            **{k: v for k, v in kwargs.items() if k == "cache_position" and v is not None},
-        )
-        mixed = mixing.mix(found.get(0), [found.get(i) for i in range(1, len(weights))], weights[1:])
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        read = self._read(self.running, prepared, past_key_values, **inputs)
+        made, mix = (self._log_p, mixing.mix) if prepared is None else (self._shared, mixing.mix_logits)
+        found = self._run(read, made, use_cache=bool(use_cache), logits_to_keep=logits_to_keep)
+        memories = [found.get(i) for i in range(1, len(self.readers))]
+        mixed = mix(found.get(0), memories, self.config.weights)
         return self.output(mixed, labels, past_key_values)
 
-    def _run(self, running: Sequence[int], caches: Cache | None = None, **inputs: Any) -> dict[int, Tensor]:
-        """log-probabilities of the models `running`; on one GPU the memories run in parallel to the base."""
-        side = self._side_stream(running)
-        models = [self.base, *self.memories]
+    def _log_p(self, logits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return mixing.log_softmax(logits, self.n_vocab, dtype)
+
+    def _shared(self, logits: Tensor) -> Tensor:
+        """Logits of the base's vocabulary."""
+        return mixing.in_vocabulary(logits, self.n_vocab)
+
+    def _run(
+        self, read: Mapping[int, Mapping[str, Any]], made: Callable[[Tensor], Tensor], **how: Any
+    ) -> dict[int, Tensor]:
+        """`made` of the logits of each model in `read`; on one GPU the memories run in parallel to the base."""
+        side = self._side_stream(list(read))
         found: dict[int, Tensor] = {}
-        for i in sorted(running, reverse=True):  # memories first: their kernels queue on the side stream
+        for i in sorted(read, reverse=True):  # memories first: their kernels queue on the side stream
             with torch.cuda.stream(side if i else None):
-                device = models[i].device
-                given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-                if caches is not None:
-                    given["past_key_values"] = _view(caches, self._layers, i)
-                logits = models[i](**given).logits
-                found[i] = mixing.log_softmax(logits, self.n_vocab).to(self.device)
+                found[i] = made(self.readers[i].logits(read[i], **how)).to(self.device)
         if side is not None:
             now = torch.cuda.current_stream(self.device)
             now.wait_stream(side)
-            for i in running:
-                found[i].record_stream(now)
+            for logits in found.values():
+                logits.record_stream(now)
         return found
 
     def _side_stream(self, running: Sequence[int]) -> Any | None:
@@ -291,29 +305,6 @@ class MemDecForCausalLM(Wrapper):
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         return self._side
-
-    def _joint(self, cache: Cache | None) -> Cache:
-        """A cache with the layers of all models; an empty cache of the base is extended in place.
-
-        Raises:
-            ConfigError: The cache holds text that only the base has read.
-        """
-        if cache is None:
-            cache = DynamicCache(config=self.base.config)
-        missing = sum(self._layers) - len(cache.layers)
-        if missing <= 0:
-            return cache
-        if len(cache.layers) not in (0, self._layers[0]) or cache.get_seq_length() > 0:
-            raise ConfigError(
-                f"past_key_values: expected a new cache or one of this model ({sum(self._layers)} layers), found one with "
-                f"{len(cache.layers)} layers that is in use; begin without"
-            )
-        configs = [model.config for model in (self.base, *self.memories)][bool(cache.layers) :]
-        for config in configs:
-            longest = cache.get_max_length() if isinstance(cache, StaticCache) else None
-            more = StaticCache(config, longest) if longest is not None else DynamicCache(config=config)
-            cache.layers.extend(more.layers)
-        return cache
 
 
 def _folder(index: int) -> str:
@@ -335,14 +326,6 @@ def _reference(model: Any) -> dict[str, Any]:
     if commit is None:
         warnings.warn(f"{name}: no commit is known; the reference loads the newest version on the Hub", stacklevel=3)
     return {"path": name, "revision": commit}
-
-
-def _view(cache: Cache, layers: Sequence[int], index: int) -> Cache:
-    """A cache of one model that shares its layers with the joint cache."""
-    begin = sum(layers[:index])
-    view = copy.copy(cache)  # keeps the class and the offloading settings
-    view.layers = cache.layers[begin : begin + layers[index]]
-    return view
 
 
 AutoConfig.register(MemDecConfig.model_type, MemDecConfig, exist_ok=True)

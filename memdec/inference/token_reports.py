@@ -113,7 +113,7 @@ class Neighbours:
         return SparseRows.of(*self.searcher.rows(sq_dist, positions, self.settings.temperature))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def explain(
     model: MemDecForCausalLM,
     tokenizer: Any,

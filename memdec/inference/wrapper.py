@@ -1,24 +1,44 @@
-"""The base class of all systems: a causal LM around a frozen base, with normalised log-probabilities as logits."""
+"""The base class of all systems: a causal LM around a frozen base.
+
+A wrapper is transparent: at weight 0 it gives the probabilities and the texts of the base alone, whatever its family.
+So what a family decides about its own inputs is asked from it (`Reader`). `forward` gives normalised log-probabilities
+as logits, but in `generate` they stay on the level of the base's logits (`mixing.mix_logits`): logits processors multiply
+scores, so the level matters to them.
+"""
 
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     Cache,
+    DynamicCache,
+    DynamicLayer,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    StaticCache,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.errors import ConfigError, ModelError
+from memdec.maths import mixing
+from memdec.models import rope
 from memdec.models.loading import check_positions, n_positions
 
 Which = Literal["both", "base", "memory"]
+# Steps of `generate` that act on a model as a whole. A wrapper takes them from transformers, so a family may not have
+# its own. `prepare_inputs_for_generation`, which many families have, is called for each model.
+_STEPS = (
+    "generate", "_update_model_kwargs_for_generation", "_prepare_cache_for_generation", "_prepare_static_cache",
+    "_prepare_position_ids_for_generation", "_expand_inputs_for_generation", "_reorder_cache",
+)  # fmt: skip
+_HOW = ("use_cache", "logits_to_keep", "return_dict")  # of a forward pass; the rest of its arguments are what it reads
 
 
 class MemDecConfig(PreTrainedConfig):
@@ -28,7 +48,7 @@ class MemDecConfig(PreTrainedConfig):
         parts: One dictionary for the base, then one for each memory. It holds `config` (the configuration of that
             model, as a dictionary with `model_type`) and, if the weights are saved elsewhere, `path` and `revision`.
         weights: Weight of each memory; the base has the rest to 1.
-        n_vocab: Size of the shared vocabulary.
+        n_vocab: Rows that the tokenizer needs (`tokens.n_needed`), which every output head must have.
     """
 
     model_type = "memdec"
@@ -48,7 +68,10 @@ class MemDecConfig(PreTrainedConfig):
     def part_config(self, index: int) -> Any:
         """Configuration of one model: 0 is the base."""
         plain = dict(self.parts[index]["config"])
-        return AutoConfig.for_model(plain.pop("model_type"), **plain)
+        kind = plain.pop("model_type")
+        if kind not in CONFIG_MAPPING:  # of code of a repository, which is not asked for again
+            return PreTrainedConfig(**plain)
+        return AutoConfig.for_model(kind, **plain)
 
     @property
     def max_position_embeddings(self) -> int:
@@ -59,12 +82,94 @@ class MemDecConfig(PreTrainedConfig):
         return int(min(known))
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
-        """The base's text config with the shared vocabulary; `generate` reads layers and special tokens from it."""
+        """The base's text config; `generate` reads layers, vocabulary and special tokens from it."""
         if not self.parts:
             return self
-        config = self.part_config(0).get_text_config(decoder=decoder, encoder=encoder)
-        config.vocab_size = self.n_vocab or config.vocab_size
-        return config
+        return self.part_config(0).get_text_config(decoder=decoder, encoder=encoder)
+
+
+class Reader:
+    """How one causal LM is called.
+
+    Args:
+        model: The model; with an adapter of peft around it or not.
+
+    Attributes:
+        cache_name: Its argument for the cache.
+        n_layers: Layers of its cache.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._family = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._takes = inspect.signature(self._family.forward).parameters
+        mamba = "cache_params" in self._takes and "past_key_values" not in self._takes
+        self.cache_name = "cache_params" if mamba else "past_key_values"
+        self.n_layers = len(self.new_layers())
+
+    def new_layers(self) -> list[Any]:
+        """Empty cache layers."""
+        return DynamicCache(config=self.model.config).layers
+
+    def inputs(self, cache: Cache | None, position_ids: Tensor | None, **given: Any) -> dict[str, Any]:
+        """What the model reads, as arguments of its `forward`; a model without position ids gets none."""
+        if position_ids is not None and "position_ids" in self._takes:
+            given["position_ids"] = position_ids
+        return given if cache is None else given | {self.cache_name: cache}
+
+    def prepared(
+        self, input_ids: Tensor, cache: Cache | None, position_ids: Tensor | None, **given: Any
+    ) -> dict[str, Any]:
+        """What the model reads in the next step of `generate`, as its family decides.
+
+        A family may drop its cache and read the whole text again (Phi-3, where its long frequencies begin).
+        """
+        given = self.inputs(cache, position_ids, **given)
+        made = self.model.prepare_inputs_for_generation(input_ids, **given)
+        if cache is not None and made.get(self.cache_name) is None:
+            cache.layers = self.new_layers()
+            made[self.cache_name] = cache
+        return {key: value for key, value in made.items() if key not in _HOW}
+
+    def logits(self, read: Mapping[str, Any], *, use_cache: bool, logits_to_keep: int | Tensor) -> Tensor:
+        """Logits of the kept positions (0: all)."""
+        given = {
+            key: value.to(self.model.device) if isinstance(value, Tensor) else value for key, value in read.items()
+        }
+        if isinstance(logits_to_keep, Tensor):
+            logits_to_keep = logits_to_keep.to(self.model.device)
+        if "logits_to_keep" in self._takes:
+            given["logits_to_keep"] = logits_to_keep
+        logits: Tensor = self.model(**given, use_cache=use_cache, return_dict=True).logits
+        return logits if "logits_to_keep" in self._takes else logits[:, kept_positions(logits_to_keep)]
+
+    def check_generation(self, use_cache: bool, chunks: bool) -> None:
+        """Check that the family generates by the steps of transformers.
+
+        Args:
+            use_cache: Whether there is a cache.
+            chunks: Whether the prompt is read in chunks.
+
+        Raises:
+            ModelError: It has a step or a cache of its own, or cannot read chunks.
+        """
+        family = type(self._family)
+        own = [step for step in _STEPS if getattr(family, step, None) is not getattr(GenerationMixin, step, None)]
+        if use_cache and not (own or family._supports_default_dynamic_cache()):
+            raise ModelError(
+                f"generate: expected models with a cache of transformers, found {family.__name__} with its own; set "
+                "use_cache=False"
+            )
+        if chunks and self.cache_name != "past_key_values":
+            raise ModelError(
+                f"generate: expected models that can read a prompt in chunks, found {family.__name__}; leave "
+                "prefill_chunk_size out"
+            )
+        if own:
+            raise ModelError(
+                f"generate: expected models that generate as most do, found {family.__name__} with its own {own[0]}; use "
+                "the model alone, or score texts, which works"
+            )
 
 
 class Wrapper(PreTrainedModel, GenerationMixin):
@@ -73,6 +178,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
     Args:
         config: Its first part is the base.
         base: Any causal LM; it is not changed.
+        memories: More models that read the same text.
     """
 
     config_class = MemDecConfig
@@ -80,16 +186,29 @@ class Wrapper(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
 
-    def __init__(self, config: MemDecConfig, base: Any) -> None:
+    def __init__(self, config: MemDecConfig, base: Any, memories: Sequence[Any] = ()) -> None:
         super().__init__(config)
-        self.base = base
+        self.base, self.memories = base, nn.ModuleList(memories)
+        rope.independent(self)
         self.generation_config = copy.deepcopy(base.generation_config)
         self.n_positions = n_positions(config)
+        self.readers = [Reader(model) for model in (base, *memories)]
+        self._n_inputs = min(_rows(model.get_input_embeddings()) for model in (base, *memories))
 
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.base.parameters()).device
         return device
+
+    @property
+    def running(self) -> list[int]:
+        """Numbers of the models that `forward` runs; 0 is the base."""
+        return [0]
+
+    @property
+    def _is_stateful(self) -> bool:  # type: ignore[override]
+        """Whether a model cannot forget its last tokens (Mamba); transformers asks this before it drafts."""
+        return any(getattr(reader.model, "_is_stateful", False) for reader in self.readers)
 
     def get_output_embeddings(self) -> Any:
         return self.base.get_output_embeddings()
@@ -105,18 +224,13 @@ class Wrapper(PreTrainedModel, GenerationMixin):
             "resize_token_embeddings: the models of a mixture share a vocabulary; resize them before mixing"
         )
 
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """Return the padding mask unchanged; each model makes its own attention mask, as their layers may differ."""
-        return attention_mask
-
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         raise ConfigError(
             f"save_pretrained: expected a mixture of models, found {type(self).__name__}; make it from its folders again"
         )
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p, None) of a batch without left padding; None because there is no second distribution.
 
@@ -124,16 +238,141 @@ class Wrapper(PreTrainedModel, GenerationMixin):
             input_ids: Token ids (B, T).
             which: "base"; models with a second distribution also accept "both" and "memory".
             logits_to_keep: Number of last positions to return; 0 means all.
+            dtype: Number type of the log-probabilities: float32, or float64 where many of them are added.
         """
+        self.check_inputs(input_ids)
         kept = last_positions(input_ids.shape[1], logits_to_keep)
-        return self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=kept).logits, None
+        log_p = self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=kept).logits
+        return log_p if dtype == log_p.dtype else mixing.log_softmax(log_p, dtype=dtype), None
 
-    def output(self, log_p: Tensor, labels: Tensor | None, cache: Cache | None) -> CausalLMOutputWithPast:
+    def output(self, logits: Tensor, labels: Tensor | None, cache: Cache | None) -> CausalLMOutputWithPast:
         """Make the output of `forward`; with `labels` (B, T) it has the usual loss of causal LMs, in nats per token."""
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=log_p, labels=labels, vocab_size=log_p.shape[-1])
-        return CausalLMOutputWithPast(loss=loss, logits=log_p, past_key_values=cache)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    # --- generation -------------------------------------------------------------------------------------------------
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `generate` of transformers.
+
+        Raises:
+            ModelError: A family generates in a way of its own, or a model lacks a token of the prompt.
+        """
+        use_cache, chunks = (
+            getattr(self.generation_config, key) if kwargs.get(key) is None else kwargs[key]
+            for key in ("use_cache", "prefill_chunk_size")
+        )
+        for i in self.running:
+            self.readers[i].check_generation(use_cache is not False, bool(chunks))
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is not None:
+            self.check_inputs(prompt)
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Arguments of `forward` for the next step; `prepared` has what each model that runs reads."""
+        cache = self._joint(past_key_values) if use_cache else None
+        given = {
+            "attention_mask": attention_mask,
+            "next_sequence_length": next_sequence_length,
+            "is_first_iteration": is_first_iteration,
+            "use_cache": use_cache,
+        }
+        prepared = {}
+        for i in self.running:
+            view = None if cache is None else self._view(cache, i)
+            prepared[i] = self.readers[i].prepared(input_ids, view, position_ids, **given)
+            if cache is not None and view is not None:
+                begin = sum(reader.n_layers for reader in self.readers[:i])
+                cache.layers[begin : begin + len(view.layers)] = view.layers
+        return {
+            "input_ids": input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:],
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            "prepared": prepared,
+        }
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"] = self._joint(model_kwargs["past_key_values"])
+
+    def _joint(self, cache: Cache | None) -> Cache:
+        """A cache with the layers of all models, one after the other; an empty cache of the base is extended in place.
+
+        Raises:
+            ConfigError: The cache holds text that only the base has read.
+        """
+        if cache is None:
+            cache = DynamicCache(config=self.base.config)
+        sizes = [reader.n_layers for reader in self.readers]
+        if len(cache.layers) >= sum(sizes):
+            return _counted(cache)
+        if len(cache.layers) not in (0, sizes[0]) or _in_use(cache):
+            raise ConfigError(
+                f"past_key_values: expected a new cache or one of this model ({sum(sizes)} layers), found one with "
+                f"{len(cache.layers)} layers that is in use; begin without"
+            )
+        for reader in self.readers[bool(cache.layers) :]:
+            longest = cache.get_max_length() if isinstance(cache, StaticCache) else None
+            more = reader.new_layers() if longest is None else StaticCache(reader.model.config, longest).layers
+            cache.layers.extend(more)
+        return _counted(cache)
+
+    def _view(self, cache: Cache, index: int) -> Cache:
+        """A cache of one model that shares its layers with the joint cache."""
+        begin = sum(reader.n_layers for reader in self.readers[:index])
+        view = copy.copy(cache)  # keeps the class and the offloading settings
+        view.layers = cache.layers[begin : begin + self.readers[index].n_layers]
+        return view
+
+    def _read(
+        self,
+        running: Sequence[int],
+        prepared: Mapping[int, Mapping[str, Any]] | None,
+        cache: Cache | None,
+        **inputs: Any,
+    ) -> Mapping[int, Mapping[str, Any]]:
+        """What each model that runs reads: as `prepare_inputs_for_generation` made it, else the same for all."""
+        if prepared is not None:
+            return prepared
+        views = {i: None if cache is None else self._view(cache, i) for i in running}
+        return {i: self.readers[i].inputs(view, **inputs) for i, view in views.items()}
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def check_inputs(self, ids: Tensor) -> None:
+        """Check that the models have an embedding for every token of a text.
+
+        Raises:
+            ModelError: They lack one.
+        """
+        _check_ids(ids, self._n_inputs, "embeddings")
+
+    def check_labels(self, ids: Any) -> None:
+        """Check that the models can predict every token of a text.
+
+        Raises:
+            ModelError: A token has no row in the shared vocabulary.
+        """
+        _check_ids(torch.as_tensor(ids), int(self.n_vocab), "output heads")
 
     def check_length(self, input_ids: Tensor | None, cache: Cache | None) -> None:
         """Check that the text, with the cached tokens, fits into the context of the models.
@@ -158,19 +397,53 @@ def last_positions(n: int, keep: int) -> int | Tensor:
     return torch.arange(n - keep, n) if keep else 0
 
 
+def kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """The index of the kept positions in a dimension of all positions."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+
+
+def _in_use(cache: Cache) -> bool:
+    """Whether a cache holds text."""
+    if cache.layers and all(cache.is_linear):
+        return bool(cache.has_previous_state())
+    return cache.get_seq_length() > 0
+
+
+def _counted(cache: Cache) -> Cache:
+    """The cache, with a layer of attention: transformers asks its length, which layers of Mamba do not count."""
+    if cache.layers and all(cache.is_linear):
+        cache.layers.append(DynamicLayer())
+    return cache
+
+
+def _rows(part: Any) -> int:
+    return int(part.weight.shape[0])
+
+
+def _check_ids(ids: Tensor, limit: int, what: str) -> None:
+    if ids.numel() and (largest := int(ids.max())) >= limit:
+        raise ModelError(
+            f"text: expected token ids below {limit} ({what} of the models), found {largest}, which the tokenizer added; "
+            "take this token out of the text, or use a model that has it"
+        )
+
+
 def shared_vocabulary(models: Sequence[Any], n_vocab: int | None) -> int:
-    """Size of the shortest output head; it is the shared vocabulary, as some model families pad their heads.
+    """Rows of the base's output head, which is the vocabulary of a mixture.
+
+    Some families pad their heads. The base is normalised over all of its rows, as it is alone, and so every system
+    around one base is normalised over the same entries (`mixing.in_vocabulary`).
 
     Args:
-        models: Causal LMs.
-        n_vocab: Vocabulary size of the tokenizer, only to check that every head covers it.
+        models: Causal LMs, the base first.
+        n_vocab: Rows that the tokenizer needs (`tokens.n_needed`), only to check that every head has them.
 
     Raises:
         ModelError: A head has fewer than `n_vocab` tokens.
     """
-    shortest = min(int(model.get_output_embeddings().weight.shape[0]) for model in models)
-    if n_vocab is not None and n_vocab > shortest:
+    rows = [_rows(model.get_output_embeddings()) for model in models]
+    if n_vocab is not None and n_vocab > min(rows):
         raise ModelError(
-            f"expected output heads of at least {n_vocab} tokens, found {shortest}; use models of one tokenizer"
+            f"expected output heads of at least {n_vocab} tokens, found {min(rows)}; use models of one tokenizer"
         )
-    return shortest
+    return rows[0]

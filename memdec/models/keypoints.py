@@ -61,7 +61,7 @@ class KeyPoint:
         """The hidden state of every input token, in the model's dtype and on its device."""
         return self._run(ids)[0].reshape(*ids.shape, self.width)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run(self, ids: Tensor) -> list[Tensor]:
         with self.capture() as seen:
             self.model.base_model(input_ids=ids, use_cache=False)
@@ -132,7 +132,7 @@ def _detect(model: Any) -> dict[str, nn.Module]:
         for name, part in parts.items()
     ]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     finally:
         for handle in handles:

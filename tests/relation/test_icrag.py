@@ -267,6 +267,8 @@ def test_with_empty_passages_it_is_the_base(
         expected = base(ids, logits_to_keep=keep).logits.log_softmax(-1)
         found = model(input_ids=ids, logits_to_keep=keep).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    how = {"max_new_tokens": NEW, "do_sample": False, "repetition_penalty": 1.5, "eos_token_id": None}
+    assert torch.equal(model.generate(ids[:, :9], **how), base.generate(ids[:, :9], **how))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -178,7 +178,7 @@ def test_fault_23_the_temperature_reaches_scores_and_generation_alike(home: Home
             eos_token_id=None,
         )
         assert scored is not None
-        torch.testing.assert_close(out.logits[0], scored[:, -1])
+        torch.testing.assert_close(out.logits[0].log_softmax(-1), scored[:, -1])
         found.append(scored)
     assert not torch.allclose(found[0].exp(), found[1].exp(), atol=1e-2)
 
@@ -192,6 +192,31 @@ def test_weight_0_is_the_base_to_the_bit_and_searches_nothing(home: Home, monkey
     base, found = model.log_probs(ids, which="base")
     assert torch.equal(base, expected)
     assert found is None
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_a_repetition_penalty_acts_on_the_level_of_the_base(home: Home, words: Any, weight: float) -> None:
+    lm, model = plain_model(home.base), home.model(weight=weight)
+    how = {
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "repetition_penalty": 1.5,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    for prompt in PROMPTS:
+        batch = words(prompt, return_tensors="pt")
+        found = model.generate(**batch, **how)[0].tolist()
+        if not weight:
+            assert found == lm.generate(**batch, **how)[0].tolist()
+            continue
+        for n in range(batch["input_ids"].shape[1], len(found)):
+            ids = torch.tensor(found[:n])
+            with torch.no_grad():
+                scores = lm(ids[None]).logits[0, -1].double().logsumexp(-1) + torch.tensor(plain(home, ids)).log()
+            for token in set(found[:n]):
+                scores[token] *= 1.5 if scores[token] < 0 else 1 / 1.5
+            assert found[n] == int(scores.argmax())
 
 
 def test_weight_1_is_the_neighbours_alone(home: Home) -> None:
@@ -374,7 +399,7 @@ def test_a_query_beyond_the_range_of_the_keys_names_its_place(home: Home, model:
         with pytest.raises(
             NumericsError, match="finite keys within the range of float16, found another one in row 1 at position 3"
         ):
-            model._run(True, text(home, 24).reshape(2, 12), None, logits_to_keep=5)
+            model._run(True, {"input_ids": text(home, 24).reshape(2, 12)}, None, logits_to_keep=5, use_cache=False)
     finally:
         handle.remove()
 

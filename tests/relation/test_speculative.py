@@ -9,7 +9,7 @@ import pytest
 import torch
 from making import CONTEXT, made_text
 from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import LogitsProcessorList, MistralConfig, MistralForCausalLM
 
 from memdec.errors import ConfigError
 from memdec.inference import speculative
@@ -128,7 +128,7 @@ def test_caches_that_forget_and_padded_heads(windows: tuple[int | None, int | No
 
 def test_a_tie_goes_to_the_first_token() -> None:
     log_p = torch.tensor([[0.25, 0.375, 0.375], [0.5, 0.25, 0.25]]).log()
-    kept, instead = speculative._verify(torch.tensor([2, 0]), log_p)
+    kept, instead = speculative._verify(torch.tensor([2, 0]), torch.zeros(1, 1), log_p, LogitsProcessorList())
     assert instead is not None
     assert (kept, instead.tolist()) == (0, [1])
 

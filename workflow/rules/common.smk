@@ -94,6 +94,23 @@ def spec(kind, name):
     return words("--spec", json.dumps(entry, sort_keys=True))
 
 
+def stamp(entry):
+    """Sizes and times of the files of a local model, so that Snakemake notices a replaced one; the job compares content."""
+    source = entry.pretrained
+    if not isinstance(source, str) or not os.path.exists(source):
+        return None
+    files = (
+        [source]
+        if os.path.isfile(source)
+        else sorted(os.scandir(source), key=os.fspath)
+    )
+    return [
+        (os.path.basename(file), os.stat(file).st_size, os.stat(file).st_mtime_ns)
+        for file in files
+        if os.path.isfile(file)
+    ]
+
+
 def training(wildcards, *settings):
     """Options of a stage that trains on a domain."""
     return " ".join([*settings, CONTEXT, words("--seed", wildcards.seed), COMPUTE])

@@ -72,7 +72,6 @@ use rule corpus as adapt with:
         memory=lambda w: manifest(f"{home(w)}/memory/{MEMORIES[w.memory].adapt}"),
         tokenizer=lambda w: manifest(f"{RUN}/tokenizers/{MEMORIES[w.memory].tokenizer}"),
     output:
-        f"{HOME}/adapted/{{memory}}/model.safetensors",
         manifest=f"{HOME}/adapted/{{memory}}/manifest.json",
     log:
         f"{LOG}/adapt/{{domain}}-{{seed}}-{{memory}}.log",
@@ -99,7 +98,6 @@ use rule finetune as train with:
         base=memory_bases,
         budget_model=BUDGET,
     output:
-        f"{HOME}/memory/{{memory}}/model.safetensors",
         manifest=f"{HOME}/memory/{{memory}}/manifest.json",
     log:
         f"{LOG}/train/{{domain}}-{{seed}}-{{memory}}.log",
