@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from memdec import __version__, options
 from memdec import config as cfg
-from memdec.errors import ConfigError, MemDecError, reason
+from memdec.errors import ConfigError, MemDecError, on_one_line, reason
 from memdec.settings import (
     AUTO,
     DEFAULT_MEMORY,
@@ -837,7 +837,7 @@ def main() -> None:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    _say(f"error: {' '.join(message.split())}")
+    _say(f"error: {on_one_line(message)}")
     raise SystemExit(code) from None
 
 

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from memdec import plain
-from memdec.errors import ConfigError
+from memdec.errors import ConfigError, on_one_line
 from memdec.settings import (
     DEFAULT_MEMORY,
     UNTUNED,
@@ -410,9 +410,7 @@ def _chain(names: list[str]) -> str:
 
 def _unknown(where: str, names: list[str], known: list[str]) -> list[str]:
     return [
-        plain.on_one_line(
-            f"{where}: expected one of {', '.join(known) or 'none defined'}, found {name}{near(name, known)}"
-        )
+        f"{where}: expected one of {', '.join(known) or 'none defined'}, found {name}{near(name, known)}"
         for name in names
         if name not in known
     ]
@@ -454,7 +452,7 @@ def checked(data: object, where: str) -> Config:
     plain.check(data, where)
     found, config = faults(data)
     if found or config is None:
-        raise ConfigError(plain.on_one_line(f"{where}: {'; '.join(found)}"))
+        raise ConfigError(f"{where}: {'; '.join(found)}")
     return config
 
 
@@ -479,7 +477,7 @@ def check(data: object) -> list[str]:
     """Every fault of a config, and everything that it needs and this machine lacks, one line each."""
     found, config = faults(data)
     lines = [*dict.fromkeys(found), *(missing(config) if config is not None else [])]
-    return [plain.on_one_line(line) for line in lines]
+    return [on_one_line(line) for line in lines]
 
 
 # What stands in for a field that a config must have and that has a fault.

@@ -110,11 +110,6 @@ def merged(below: Any, above: Any) -> Any:
     return below | {key: merged(below.get(key), value) for key, value in above.items()}
 
 
-def on_one_line(text: str) -> str:
-    """Text with line ends, control and direction characters written as their escapes."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
-
-
 # --- YAML -----------------------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from memdec import plain
-from memdec.errors import ConfigError
+from memdec.errors import ConfigError, on_one_line
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="a name usable as a folder")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy, torch and transformers all take
@@ -536,7 +536,7 @@ def describe(error: ValidationError, kind: Any = None) -> str:
 
 def problems(error: ValidationError, kind: Any = None) -> list[str]:
     """Each problem of a validation as one line; `kind` is the type that was validated, for the names in the message."""
-    return [plain.on_one_line(_described(item, *locate(kind, item["loc"]))) for item in error.errors()]
+    return [on_one_line(_described(item, *locate(kind, item["loc"]))) for item in error.errors()]
 
 
 def _described(item: Any, names: list[str], parent: Any) -> str:

@@ -5,7 +5,6 @@ the end of another one.
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ FLOATS = [np.dtype("f2"), np.dtype("f4")]
 _AGAIN = "delete the folder and make it again"
 
 
-def load(path: Path, dtypes: DTypeLike | Sequence[DTypeLike], shape: tuple[int | None, ...] = (None,)) -> NDArray[Any]:
+def load(path: Path, dtypes: DTypeLike | list[np.dtype[Any]], shape: tuple[int | None, ...] = (None,)) -> NDArray[Any]:
     """Memory-map an array and check its type and shape.
 
     Args:
@@ -34,7 +33,7 @@ def load(path: Path, dtypes: DTypeLike | Sequence[DTypeLike], shape: tuple[int |
     with outside(ArtifactError, path, "an array in .npy format", _AGAIN):
         # Not np.load, which takes archives and pickles too. The header is literals, but some of them need much memory.
         found = np.lib.format.open_memmap(path, mode="r", max_header_size=1024)
-    wanted = [np.dtype(each) for each in (dtypes if isinstance(dtypes, list | tuple) else [dtypes])]
+    wanted: list[np.dtype[Any]] = dtypes if isinstance(dtypes, list) else [np.dtype(dtypes)]
     same = len(found.shape) == len(shape) and all(
         n in (None, there) for n, there in zip(shape, found.shape, strict=True)
     )
@@ -48,7 +47,7 @@ def load(path: Path, dtypes: DTypeLike | Sequence[DTypeLike], shape: tuple[int |
 
 def content_hash(values: NDArray[Any]) -> str:
     """xxh3_128 (hex) of the numbers of a C-contiguous array."""
-    return xxhash.xxh3_128_hexdigest(memoryview(values.view(np.uint8).reshape(-1)))
+    return xxhash.xxh3_128_hexdigest(values.view(np.uint8).reshape(-1).data)
 
 
 def allocate(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> None:

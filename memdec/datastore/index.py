@@ -124,10 +124,10 @@ def _fill(
     data = artefact.read_mark(mark)
     if data is not None and (encoder is None or is_array(out / "codes.npy", np.dtype(np.uint8), shape)):
         state = load(data)
-        n_filled, digest = int(state.pop("done")[0]), state.pop("codes").tobytes()
+        n_filled, filled = int(state.pop("done")[0]), state.pop("codes").tobytes()
         if encoder is not None:
             hashed.update(np.load(out / "codes.npy", mmap_mode="r", allow_pickle=False)[:n_filled])
-        if hashed.digest() == digest:
+        if hashed.digest() == filled:
             done = n_filled
             truth.restore(state)
         else:

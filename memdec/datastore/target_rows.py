@@ -25,13 +25,13 @@ class RowWriter:
 
     def __init__(self, out: Path, work: Path, token: np.dtype[Any], prob: np.dtype[Any]) -> None:
         self._mark, self._last = work / "rows", time.monotonic()
-        state = json.loads(artefact.read_mark(self._mark) or "{}")
+        state: dict[str, Any] = json.loads(artefact.read_mark(self._mark) or "{}")
         dtypes = {"indptr": np.dtype(np.int64), "tokens": token, "probs": prob}
         paths = {name: out / f"{name}.npy" for name in dtypes}
         self._hashes = {name: _hash(path, state.get(name, {}).get("bytes", 0)) for name, path in paths.items()}
         if any(self._hashes[name].hexdigest() != state.get(name, {}).get("xxh3_128") for name in dtypes):
             state = {}  # no checkpoint, or files that are missing, cut or changed: start again
-        self.n, self.n_entries, self.n_short = (state.get(name, 0) for name in ("rows", "entries", "short"))
+        self.n, self.n_entries, self.n_short = (int(state.get(name, 0)) for name in ("rows", "entries", "short"))
         self._open = ExitStack()
         self._files: dict[str, tuple[Any, np.dtype[Any]]] = {}
         for name, dtype in dtypes.items():

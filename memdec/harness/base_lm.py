@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from memdec.artefacts import sources
-from memdec.errors import ConfigError, ModelError, one_line_errors
+from memdec.errors import ConfigError, ModelError, one_line_errors, outside
 from memdec.harness import answers, arguments
 from memdec.harness.scores import FORMAT as SCORES_FORMAT
 from memdec.harness.scores import ScoreStore, TokenScores, request_key

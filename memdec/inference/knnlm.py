@@ -124,9 +124,10 @@ class KnnLMForCausalLM(Wrapper):
             past_key_values = self._joint(past_key_values)
         self.check_length(input_ids, past_key_values)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        read = self._read([0], prepared, past_key_values, **inputs)[0]
-        how = {"use_cache": bool(use_cache), "logits_to_keep": logits_to_keep}
-        logits, base, found = self._run(self.weight > 0, read, attention_mask, **how)
+        read = self._inputs([0], prepared, past_key_values, **inputs)[0]
+        logits, base, found = self._run(
+            self.weight > 0, read, attention_mask, use_cache=bool(use_cache), logits_to_keep=logits_to_keep
+        )
         mixed = mixing.mix(base, [found], [self.weight])
         if prepared is not None:
             mixed = logits.float() if found is None else mixed + mixing.log_z(logits, base)

@@ -12,7 +12,7 @@ other. So beam search, cropping and selecting rows act on all models at once.
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,7 +234,7 @@ class MemDecForCausalLM(Wrapper):
         running = [0] if which != "memory" else []
         running += [i for i, share in enumerate(shares, 1) if share and which != "base"]
         self.check_inputs(input_ids)
-        read = self._read(running, None, None, input_ids=input_ids, position_ids=None)
+        read = self._inputs(running, None, None, input_ids=input_ids, position_ids=None)
         kept = last_positions(input_ids.shape[1], logits_to_keep)
         found = self._run(read, partial(self._log_p, dtype=dtype), use_cache=False, logits_to_keep=kept)
         memories = [found.get(i) for i in range(1, len(shares) + 1)]
@@ -265,7 +265,7 @@ class MemDecForCausalLM(Wrapper):
             past_key_values = self._joint(past_key_values)
         self.check_length(input_ids, past_key_values)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        read = self._read(self.running, prepared, past_key_values, **inputs)
+        read = self._inputs(self.running, prepared, past_key_values, **inputs)
         made, mix = (self._log_p, mixing.mix) if prepared is None else (self._shared, mixing.mix_logits)
         found = self._run(read, made, use_cache=bool(use_cache), logits_to_keep=logits_to_keep)
         memories = [found.get(i) for i in range(1, len(self.readers))]
@@ -286,7 +286,7 @@ class MemDecForCausalLM(Wrapper):
         side = self._side_stream(list(read))
         found: dict[int, Tensor] = {}
         for i in sorted(read, reverse=True):  # memories first: their kernels queue on the side stream
-            with torch.cuda.stream(side if i else None):
+            with torch.cuda.stream(side) if side is not None and i else nullcontext():
                 found[i] = made(self.readers[i].logits(read[i], **how)).to(self.device)
         if side is not None:
             now = torch.cuda.current_stream(self.device)

@@ -128,7 +128,7 @@ def _decode(
         kept = len(new) - 1
         for n_new in range(1, len(new) + 1):
             text = torch.cat([ids, new[None, :n_new]], dim=1)
-            stopped = bool(stopping(text, None).any())  # type: ignore[arg-type]
+            stopped = bool(stopping(text, None).any())
             if stopped:
                 break
         ids = text

@@ -37,6 +37,7 @@ Which = Literal["both", "base", "memory"]
 _STEPS = (
     "generate", "_update_model_kwargs_for_generation", "_prepare_cache_for_generation", "_prepare_static_cache",
     "_prepare_position_ids_for_generation", "_expand_inputs_for_generation", "_reorder_cache",
+    "_get_logits_processor",
 )  # fmt: skip
 _HOW = ("use_cache", "logits_to_keep", "return_dict")  # of a forward pass; the rest of its arguments are what it reads
 
@@ -102,18 +103,20 @@ class Reader:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._family = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._takes = inspect.signature(self._family.forward).parameters
-        mamba = "cache_params" in self._takes and "past_key_values" not in self._takes
+        takes = inspect.signature(self._family.forward).parameters
+        self._takes_positions, self._takes_keep = "position_ids" in takes, "logits_to_keep" in takes
+        mamba = "cache_params" in takes and "past_key_values" not in takes
         self.cache_name = "cache_params" if mamba else "past_key_values"
         self.n_layers = len(self.new_layers())
 
     def new_layers(self) -> list[Any]:
         """Empty cache layers."""
-        return DynamicCache(config=self.model.config).layers
+        layers: list[Any] = DynamicCache(config=self.model.config).layers
+        return layers
 
     def inputs(self, cache: Cache | None, position_ids: Tensor | None, **given: Any) -> dict[str, Any]:
         """What the model reads, as arguments of its `forward`; a model without position ids gets none."""
-        if position_ids is not None and "position_ids" in self._takes:
+        if position_ids is not None and self._takes_positions:
             given["position_ids"] = position_ids
         return given if cache is None else given | {self.cache_name: cache}
 
@@ -138,10 +141,10 @@ class Reader:
         }
         if isinstance(logits_to_keep, Tensor):
             logits_to_keep = logits_to_keep.to(self.model.device)
-        if "logits_to_keep" in self._takes:
+        if self._takes_keep:
             given["logits_to_keep"] = logits_to_keep
         logits: Tensor = self.model(**given, use_cache=use_cache, return_dict=True).logits
-        return logits if "logits_to_keep" in self._takes else logits[:, kept_positions(logits_to_keep)]
+        return logits if self._takes_keep else logits[:, kept_positions(logits_to_keep)]
 
     def check_generation(self, use_cache: bool, chunks: bool) -> None:
         """Check that the family generates by the steps of transformers.
@@ -153,8 +156,12 @@ class Reader:
         Raises:
             ModelError: It has a step or a cache of its own, or cannot read chunks.
         """
-        family = type(self._family)
-        own = [step for step in _STEPS if getattr(family, step, None) is not getattr(GenerationMixin, step, None)]
+        family, usual = type(self._family), GenerationMixin
+        own = [
+            step
+            for step in _STEPS
+            if step in vars(self._family) or getattr(family, step, None) is not getattr(usual, step, None)
+        ]
         if use_cache and not (own or family._supports_default_dynamic_cache()):
             raise ModelError(
                 f"generate: expected models with a cache of transformers, found {family.__name__} with its own; set "
@@ -192,6 +199,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         rope.independent(self)
         self.generation_config = copy.deepcopy(base.generation_config)
         self.n_positions = n_positions(config)
+        self.config._attn_implementation = base.config._attn_implementation  # decides which masks `generate` drops
         self.readers = [Reader(model) for model in (base, *memories)]
         self._n_inputs = min(_rows(model.get_input_embeddings()) for model in (base, *memories))
 
@@ -206,7 +214,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         return [0]
 
     @property
-    def _is_stateful(self) -> bool:  # type: ignore[override]
+    def _is_stateful(self) -> bool:
         """Whether a model cannot forget its last tokens (Mamba); transformers asks this before it drafts."""
         return any(getattr(reader.model, "_is_stateful", False) for reader in self.readers)
 
@@ -343,7 +351,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         view.layers = cache.layers[begin : begin + self.readers[index].n_layers]
         return view
 
-    def _read(
+    def _inputs(
         self,
         running: Sequence[int],
         prepared: Mapping[int, Mapping[str, Any]] | None,
@@ -406,7 +414,8 @@ def _in_use(cache: Cache) -> bool:
     """Whether a cache holds text."""
     if cache.layers and all(cache.is_linear):
         return bool(cache.has_previous_state())
-    return cache.get_seq_length() > 0
+    length: int = cache.get_seq_length()
+    return length > 0
 
 
 def _counted(cache: Cache) -> Cache:

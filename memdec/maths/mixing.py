@@ -200,11 +200,6 @@ def perplexities(
     return {weight: perplexity(mix_scores(log_p_base, log_p_other, weight)) for weight in weights}
 
 
-def best_weight(values: Mapping[float, float], *, higher: bool = False) -> float:
-    """The weight with the lowest value, or with `higher` the highest; among ties the smallest weight."""
-    return min(values, key=lambda weight: (-values[weight] if higher else values[weight], weight))
-
-
 def at_end(
     name: str, chosen: float, candidates: Iterable[float], limits: tuple[float, float] = (0.0, 1.0)
 ) -> str | None:
@@ -229,3 +224,8 @@ def at_end(
     if chosen == limits[1]:
         return f"{where}; no mixture is better than the second distribution alone"
     return f"{where}; try {'smaller' if chosen == low else 'larger'} ones"
+
+
+def best_weight(values: Mapping[float, float], *, higher: bool = False) -> float:
+    """The weight with the lowest value, or with `higher` the highest; among ties the smallest weight."""
+    return min(values, key=lambda weight: (-values[weight] if higher else values[weight], weight))

@@ -39,15 +39,37 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / _INDEX, *(folder / name for name in shards)]
 
 
-def _tensors(file: Path) -> set[str]:
-    """Names of the tensors in a safetensors file; only its header is read."""
+def _tensors(file: Path) -> dict[str, str]:
+    """Names and types of the tensors in a safetensors file; only its header is read."""
     from safetensors import safe_open
 
     with (
         outside(ModelError, file, "a whole safetensors file", "get it again"),
         safe_open(file, framework="pt") as inside,
     ):
-        return set(inside.keys())
+        return {name: str(inside.get_slice(name).get_dtype()) for name in inside.keys()}  # noqa: SIM118
+
+
+def check_types(folder: Path, model: Any) -> None:
+    """Check that the files of a model have no weight as integers, which transformers would take as numbers.
+
+    Raises:
+        ModelError: They have one, and the model is not quantised.
+    """
+    if getattr(model.config, "quantization_config", None) is not None or not folder.is_dir():
+        return
+    if not ((folder / _SINGLE).is_file() or (folder / _INDEX).is_file()):
+        return
+    ours = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
+    ours |= {name.removeprefix(f"{model.base_model_prefix}.") for name in ours}
+    files = (file for file in weight_files(folder) if file.suffix == ".safetensors")
+    stored = {name: kind for file in files for name, kind in _tensors(file).items() if name in ours}
+    wrong = [f"{name} {kind}" for name, kind in stored.items() if "F" not in kind]  # F32, BF16, F8_E4M3 ...
+    if wrong:
+        raise ModelError(
+            f"{folder}: expected weights of {type(model).__name__} as floating point numbers, found {len(wrong)} as others "
+            f"({_some(wrong)}); get the files again"
+        )
 
 
 # Constants that earlier versions of transformers saved among the weights: causal masks.
@@ -102,7 +124,8 @@ def repaired_file(name: str | Path, kwargs: Mapping[str, Any]) -> Any | None:
     )
     if file is None:
         return None
-    said = json.loads(Path(file).read_text(encoding="utf-8"))
+    with outside(ModelError, file, "generation settings as a JSON object", "correct the file, or remove it"):
+        said = dict(json.loads(Path(file).read_text(encoding="utf-8")))
     return None if _valid(said) else _repaired(said, file)
 
 

@@ -83,6 +83,8 @@ def from_pretrained(
             kwargs["generation_config"] = checkpoints.repaired_file(name, kwargs)
         model, report = kind.from_pretrained(name, output_loading_info=True, **kwargs)
     checkpoints.check_report(report, shown, type(model).__name__)
+    if kwargs.get("gguf_file") is None:
+        checkpoints.check_types(Path(name, kwargs.get("subfolder") or ""), model)
     checkpoints.repair_generation(model, shown)
     return model
 

@@ -132,10 +132,12 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    # No folder of ours holds code; `adapt-vocab` writes an entry that transformers takes for some where it is trusted.
+    trust = trust_remote_code and artefact.kind_of(Path(name)) is None
     more = {"gguf_file": gguf_file, "subfolder": subfolder}
     with sources.reading(name, "a tokenizer folder or Hub id"):
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code, **{k: v for k, v in more.items() if v}
+            name, revision=revision, trust_remote_code=trust, **{k: v for k, v in more.items() if v}
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(

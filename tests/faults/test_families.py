@@ -25,15 +25,15 @@ LLAMA = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
 }  # fmt: skip
-FALCON = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+PLAIN = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 9.0, 17.0],
     "original_max_position_embeddings": 20,
 }  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-2": ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}),
-    "GPT-NeoX": ("gpt_neox", {**LLAMA, "rotary_pct": 0.5}),
-    "OPT": ("opt", {**LLAMA, "ffn_dim": 24, "word_embed_proj_dim": 16, "do_layer_norm_before": True}),
+    "GPT-NeoX": ("gpt_neox", {**PLAIN, "intermediate_size": 24, "rotary_pct": 0.5}),
+    "OPT": ("opt", {**PLAIN, "ffn_dim": 24, "word_embed_proj_dim": 16, "do_layer_norm_before": True}),
     "Llama": ("llama", LLAMA),
     "Mistral": ("mistral", {**LLAMA, "sliding_window": 6}),
     "Qwen2": ("qwen2", LLAMA),
@@ -44,8 +44,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-3": ("phi3", {**LLAMA, "pad_token_id": 0}),
     "Phi-3 longrope": ("phi3", {**LLAMA, "pad_token_id": 0, "rope_parameters": LONGROPE,
                                 "original_max_position_embeddings": 20}),
-    "Falcon": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 1}),
-    "Falcon alibi": ("falcon", {**FALCON, "alibi": True}),
+    "Falcon": ("falcon", {**PLAIN, "new_decoder_architecture": True, "num_kv_heads": 1}),
+    "Falcon alibi": ("falcon", {**PLAIN, "alibi": True}),
     "Mamba": ("mamba", {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 2}),
 }  # fmt: skip
 PROCESSORS = {
@@ -84,7 +84,7 @@ def test_lm_eval_gets_what_hf_gets(
     base = made(family, 0)
     base.generation_config.update(repetition_penalty=1.3, no_repeat_ngram_size=3)
     base.save_pretrained(tmp_path / "base")
-    how = {
+    how: dict[str, Any] = {
         "pretrained": str(tmp_path / "base"), "tokenizer": str(tokenizer_folder), "device": "cpu", "dtype": "float32",
         "batch_size": 3, "max_length": WINDOW,
     }  # fmt: skip
@@ -96,7 +96,7 @@ def test_lm_eval_gets_what_hf_gets(
         "loglikelihood_rolling": [Instance("loglikelihood_rolling", {}, (text,), 0)],
         "generate_until": [Instance("generate_until", {}, (prompt, settings), i) for i, prompt in enumerate(PROMPTS)],
     }
-    hf = HFLM(**how, logits_cache=False)
+    hf = HFLM(**(how | {"batch_size": 1}), logits_cache=False)  # in a batch, its rows may depend on each other (longrope)
     systems = [
         MemDecInterp(**how, memory=str(small_folder), alpha=0.0, context=WINDOW, stride=WINDOW),
         MemDecInterp(**how, context=WINDOW, stride=WINDOW),
@@ -118,9 +118,12 @@ CACHES: dict[str, dict[str, Any]] = {
     "none": {"use_cache": False},
     "static": {"cache_implementation": "static", "disable_compile": True},
     "chunks": {"prefill_chunk_size": 4, "disable_compile": True},
+    "static chunks": {"cache_implementation": "static", "prefill_chunk_size": 4, "disable_compile": True},
     "beams": {"num_beams": 3},
 }
-ALONE_FAILS = {("Falcon alibi", "static"), ("Mamba", "chunks")}  # in transformers itself
+ALONE_FAILS = {
+    (family, kind) for family in ("Falcon alibi", "Mamba") for kind in CACHES if "static" in kind or "chunks" in kind
+}  # in transformers itself
 
 
 def generated(model: Any, batch: Any, **how: Any) -> Tensor:
@@ -141,8 +144,23 @@ def test_a_mixture_of_a_model_with_itself_generates_what_the_model_does(family: 
     for name, how in CACHES.items():
         if (family, name) not in ALONE_FAILS:
             expected = generated(base, batch, **how)
-            for mixture in mixtures:
+            for mixture in mixtures if name == "dynamic" else mixtures[:1]:
                 assert torch.equal(generated(mixture, batch, **how), expected), name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_that_is_not_merged_generates_as_alone(words: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base, batch = made("Llama", 0), words(PROMPTS, return_tensors="pt", padding=True)
+    base.generation_config.update(repetition_penalty=1.2, eos_token_id=None)
+    adapted = get_peft_model(
+        base, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    ).eval()
+    expected = generated(adapted, batch)
+    assert torch.equal(generated(MemDecForCausalLM.from_models(adapted, [made("GPT-2", 1)], [0.0]), batch), expected)
+    with adapted.disable_adapter():
+        assert not torch.equal(generated(adapted, batch), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -229,7 +247,7 @@ def test_speculative_decoding_refuses_models_that_change_or_cannot_forget() -> N
 
 
 def test_a_family_that_generates_in_its_own_way_is_refused_before_anything_runs() -> None:
-    class Own(Qwen2ForCausalLM):  # type: ignore[misc]
+    class Own(Qwen2ForCausalLM):
         def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
             raise AssertionError("ran")
 
@@ -279,7 +297,7 @@ def with_more(base_folder: Path, small_folder: Path, tmp_path_factory: pytest.Te
 def test_a_control_token_beyond_the_head_is_accepted(with_more: tuple[Path, Path]) -> None:
     base, small = with_more
     asked = [Instance("loglikelihood", {}, ("The matrix", " returns"), 0)]
-    how = {"pretrained": str(base), "device": "cpu", "dtype": "float32"}
+    how: dict[str, Any] = {"pretrained": str(base), "device": "cpu", "dtype": "float32"}
     expected = HFLM(**how).loglikelihood(asked, disable_tqdm=True)[0]
     for more in ({}, {"memory": str(small), "alpha": 0.0}):
         assert MemDecInterp(**how, **more).loglikelihood(asked, disable_tqdm=True)[0] == pytest.approx(
@@ -306,7 +324,7 @@ def test_a_subfolder_and_another_folder_for_the_tokenizer(with_more: tuple[Path,
     loading.load(base).save_pretrained(tmp_path / "repository" / "weights")
     tokens.load_tokenizer(str(base)).save_pretrained(tmp_path / "words")
     asked = [Instance("loglikelihood", {}, ("The matrix", " returns"), 0)]
-    common = {"memory": str(small), "alpha": 0.3, "device": "cpu", "dtype": "float32"}
+    common: dict[str, Any] = {"memory": str(small), "alpha": 0.3, "device": "cpu", "dtype": "float32"}
     expected = MemDecInterp(pretrained=str(base), **common).loglikelihood(asked, disable_tqdm=True)
     words = str(tmp_path / "words")
     for how in (
@@ -321,7 +339,7 @@ def test_a_subfolder_and_another_folder_for_the_tokenizer(with_more: tuple[Path,
 
 def test_mixed_precision_reaches_scores(base_folder: Path) -> None:
     asked = [Instance("loglikelihood", {}, ("The matrix", " returns the index of size 4"), 0)]
-    how = {"pretrained": str(base_folder), "device": "cpu", "dtype": "float32"}
+    how: dict[str, Any] = {"pretrained": str(base_folder), "device": "cpu", "dtype": "float32"}
     found = {}
     for name, more in {"plain": {}, "mixed": {"mixed_precision_dtype": "bfloat16"}}.items():
         found[name] = MemDecInterp(**how, **more).loglikelihood(asked, disable_tqdm=True)[0][0]

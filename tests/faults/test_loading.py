@@ -118,6 +118,27 @@ def test_a_weight_is_never_filled_in(
         loading.load(folder)
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool], ids=str)
+def test_weights_of_integers_are_refused(kind: torch.dtype, base_folder: Path, tmp_path: Path) -> None:
+    folder = edited(
+        plain(base_folder, tmp_path / "m"), lambda weights: weights.update({PROJECTION: weights[PROJECTION].to(kind)})
+    )
+    with pytest.raises(ModelError, match=f"found 1 as others .{PROJECTION} [IUB]"):
+        loading.load(folder)
+
+
+def test_other_types_and_a_head_of_its_own_are_taken(base_folder: Path, tmp_path: Path) -> None:
+    """A head that differs from the embedding counts, even if config.json says that they are one."""
+    half = edited(
+        plain(base_folder, tmp_path / "half"), lambda weights: weights.update({PROJECTION: weights[PROJECTION].half()})
+    )
+    torch.testing.assert_close(logits(loading.load(half)), logits(loading.load(base_folder)), atol=1e-2, rtol=1e-2)
+    own = plain(base_folder, tmp_path / "own")
+    edited(own, lambda weights: weights.update({"lm_head.weight": 2 * weights[EMBEDDING]}))
+    apart = said(shutil.copytree(own, tmp_path / "apart"), tie_word_embeddings=False)
+    assert torch.equal(logits(loading.load(own)), logits(loading.load(apart)))
+
+
 @pytest.fixture(scope="module")
 def broken(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder without one tensor."""
