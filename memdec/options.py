@@ -196,8 +196,9 @@ _FACTS = (
     "keys",
     "entries",
     "passages",
+    "valid_perplexity",
+    "methods",
 )
-_FACTS += ("valid_perplexity", "methods")
 
 
 def wrote(out: Path, following: str, since: float = 0) -> None:

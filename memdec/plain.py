@@ -123,9 +123,9 @@ def _check_events(text: str, where: str) -> None:
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_DEPTH:
-            line = event.start_mark.line + 1
+            assert event.start_mark is not None  # it is None only for events that no text has
             raise ConfigError(
-                f"{where}: line {line}: expected at most {MOST_DEPTH} levels, found more; check the brackets"
+                f"{where}: line {event.start_mark.line + 1}: expected at most {MOST_DEPTH} levels, found more; check the brackets"
             )
 
 

@@ -99,8 +99,9 @@ class ScoreStore:
         if not self._new or self.folder is None:
             return
         data = save(_pack(self._new))
-        artefact.write_bytes(self.folder / self._name(data), data)
+        # The manifest is first, as a store with all of its parts never writes again.
         artefact.write_json(self.folder / "manifest.json", {"format": FORMAT, "setting": self.setting})
+        artefact.write_bytes(self.folder / self._name(data), data)
         self._new = {}
 
     def _name(self, data: bytes) -> str:

@@ -107,10 +107,10 @@ def run_kills(home: Path, n_kills: int, rng: random.Random) -> list[dict[str, An
     known = home / "runs.json"
     found: list[dict[str, Any]] = json.loads(known.read_text()) if known.is_file() else []
     found = [each for each in found if each["after"] in (None, GOOD)]
-    moments = [rng.uniform(2, 24) for _ in range(n_kills)]
+    moments = [rng.uniform(2, 18) for _ in range(n_kills)]
     while len(found) < n_kills or found[-1]["after"] is None:
         folder = home / "killed"
-        patience = moments[len(found)] if len(found) < n_kills else PATIENCE
+        patience = moments[len(found)] if len(found) < n_kills else 4 * PATIENCE
         code = killed_at(started(folder), patience)
         if code is None and len(found) < n_kills:
             found.append({"run": "killed", "event": f"after {patience:.1f} s", "after": None})

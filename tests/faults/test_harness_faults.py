@@ -489,7 +489,7 @@ def test_what_hf_takes_is_taken(base_folder: Path, small_folder: Path) -> None:
         (MemDecKnnLM, "pretrained=x", "memdec-knnlm: expected datastore=, index= in --model_args, found pretrained"),
         (MemDecKnnLM, "", "expected pretrained=, datastore=, index= in --model_args, found nothing"),
         (MemDecIcRag, "pretrained=x", "memdec-icrag: expected passages= in --model_args, found pretrained"),
-        (MemDecKnnLM, "pretrained=x,datastore=5,index=5", "memdec-knnlm|5: expected"),
+        (MemDecKnnLM, "pretrained=x,datastore=5,index=5", "(memdec-knnlm|5|x): expected"),
     ],
 )
 def test_missing_arguments_are_one_line(model: Any, given: str, message: str) -> None:
