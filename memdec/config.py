@@ -5,18 +5,28 @@ script, or this project ("ours"). Snakemake validates a config against `workflow
 schema` generates that file from the classes here, and a test fails when it is out of date.
 """
 
+import copy
+import glob
+import importlib.util
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
+    AfterValidator,
     Field,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
-from memdec.errors import ConfigError
+from memdec import plain
+from memdec.errors import ConfigError, on_one_line
 from memdec.settings import (
     DEFAULT_MEMORY,
     UNTUNED,
@@ -26,20 +36,29 @@ from memdec.settings import (
     Compute,
     CorpusSpec,
     DatastoreSettings,
+    DocstringCorpus,
     EvaluateSettings,
+    FileCorpus,
     IndexSettings,
     LoraSettings,
     MemorySettings,
     ModelSpec,
     Name,
+    Names,
     PassageSettings,
+    Seeds,
     Settings,
     SystemName,
     TargetSettings,
     TeacherSettings,
     TokenizerSpec,
     TrainSettings,
+    WheelFile,
+    each_once,
+    locate,
+    near,
     parse,
+    problems,
 )
 
 # --- corpora and tokenizers ---------------------------------------------------------------------------------------
@@ -81,7 +100,7 @@ class MemoryVariant(Settings):
         1, le=1, description="fraction of the default memory's epochs and FLOP budget (paper: 0.1 with adapt)"
     )
     train: dict[str, Any] = Field(default_factory=dict, description="settings that differ from section 'memory'")
-    models: list[Name] | None = Field(
+    models: Names | None = Field(
         None, min_length=1, description="base models it is evaluated with (default: all that share its tokenizer)"
     )
 
@@ -127,20 +146,20 @@ class Config(Settings):
     """The config of a whole run; `config/mini.yaml` is the default."""
 
     scale: Name
-    seeds: list[int] = Field(default=[0], min_length=1, description="each seed runs all stages after pretraining")
+    seeds: Seeds = Field(default=[0], min_length=1, description="each seed runs all stages after pretraining")
     context: PositiveInt = Field(1024, description="most tokens that a model sees at once (paper: 1024)")
     stride: PositiveInt = Field(512, description="tokens scored per window (paper: 512)")
     compute: Compute = Compute()
     tokenizers: dict[Name, TokenizerSpec]
     corpora: dict[Name, CorpusSpec]
     models: dict[Name, ModelSpec]
-    evaluated: list[Name] | None = Field(None, min_length=1, description="base models in the tables (default: all)")
-    domains: list[Name] = Field(min_length=1, description="corpora that get a memory; the columns of Table 3")
-    forgetting: list[Name] = Field(
+    evaluated: Names | None = Field(None, min_length=1, description="base models in the tables (default: all)")
+    domains: Names = Field(min_length=1, description="corpora that get a memory; the columns of Table 3")
+    forgetting: Names = Field(
         default=[],
         description="general corpora on which the domain's systems are measured, too, at the domain's weights (ours)",
     )
-    systems: list[SystemName] = Field(
+    systems: Annotated[list[SystemName], AfterValidator(each_once)] = Field(
         default=["base", "LoRA", "MemDec"], min_length=1, description="systems evaluated with every base model"
     )
     key_model: Name = Field(description="model that is fine-tuned on the domain and gives the keys")
@@ -177,8 +196,7 @@ class Config(Settings):
     def variant(self, name: str) -> Memory:
         """The memory of this name, with all defaults filled in."""
         given = MemoryVariant() if name == DEFAULT_MEMORY else self.memories[name]
-        settings = self.memory.model_dump(exclude_unset=True) | given.train
-        train: MemorySettings = parse(MemorySettings, settings, f"memories.{name}.train")
+        train: MemorySettings = parse(MemorySettings, self._settings(name), f"memories.{name}.train")
         if given.share < 1:
             train = train.model_copy(update={"epochs": train.epochs * given.share})
         start = self.variant(given.adapt).memory_model if given.adapt else given.memory_model or self.memory_model
@@ -202,63 +220,40 @@ class Config(Settings):
         return next(fitting, None)
 
     @model_validator(mode="after")
-    def _references(self) -> "Config":
-        wrong = [
-            *_unknown("domains", self.domains, self.corpora),
-            *_unknown("forgetting", self.forgetting, self.corpora),
-            *_unknown("evaluated", self.evaluated or [], self.models),
-            *_unknown("key_model", [self.key_model], self.models),
-            *_unknown("memory_model", [self.memory_model], self.models),
-            *_unknown("budget.model", [self.budget.model] if self.budget else [], self.models),
-        ]
-        for name, tokenizer in self.tokenizers.items():
-            wrong += _unknown(f"tokenizers.{name}.train_on", tokenizer.train_on or [], self.corpora)
-        for name, corpus in self.corpora.items():
-            wrong += _unknown(f"corpora.{name}.disjoint_from", corpus.disjoint_from, self.corpora)
-        for name, model in self.models.items():
-            wrong += _unknown(f"models.{name}.tokenizer", [model.tokenizer], self.tokenizers)
-            wrong += _unknown(f"models.{name}.corpus", [model.corpus] if model.corpus else [], self.corpora)
-            if name.endswith(UNTUNED):
-                wrong.append(f"models.{name}: expected a name without {UNTUNED}, which means keys of a plain model")
-        for name, memory in self.memories.items():
-            wrong += self._names(f"memories.{name}", name, memory)
+    def _consistent(self, info: ValidationInfo) -> "Config":
+        if info.context is not _FIELDS_ONLY:
+            wrong = [*references(self.model_dump(exclude_unset=True)), *self.contradictions()]
+            if wrong:
+                raise ValueError("; ".join(wrong))
+        return self
+
+    def contradictions(self) -> list[str]:
+        """Settings that do not fit each other, one line each."""
+        wrong = []
         if self.stride > self.context:
             wrong.append(f"stride: expected at most context ({self.context}), found {self.stride}")
         wrong += self._search()
-        wrong = wrong or [line for name in self.memory_names for line in self._memory(name)] or self._without_memory()
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        return self
-
-    def _names(self, where: str, name: str, memory: MemoryVariant) -> list[str]:
-        """Faults in the names that a memory has or refers to: a name that is taken, unknown, or refers to itself."""
-        wrong = (
-            [f"{where}: expected a name that is not taken, found {name}"]
-            if name in (DEFAULT_MEMORY, WITHOUT_MEMORY)
-            else []
-        )
-        for field in ("memory_model", "key_model"):
-            given = getattr(memory, field)
-            wrong += _unknown(f"{where}.{field}", [given] if given else [], self.models)
-        wrong += _unknown(f"{where}.models", memory.models or [], dict.fromkeys(self.bases))
-        chain, start = [name], memory.adapt
-        while start is not None and start not in chain:
-            wrong += _unknown(f"{where}.adapt", [start], dict.fromkeys(self.memory_names)) if len(chain) == 1 else []
-            chain.append(start)
-            start = self.memories[start].adapt if start in self.memories else None
-        if start is not None:
-            wrong.append(
-                f"{where}.adapt: expected a memory that does not start from this one, found {' > '.join(chain)}"
-            )
+        wrong += [line for name in self.memories for line in self._train(name)]
+        if not wrong and not references(self.model_dump(exclude_unset=True)):
+            wrong = [line for name in self.memory_names for line in self._memory(name)] or self._without_memory()
         return wrong
 
-    def _memory(self, name: str) -> list[str]:
-        """Settings of one memory that contradict each other. `_names` must have found no fault before."""
-        where = "" if name == DEFAULT_MEMORY else f"memories.{name}."
+    def _train(self, name: str) -> list[str]:
+        """Faults in the training settings of one memory."""
         try:
-            memory = self.variant(name)
+            parse(MemorySettings, self._settings(name), f"memories.{name}.train")
         except ConfigError as error:
             return [str(error)]
+        return []
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        given = {} if name == DEFAULT_MEMORY else self.memories[name].train
+        return self.memory.model_dump(exclude_unset=True) | given
+
+    def _memory(self, name: str) -> list[str]:
+        """Settings of one memory that contradict each other. `references` must have found no fault before."""
+        where = "" if name == DEFAULT_MEMORY else f"memories.{name}."
+        memory = self.variant(name)
         wrong, other = [], self.models[memory.memory_model].tokenizer
         if memory.adapt is not None:
             source = self.variant(memory.adapt)
@@ -310,25 +305,282 @@ class Config(Settings):
             wrong.append(f"targets.nprobe: {fault}")
         if self.index.opq and self.index.kind != "ivfpq":
             wrong.append(f"index.opq: expected false with index.kind {self.index.kind}, found true")
+        model = self.models.get(self.key_model)
+        width = model.width if model is not None and self.index.kind == "ivfpq" else None
+        if width is not None and width % self.index.code_size:
+            wrong.append(
+                f"index.code_size: expected a divisor of the key model's width ({width}), found {self.index.code_size}"
+            )
+        for domain in self.domains:
+            most = self.corpora[domain].max_bytes.get("train") if domain in self.corpora else None
+            if most is not None and self.targets.neighbours > most:
+                wrong.append(
+                    f"targets.neighbours: expected at most the bytes of {domain}'s train text ({most}), found "
+                    f"{self.targets.neighbours}"
+                )
         return wrong
 
 
-def _unknown(where: str, names: list[str], known: dict[str, Any]) -> list[str]:
+DEFAULT = Path(__file__).resolve().parent.parent / "config" / "mini.yaml"  # where the package is checked out
+_FIELDS_ONLY = {"fields": "only"}  # validation context: without what concerns several sections
+
+
+# --- names that a config refers to --------------------------------------------------------------------------------
+
+
+def references(data: dict[str, Any]) -> list[str]:
+    """Names that nothing has, names that are taken, and circles, one line each.
+
+    It reads plain data, and passes over what is no name at all. So a config with other faults gets all of its messages.
+    """
+    corpora, models, tokenizers = (_entries(data, kind) for kind in ("corpora", "models", "tokenizers"))
+    memories = _entries(data, "memories")
+    evaluated = _texts(data.get("evaluated")) or list(models)
+    asked: list[tuple[str, object, Iterable[str]]] = [
+        ("domains", data.get("domains"), corpora),
+        ("forgetting", data.get("forgetting"), corpora),
+        ("evaluated", data.get("evaluated"), models),
+        ("key_model", data.get("key_model"), models),
+        ("memory_model", data.get("memory_model"), models),
+        ("budget.model", _entry(data.get("budget")).get("model"), models),
+    ]
+    for name, tokenizer in tokenizers.items():
+        asked.append((f"tokenizers.{name}.train_on", tokenizer.get("train_on"), corpora))
+    for name, corpus in corpora.items():
+        asked.append((f"corpora.{name}.disjoint_from", corpus.get("disjoint_from"), corpora))
+    for name, model in models.items():
+        asked.append((f"models.{name}.tokenizer", model.get("tokenizer"), tokenizers))
+        asked.append((f"models.{name}.corpus", model.get("corpus"), corpora))
+    for name, memory in memories.items():
+        where = f"memories.{name}"
+        asked.append((f"{where}.memory_model", memory.get("memory_model"), models))
+        asked.append((f"{where}.key_model", memory.get("key_model"), models))
+        asked.append((f"{where}.models", memory.get("models"), evaluated))
+        asked.append((f"{where}.adapt", memory.get("adapt"), [DEFAULT_MEMORY, *memories]))
+    wrong = [line for where, names, known in asked for line in _unknown(where, _texts(names), list(known))]
+    wrong += [
+        f"models.{name}: expected a name without {UNTUNED}, which means keys of a plain model"
+        for name in models
+        if name.endswith(UNTUNED)
+    ]
+    wrong += [
+        f"memories.{name}: expected a name that is not taken, found {name}"
+        for name in memories
+        if name in (DEFAULT_MEMORY, WITHOUT_MEMORY)
+    ]
+    if circle := _circle({name: _texts(entry.get("disjoint_from")) for name, entry in corpora.items()}):
+        wrong.append(
+            f"corpora.{circle[0]}.disjoint_from: expected corpora that do not need this one, found {_chain(circle)}"
+        )
+    if circle := _circle({name: _texts(entry.get("adapt")) for name, entry in memories.items()}):
+        wrong.append(
+            f"memories.{circle[0]}.adapt: expected a memory that does not start from this one, found {_chain(circle)}"
+        )
+    return wrong
+
+
+def _entry(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _entries(data: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    """The entries of a section by name; one that is no mapping is empty."""
+    return {str(name): _entry(entry) for name, entry in _entry(data.get(kind)).items()}
+
+
+def _texts(value: object) -> list[str]:
+    """The names in a field that has one, several or none."""
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+
+
+def _circle(needs: dict[str, list[str]]) -> list[str]:
+    """Names of which each needs the next, from the first in the config and back to it; empty if there is no circle."""
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        names = list(reversed(error.args[1]))[1:]
+        first = names.index(min(names, key=list(needs).index))
+        return [*names[first:], *names[:first], names[first]]
+    return []
+
+
+def _chain(names: list[str]) -> str:
+    return " > ".join(names)
+
+
+def _unknown(where: str, names: list[str], known: list[str]) -> list[str]:
     return [
-        f"{where}: expected one of {', '.join(known) or 'none defined'}, found {n}" for n in names if n not in known
+        f"{where}: expected one of {', '.join(known) or 'none defined'}, found {name}{near(name, known)}"
+        for name in names
+        if name not in known
     ]
 
 
-def load(path: Path) -> Config:
-    """Read and validate a YAML config file."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: expected a YAML config file, found nothing; the default is config/mini.yaml")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    config: Config = parse(Config, data, str(path))
+# --- a whole config -----------------------------------------------------------------------------------------------
+
+
+def load(*paths: Path) -> Config:
+    """Read and validate a config; of several files each is laid over those before, as Snakemake does it.
+
+    Raises:
+        ConfigError: A file cannot be read, or the config has faults; the message has all of them.
+    """
+    return checked(read(*paths), " + ".join(map(str, paths)))
+
+
+def read(*paths: Path) -> Any:
+    """Plain data of config files, each laid over those before."""
+    data: Any = None
+    for path in paths:
+        data = plain.merged(data, plain.read(path))
+    return data
+
+
+def with_default(paths: Sequence[Path]) -> list[Path]:
+    """The files of a run: without a section 'models' they are laid over the default config, as the Snakefile does it."""
+    data = read(*paths)
+    is_overlay = isinstance(data, dict) and "models" not in data and DEFAULT.is_file()
+    return [DEFAULT, *paths] if is_overlay else list(paths)
+
+
+def checked(data: object, where: str) -> Config:
+    """The config that plain data describe.
+
+    Raises:
+        ConfigError: There are faults; the message has all of them.
+    """
+    plain.check(data, where)
+    found, config = faults(data)
+    if found or config is None:
+        raise ConfigError(f"{where}: {'; '.join(found)}")
     return config
+
+
+def faults(data: object) -> tuple[list[str], Config | None]:
+    """Every fault of a config, one line each, and its sound parts.
+
+    Fields are checked first, then names in the plain data, then what the sound fields say together. The sound parts are
+    None where nothing is left to look at.
+    """
+    try:
+        config = Config.model_validate(data, context=_FIELDS_ONLY)
+    except ValidationError as error:
+        found = problems(error, Config)
+        if not isinstance(data, dict):
+            return found, None
+        parts = _sound(data, error)
+        return [*found, *references(data), *(parts.contradictions() if parts is not None else [])], parts
+    return [*references(_entry(data)), *config.contradictions()], config
+
+
+def check(data: object) -> list[str]:
+    """Every fault of a config, and everything that it needs and this machine lacks, one line each."""
+    found, config = faults(data)
+    lines = [*dict.fromkeys(found), *(missing(config) if config is not None else [])]
+    return [on_one_line(line) for line in lines]
+
+
+# What stands in for a field that a config must have and that has a fault.
+_EMPTY: dict[str, Any] = {
+    "scale": "none",
+    "tokenizers": {},
+    "corpora": {},
+    "models": {},
+    "domains": ["none"],
+    "key_model": "none",
+    "memory_model": "none",
+}
+
+
+def _sound(data: dict[str, Any], error: ValidationError) -> Config | None:
+    """The config without the entries that have a fault. Leaving one out can make another wrong, so it takes rounds."""
+    data = _EMPTY | copy.deepcopy(data)
+    for _ in range(20):
+        for item in error.errors():
+            names, _parent = locate(Config, item["loc"])
+            _leave_out(data, [name for name in names if name != "[key]"])
+        try:
+            return Config.model_validate(data, context=_FIELDS_ONLY)
+        except ValidationError as again:
+            error = again
+    return None
+
+
+def _leave_out(data: dict[str, Any], names: list[str]) -> None:
+    """Remove the value at a place; if it is not there, as it is missing, the mapping that lacks it."""
+    above: list[tuple[dict[str, Any], str]] = []
+    inside: Any = data
+    for name in names:
+        if not isinstance(inside, dict):
+            break
+        above.append((inside, name))
+        inside = inside.get(name)
+    while above and above[-1][1] not in above[-1][0]:
+        above.pop()
+    if above:
+        place, name = above[-1]
+        del place[name]
+    if len(names) and names[0] in _EMPTY:
+        data.setdefault(names[0], _EMPTY[names[0]])
+
+
+# --- what it needs on this machine --------------------------------------------------------------------------------
+
+
+def missing(config: Config) -> list[str]:
+    """Files, folders and packages that a config names and this machine lacks, one line each. Hub ids are not looked up."""
+    lines = []
+    for name, corpus in config.corpora.items():
+        if isinstance(corpus, DocstringCorpus):
+            lines += [
+                f"corpora.{name}.packages: expected an installed package, found none called {package}; install it"
+                for package in corpus.packages
+                if package != "stdlib" and not _is_installed(package)
+            ]
+        elif isinstance(corpus, FileCorpus):
+            places = (
+                {"path": corpus.path} if corpus.path else {f"paths.{k}": v for k, v in (corpus.paths or {}).items()}
+            )
+            lines += [
+                f"corpora.{name}.{field}: expected text files at {place}, found none; check the path"
+                for field, place in places.items()
+                if not any(map(os.path.isfile, itertools.chain([place], glob.iglob(place, recursive=True))))
+            ]
+        elif (fault := _no_folder(corpus.path, "")) is not None:
+            lines.append(f"corpora.{name}.path: {fault}")
+    sources = [(f"models.{name}", entry.pretrained, "config.json") for name, entry in config.models.items()]
+    sources += [(f"tokenizers.{name}", entry.pretrained, "tokenizer") for name, entry in config.tokenizers.items()]
+    for where, place, needed in sources:
+        if place is None or isinstance(place, WheelFile):
+            continue
+        fault = _no_folder(place, needed)
+        lines += [f"{where}.pretrained: {fault}"] if fault is not None else []
+    return lines
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return package.isidentifier() and importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _no_folder(place: str, needed: str) -> str | None:
+    """What is wrong with a local folder or GGUF file, or None. A name that is not there may be a Hub id.
+
+    It is taken for a local path if it cannot be an id (`owner/name`), or if its first folder is there.
+    """
+    path = Path(place)
+    if os.path.isfile(place):
+        return None if place.endswith(".gguf") else f"expected a folder or a GGUF file, found the file {place}"
+    if os.path.isdir(place):
+        if needed and not glob.glob(f"{glob.escape(place)}/{needed}*"):
+            return f"expected a folder with a file {needed}*, found none in {place}; check the path"
+        return None
+    is_local = path.is_absolute() or place.startswith((".", "~")) or len(path.parts) > 2 or place.endswith(".gguf")
+    if is_local or (len(path.parts) > 1 and os.path.isdir(path.parts[0])):
+        return f"expected a folder or a Hub id, found nothing at {place}; check the path"
+    return None
 
 
 def json_schema() -> dict[str, Any]:

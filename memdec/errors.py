@@ -11,9 +11,12 @@ from pathlib import Path
 
 
 class MemDecError(Exception):
-    """Base of all errors that the user can act on."""
+    """Base of all errors that the user can act on; its message is one line, whatever names and values are in it."""
 
     exit_code = 2
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(on_one_line(str(message)))
 
 
 class ConfigError(MemDecError):
@@ -44,6 +47,11 @@ class IncomparableError(MemDecError):
     """Two results that must not be compared, because their text or versions differ."""
 
     exit_code = 3
+
+
+def on_one_line(text: str) -> str:
+    """Text without line ends; control and direction characters are written as their escapes."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in " ".join(text.split()))
 
 
 def reason(error: BaseException, most: int = 200) -> str:

@@ -4,9 +4,12 @@ All of them are frozen and refuse unknown keys. Each field states its unit and i
 script, or this project ("ours").
 """
 
+import difflib
 import os
 import re
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterable, Sequence
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -22,9 +25,11 @@ from pydantic import (
     model_validator,
 )
 
-from memdec.errors import ConfigError
+from memdec import plain
+from memdec.errors import ConfigError, on_one_line
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="a name usable as a folder")]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy, torch and transformers all take
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 DEFAULT_MEMORY = "memdec"  # the memory that 'key_model', 'memory_model' and 'memory' describe
@@ -62,10 +67,22 @@ def portable(value: Any) -> Any:
 Place = Annotated[str, AfterValidator(_expanded)]
 
 
-class Settings(BaseModel):
-    """Base class of all settings: immutable, and unknown keys are errors."""
+def each_once(values: list[Any]) -> list[Any]:
+    """A list without doubles, as a check of a field."""
+    twice = {value for number, value in enumerate(values) if value in values[:number]}
+    if twice:
+        raise ValueError(f"expected each entry once, found {', '.join(sorted(map(str, twice)))} twice")
+    return values
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+Names = Annotated[list[Name], AfterValidator(each_once)]
+Seeds = Annotated[list[Seed], AfterValidator(each_once)]
+
+
+class Settings(BaseModel):
+    """Base class of all settings: immutable; unknown keys and numbers that are not finite are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Compute(Settings):
@@ -112,25 +129,34 @@ class _Corpus(Settings):
     separator: Literal["eos", "none"] = Field(
         "eos", description="token after each document in the token stream; 'none' is the paper's WikiText-103"
     )
-    disjoint_from: list[Name] = Field(
+    disjoint_from: Names = Field(
         default_factory=list,
         description="corpora whose train text must not overlap the valid and test text of this corpus (ours)",
     )
     min_bytes: PositiveInt = Field(1000, description="a split with fewer bytes than this is an error (ours)")
 
+    @model_validator(mode="after")
+    def _room(self) -> Self:
+        small = {split: most for split, most in self.max_bytes.items() if most < self.min_bytes}
+        if small:
+            raise ValueError(f"max_bytes: expected at least min_bytes ({self.min_bytes}), found {_listed(small)}")
+        return self
+
 
 class DocstringCorpus(_Corpus):
     """Docstrings of installed packages. They are read with `ast`, without importing the packages."""
 
-    source: Literal["docstrings"]
-    packages: list[str] = Field(min_length=1, description="top-level packages; 'stdlib' is Python's own library")
+    source: Literal["docstrings"] = Field(description="kind of corpus")
+    packages: Annotated[list[str], AfterValidator(each_once)] = Field(
+        min_length=1, description="top-level packages; 'stdlib' is Python's own library"
+    )
     min_chars: PositiveInt = Field(160, description="shorter docstrings are left out (ours)")
 
 
 class FileCorpus(_Corpus):
     """Local .txt, .jsonl or .parquet files, optionally .gz or .xz compressed."""
 
-    source: Literal["files"]
+    source: Literal["files"] = Field(description="kind of corpus")
     path: Place | None = Field(
         None, description="file or glob; documents are split 84/6/10 by hash; ${NAME} is an environment variable"
     )
@@ -150,7 +176,7 @@ class FileCorpus(_Corpus):
 class HubCorpus(_Corpus):
     """A data set of the Hugging Face Hub, or a local folder in the same format."""
 
-    source: Literal["hub"]
+    source: Literal["hub"] = Field(description="kind of corpus")
     path: str = Field(description="data set id or local folder")
     config: str | None = Field(None, description="configuration name, e.g. wikitext-103-raw-v1")
     revision: str | None = Field(None, description="commit; pinned in the paper scale")
@@ -167,12 +193,16 @@ CorpusSpec = Annotated[DocstringCorpus | FileCorpus | HubCorpus, Field(discrimin
 class TokenizerSpec(Settings):
     """A byte-level BPE trained here, or one taken from a model folder or Hub id."""
 
-    train_on: list[Name] | None = Field(None, description="train it on the train split of these corpora")
-    vocab_size: PositiveInt | None = Field(None, description="number of tokens of a tokenizer that is trained here")
+    train_on: Names | None = Field(None, description="train it on the train split of these corpora")
+    vocab_size: Annotated[int, Field(ge=257)] | None = Field(
+        None,
+        description="number of tokens of a tokenizer that is trained here; at least 257, for 256 bytes and the end of a "
+        "document",
+    )
     pretrained: Pretrained | None = Field(
         None, description="folder, Hub id, GGUF file, or GGUF file in a wheel; ${NAME} is an environment variable"
     )
-    revision: str | None = None
+    revision: str | None = Field(None, description="commit; pinned in the paper scale")
 
     @model_validator(mode="after")
     def _one_of(self) -> "TokenizerSpec":
@@ -258,7 +288,7 @@ class TeacherSettings(Settings):
     """A control that the paper lacks: targets that are the key model's own next-token distribution instead of p_kNN."""
 
     top: PositiveInt = Field(64, description="keep this many most likely tokens of each row and renormalise (ours)")
-    temperature: PositiveFloat = Field(1.0, allow_inf_nan=False, description="divides the logits (ours)")
+    temperature: PositiveFloat = Field(1.0, description="divides the logits (ours)")
     dtype: Literal["float32", "float16"] = Field("float32", description="type of the probabilities on disk")
     shards: PositiveInt = Field(1, description="number of parts; several jobs can make them in parallel")
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
@@ -290,10 +320,10 @@ class ModelSpec(Settings):
         description="number of layers of a model from scratch; with pretrained: keep only the first layers, this many "
         "(ours)",
     )
-    heads: PositiveInt | None = None
+    heads: PositiveInt | None = Field(None, description="attention heads; they share the width equally")
     corpus: Name | None = Field(None, description="corpus it is trained on")
     train: TrainSettings | None = None
-    seed: int = Field(0, description="seed of a model from scratch: initial weights and order of the data")
+    seed: Seed = Field(0, description="seed of a model from scratch: initial weights and order of the data")
 
     @model_validator(mode="after")
     def _one_of(self) -> "ModelSpec":
@@ -302,7 +332,20 @@ class ModelSpec(Settings):
             raise ValueError("give either 'pretrained' or the fields of a model from scratch, not both")
         if self.pretrained is None and any(x is None for x in [*scratch, self.layers]):
             raise ValueError("a model from scratch needs architecture, width, layers, heads, corpus and train")
+        if self.width is not None and self.heads is not None:
+            self._check_heads(self.width, self.heads)
         return self
+
+    def _check_heads(self, width: int, heads: int) -> None:
+        """Heads share the width equally. Those of qwen2 are rotated in pairs, and two share one key and value head."""
+        if width % heads:
+            raise ValueError(f"width: expected a multiple of heads ({heads}), found {width}")
+        if self.architecture != "qwen2":
+            return
+        if width // heads % 2:
+            raise ValueError(f"width: expected an even width of each head in qwen2, found {width} / {heads}")
+        if heads > 3 and heads % 2:
+            raise ValueError(f"heads: expected an even number or at most 3 in qwen2, found {heads}")
 
 
 class DatastoreSettings(Settings):
@@ -363,9 +406,7 @@ class SearchSettings(Settings):
 class KnnSettings(SearchSettings):
     """p_kNN as used for the targets that memories are trained on."""
 
-    temperature: PositiveFloat = Field(
-        16.0, allow_inf_nan=False, description="tau; divides the squared distance (released: 16)"
-    )
+    temperature: PositiveFloat = Field(16.0, description="tau; divides the squared distance (released: 16)")
 
 
 class TargetSettings(KnnSettings):
@@ -393,7 +434,6 @@ class KnnLMSettings(SearchSettings):
     weight: float = Field(0.25, ge=0, le=1, description="lambda, the weight of p_kNN (paper: 0.25)")
     temperature: PositiveFloat = Field(
         1.0,
-        allow_inf_nan=False,
         description="tau; divides the squared distance (paper: 1 for GPT-2 small and medium, 13 for large and xl)",
     )
 
@@ -422,7 +462,7 @@ class EvaluateSettings(SearchSettings, RetrievalSettings):
     lambdas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=[0.25], min_length=1, description="candidates for the weight of p_kNN in the kNN-LM (paper: 0.25)"
     )
-    temperatures: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field(
         default=[1.0],
         min_length=1,
         description="candidates for tau of the kNN-LM (paper: 1 for GPT-2 small and medium, 13 for large and xl)",
@@ -445,7 +485,7 @@ class LatencySettings(SearchSettings):
     )
     warmup: PositiveInt = Field(2, description="untimed calls of each system before the first round")
     n_draft: PositiveInt = Field(4, description="tokens that the memory drafts per step of speculative decoding")
-    seed: int = Field(0, ge=0, description="seed of synthetic prompts and of the bootstrap")
+    seed: Seed = Field(0, description="seed of synthetic prompts and of the bootstrap")
     resamples: PositiveInt = Field(2000, description="number of bootstrap resamples for the 95 % intervals over rounds")
 
 
@@ -482,23 +522,105 @@ def parse(kind: Any, data: object, where: str) -> Any:
     Raises:
         ConfigError: The data does not fit; the message names each field, its problem and the value found.
     """
+    plain.check(data, where)
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {describe(error)}") from None
+        raise ConfigError(f"{where}: {describe(error, kind)}") from None
 
 
-def describe(error: ValidationError) -> str:
+def describe(error: ValidationError, kind: Any = None) -> str:
     """All problems of a validation as one line."""
-    lines = []
-    for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"] if not str(part).startswith("(")) or "(top)"
-        text = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            text = "unknown key; see `memdec schema` or config/README.md for the known ones"
-        found = "" if item["type"] in ("missing", "value_error") else f", found {item['input']!r}"
-        lines.append(f"{place}: {text}{found}")
-    return "; ".join(lines)
+    return "; ".join(problems(error, kind))
+
+
+def problems(error: ValidationError, kind: Any = None) -> list[str]:
+    """Each problem of a validation as one line; `kind` is the type that was validated, for the names in the message."""
+    return [on_one_line(_described(item, *locate(kind, item["loc"]))) for item in error.errors()]
+
+
+def _described(item: Any, names: list[str], parent: Any) -> str:
+    place, text = ".".join(names) or "(top)", item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        field = re.match(r"(\w+): expected", text)  # a validator of several fields names the one that is wrong
+        return f"{'.'.join([*names, ''])}{text}" if field else f"{place}: {text}"
+    if item["type"] == "missing":
+        return f"{place}: {text}"
+    if item["type"] == "union_tag_not_found":
+        return f"{place}: expected {item['ctx']['discriminator']} to say the kind, found none; see config/README.md"
+    if item["type"] == "union_tag_invalid":
+        known = item["ctx"]["expected_tags"].replace("'", "")
+        return f"{place}: expected a source of {known}, found {item['ctx']['tag']}{near(item['ctx']['tag'], known.split(', '))}"
+    if item["type"] == "extra_forbidden":
+        known = list(getattr(parent, "model_fields", {}))
+        guess = near(names[-1], known) or "; see `memdec schema` or config/README.md for the known ones"
+        return f"{place}: unknown key{guess}, found {_short(item['input'])}"
+    guess = near(item["input"], get_args(item_kind(parent, names))) if item["type"] == "literal_error" else ""
+    return f"{place}: {text}, found {_short(item['input'])}{guess}"
+
+
+def item_kind(parent: Any, names: Sequence[str]) -> Any:
+    """The type of the field that the last name is, or of the entries if it is a list."""
+    field = getattr(parent, "model_fields", {}).get(names[-1] if names else "")
+    return _bare(field.annotation) if field is not None else _bare(parent)
+
+
+def near(name: object, known: Iterable[object]) -> str:
+    """The question whether a known name was meant, to end a message with; empty if none is like this one."""
+    plainly = {str(each).lower(): str(each) for each in known}
+    found = difflib.get_close_matches(str(name).lower(), plainly, 1)
+    return f"; did you mean {plainly[found[0]]}?" if found else ""
+
+
+def locate(kind: Any, loc: Sequence[int | str]) -> tuple[list[str], Any]:
+    """Follow the location of an error into a type.
+
+    Returns:
+        The names on the way, without the tags of unions; and the type that the last name is a part of.
+    """
+    names, parent = [], kind
+    for part in loc:
+        kind = _bare(kind)
+        if get_origin(kind) in (Union, UnionType):
+            kind = _tagged(kind, part)
+            continue
+        names.append(str(part))
+        parent = kind
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(part)].annotation if part in kind.model_fields else None
+        else:
+            kind = (get_args(kind) or (None,))[-1]
+    return names, parent
+
+
+def _bare(kind: Any) -> Any:
+    """A type without its metadata and without None."""
+    while True:
+        inner = [each for each in get_args(kind) if each is not type(None)]
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
+        elif get_origin(kind) in (Union, UnionType) and len(inner) == 1:
+            kind = inner[0]
+        else:
+            return kind
+
+
+def _tagged(union: Any, tag: object) -> Any:
+    """The member of a union with this tag: a value of its field `source`, or a `Tag`."""
+    for member in get_args(union):
+        source = getattr(_bare(member), "model_fields", {}).get("source")
+        if tag in get_args(source.annotation if source is not None else None) or Tag(str(tag)) in get_args(member)[1:]:
+            return member
+    return None
+
+
+def _listed(values: dict[Any, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 # The default models are a cell of the paper's Table 14: Qwen2.5-7B with the released 0.5B memory, biomedical domain.

@@ -1,5 +1,6 @@
 """Make text, token streams, datastores and tiny models for the tests."""
 
+import json
 import os
 import random
 import subprocess
@@ -71,6 +72,17 @@ def write_tokens(folder: Path, values: NDArray[np.integer], tokenizer: str = "no
         assert build is not None
         np.save(folder / "train.npy", values)
         build.facts.update(sha256={"train": artefact.file_digest(folder / "train.npy")}, tokenizer_sha256=tokenizer)
+    return folder
+
+
+def signed(folder: Path, **facts: object) -> Path:
+    """Make the manifest of a folder fit the files as they are now, and change facts: as an older version wrote it."""
+    file = folder / artefact.MANIFEST
+    said = json.loads(file.read_text())
+    for name in said["files"]:
+        path = folder / name
+        said["files"][name] = {"bytes": path.stat().st_size, "xxh3_128": artefact.content_hash(path)}
+    file.write_text(json.dumps({**said, "facts": {**said["facts"], **facts}, "checksum": None}))
     return folder
 
 

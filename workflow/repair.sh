@@ -13,5 +13,6 @@ memdec doctor "$folder/results" || [[ $? == 1 ]]
 # A summary that fails does so without a word; a dry run says why.
 summary=$("${run[@]}" --summary --quiet host "$@") || { "${run[@]}" --dry-run "$@" || exit; exit 1; }
 mapfile -t missing < <(awk -F '\t' '$5 == "missing" { print $1 }' <<< "$summary")
-((${#missing[@]})) && run+=(--forcerun "${missing[@]}")
-"${run[@]}" --rerun-incomplete "$@"
+again=()
+((${#missing[@]})) && again+=(--forcerun "${missing[@]}")
+"$root/workflow/run.sh" "$folder" "${again[@]}" --rerun-incomplete "$@"

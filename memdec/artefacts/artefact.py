@@ -1,39 +1,54 @@
 """Write and read artefacts: every stage makes a folder whose `manifest.json` is written last, atomically.
 
-A folder without a manifest is unfinished and is never read. Reading checks the manifest: it must parse and be of the
-expected kind, and every file must exist with the listed size. The manifest holds the settings, the hashes of the
-inputs, the package versions, and facts about the result (counts, shapes, hashes).
+A folder without a manifest is unfinished and is never read. Reading checks the manifest: it must parse, fit its own
+checksum, and be of the expected kind, and every file must exist with the listed size and content. Content is compared
+by a fast hash. Files above `SMALL` bytes are hashed only where a stage reads them as a whole, and by `memdec doctor`.
+The manifest holds the settings, the hashes of the inputs, the package versions, and facts about the result (counts,
+shapes, hashes).
 """
 
+import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+import xxhash
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from memdec.artefacts import provenance
-from memdec.artefacts.resources import Team
+from memdec.artefacts.resources import Team, one_line_when_disk_is_full
 from memdec.errors import ArtifactError
 from memdec.settings import describe
 
 MANIFEST = "manifest.json"
-MARK = ".memdec"  # holds the recipe of the build that made the folder; without it the folder is not ours to overwrite
+# Holds the recipe of the build that made the folder; without it the folder is not ours to overwrite. An empty or
+# damaged mark means that the files are of no known recipe: nothing can be resumed from them.
+MARK = ".memdec"
 LOCK = ".memdec.lock"  # locked while a process builds in the folder; the file is not removed
 WORK = "work"  # checkpoints and other files needed only to resume; not part of the artefact
+TEMPORARY = re.compile(r"\..+\.(\d+)")  # name of a file that is being written (`write_bytes`), with its process
+_FRESH = 1.0  # seconds for which a changed file is hashed again, because two changes may have one time stamp
+_ABANDONED = 60.0  # seconds after which a temporary file of a process that is gone is removed
+SMALL = 64 * 2**20  # bytes up to which every reader checks the content of a file: 0.02 s with xxh3
 
 # Version of each kind of artefact, or of each stage if several stages make one kind. Raise it when the same settings
 # and inputs give another result. It is part of the recipe, so artefacts of the old code are made again from the start.
 VERSIONS = {
-    "corpus": 1,
+    "corpus": 2,
     "tokenizer": 1,
-    "tokens": 1,
+    "tokens": 2,
     "model": 2,
     "finetune": 2,
     "adapt-vocab": 1,
@@ -44,12 +59,28 @@ VERSIONS = {
     "targets": 2,
     "teacher": 1,
     "passages": 1,
-    "evaluation": 3,
+    "evaluation": 4,
     "cases": 1,
-    "latency": 1,
+    "latency": 2,
     "sweep": 1,
-    "table": 2,  # a table is a file, not an artefact folder: only the Snakemake rules use this number
+    "table": 3,  # a table is a file, not an artefact folder: only the Snakemake rules use this number
 }
+
+
+class Facts(dict[str, Any]):
+    """The facts of a manifest; a missing one is an error of the artefact, as in manifests of other versions."""
+
+    def __missing__(self, name: str) -> Any:
+        raise ArtifactError(f"manifest: expected the fact {name!r}, found none; make the artefact again")
+
+
+class Listed(BaseModel):
+    """What a manifest says about one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    xxh3_128: str | None = None  # None in manifests of earlier versions, which list sizes only
 
 
 class Manifest(BaseModel):
@@ -63,8 +94,26 @@ class Manifest(BaseModel):
     settings: dict[str, Any]
     inputs: dict[str, str]  # name -> recipe of the artefact, or content hash of a file
     facts: dict[str, Any]
-    files: dict[str, int]  # relative name -> bytes
+    files: dict[str, Listed]  # by relative name
     versions: dict[str, str]
+    checksum: str | None = None  # `_checksum` of the other fields; None in manifests older than this field
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _sizes_of_earlier_versions(cls, files: Any) -> Any:
+        if not isinstance(files, dict):
+            return files
+        return {name: {"bytes": entry} if isinstance(entry, int) else entry for name, entry in files.items()}
+
+    @field_validator("facts")
+    @classmethod
+    def _named(cls, facts: dict[str, Any]) -> Facts:
+        return Facts(facts)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all files."""
+        return sum(listed.bytes for listed in self.files.values())
 
 
 @dataclass
@@ -100,15 +149,90 @@ def file_digest(path: Path) -> str:
     return sha256(path)[:32]
 
 
+def content_hash(path: Path) -> str:
+    """xxh3_128 (hex) of a file: what manifests list, and what says whether two files are equal."""
+    found, block = xxhash.xxh3_128(), memoryview(bytearray(2**18))
+    with path.open("rb", buffering=0) as file:
+        while n_bytes := file.readinto(block):
+            found.update(block[:n_bytes])
+    return found.hexdigest()
+
+
+_HASHES: dict[tuple[str | int, ...], str] = {}
+
+
+def hashed(path: Path) -> str:
+    """`content_hash` of a file, or of the file behind a link; computed once per process while the file is the same."""
+    now = path.stat()
+    key = (str(path), now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+    if key not in _HASHES:
+        found = content_hash(path)
+        if time.time() - max(now.st_mtime, now.st_ctime) < _FRESH:
+            return found
+        _HASHES[key] = found
+    return _HASHES[key]
+
+
+def _checksum(written: Mapping[str, Any]) -> str:
+    """Digest of a manifest's JSON without `checksum`; of `files` only the names, as the files speak for the rest."""
+    return digest({**written, "checksum": None, "files": sorted(written["files"])})
+
+
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: an interrupted write leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file atomically: an interrupted write leaves the old file.
+
+    Raises:
+        ResourceError: The disk is full.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with one_line_when_disk_is_full(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+        _remove_abandoned(path)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files that killed processes left of this file."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        match = TEMPORARY.fullmatch(part.name)
+        with suppress(OSError):
+            if match and not psutil.pid_exists(int(match[1])) and time.time() - part.stat().st_mtime > _ABANDONED:
+                part.unlink()
+
+
+def sync(path: Path) -> None:
+    """Write a file or folder through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # a file system that cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_mark(path: Path, data: bytes) -> None:
+    """Write what a killed run resumes from, behind its hash (`read_mark`)."""
+    write_bytes(path, xxhash.xxh3_128_digest(data) + data)
+
+
+def read_mark(path: Path) -> bytes | None:
+    """What `write_mark` wrote; None if the file is missing or damaged, so that the run starts again."""
+    try:
+        found = path.read_bytes()
+    except OSError:
+        return None
+    return found[16:] if xxhash.xxh3_128_digest(found[16:]) == found[:16] else None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -119,6 +243,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+_KEEPING: ContextVar[bool] = ContextVar("_KEEPING", default=False)
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Within the block, `building` refuses to replace what was made with other settings (see `_refuse_replacing`)."""
+    token = _KEEPING.set(True)
+    try:
+        yield
+    finally:
+        _KEEPING.reset(token)
 
 
 @contextmanager
@@ -132,10 +269,27 @@ def building(
 ) -> Iterator[Build | None]:
     """Build an artefact in a `with` block; yield None if the same artefact exists already.
 
-    The old manifest is removed first and the new one is written last, so no stage reads the folder of a killed build.
+    The old manifest is removed first. The new one is written when all files are on the disk, and after it only `work/`
+    is removed. So no stage reads the folder of a killed build, and a build that was killed at its very end is whole.
     The stage resumes from its files in `work/` if settings and inputs are the same. Of several processes only the first
     prepares the folder and writes the manifest. `stage` is the key of `VERSIONS` if it differs from `kind`.
+
+    Raises:
+        ArtifactError: The folder cannot be written, holds something else, or another process builds in it.
+        ResourceError: The disk is full.
     """
+    with one_line_when_disk_is_full(path):
+        yield from _building(path, kind, settings, inputs, team, stage)
+
+
+def _building(
+    path: Path,
+    kind: str,
+    settings: BaseModel | Mapping[str, Any],
+    inputs: Mapping[str, str],
+    team: Team,
+    stage: str | None,
+) -> Iterator[Build | None]:
     plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
     version = VERSIONS.get(stage or kind, 1)
     recipe = digest({"kind": kind, "version": version, "settings": plain, "inputs": dict(inputs)})
@@ -145,25 +299,33 @@ def building(
         team.wait()
         return
     if _is_current(path, kind, recipe):
+        _tidy_up(path)
         team.wait()
         yield None
         team.wait()
         return
     with ExitStack() as stack:
-        try:
+        with _one_line_when_refused(path), one_line_when_disk_is_full(path):
             path.mkdir(parents=True, exist_ok=True)
             _refuse_overwriting(path, kind, inputs)
             stack.enter_context(locked(path))
+            _refuse_replacing(path, kind, recipe)
             _claim(path, recipe)
-        except OSError as error:
-            raise ArtifactError(
-                f"{path}: expected a folder that can be written, found {error}; choose another --out"
-            ) from None
         build = Build(path, recipe)
         team.wait()
         yield build
         team.wait()
         _finish(build, kind, version, plain, inputs)
+
+
+@contextmanager
+def _one_line_when_refused(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: expected a folder that can be written, found {error}; choose another --out"
+        ) from None
 
 
 @contextmanager
@@ -189,12 +351,7 @@ def locked(path: Path) -> Iterator[None]:
 
 def _finish(build: Build, kind: str, version: int, plain: dict[str, Any], inputs: Mapping[str, str]) -> None:
     path = build.path
-    _remove(path / WORK)
-    files = {
-        str(file.relative_to(path)): file.stat().st_size
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name not in (MANIFEST, MARK, LOCK)
-    }
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_part(file.relative_to(path))]
     manifest = Manifest(
         kind=kind,
         version=version,
@@ -202,10 +359,57 @@ def _finish(build: Build, kind: str, version: int, plain: dict[str, Any], inputs
         settings=plain,
         inputs=dict(inputs),
         facts=build.facts,
-        files=files,
+        files={
+            str(file.relative_to(path)): Listed(bytes=file.stat().st_size, xxh3_128=content_hash(file))
+            for file in found
+        },
         versions=provenance.versions(),
     )
-    write_json(path / MANIFEST, manifest.model_dump(mode="json"))
+    _sync(path, found)
+    written = json.loads(json.dumps(manifest.model_dump(mode="json")))
+    write_json(path / MANIFEST, {**written, "checksum": _checksum(written)})
+    tidy(path)
+
+
+def _is_part(name: Path) -> bool:
+    """Whether a file, named relative to its artefact, is part of it."""
+    return name.parts[0] != WORK and name.name not in (MANIFEST, MARK, LOCK) and not TEMPORARY.fullmatch(name.name)
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """What a killed build may leave beside a whole artefact: `work/`, and temporary files."""
+    parts = [file for file in path.rglob(".*") if TEMPORARY.fullmatch(file.name) and file.is_file()]
+    return parts + [folder for folder in [path / WORK] if folder.is_dir()]
+
+
+def tidy(path: Path) -> None:
+    """Remove what a killed build left beside a whole artefact, whose lock the caller holds."""
+    for leftover in _leftovers(path):
+        _remove(leftover)
+
+
+def _tidy_up(path: Path) -> None:
+    if _leftovers(path):
+        with suppress(ArtifactError, OSError), locked(path):  # another process may be at it; the next run will do it
+            tidy(path)
+
+
+def _sync(path: Path, files: Sequence[Path]) -> None:
+    """Write files and their folders through, so that a power failure leaves no manifest without its files."""
+    for place in (
+        *(file for file in files if not file.is_symlink()),
+        *sorted({file.parent for file in files} | {path}),
+    ):
+        sync(place)
+
+
+def examine(path: Path) -> tuple[Manifest | None, list[str]]:
+    """Check an artefact in full: its manifest (None if that is damaged), and what is wrong, a line for each file."""
+    try:
+        manifest = _parsed(path / MANIFEST, "make it again")
+    except ArtifactError as error:
+        return None, [str(error).rpartition("; ")[0]]
+    return manifest, list(damage(path, manifest, again=True))
 
 
 def _is_current(path: Path, kind: str, recipe: str) -> bool:
@@ -215,47 +419,88 @@ def _is_current(path: Path, kind: str, recipe: str) -> bool:
         return False
 
 
-def read(path: Path, kind: str) -> Manifest:
-    """Read and check the manifest of an artefact of the given kind.
+def read(path: Path, kind: str, whole: bool = False) -> Manifest:
+    """Read and check the manifest and the files of an artefact of the given kind.
+
+    Files up to `SMALL` bytes are hashed, with `whole` also the larger ones; a file that did not change is hashed once
+    per process.
 
     Raises:
-        ArtifactError: The artefact is missing, unfinished, unreadable or of another kind, or a file is missing or cut.
+        ArtifactError: The artefact is missing, unfinished, unreadable or of another kind, its manifest was changed, or
+            a file is missing, cut or changed.
     """
-    file = path / MANIFEST
-    again = f"delete the folder and run `memdec {kind}` (or snakemake) again"
     if not path.is_dir():
         raise ArtifactError(
             f"{path}: expected a folder with a {kind} artefact, found nothing; run `memdec {kind}` first"
         )
-    if not file.is_file():
+    if not (path / MANIFEST).is_file():
         raise ArtifactError(
             f"{path}: expected {MANIFEST}, found an unfinished {kind} artefact; run `memdec {kind}` again"
         )
+    again = f"delete the folder and run `memdec {kind}` (or snakemake) again"
+    manifest = _parsed(path / MANIFEST, again)
+    if manifest.kind != kind:
+        raise ArtifactError(f"{path}: expected a {kind} artefact, found one of kind {manifest.kind}; check the path")
+    for problem in damage(path, manifest, None if whole else SMALL):
+        raise ArtifactError(f"{problem}; {again}")
+    return manifest
+
+
+def _parsed(file: Path, again: str) -> Manifest:
+    """The manifest in a file, if it is whole and fits its own checksum."""
     try:
-        manifest = Manifest.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
+        text = file.read_text(encoding="utf-8")
+        manifest, written = Manifest.model_validate_json(text), json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         reason = describe(error) if isinstance(error, ValidationError) else str(error)
         raise ArtifactError(
             f"{file}: expected a whole manifest, found one that is cut or edited ({reason[:120]}); {again}"
         ) from None
-    if manifest.kind != kind:
-        raise ArtifactError(f"{path}: expected a {kind} artefact, found one of kind {manifest.kind}; check the path")
-    for name, size in manifest.files.items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != size:
-            what = "no such file" if found is None else f"{found} bytes"
-            raise ArtifactError(f"{path / name}: expected {size} bytes, found {what}; {again}")
+    if manifest.checksum is not None and _checksum(written) != manifest.checksum:
+        raise ArtifactError(f"{file}: expected the manifest as it was written, found one that was changed; {again}")
     return manifest
 
 
-def check_shards(found: Sequence[tuple[Manifest, Path]], kind: str) -> None:
-    """Check that shards, sorted by their `begin`, come from one run and cover every position once.
+def damage(path: Path, manifest: Manifest, up_to: int | None = None, *, again: bool = False) -> Iterator[str]:
+    """What is wrong with each damaged file of an artefact.
+
+    Args:
+        path: Its folder.
+        manifest: Its manifest.
+        up_to: Hash only files of at most so many bytes; None: all files.
+        again: Hash files again that this process has hashed before.
+    """
+    for name, listed in manifest.files.items():
+        file = path / name
+        try:
+            there = file.stat() if file.is_file() else None
+            if there is None or there.st_size != listed.bytes:
+                what = "no such file" if there is None else f"{there.st_size} bytes"
+                yield f"{file}: expected {listed.bytes} bytes, found {what}"
+            elif listed.xxh3_128 is not None and (up_to is None or listed.bytes <= up_to):
+                found = content_hash(file) if again else hashed(file)
+                if found != listed.xxh3_128:
+                    yield f"{file}: expected the content that was written (xxh3_128 {listed.xxh3_128}), found {found}"
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            yield f"{file}: expected a file that can be read, found {error}"
+
+
+def shards(folders: Sequence[Path], kind: str) -> list[tuple[Manifest, Path]]:
+    """Read the shards of one run, sorted by position: together they cover every position once.
 
     Raises:
-        ArtifactError: There is no shard, one is missing or given twice, or their settings or inputs differ.
+        ArtifactError: There is no shard, one is damaged, missing or given twice, or their settings or inputs differ.
     """
+    found = [(read(folder, kind), folder) for folder in folders]
     if not found:
         raise ArtifactError(f"{kind}: expected at least one shard, found none; run `memdec {kind}` first")
+    for manifest, folder in found:
+        places = [manifest.facts[name] for name in ("begin", "end", "positions")]
+        if not all(isinstance(place, int) for place in places) or not 0 <= places[0] <= places[1] <= places[2]:
+            raise ArtifactError(
+                f"{folder}: expected positions from 'begin' to 'end' of 'positions', found {places}; make it again"
+            )
+    found.sort(key=lambda item: int(item[0].facts["begin"]))
 
     def shared(manifest: Manifest) -> tuple[object, ...]:
         return manifest.version, {**manifest.settings, "shard": None}, manifest.inputs, manifest.facts["positions"]
@@ -277,14 +522,31 @@ def check_shards(found: Sequence[tuple[Manifest, Path]], kind: str) -> None:
             f"{kind}: expected shards up to position {found[0][0].facts['positions']}, found them up to {position}; give "
             "every shard once"
         )
+    return found
 
 
 def kind_of(path: Path) -> str | None:
     """Kind of the artefact in a folder, or None if it has no readable manifest."""
+    found = said(path).get("kind")
+    return found if isinstance(found, str) else None
+
+
+def said(path: Path) -> dict[str, Any]:
+    """The manifest of a folder as it is, unchecked; empty if it cannot be read."""
     try:
-        return str(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["kind"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def owner(path: Path) -> str | None:
+    """The recipe in the mark of a folder; "" if the mark is empty or damaged, None if there is none."""
+    try:
+        found = (path / MARK).read_text(encoding="utf-8") if (path / MARK).is_file() else None
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return found if found is None or re.fullmatch("[0-9a-f]{32}", found) else ""
 
 
 def _refuse_overwriting(path: Path, kind: str, inputs: Mapping[str, str]) -> None:
@@ -293,7 +555,7 @@ def _refuse_overwriting(path: Path, kind: str, inputs: Mapping[str, str]) -> Non
     Raises:
         ArtifactError: It holds files that are not ours, an artefact of another kind, or an input of this build.
     """
-    if not (path / MARK).is_file() and any(child.name != LOCK for child in path.iterdir()):
+    if owner(path) is None and any(not _is_of_claim(child) for child in path.iterdir()):
         raise ArtifactError(
             f"{path}: expected an empty or new folder for the output, found other files; choose another --out"
         )
@@ -304,22 +566,51 @@ def _refuse_overwriting(path: Path, kind: str, inputs: Mapping[str, str]) -> Non
         raise ArtifactError(
             f"{path}: expected a new folder or a {kind} artefact for the output, found one of kind {there}; choose another --out"
         )
-    if json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("recipe") in inputs.values():
+    if said(path).get("recipe") in inputs.values():
         raise ArtifactError(
             f"{path}: expected a folder for the output, found an input of this very build; choose another --out"
         )
 
 
+def _is_of_claim(file: Path) -> bool:
+    """Whether a build that was killed before its folder had a mark may have left this file."""
+    begun = TEMPORARY.fullmatch(file.name) is not None and file.name.startswith(f".{MARK}.")
+    return file.is_file() and not file.is_symlink() and (file.name == LOCK or begun)
+
+
+def _refuse_replacing(path: Path, kind: str, recipe: str) -> None:
+    """Within `keeping`, refuse to replace an artefact, or work to resume from, that was made with other settings.
+
+    Raises:
+        ArtifactError: There is one.
+    """
+    if not _KEEPING.get():
+        return
+    there = str(said(path).get("recipe") or owner(path) or "")
+    work = path / WORK
+    if not there or there == recipe or not ((path / MANIFEST).is_file() or (work.is_dir() and any(work.iterdir()))):
+        return
+    what = f"a {kind} artefact" if (path / MANIFEST).is_file() else f"an unfinished {kind} artefact"
+    raise ArtifactError(
+        f"{path}: expected a new folder, found {what} made with other settings, inputs or code; give --overwrite to replace it, "
+        "or choose another --out"
+    )
+
+
 def _claim(path: Path, recipe: str) -> None:
     """Mark the folder with this recipe; keep its files if they are of the same recipe, else remove them."""
-    mark = path / MARK
-    owner = mark.read_text() if mark.is_file() else None
+    there = owner(path)
     (path / MANIFEST).unlink(missing_ok=True)
-    if owner not in (None, recipe):
+    if there not in (None, recipe):
+        # A kill below leaves a folder that is marked as ours, but not files that a build could take for its own.
+        write_text(path / MARK, "")
         for child in path.iterdir():
-            if child.name not in (MARK, LOCK):  # a kill here must leave a folder that is still marked as ours
+            if child.name not in (MARK, LOCK):
                 _remove(child)
-    write_text(mark, recipe)
+    write_text(path / MARK, recipe)
+    for file in path.rglob(".*"):
+        if TEMPORARY.fullmatch(file.name) and file.is_file():
+            file.unlink()
 
 
 def _remove(path: Path) -> None:

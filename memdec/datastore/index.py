@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 from tqdm import tqdm
 
-from memdec.artefacts import artefact, devices, resources
+from memdec.artefacts import arrays, artefact, devices, resources
 from memdec.datastore.keys import Datastore, is_array
 from memdec.datastore.search import BLOCK, Pair, Searcher
 from memdec.errors import ConfigError
@@ -118,31 +119,39 @@ def _fill(
     neighbours = min(settings.check_neighbours, store.n - 1)
     truth = Nearest(torch.from_numpy(queries).double(), neighbours + 1)
     encoder, codes = _encoder(store, out, settings), None
-    mark, done = work / "filled.safetensors", 0
+    mark, done, hashed = work / "filled", 0, xxhash.xxh3_128()
     shape = (store.n, encoder.code_size) if encoder is not None else (0, 0)
-    if mark.is_file() and (encoder is None or is_array(out / "codes.npy", np.dtype(np.uint8), shape)):
-        state = load_file(mark)
-        done = int(state.pop("done")[0])
-        truth.restore(state)
+    data = artefact.read_mark(mark)
+    if data is not None and (encoder is None or is_array(out / "codes.npy", np.dtype(np.uint8), shape)):
+        state = load(data)
+        n_filled, filled = int(state.pop("done")[0]), state.pop("codes").tobytes()
+        if encoder is not None:
+            hashed.update(np.load(out / "codes.npy", mmap_mode="r", allow_pickle=False)[:n_filled])
+        if hashed.digest() == filled:
+            done = n_filled
+            truth.restore(state)
+        else:
+            hashed.reset()
     if encoder is not None:
         if not done:
             resources.check_disk(out, shape[0] * shape[1], "the codes")
-            np.lib.format.open_memmap(out / "codes.npy", mode="w+", dtype=np.uint8, shape=shape)
+            arrays.allocate(out / "codes.npy", np.uint8, shape)
         codes = np.lib.format.open_memmap(out / "codes.npy", mode="r+")
     last = time.monotonic()
     bar = tqdm(total=store.n, initial=done, desc="index", unit="key", unit_scale=True, mininterval=2)
     for first, keys in store.blocks(done, store.n, PER_CALL):
         if encoder is not None and codes is not None:
-            codes[first : first + len(keys)] = encoder.codes(keys)
+            coded = encoder.codes(keys)
+            hashed.update(coded)
+            codes[first : first + len(keys)] = coded
         for low in range(0, len(keys), BLOCK):
             truth.update(torch.from_numpy(keys[low : low + BLOCK]), first + low)
         bar.update(len(keys))
         if time.monotonic() - last > _CHECKPOINT:
             if codes is not None:
                 codes.flush()
-            part = mark.with_suffix(".part")
-            save_file({**truth.state(), "done": np.array([first + len(keys)])}, part)
-            part.replace(mark)
+            digest = np.frombuffer(hashed.digest(), np.uint8)
+            artefact.write_mark(mark, save({**truth.state(), "done": np.array([first + len(keys)]), "codes": digest}))
             last = time.monotonic()
     bar.close()
     if codes is not None:

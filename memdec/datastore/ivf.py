@@ -5,6 +5,7 @@
 the only module that imports faiss.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from memdec.artefacts import devices
+from memdec.artefacts import arrays, artefact, devices
 from memdec.datastore.keys import Datastore
+from memdec.errors import ArtifactError, outside
 from memdec.settings import IndexSettings
 
 PER_CALL = 65_536  # keys per FAISS call
@@ -38,11 +40,12 @@ class IvfIndex:
     """
 
     def __init__(self, store: Datastore, settings: IndexSettings, folder: Path, device: torch.device | None) -> None:
-        self._trained = load_file(folder / TRAINED)
+        self._trained = load_trained(folder, store, settings)
         index = empty(store, settings, self._trained)
-        codes = np.load(folder / CODES, mmap_mode="r", allow_pickle=False)
+        codes = arrays.load(folder / CODES, np.uint8, (store.n, int(index.sa_code_size())))
         for first in tqdm(range(0, store.n, PER_CALL), desc="load index", unit="block", mininterval=2):
             block = np.ascontiguousarray(codes[first : first + PER_CALL])
+            _check_cells(block, settings.centroids, folder)
             index.add_sa_codes(block, np.arange(first, first + len(block)))
         self._on_gpu = bool(_n_gpus(device))
         if self._on_gpu:
@@ -67,7 +70,7 @@ class Encoder:
     """Encodes keys with the trained centroids and codebooks."""
 
     def __init__(self, store: Datastore, settings: IndexSettings, folder: Path) -> None:
-        self._trained = load_file(folder / TRAINED)
+        self._trained = load_trained(folder, store, settings)
         self._index = empty(store, settings, self._trained)
         self.code_size = int(self._index.sa_code_size())
 
@@ -75,6 +78,35 @@ class Encoder:
         """Cell and code of each key, (n, code_size)."""
         found: NDArray[np.uint8] = self._index.sa_encode(rotate(keys, self._trained))
         return found
+
+
+def load_trained(folder: Path, store: Datastore, settings: IndexSettings) -> Trained:
+    """Centroids, codebooks and rotation; FAISS copies them without looking at their sizes.
+
+    Raises:
+        ArtifactError: The file is damaged, or of another index.
+    """
+    path = folder / TRAINED
+    with outside(ArtifactError, path, "a safetensors file", "run `memdec index` again"):
+        found = load_file(path)
+    d, pq = store.width, settings.kind == "ivfpq"
+    wanted: dict[str, tuple[int, ...]] = {"centroids": (settings.centroids, d)}
+    wanted |= {"codebooks": (256 * d,)} if pq else {}
+    wanted |= {"rotation": (d, d)} if settings.opq else {}
+    shapes = {name: each.shape for name, each in found.items()}
+    if shapes != wanted or not all(each.dtype in arrays.FLOATS for each in found.values()):
+        raise ArtifactError(f"{path}: expected arrays {wanted}, found {shapes}; run `memdec index` again")
+    return found
+
+
+def _check_cells(codes: NDArray[np.uint8], n_cells: int, folder: Path) -> None:
+    """Check the cell of every code, its first bytes; FAISS would write beyond its lists."""
+    n_bytes = (max(n_cells - 1, 1).bit_length() + 7) // 8
+    cells = codes[:, :n_bytes].astype(np.int64) @ (256 ** np.arange(n_bytes))
+    if (cells >= n_cells).any():
+        raise ArtifactError(
+            f"{folder / CODES}: expected cells below {n_cells}, found cell {cells.max()}; run `memdec index` again"
+        )
 
 
 def code_bytes(store: Datastore, settings: IndexSettings) -> int:
@@ -158,14 +190,20 @@ def train(store: Datastore, out: Path, settings: IndexSettings, device: torch.de
         index.pq.cp.min_points_per_centroid, index.pq.cp.seed = 1, settings.seed
         index.train(keys)
         trained["codebooks"] = faiss.vector_to_array(index.pq.centroids)
-    part = path.with_name(".trained.part")
-    save_file(trained, part)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(trained, part, metadata={"xxh3_128": _hash(trained)})
     part.replace(path)
 
 
 def _is_trained(path: Path, store: Datastore, settings: IndexSettings) -> bool:
-    """Whether a complete file is there, from a killed run or from one whose folder was damaged later."""
+    """Whether an undamaged file is there, from a killed run or from one whose folder was damaged later."""
     try:
-        return load_file(path)["centroids"].shape == (settings.centroids, store.width)
-    except (OSError, SafetensorError, KeyError):
+        with safe_open(path, "numpy") as file:
+            stated = (file.metadata() or {}).get("xxh3_128")
+        return stated == _hash(load_trained(path.parent, store, settings))
+    except (OSError, SafetensorError, ArtifactError):
         return False
+
+
+def _hash(trained: Trained) -> str:
+    return artefact.digest({name: arrays.content_hash(trained[name]) for name in sorted(trained)})

@@ -11,6 +11,7 @@ run. Sharded, parallel, resumed and streamed runs give exactly the same keys.
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from memdec.artefacts import artefact, devices, resources
+from memdec.artefacts import arrays, artefact, devices, resources
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.maths import kernels
 from memdec.maths.windows import Window, windows
@@ -154,7 +155,7 @@ def run(
         raise ConfigError(
             f"datastore: expected shards 1 where keys are not stored, found {settings.shards}; shard the targets instead"
         )
-    source, base = artefact.read(stream, "tokens"), artefact.read(model_folder, "model")
+    source, base = artefact.read(stream, "tokens"), loading.known(model_folder, "model")
     tokens.check_same(source.facts["tokenizer_sha256"], base.facts["tokenizer_sha256"], f"{model_folder} with {stream}")
     inputs = {"model": base.recipe, "tokens": source.recipe}
     plain = {**settings.model_dump(mode="json"), "context": context, "stride": stride, "shard": shard}
@@ -203,18 +204,24 @@ def _write(forward: Forward, passes: range, out: Path, work: Path, team: resourc
         for mark in marks:
             mark.unlink(missing_ok=True)
         resources.check_disk(out, shape[0] * shape[1] * dtype.itemsize, "the keys (`stored: false` keeps none)")
-        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        arrays.allocate(path, dtype, shape)
     team.wait()
     keys: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="r+")
     bar = tqdm(total=shape[0], desc="keys", unit="token", unit_scale=True, mininterval=2, disable=team.rank > 0)
     for number, chunk in enumerate(chunks):
-        if number % team.size == team.rank and not marks[number].exists():
+        block = keys[forward.edges[chunk.start] - begin : forward.edges[chunk.stop] - begin]
+        if number % team.size == team.rank and not _is_marked(marks[number], block):
             for i in chunk:
                 keys[forward.edges[i] - begin : forward.edges[i + 1] - begin] = forward.keys(i)
             keys.flush()
-            marks[number].touch()
+            artefact.write_text(marks[number], arrays.content_hash(block))
         bar.update(int(forward.edges[chunk.stop] - forward.edges[chunk.start]))
     bar.close()
+
+
+def _is_marked(mark: Path, block: NDArray[Any]) -> bool:
+    """Whether an earlier run finished these keys, and they are still what it wrote."""
+    return mark.is_file() and mark.read_bytes() == arrays.content_hash(block).encode()
 
 
 def is_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
@@ -247,15 +254,13 @@ class Datastore:
 
     def __init__(self, folders: Path | Sequence[Path]) -> None:
         folders = [folders] if isinstance(folders, Path) else folders
-        found = sorted(
-            ((artefact.read(folder, "datastore"), folder) for folder in folders),
-            key=lambda x: int(x[0].facts["begin"]),
-        )
-        artefact.check_shards(found, "datastore")
+        found = artefact.shards(folders, "datastore")
         first, self.folder = found[0]
         plain = {name: value for name, value in first.settings.items() if name not in _NOT_SETTINGS}
         self.facts, self.settings = first.facts, parse(DatastoreSettings, plain, f"{self.folder}")
         self.n, self.width, self.recipe = first.facts["positions"], first.facts["width"], first.facts["keys_recipe"]
+        if not isinstance(self.width, int):
+            raise ArtifactError(f"{self.folder}: expected a width, found {self.width}; run `memdec datastore` again")
         self.model = first.inputs["model"]
         if self.n >= kernels.NOBODY:
             raise ConfigError(f"{self.folder}: expected fewer than {kernels.NOBODY} positions, found {self.n}")
@@ -264,10 +269,11 @@ class Datastore:
         self._window, self._inputs = (first.settings["context"], first.settings["stride"]), first.inputs
         self._precision = first.settings["precision"]
         if self.settings.stored:
-            self.parts = [
-                (manifest.facts["begin"], np.load(folder / "keys.npy", mmap_mode="r", allow_pickle=False))
-                for manifest, folder in found
-            ]
+            for manifest, folder in found:
+                begin, end = manifest.facts["begin"], manifest.facts["end"]
+                # Compiled loops write `width` numbers per key, unchecked.
+                keys = arrays.load(folder / "keys.npy", DISK[self.settings.dtype], (end - begin, self.width))
+                self.parts.append((begin, keys))
 
     @property
     def edges(self) -> Int[np.ndarray, " passes+1"]:
@@ -277,19 +283,35 @@ class Datastore:
     @property
     def values(self) -> NDArray[np.integer]:
         """Token of each position, memory-mapped, shape (N,)."""
-        return tokens.load_stream(self._source("tokens"), self.settings.split)
+        return self._values
+
+    @cached_property
+    def _values(self) -> NDArray[np.integer]:
+        found = tokens.load_stream(self._source("tokens"), self.settings.split)
+        if len(found) != self.n:
+            raise ArtifactError(
+                f"{self.folder}: expected keys of {len(found)} tokens, found {self.n}; run `memdec datastore` again"
+            )
+        return found
 
     @property
     def forward(self) -> Forward:
         """The forward passes that compute the keys of a streamed datastore."""
         if self._forward is None:
             folders = self._source("model"), self._source("tokens")
-            self._forward = Forward(*folders, self.settings, *self._window, Compute(precision=self._precision))
+            forward = Forward(*folders, self.settings, *self._window, Compute(precision=self._precision))
+            if (len(forward.data), forward.point.width) != (self.n, self.width):
+                raise ArtifactError(
+                    f"{self.folder}: expected {len(forward.data)} keys of width {forward.point.width}, found {self.n} of width "
+                    f"{self.width}; run `memdec datastore` again"
+                )
+            self._forward = forward
         return self._forward
 
     def _source(self, kind: str) -> Path:
         path = (self.folder / str(self.facts[kind])).resolve()
-        if artefact.read(path, kind).recipe != self._inputs[kind]:
+        recipe = loading.known(path, kind).recipe if kind == "model" else artefact.read(path, kind).recipe
+        if recipe != self._inputs[kind]:
             raise ArtifactError(
                 f"{path}: expected the {kind} that {self.folder} was made from, found another one; run `memdec datastore` "
                 "again"

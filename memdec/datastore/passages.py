@@ -21,8 +21,8 @@ from bm25s.tokenization import Tokenized
 from jaxtyping import Int
 from numpy.typing import NDArray
 
-from memdec.artefacts import artefact, resources
-from memdec.errors import ArtifactError, CorpusError
+from memdec.artefacts import arrays, artefact, resources
+from memdec.errors import ArtifactError, CorpusError, outside
 from memdec.settings import PassageSettings
 from memdec.text import tokens
 
@@ -75,7 +75,10 @@ def _end_of_document(stream: Path, source: artefact.Manifest, ids: NDArray[np.in
         raise ArtifactError(
             f"{folder}: expected the corpus that {stream} was made from, found another one; run `memdec tokens` again"
         )
-    return int(ids[-1]) if corpus.facts["separator"] == "eos" else None  # every document ends so
+    # Token streams of earlier versions do not name the token, but every document ends with it.
+    last = int(ids[-1]) if corpus.facts["separator"] == "eos" else None
+    end: int | None = source.facts.get("end", last)
+    return end
 
 
 def cut(
@@ -130,12 +133,19 @@ class Passages:
     """
 
     def __init__(self, folder: Path) -> None:
-        manifest = artefact.read(folder, "passages")
+        manifest = artefact.read(folder, "passages", whole=True)
         self.folder, self.facts = folder, manifest.facts
         self.longest: int = manifest.settings["passage"]
-        self._text = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-        self._edges = np.load(folder / "edges.npy", allow_pickle=False)
-        self._index = bm25s.BM25.load(folder, mmap=True, allow_pickle=False, load_vocab=False)
+        self._text = arrays.load(folder / "tokens.npy", arrays.INTEGERS, (self.facts["tokens"],))
+        self._edges = arrays.load(folder / "edges.npy", np.int64, (self.facts["passages"] + 1,))
+        with outside(ArtifactError, folder, "an index of bm25s", "run `memdec passages` again"):
+            self._index = bm25s.BM25.load(folder, mmap=True, allow_pickle=False, load_vocab=False)
+            n_vocab = len(self._index.scores["indptr"]) - 1
+        if n_vocab != self.facts["vocab_size"]:
+            raise ArtifactError(
+                f"{folder}: expected an index of {self.facts['vocab_size']} tokens, found one of {n_vocab}; run `memdec passages` "
+                "again"
+            )
         self._remembered = lru_cache(_REMEMBERED)(self._best)
 
     def best(self, query: Sequence[int]) -> list[int]:

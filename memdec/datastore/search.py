@@ -39,7 +39,13 @@ class _SameToken:
         inputs, counts = values[:-1], np.zeros(vocab_size, np.int64)
         blocks = range(0, len(inputs), _TOKENS)
         for first in blocks:
-            counts += np.bincount(inputs[first : first + _TOKENS], minlength=vocab_size)
+            found = np.bincount(inputs[first : first + _TOKENS], minlength=vocab_size)
+            if len(found) > vocab_size:
+                raise ArtifactError(
+                    f"datastore: expected tokens below its vocabulary of {vocab_size}, found {len(found) - 1}; run `memdec "
+                    "datastore` again"
+                )
+            counts += found
         rare = counts <= _SAME_TOKEN
         positions = np.concatenate(
             [first + 1 + np.flatnonzero(rare[inputs[first : first + _TOKENS]]) for first in blocks]
@@ -206,7 +212,7 @@ def check_same(store: Datastore, folder: Path) -> artefact.Manifest:
     Raises:
         ArtifactError: The index is incomplete, or was made from other keys.
     """
-    manifest = artefact.read(folder, "index")
+    manifest = artefact.read(folder, "index", whole=True)
     if manifest.inputs["datastore"] != store.recipe:
         raise ArtifactError(
             f"{folder}: expected an index of {store.folder}, found one of other keys (another model, text or settings); "

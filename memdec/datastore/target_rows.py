@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from memdec.artefacts import artefact
+from memdec.artefacts import arrays, artefact
 from memdec.errors import ArtifactError
 from memdec.maths.sparse_rows import SparseRows
 
@@ -23,26 +24,24 @@ class RowWriter:
     """Appends rows to the three arrays of a shard; after a kill, rows up to the last checkpoint are kept."""
 
     def __init__(self, out: Path, work: Path, token: np.dtype[Any], prob: np.dtype[Any]) -> None:
-        self._mark, self._last = work / "rows.json", time.monotonic()
-        state = json.loads(self._mark.read_text()) if self._mark.is_file() else {"rows": 0, "entries": 0, "short": 0}
+        self._mark, self._last = work / "rows", time.monotonic()
+        state: dict[str, Any] = json.loads(artefact.read_mark(self._mark) or "{}")
         dtypes = {"indptr": np.dtype(np.int64), "tokens": token, "probs": prob}
-        n_bytes = {
-            name: _HEADER + dtype.itemsize * (state["rows"] + 1 if name == "indptr" else state["entries"])
-            for name, dtype in dtypes.items()
-        }
         paths = {name: out / f"{name}.npy" for name in dtypes}
-        if not all(path.is_file() and path.stat().st_size >= n_bytes[name] for name, path in paths.items()):
-            state = dict.fromkeys(state, 0)  # files are missing or too short for this checkpoint: start again
-        self.n, self.n_entries, self.n_short = state["rows"], state["entries"], state["short"]
+        self._hashes = {name: _hash(path, state.get(name, {}).get("bytes", 0)) for name, path in paths.items()}
+        if any(self._hashes[name].hexdigest() != state.get(name, {}).get("xxh3_128") for name in dtypes):
+            state = {}  # no checkpoint, or files that are missing, cut or changed: start again
+        self.n, self.n_entries, self.n_short = (int(state.get(name, 0)) for name in ("rows", "entries", "short"))
         self._open = ExitStack()
         self._files: dict[str, tuple[Any, np.dtype[Any]]] = {}
         for name, dtype in dtypes.items():
             file = self._open.enter_context(paths[name].open("r+b" if self.n else "w+b"))
             self._files[name] = (file, dtype)
             if self.n:
-                file.truncate(n_bytes[name])
+                file.truncate(_HEADER + state[name]["bytes"])
                 file.seek(0, os.SEEK_END)
             else:
+                self._hashes[name].reset()
                 self._header(name, 0)
         if not self.n:
             self._write("indptr", np.zeros(1))
@@ -80,7 +79,10 @@ class RowWriter:
             for file, _ in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
-            artefact.write_json(self._mark, {"rows": self.n, "entries": self.n_entries, "short": self.n_short})
+            state: dict[str, Any] = {"rows": self.n, "entries": self.n_entries, "short": self.n_short}
+            for name, (file, _) in self._files.items():
+                state[name] = {"bytes": file.tell() - _HEADER, "xxh3_128": self._hashes[name].hexdigest()}
+            artefact.write_mark(self._mark, json.dumps(state).encode())
             self._last = time.monotonic()
 
     def finish(self) -> None:
@@ -91,7 +93,9 @@ class RowWriter:
 
     def _write(self, name: str, values: NDArray[Any]) -> None:
         file, dtype = self._files[name]
-        file.write(np.ascontiguousarray(values, dtype=dtype).tobytes())
+        data = np.ascontiguousarray(values, dtype=dtype).tobytes()
+        self._hashes[name].update(data)
+        file.write(data)
 
     def _header(self, name: str, length: int) -> None:
         file, dtype = self._files[name]
@@ -99,6 +103,19 @@ class RowWriter:
         np.lib.format.write_array_header_1_0(file, plain)
         if file.tell() != _HEADER:  # NumPy pads the header for any length; resuming relies on it
             raise AssertionError(f"header of {file.tell()} bytes")
+
+
+def _hash(path: Path, n_bytes: int) -> Any:
+    """The running hash of the first bytes behind the header; of nothing if the file has fewer."""
+    found = xxhash.xxh3_128()
+    if path.is_file() and path.stat().st_size >= _HEADER + n_bytes:
+        with path.open("rb") as file:
+            file.seek(_HEADER)
+            while n_bytes:
+                block = file.read(min(n_bytes, 2**18))
+                found.update(block)
+                n_bytes -= len(block)
+    return found
 
 
 class TargetReader:
@@ -109,11 +126,7 @@ class TargetReader:
     """
 
     def __init__(self, folders: Sequence[Path], expected_tokens: str) -> None:
-        manifests = sorted(
-            ((artefact.read(folder, "targets"), folder) for folder in folders),
-            key=lambda item: int(item[0].facts["begin"]),
-        )
-        artefact.check_shards(manifests, "targets")
+        manifests = artefact.shards(folders, "targets")
         for manifest, folder in manifests:
             if manifest.facts["tokens_sha256"] != expected_tokens:
                 raise ArtifactError(
@@ -123,15 +136,7 @@ class TargetReader:
                 raise ArtifactError(f"{folder}: expected rows, found an empty shard; run `memdec targets` again")
         self.recipes = [manifest.recipe for manifest, _ in manifests]
         self.begins = np.array([manifest.facts["begin"] for manifest, _ in manifests])
-        self._shards = [
-            SparseRows(
-                *(
-                    np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                    for name in ("indptr", "tokens", "probs")
-                )
-            )
-            for _, folder in manifests
-        ]
+        self._shards = [_load(folder, manifest) for manifest, folder in manifests]
 
     def rows(self, spans: Sequence[tuple[int, int]]) -> SparseRows:
         """Rows of the positions of all spans [first, end), in order."""
@@ -160,5 +165,20 @@ class TargetReader:
             shard, offset = self._shards[number], int(self.begins[number])
             stop = min(end, offset + len(shard))
             indptr = shard.indptr[first - offset : stop - offset + 1]
+            if not 0 <= indptr[0] <= indptr[-1] <= len(shard.tokens) or (np.diff(indptr) < 0).any():
+                raise ArtifactError(
+                    f"targets: expected entries for each of the positions {first} to {stop - 1}, found damaged ones; run `memdec "
+                    "doctor`"
+                )
             yield indptr, shard.tokens[indptr[0] : indptr[-1]], shard.probs[indptr[0] : indptr[-1]]
             first = stop
+
+
+def _load(folder: Path, manifest: artefact.Manifest) -> SparseRows:
+    """The rows of one shard, memory-mapped."""
+    n, n_entries = manifest.facts["end"] - manifest.facts["begin"], manifest.facts["entries"]
+    return SparseRows(
+        arrays.load(folder / "indptr.npy", np.int64, (n + 1,)),
+        arrays.load(folder / "tokens.npy", arrays.INTEGERS, (n_entries,)),
+        arrays.load(folder / "probs.npy", arrays.FLOATS, (n_entries,)),
+    )

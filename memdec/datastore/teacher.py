@@ -57,7 +57,7 @@ def run(
     """
     if not 0 <= shard < settings.shards:
         raise ConfigError(f"teacher: expected a shard from 0 to {settings.shards - 1}, found {shard}")
-    source, base = artefact.read(stream, "tokens"), artefact.read(model_folder, "model")
+    source, base = artefact.read(stream, "tokens"), loading.known(model_folder, "model")
     tokens.check_same(source.facts["tokenizer_sha256"], base.facts["tokenizer_sha256"], f"{model_folder} with {stream}")
     final = DatastoreSettings(split="train", key_point="final", batch_size=settings.batch_size)
     forward = Forward(model_folder, stream, final, context, stride, compute)

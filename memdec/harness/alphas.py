@@ -75,6 +75,9 @@ def tuned(name: str, says: Declared, answer: Answer) -> dict[str, Any]:
     values = {alpha: value for alpha, (_, value, _) in found.items()}
     best = mixing.best_weight(values, higher=higher)
     log.info("%s: alpha %g, %s %.4g on %s", name, best, metric, values[best], says.tune_split)
+    warning = mixing.at_end(f"{name}: alpha", best, ALPHAS)
+    if warning is not None:
+        log.warning(warning)
     return {
         "alpha": best,
         "metric": metric,

@@ -7,6 +7,10 @@ It is a subclass of lm-eval's `hf` model, so all features of `hf` work (batching
 - `loglikelihood_rolling` uses the paper's sliding windows.
 - `label_word_probs` gives the probabilities of many next words from one pass.
 - A score store keeps the scores of both distributions, so a run at another weight loads no model.
+
+A request's answer is what it would be alone: where the frequencies of a model depend on the length, only requests of
+one length class share a pass (`memdec.models.rope`). Log-probabilities are computed in float64, because many of them
+are added.
 """
 
 import logging
@@ -15,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,17 +29,23 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import simple_parse_args_string
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from memdec.artefacts import sources
 from memdec.errors import ConfigError, ModelError, one_line_errors, outside
+from memdec.harness import answers, arguments
+from memdec.harness.scores import FORMAT as SCORES_FORMAT
 from memdec.harness.scores import ScoreStore, TokenScores, request_key
 from memdec.harness.scoring import score_labels, score_stream, score_words
 from memdec.inference.systems import Parts, System
 from memdec.inference.wrapper import Which
 from memdec.maths import mixing
 from memdec.maths.windows import windows
-from memdec.models import loading
+from memdec.models import loading, rope
 from memdec.models.loading import model_identity
+from memdec.tasks.perplexity import WindowSum
 from memdec.text import tokens
 
 log = logging.getLogger("lm_eval.models.memdec")  # the `lm_eval` command only shows loggers below lm_eval
@@ -51,7 +61,7 @@ _NO_NUMBERS = {
 _ELSEWHERE = (
     "parallelize", "tp_plan", "subfolder", "gguf_file", "autogptq", "gptqmodel", "load_in_4bit", "load_in_8bit", "trust_remote_code",
 )  # fmt: skip
-_LOGITS = 1 << 28  # most logits of one model in memory at a time (1 GiB in float32)
+_LOGITS = 1 << 27  # most log-probabilities of one model in memory at a time (1 GiB in float64)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
 Item = tuple[bytes, list[int], list[int]]  # key, input of the model, labels of its last positions
@@ -73,6 +83,8 @@ class WrappedLM(HFLM):
         kwargs: As for lm-eval's `hf` (dtype, device, batch_size, peft, parallelize, max_length ...).
     """
 
+    AUTO_MODEL_CLASS: Any  # whose `from_pretrained` makes the base
+    name = "memdec"  # of the model in lm-eval, for messages
     cache_hook: Any  # of lm-eval's cache of answers
     remembers = False  # whether scores are kept in memory if no folder is given
 
@@ -88,13 +100,22 @@ class WrappedLM(HFLM):
     ) -> None:
         self.system, self.weight = system, mixing.check_weight(weight)
         self.n_cut = 0  # requests that were cut on the left
+        self._given, scores = kwargs, arguments.folder("scores", scores)
+        arguments.check_types({"context": context, "stride": stride, **kwargs})
+        if kwargs.get("revision") is not None:
+            kwargs["revision"] = str(kwargs["revision"])  # lm-eval reads a commit of digits as a number
         self.base_name = pretrained = _in_subfolder(str(parts.base), kwargs)
         own_words = any(kwargs.get(key) for key in ("tokenizer", "gguf_file", "subfolder"))  # not in the base's folder
         if not kwargs.get("gguf_file"):
-            loading.check_folder(pretrained)
+            loading.check_folder(pretrained, kwargs.get("subfolder") or "", any_weights=True)
         self._spread = any(kwargs.get(key) for key in _ELSEWHERE)
-        given = {key: kwargs[key] for key in ("revision", "trust_remote_code", "device") if kwargs.get(key) is not None}
-        dtype = str(kwargs.get("dtype") or "auto").removeprefix("torch.")
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # without a value transformers would ask
+        own = ("revision", "subfolder", "trust_remote_code", "device")
+        given = {key: kwargs[key] for key in own if kwargs.get(key) is not None}
+        dtype = arguments.dtype("dtype", kwargs.get("dtype") or "auto")
+        for name, value in {"memory_dtype": parts.memory_dtype, **kwargs}.items():
+            if name.endswith("_dtype") and name not in ("torch_dtype", "bnb_4bit_compute_dtype") and value is not None:
+                arguments.dtype(name, value)
         self.parts = replace(parts, base=pretrained, dtype=dtype, **given)
         if not own_words:
             system.check_parts(self.parts)
@@ -102,7 +123,9 @@ class WrappedLM(HFLM):
         self._configuring = True
         with _loading(pretrained):
             super().__init__(pretrained=pretrained, **kwargs)
-            self._n_positions = min(int(super().max_length), self._most_positions() or sys.maxsize)
+            self._configs = [self.config] + ([self._memory_config()] if parts.memory is not None else [])
+            known = [loading.n_positions(config) for config in self._configs[1:]]
+            self._n_positions = min(int(super().max_length), *(n or sys.maxsize for n in known), sys.maxsize)
         self._configuring = False
         if own_words:
             self.parts = replace(self.parts, tokenizer=self.tokenizer)
@@ -111,27 +134,62 @@ class WrappedLM(HFLM):
             raise ModelError(
                 f"{pretrained}: expected a causal LM, found one of the kind {self.backend}; use another base"
             )
+        self._check_numbers()
         if hasattr(self, "accelerator"):
             # `hf` distributes requests only if a process sees several GPUs, and it uses the local rank.
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.context, self.stride = self._windows(context, stride)
-        self.store = self._store(scores, kwargs)
+        self.store = None
+        if scores is not None or self.remembers:
+            self.store = ScoreStore(Path(scores) if scores is not None else None, self._setting)
         if self.store is not None:
             log.info("scores: %d requests known in %s", len(self.store), self.store.folder or "memory")
 
-    def _most_positions(self) -> int | None:
-        """The context of the memory in tokens; None if there is no memory or it is unknown."""
-        if self.parts.memory is None:
-            return None
-        return loading.n_positions(loading.config(self.parts.memory, self.parts.memory_revision))
+    def _memory_config(self) -> Any:
+        assert self.parts.memory is not None
+        trust = self.parts.trust_remote_code
+        return loading.config(self.parts.memory, self.parts.memory_revision, trust_remote_code=trust)
+
+    def _check_numbers(self) -> None:
+        """Check what `hf` would only notice in the middle of the requests."""
+        if isinstance(self.batch_size, int):
+            arguments.whole("batch_size", self.batch_size)
+        if self._given.get("max_length") is not None and not rope.has_rotations(self.config):
+            limit = loading.n_positions(self.config)
+            loading.check_positions(limit, self._given["max_length"], "max_length", "lower it")
+        prefix, n = self._given.get("prefix_token_id"), len(self.tokenizer)
+        if prefix is not None and not (isinstance(prefix, int) and 0 <= prefix < n):
+            raise ConfigError(
+                f"prefix_token_id: expected a token from 0 to {n - 1}, found {prefix!r}; correct --model_args"
+            )
 
     # --- the models, when they are needed ---------------------------------------------------------------------------
 
     def _create_model(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         """Delay loading the base: with stored scores it may not be needed."""
-        self._load_base = partial(super()._create_model, pretrained, *args, **kwargs)
+        self._load_base = partial(self._checked_base, pretrained, *args, **kwargs)
         # The attributes that the constructor of `hf` uses.
         self._model = SimpleNamespace(to=lambda *_: None, config=self.config)
+
+    def _checked_base(self, pretrained: str, *args: Any, peft: str | None = None, **kwargs: Any) -> None:
+        """Load the base as `hf` does, but check the report of every load, and do not resize the vocabulary for peft."""
+        delta, kind = kwargs.get("delta"), self.AUTO_MODEL_CLASS
+        if peft and delta:
+            raise ConfigError("peft, delta: expected one of them, found both; leave one out of --model_args")
+        if delta:
+            where = {name: kwargs.get(name) for name in ("subfolder", "trust_remote_code") if kwargs.get(name)}
+            loading.check_delta(pretrained, delta, kwargs.get("revision"), **where)
+        folders = [] if kwargs.get("gguf_file") else [(pretrained, kwargs.get("subfolder") or "")]
+        for folder, inside in folders + ([(delta, "")] if delta else []):
+            loading.check_folder(folder, inside, any_weights=True, whole=True)
+        # `hf` calls `from_pretrained` of this class for base and delta.
+        self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=partial(loading.from_pretrained, kind))
+        try:
+            super()._create_model(pretrained, *args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = kind
+        if peft:
+            self._model = loading.adapted(self._model, peft, revision=kwargs.get("revision"))
 
     def _load(self) -> None:
         """Load base and memory when the first request needs them; errors in the requests show before that."""
@@ -140,12 +198,18 @@ class WrappedLM(HFLM):
         start = time.perf_counter()
         if not self._spread:  # if the base is spread, its share of each device is unknown
             self.system.check_room(replace(self.parts, device=str(self._device)))
-        with _loading(self.base_name):
-            self._load_base()
-        base: Any = self._model
-        if not getattr(base, "hf_device_map", None):
-            base.to(self._device)
-        self._model = self.system.wrap(base.eval(), self.parts, tokens.n_needed(self.tokenizer))
+        self._configuring = True  # `hf` asks for its model while it makes it
+        try:
+            with _loading(self.base_name):
+                self._load_base()
+            base: Any = self._model
+            if not getattr(base, "hf_device_map", None):
+                base.to(self._device)
+            self._model = self.system.wrap(base.eval(), self.parts, tokens.n_needed(self.tokenizer))
+            if self._given.get("max_length") is not None:
+                self._model.n_positions = self._n_positions  # rotations exist beyond the positions of the configuration
+        finally:
+            self._configuring = False
         self._load_base = None  # last, or what fails above would be hidden by errors of a model that is not wrapped
         if self.system.weight is not None:
             self._model.set_weight(self.weight)
@@ -172,19 +236,55 @@ class WrappedLM(HFLM):
         windows(1, size, step)  # raises if context or stride is invalid
         return size, step
 
-    def _store(self, folder: str | None, kwargs: dict[str, Any]) -> ScoreStore | None:
-        if folder is None and not self.remembers:
-            return None
-        named: dict[str, tuple[str | None, str | None]] = {
-            "base": (self.base_name, kwargs.get("revision")),
-            "peft": (kwargs.get("peft"), None),
-            "delta": (kwargs.get("delta"), None),
-        }
-        setting = {key: model_identity(name, revision) for key, (name, revision) in named.items() if name}
+    @cached_property
+    def _setting(self) -> dict[str, str]:
+        """Everything that the scores of given token ids depend on, except the weight."""
+        kwargs = self._given
+        revision = kwargs.get("revision")
+        named: dict[str, Any] = {"peft": kwargs.get("peft"), "delta": kwargs.get("delta")}
+        setting = {"base": model_identity(self.base_name, revision, kwargs.get("subfolder") or "")}
+        setting |= {key: model_identity(name, revision) for key, name in named.items() if name}
+        if isinstance(kwargs.get("tokenizer"), str):
+            setting["tokenizer"] = model_identity(kwargs["tokenizer"], revision, weights=False)
         numbers = {key: str(value) for key, value in kwargs.items() if key not in (*named, *_NO_NUMBERS)}
-        return ScoreStore(
-            Path(folder) if folder is not None else None, setting | self.system.second(self.parts) | numbers
-        )
+        return setting | self.system.second(self.parts) | numbers
+
+    # --- lm-eval's own cache of answers ------------------------------------------------------------------------------
+
+    @property
+    def weight_by_task(self) -> bool:
+        """Whether tasks of one run may have different weights."""
+        return False
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Use lm-eval's cache of answers (`--use_cache`), in a table for this setting and weight alone."""
+        super().set_cache_hook(cache_hook)
+        if getattr(cache_hook, "dbdict", None) is not None and self.weight_by_task:
+            log.warning(
+                "--use_cache: answers are neither kept nor reused, because alpha depends on the task; give alpha= a "
+                "number, or use scores=FOLDER, which serves every alpha"
+            )
+        with one_line_errors():
+            self._use_own_answers()
+
+    def _use_own_answers(self) -> None:
+        cache = getattr(self.cache_hook, "dbdict", None)
+        if cache is not None:
+            answers.use_table(cache, None if self.weight_by_task else self._answer_setting())
+
+    def _answer_setting(self) -> dict[str, Any]:
+        """Everything that the answer to a text depends on."""
+        given = {key: str(value) for key, value in self._given.items() if key not in ("batch_size", "max_batch_size")}
+        return {
+            "format": SCORES_FORMAT,
+            "scores": self._setting,
+            "given": given,
+            "weight": self.weight,
+            "windows": [self.context, self.stride],
+            "max_length": self.max_length,
+            "prefix": self.prefix_token_id,
+            "tokenizer": tokens.whole_fingerprint(self.tokenizer),
+        }
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
@@ -267,7 +367,10 @@ class WrappedLM(HFLM):
         return request_key("pair", whole, [len(labels)]), whole[:-1], labels
 
     def _request_batches(self, items: list[Item], size: int | None) -> Iterator[list[list[Item]]]:
-        """Batches of groups, longest inputs first; the items of a group have the same input but different labels."""
+        """Batches of groups, longest inputs first; the items of a group have the same input but different labels.
+
+        The inputs of a batch are of one length class (`memdec.models.rope`).
+        """
         groups: dict[tuple[int, ...], list[Item]] = {}
         for item in items:
             groups.setdefault(tuple(item[1]), []).append(item)
@@ -277,12 +380,16 @@ class WrappedLM(HFLM):
         if size is None:
             size = self._rows_at_once(ordered[0][0][1], ordered[0][0][2])
         batch: list[list[Item]] = []
-        for group in ordered:
-            if batch and (len(batch) == size or (len(batch) + 1) * _kept([*batch, group]) * self._n_logits > _LOGITS):
-                yield batch
-                batch = []
-            batch.append(group)
-        yield batch
+        for _, same in groupby(ordered, key=lambda group: rope.lengths_class(self._configs, len(group[0][1]))):
+            for group in same:
+                if batch and (
+                    len(batch) == size or (len(batch) + 1) * _kept([*batch, group]) * self._n_logits > _LOGITS
+                ):
+                    yield batch
+                    batch = []
+                batch.append(group)
+            yield batch
+            batch = []
 
     def _rows_at_once(self, longest: Sequence[int], scored: Sequence[int]) -> int:
         """The batch size; "auto" finds it with the longest input."""
@@ -318,8 +425,9 @@ class WrappedLM(HFLM):
     def _last(self, ids: torch.Tensor, keep: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(log p_base, log p_mem) of the last positions of a batch, each (B, keep, V)."""
         found: tuple[torch.Tensor | None, torch.Tensor | None]
+        wide = torch.float32 if self.model.device.type == "mps" else torch.float64  # mps has no float64
         with self._precision():
-            found = self.model.log_probs(ids, which=self._which, logits_to_keep=keep)
+            found = self.model.log_probs(ids, which=self._which, logits_to_keep=keep, dtype=wide)
         return found
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -417,18 +525,38 @@ class WrappedLM(HFLM):
     @one_line_errors()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Total log-probability (nats) of each text under the mixture; every token is scored exactly once."""
-        results = []
+        results: list[float] = []
         for request in requests:
             (text,) = request.args
-            total = float(self.token_scores(text, disable_tqdm=disable_tqdm).log_p(self.weight).sum())
+            total = self._window_sum(text, self.token_scores(text, disable_tqdm=disable_tqdm).log_p(self.weight))
             results.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return results
 
+    def _window_sum(self, text: str, log_p: NDArray[np.float64]) -> WindowSum:
+        """The total of a text, with that of each window, for the task to log."""
+        parts = windows(len(log_p), self.context, self.stride)
+        encoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        spans: list[Any] = [encoding.token_to_chars(part.first) for part in parts] if self.tokenizer.is_fast else [None]
+        total = WindowSum(log_p.sum())
+        total.windows = {
+            "context": self.context,
+            "stride": self.stride,
+            "ids": request_key("ids", encoding["input_ids"]).hex(),
+            "log_p": np.add.reduceat(log_p, [part.first for part in parts]).tolist(),
+            "tokens": [part.n_scored for part in parts],
+            "begins": None if None in spans else [span.start for span in spans],
+        }
+        return total
+
     @one_line_errors()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """As in `hf`: greedy or sampled text from the mixture; prompts are cut on the left to fit."""
-        for request in requests:
+        """As in `hf`: greedy or sampled text from the mixture; prompts are cut on the left to fit.
+
+        Prompts share a batch only if they are of one length class up to their last new token.
+        """
+        groups: dict[Any, list[int]] = {}
+        for number, request in enumerate(requests):
             prompt, settings = request.args
             n_new = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
             if n_new >= self.max_length:
@@ -436,9 +564,14 @@ class WrappedLM(HFLM):
                     f"generate_until: expected fewer than {self.max_length} new tokens (positions of the models), found "
                     f"{n_new}; set max_gen_toks"
                 )
-            self.n_cut += len(self.tok_encode(prompt)) > self.max_length - n_new
-        texts: list[str] = super().generate_until(requests, disable_tqdm)
-        return texts
+            n, room = len(self.tok_encode(prompt)), self.max_length - n_new
+            self.n_cut += n > room
+            groups.setdefault(rope.lengths_class(self._configs, min(n, room), n_new), []).append(number)
+        texts: dict[int, str] = {}
+        for numbers in groups.values():
+            found = super().generate_until([requests[number] for number in numbers], disable_tqdm)
+            texts.update(zip(numbers, found, strict=True))
+        return [texts[number] for number in range(len(requests))]
 
     def set_weight(self, weight: float) -> None:
         """Set the weight of the second distribution.
@@ -451,6 +584,7 @@ class WrappedLM(HFLM):
         self.weight = mixing.check_weight(weight)
         if self._load_base is None:
             self._model.set_weight(self.weight)
+        self._use_own_answers()
 
     def get_model_info(self) -> dict[str, Any]:
         """Information about the model for the results file; the weight is named `alpha` or `lambda`."""
@@ -475,15 +609,17 @@ class WrappedLM(HFLM):
     # --- errors ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def create_from_arg_string(cls, *args: Any, **kwargs: Any) -> "WrappedLM":
-        with one_line_errors():
-            model: WrappedLM = super().create_from_arg_string(*args, **kwargs)
-            return model
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "WrappedLM":
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
-    def create_from_arg_obj(cls, *args: Any, **kwargs: Any) -> "WrappedLM":
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "WrappedLM":
         with one_line_errors():
-            model: WrappedLM = super().create_from_arg_obj(*args, **kwargs)
+            arguments.check(cls, cls.name, arg_dict, additional_config)
+            with outside(ConfigError, cls.name, "arguments that `hf` takes", "correct --model_args"):
+                model: WrappedLM = super().create_from_arg_obj(arg_dict, additional_config)
             return model
 
 
@@ -498,7 +634,7 @@ def _in_subfolder(base: str, kwargs: dict[str, Any]) -> str:
 
 
 def _loading(name: str) -> AbstractContextManager[None]:
-    return outside(ModelError, name, "a causal LM", "check the path or the network")
+    return sources.reading(name, "a causal LM")
 
 
 def _kept(batch: list[list[Item]]) -> int:

@@ -28,6 +28,8 @@ class MemDecKnnLM(WrappedLM):
         kwargs: As for `WrappedLM`.
     """
 
+    name = "memdec-knnlm"
+
     def __init__(
         self,
         pretrained: str,
@@ -41,8 +43,8 @@ class MemDecKnnLM(WrappedLM):
     ) -> None:
         numbers = {"weight": weight, "temperature": temperature, "neighbours": neighbours, "nprobe": nprobe}
         settings: KnnLMSettings = parse(KnnLMSettings, numbers, "memdec-knnlm")
-        shards = tuple(Path(folder) for folder in datastore.split("+"))
-        parts = Parts(base=pretrained, datastore=shards, index=Path(index), knn_lm=settings)
+        shards = tuple(Path(folder) for folder in str(datastore).split("+"))
+        parts = Parts(base=pretrained, datastore=shards, index=Path(str(index)), knn_lm=settings)
         super().__init__(SYSTEMS["kNN-LM"], parts, settings.weight, **kwargs)
 
 
@@ -59,9 +61,11 @@ class MemDecIcRag(WrappedLM):
         kwargs: As for `WrappedLM`.
     """
 
+    name = "memdec-icrag"
+
     def __init__(self, pretrained: str, passages: str, query: int = 32, every: int = 4, **kwargs: Any) -> None:
         settings: RetrievalSettings = parse(RetrievalSettings, {"query": query, "every": every}, "memdec-icrag")
-        parts = Parts(base=pretrained, passages=Path(passages), retrieval=settings)
+        parts = Parts(base=pretrained, passages=Path(str(passages)), retrieval=settings)
         super().__init__(SYSTEMS["In-Context RAG"], parts, 0.0, **kwargs)
 
 

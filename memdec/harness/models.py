@@ -34,6 +34,8 @@ class MemDecInterp(WrappedLM):
         kwargs: As for `WrappedLM`.
     """
 
+    name = "memdec-interp"
+
     def __init__(
         self,
         pretrained: str | None = None,
@@ -56,6 +58,10 @@ class MemDecInterp(WrappedLM):
         system = SYSTEMS["base" if memory is None else "MemDec"]
         parts = Parts(base=pretrained, memory=memory, memory_revision=memory_revision, memory_dtype=memory_dtype)
         super().__init__(system, parts, usual, **kwargs)
+
+    @property
+    def weight_by_task(self) -> bool:
+        return self._alphas.mode != "given"
 
     def set_weight(self, weight: float) -> None:
         """Set one alpha for all tasks."""

@@ -4,36 +4,41 @@ A store is a folder for one setting (models by the content of their weights, tok
 text of a corpus, or a context with a continuation. For each scored request the store holds log p_base and log p_mem of
 every scored token, and the interval of alphas for which all of them are the greedy choice. Scores are written in parts
 while a run goes on, each part atomically. So a killed run resumes, and several processes may write to one store.
+
+The name of a part is the hash of its setting and content. A part that does not fit its name is damaged or of another
+store: its scores are made again.
 """
 
 import hashlib
+import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from memdec.artefacts import artefact
 from memdec.maths import mixing
 
-_FORMAT = 2
+FORMAT = 3
 _FLUSH = 1_000_000  # tokens in memory before a part is written
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """log-probabilities (nats) of the true tokens, float32 (N,); `memory` is None if the memory did not run.
+    """log-probabilities (nats) of the true tokens, float64 (N,); `memory` is None if the memory did not run.
 
     `greedy` is (from, to): every token is the most probable one exactly for these alphas. It is None if not computed.
     """
 
-    base: NDArray[np.float32]
-    memory: NDArray[np.float32] | None
+    base: NDArray[np.float64]
+    memory: NDArray[np.float64] | None
     greedy: tuple[float, float] | None = None
 
     def log_p(self, alpha: float) -> NDArray[np.float64]:
@@ -67,11 +72,11 @@ class ScoreStore:
         self.setting = dict(setting)
         self._known: dict[bytes, TokenScores] = {}
         self._new: dict[bytes, TokenScores] = {}
-        self.folder = None if folder is None else folder / artefact.digest([_FORMAT, self.setting])
+        self.folder = None if folder is None else folder / artefact.digest([FORMAT, self.setting])
         if self.folder is None:
             return
         for path in sorted(self.folder.glob("*.safetensors")):
-            self._known.update(_read(path))
+            self._known.update(self._read(path))
 
     def __len__(self) -> int:
         return len(self._known)
@@ -93,12 +98,32 @@ class ScoreStore:
         """Write the new scores as one part."""
         if not self._new or self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         data = save(_pack(self._new))
-        part = self.folder / f"{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-        artefact.write_bytes(part, data)
-        artefact.write_json(self.folder / "manifest.json", {"format": _FORMAT, "setting": self.setting})
+        # The manifest is first, as a store with all of its parts never writes again.
+        artefact.write_json(self.folder / "manifest.json", {"format": FORMAT, "setting": self.setting})
+        artefact.write_bytes(self.folder / self._name(data), data)
         self._new = {}
+
+    def _name(self, data: bytes) -> str:
+        assert self.folder is not None
+        return f"{xxhash.xxh3_128_hexdigest(self.folder.name.encode() + data)}.safetensors"
+
+    def _read(self, path: Path) -> dict[bytes, TokenScores]:
+        """The scores of one part. A damaged part is removed; a file that is no part is left."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            warnings.warn(f"{path}: cannot be read ({error}), its scores are made again", stacklevel=4)
+            return {}
+        if path.name == self._name(data):
+            return _unpack(load(data))
+        is_part = re.fullmatch("[0-9a-f]{32}", path.stem) is not None
+        what = "not whole" if is_part else "not of this store"
+        warnings.warn(f"{path}: {what}, its scores are made again", stacklevel=4)
+        if is_part:
+            with suppress(OSError):
+                path.unlink()
+        return {}
 
 
 def _pack(scores: Mapping[bytes, TokenScores]) -> dict[str, NDArray[Any]]:
@@ -111,18 +136,11 @@ def _pack(scores: Mapping[bytes, TokenScores]) -> dict[str, NDArray[Any]]:
         "log_p_base": np.concatenate([row.base for row in rows]),
         "log_p_mem": np.concatenate([row.base if row.memory is None else row.memory for row in rows]),
         "no_memory": np.array(missing),
-        "greedy": np.array([row.greedy or nothing for row in rows], np.float32),
+        "greedy": np.array([row.greedy or nothing for row in rows], np.float64),
     }
 
 
-def _read(path: Path) -> dict[bytes, TokenScores]:
-    """Read the scores of one part; delete it if it is damaged."""
-    try:
-        data = load(path.read_bytes())
-    except SafetensorError:
-        warnings.warn(f"{path}: not whole, its scores are made again", stacklevel=4)
-        path.unlink()
-        return {}
+def _unpack(data: Mapping[str, NDArray[Any]]) -> dict[bytes, TokenScores]:
     ends = np.cumsum(data["lengths"])
     found = {}
     for i, key in enumerate(data["keys"]):

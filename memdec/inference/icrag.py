@@ -17,6 +17,8 @@ There is no separator between the two. The text is cut on the left to fit into t
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +29,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.datastore.passages import Passages
 from memdec.errors import ArtifactError, ConfigError
-from memdec.inference.wrapper import MemDecConfig, Wrapper, kept_positions, shared_vocabulary
+from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, kept_positions, shared_vocabulary
 from memdec.maths import mixing
-from memdec.models import loading
+from memdec.models import loading, rope
 from memdec.settings import RetrievalSettings
 from memdec.text import tokens
 
@@ -120,17 +122,38 @@ class IcRagForCausalLM(Wrapper):
                 f"past_key_values: expected whole texts, found a cache of {past_key_values.get_seq_length()} tokens; set "
                 "use_cache=False"
             )
+        made = mixing.log_softmax if prepared is None else mixing.finite
+        found = self._made(input_ids, attention_mask, logits_to_keep, made, torch.float32)
+        return self.output(found, labels, None)
+
+    def log_probs(
+        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(log p, None) of a batch without left padding, as for `Wrapper`."""
+        made = partial(mixing.log_softmax, dtype=dtype)
+        return self._made(input_ids, None, logits_to_keep, made, dtype), None
+
+    def _made(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None,
+        logits_to_keep: int | Tensor,
+        made: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "B K V"]:
+        """`made` of the base's logits at the kept positions; uniform at padding."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         where = logits_to_keep.cpu() if isinstance(logits_to_keep, Tensor) else logits_to_keep
         kept = torch.arange(input_ids.shape[1])[kept_positions(where)]
-        made = mixing.log_softmax if prepared is None else mixing.finite
         shape = (len(input_ids), len(kept), self.n_vocab)
-        found = torch.full(shape, -math.log(self.n_vocab), device=self.device)
+        found = torch.full(shape, -math.log(self.n_vocab), dtype=dtype, device=self.device)
         rows = self._rows(input_ids, mask.bool(), kept.tolist())
         rows.sort(key=lambda row: len(row.ids))
-        for first in range(0, len(rows), _ROWS):
-            self._fill(found, rows[first : first + _ROWS], made)
-        return self.output(found, labels, None)
+        for _, same in groupby(rows, key=lambda row: rope.length_class(self.base.config, len(row.ids))):
+            group = list(same)
+            for first in range(0, len(group), _ROWS):
+                self._fill(found, group[first : first + _ROWS], made)
+        return found
 
     def _rows(self, input_ids: Int[Tensor, "B T"], mask: Tensor, kept: Sequence[int]) -> list[_Row]:
         """Inputs of the base for the kept positions that are not padding: one row for each stride of a text."""
@@ -166,7 +189,7 @@ class IcRagForCausalLM(Wrapper):
         logits = self.readers[0].logits(read, use_cache=False, logits_to_keep=self.every)
         places = [(number, -1 - back, *where) for number, row in enumerate(rows) for *where, back in row.kept]
         number, back, row_of, at = torch.tensor(places).T
-        found[row_of, at] = made(logits[number, back, : self.n_vocab].float()).to(found.device)
+        found[row_of, at] = made(logits[number, back, : self.n_vocab].float()).to(found)
 
 
 def check_numbers(retriever: Passages, limit: int | None, *, query: int, every: int, context: int | None) -> int:
@@ -197,20 +220,15 @@ def check_numbers(retriever: Passages, limit: int | None, *, query: int, every: 
     return size
 
 
-def check_folders(
-    base: str | Path, passages: Path, settings: RetrievalSettings, tokenizer: Any | None = None
-) -> Passages:
+def check_folders(base: str | Path, words: Any, config: Any, passages: Path, settings: RetrievalSettings) -> Passages:
     """Check that passages fit the base, and return them; loads no weights.
-
-    `tokenizer` is the base's; None is the one in its folder.
 
     Raises:
         ArtifactError: The passages are incomplete, or were made with another tokenizer.
         ConfigError: The passages leave no room for text.
-        ModelError: The base cannot be found.
     """
-    retriever, words = Passages(passages), tokens.load_tokenizer(str(base)) if tokenizer is None else tokenizer
+    retriever = Passages(passages)
     tokens.check_same(tokens.fingerprint(words), retriever.facts["tokenizer_sha256"], f"{base} with {passages}")
-    limit = loading.n_positions(loading.config(base))
+    limit = loading.n_positions(config)
     check_numbers(retriever, limit, query=settings.query, every=settings.every, context=None)
     return retriever

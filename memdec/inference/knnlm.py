@@ -24,6 +24,7 @@ from memdec.datastore.keys import Datastore
 from memdec.errors import ArtifactError, NumericsError
 from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, kept_positions, last_positions, shared_vocabulary
 from memdec.maths import kernels, mixing
+from memdec.models import loading
 from memdec.models.keypoints import KeyPoint
 from memdec.settings import KnnLMSettings, parse
 from memdec.text import tokens
@@ -87,19 +88,20 @@ class KnnLMForCausalLM(Wrapper):
         self.weight = mixing.check_weight(weight)
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(log p_base, log p_kNN) of a batch without left padding, each float32 (B, T or logits_to_keep, V).
+        """(log p_base, log p_kNN) of a batch without left padding, each (B, T or logits_to_keep, V) in `dtype`.
 
         Args:
             input_ids: Token ids (B, T).
             which: "base", "memory" (p_kNN) or "both".
             logits_to_keep: Number of last positions to return; 0 means all.
+            dtype: float32, or float64 where many log-probabilities are added.
         """
         self.check_inputs(input_ids)
         kept = last_positions(input_ids.shape[1], logits_to_keep)
         read = {"input_ids": input_ids.to(self.device)}
-        _, base, found = self._run(which != "base", read, None, logits_to_keep=kept, use_cache=False)
+        _, base, found = self._run(which != "base", read, None, logits_to_keep=kept, use_cache=False, dtype=dtype)
         return base if which != "memory" else None, found
 
     def forward(
@@ -139,12 +141,13 @@ class KnnLMForCausalLM(Wrapper):
         *,
         logits_to_keep: int | Tensor,
         use_cache: bool,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(the base's logits, log p_base, log p_kNN or None) of the kept positions; log p_base also at padding."""
         with self._point.capture() as seen:
             logits = self.readers[0].logits(read, use_cache=use_cache, logits_to_keep=logits_to_keep)
         logits = logits[..., : self.n_vocab].to(self.device)
-        log_p_base = mixing.log_softmax(logits)
+        log_p_base = mixing.log_softmax(logits, dtype=dtype)
         if not search:
             return logits, log_p_base, None
         input_ids, kept = read["input_ids"], kept_positions(logits_to_keep)
@@ -152,15 +155,15 @@ class KnnLMForCausalLM(Wrapper):
         there = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         there = there[:, kept].to(self.device).bool()
         vectors = hidden.reshape(*input_ids.shape, -1)[:, kept][there.to(hidden.device)]
-        log_p = self._log_p_knn(vectors, input_ids[:, kept][there], there)
+        log_p = self._log_p_knn(vectors, input_ids[:, kept][there], there, dtype)
         return logits, log_p_base, log_p.where(there[..., None], log_p_base)
 
     def _log_p_knn(
-        self, vectors: Float[Tensor, "N D"], inputs: Int[Tensor, " N"], there: Bool[Tensor, "B K"]
+        self, vectors: Float[Tensor, "N D"], inputs: Int[Tensor, " N"], there: Bool[Tensor, "B K"], dtype: torch.dtype
     ) -> Float[Tensor, "B K V"]:
         """log p_kNN of the N positions that are not padding; -inf for a token that no neighbour has."""
         queries, read = self._queries(vectors, there), inputs.cpu().numpy()
-        log_p = torch.full((there.numel(), self.n_vocab), -math.inf, device=self.device)
+        log_p = torch.full((there.numel(), self.n_vocab), -math.inf, dtype=dtype, device=self.device)
         rows = there.flatten().nonzero()[:, 0]
         for first in range(0, len(queries), _QUERIES):
             part = slice(first, first + _QUERIES)
@@ -168,7 +171,7 @@ class KnnLMForCausalLM(Wrapper):
             near = torch.from_numpy(sq_dist), torch.from_numpy(ids)
             counts, found, probs = self._searcher.rows(*near, self.temperature)
             at = rows[part].repeat_interleave(counts.to(self.device))
-            log_p[at, found.to(self.device)] = probs.log().float().to(self.device)
+            log_p[at, found.to(self.device)] = probs.log().to(self.device, dtype)
         return log_p.view(*there.shape, -1)
 
     def _queries(self, vectors: Float[Tensor, "N D"], there: Bool[Tensor, "B K"]) -> Float[np.ndarray, "N D"]:
@@ -190,28 +193,20 @@ class KnnLMForCausalLM(Wrapper):
 
 
 def check_folders(
-    base: str | Path,
-    datastore: Path | Sequence[Path],
-    index_folder: Path,
-    settings: KnnLMSettings,
-    tokenizer: Any | None = None,
+    base: str | Path, words: Any, datastore: Path | Sequence[Path], index_folder: Path, settings: KnnLMSettings
 ) -> Datastore:
     """Check that base, keys, index and settings match, and return the datastore; loads no weights.
-
-    `tokenizer` is the base's; None is the one in its folder.
 
     Raises:
         ArtifactError: They do not match, or one of them is incomplete.
         ConfigError: A setting is out of its range.
-        ModelError: The base has no tokenizer.
     """
     store = Datastore(datastore)
     store.require_stored()
     search.check(store, index_folder, settings)
-    words = tokens.load_tokenizer(str(base)) if tokenizer is None else tokenizer
     tokens.check_same(tokens.fingerprint(words), store.facts["tokenizer_sha256"], f"{base} with {store.folder}")
     # A model that is not an artefact has no recipe; its weights are compared when it is loaded.
-    if artefact.kind_of(Path(base)) == "model" and artefact.read(Path(base), "model").recipe != store.model:
+    if artefact.kind_of(Path(base)) == "model" and loading.known(base, "model").recipe != store.model:
         raise ArtifactError(
             f"{store.folder}: expected keys of {base}, found those of another model; run `memdec datastore` with this one"
         )

@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ class MemDecForCausalLM(Wrapper):
     def __init__(self, config: MemDecConfig, base: Any | None = None, memories: Sequence[Any] | None = None) -> None:
         if base is None:
             base, *memories = (
-                AutoModelForCausalLM.from_config(config.part_config(i)) for i in range(len(config.parts))
+                AutoModelForCausalLM.from_config(config.part_config(i), trust_remote_code=False)
+                for i in range(len(config.parts))
             )
         super().__init__(config, base, memories := list(memories or ()))
-        self.n_vocab = config.n_vocab = shared_vocabulary([base, *memories], config.n_vocab)
+        self.n_vocab = shared_vocabulary([base, *memories], config.n_vocab)
         self.set_weights(config.weights)
         self._tokenizer: Any | None = None
         self._side: Any | None = None  # the memories' CUDA stream
@@ -79,6 +81,7 @@ class MemDecForCausalLM(Wrapper):
         memory_dtype: str | None = None,
         device_map: Any | None = None,
         memory_device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> "MemDecForCausalLM":
         """Load base and memories (folders or Hub ids) and check that their tokenizers are the same.
@@ -92,6 +95,7 @@ class MemDecForCausalLM(Wrapper):
             memory_dtype: Number type of the memories' weights; default as the base.
             device_map: Devices of the base, as in `from_pretrained` ("auto": spread over all GPUs).
             memory_device: Device of the memories; default the base's (first) device.
+            trust_remote_code: Whether base and memories may run code from their repositories.
             kwargs: Passed on to the base's `from_pretrained`.
 
         Raises:
@@ -99,16 +103,18 @@ class MemDecForCausalLM(Wrapper):
             ResourceError: The memories do not fit on their device.
         """
         commits = list(revisions or [None] * (1 + len(memories)))
-        words = tokens.load_tokenizer(str(base), commits[0])
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        inside = kwargs.get("subfolder") or ""
+        words = tokens.load_tokenizer(str(base), commits[0], subfolder=inside, **trust)
         for name, commit in zip(memories, commits[1:], strict=True):
-            tokens.check_same_ids(words, tokens.load_tokenizer(str(name), commit), f"{base} with {name}")
+            tokens.check_same_ids(words, tokens.load_tokenizer(str(name), commit, **trust), f"{base} with {name}")
         if device_map is not None:
             kwargs["device_map"] = device_map
-        lm = load(base, dtype=dtype, revision=commits[0], **kwargs)
+        lm = load(base, dtype=dtype, revision=commits[0], **trust, **kwargs)
         place = torch.device(memory_device) if memory_device is not None else next(lm.parameters()).device
         small = []
         for name, commit in zip(memories, commits[1:], strict=True):
-            model = load(name, dtype=memory_dtype or dtype, revision=commit)
+            model = load(name, dtype=memory_dtype or dtype, revision=commit, **trust)
             small.append(placed(model, place, str(name)))
         mixture = cls.from_models(lm, small, weights, n_vocab=tokens.n_needed(words))
         mixture._tokenizer = words
@@ -135,7 +141,7 @@ class MemDecForCausalLM(Wrapper):
             else:
                 model.save_pretrained(folder / _folder(index), **kwargs)
             parts.append(part)
-        saved = MemDecConfig(parts=parts, weights=self.config.weights, n_vocab=self.n_vocab)
+        saved = MemDecConfig(parts=parts, weights=self.config.weights, n_vocab=self.config.n_vocab)
         saved.architectures = [type(self).__name__]
         saved.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
@@ -156,6 +162,7 @@ class MemDecForCausalLM(Wrapper):
         memory_dtype: str | torch.dtype | None = None,
         device_map: Any | None = None,
         memory_device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> "MemDecForCausalLM":
         """Load a mixture that `save_pretrained` wrote, from a folder or the Hub; arguments as for `from_parts`."""
@@ -176,7 +183,14 @@ class MemDecForCausalLM(Wrapper):
             )
             wanted = (dtype if index == 0 else memory_dtype or dtype) or "auto"
             place = {"device_map": device_map} if index == 0 and device_map is not None else {}
-            model = load(part.get("path", name), dtype=wanted, **where, **place, **known)
+            model = load(
+                part.get("path", name),
+                dtype=wanted,
+                trust_remote_code=bool(trust_remote_code),
+                **where,
+                **place,
+                **known,
+            )
             if index:
                 device = torch.device(memory_device) if memory_device is not None else loaded[0].device
                 model = placed(model, device, f"memory {index - 1} of {name}")
@@ -203,9 +217,9 @@ class MemDecForCausalLM(Wrapper):
     # --- running --------------------------------------------------------------------------------------------------
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(log p_base, log p_mem) of a batch without left padding, each float32 (B, T or logits_to_keep, V).
+        """(log p_base, log p_mem) of a batch without left padding, each (B, T or logits_to_keep, V) in `dtype`.
 
         With several memories, p_mem is their mixture in proportion to their weights.
 
@@ -213,6 +227,7 @@ class MemDecForCausalLM(Wrapper):
             input_ids: Token ids (B, T).
             which: "base", "memory" or "both".
             logits_to_keep: Number of last positions to return; 0 means all.
+            dtype: float32, or float64 where many log-probabilities are added.
         """
         total = math.fsum(self.config.weights)
         shares = [w / total if total else 1 / len(self.memories) for w in self.config.weights]
@@ -221,7 +236,7 @@ class MemDecForCausalLM(Wrapper):
         self.check_inputs(input_ids)
         read = self._inputs(running, None, None, input_ids=input_ids, position_ids=None)
         kept = last_positions(input_ids.shape[1], logits_to_keep)
-        found = self._run(read, self._log_p, use_cache=False, logits_to_keep=kept)
+        found = self._run(read, partial(self._log_p, dtype=dtype), use_cache=False, logits_to_keep=kept)
         memories = [found.get(i) for i in range(1, len(shares) + 1)]
         return found.get(0), mixing.mix(None, memories, shares) if which != "base" and shares else None
 
@@ -257,12 +272,12 @@ class MemDecForCausalLM(Wrapper):
         mixed = mix(found.get(0), memories, self.config.weights)
         return self.output(mixed, labels, past_key_values)
 
-    def _log_p(self, logits: Tensor) -> Tensor:
-        return mixing.log_softmax(logits, self.n_vocab)
+    def _log_p(self, logits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return mixing.log_softmax(logits, self.n_vocab, dtype)
 
     def _shared(self, logits: Tensor) -> Tensor:
-        """Logits of the shared vocabulary."""
-        return logits[..., : self.n_vocab]
+        """Logits of the base's vocabulary."""
+        return mixing.in_vocabulary(logits, self.n_vocab)
 
     def _run(
         self, read: Mapping[int, Mapping[str, Any]], made: Callable[[Tensor], Tensor], **how: Any

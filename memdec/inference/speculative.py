@@ -27,6 +27,7 @@ from memdec.errors import ConfigError, ModelError
 from memdec.inference.mixture import MemDecForCausalLM
 from memdec.inference.wrapper import Reader
 from memdec.maths import mixing
+from memdec.models import rope
 
 # Settings of a generation config that `generate` obeys and that need more than one pass over the text, or more than
 # the ids before a token.
@@ -160,15 +161,11 @@ def _check(model: MemDecForCausalLM, input_ids: Tensor, max_new_tokens: int, n_d
 
 def _check_frequencies(config: Any, begin: int, end: int) -> None:
     """Check that rotary frequencies do not change while tokens `begin` to `end` are read, as a pass reads several."""
-    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    for each in [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]:
-        kind = each.get("rope_type")
-        limit = each.get("original_max_position_embeddings") or config.max_position_embeddings
-        if (kind == "longrope" and begin <= limit < end) or (kind == "dynamic" and end > limit):
-            raise ModelError(
-                f"speculative: expected rotary frequencies that stay the same up to {end} tokens, found {kind}, where they "
-                f"change after {limit}; use model.generate, or fewer tokens"
-            )
+    if rope.length_class(config, begin) != rope.length_class(config, end):
+        raise ModelError(
+            f"speculative: expected rotary frequencies that are the same from {begin} to {end} tokens, found a model whose "
+            "frequencies depend on the length; use model.generate, or fewer tokens"
+        )
 
 
 def _check_config(config: GenerationConfig) -> None:
@@ -199,7 +196,7 @@ class _Reading:
         read = self._reader.inputs(self._cache, places, input_ids=ids[:, self._n_read :])
         self._n_read = ids.shape[1]
         logits = self._reader.logits(read, use_cache=True, logits_to_keep=keep)
-        return logits[0, :, : self.n_vocab].float().to(self._device)
+        return mixing.in_vocabulary(logits[0], self.n_vocab).float().to(self._device)
 
     def forget(self, known: int) -> None:
         """Crop the cache to the first `known` tokens."""

@@ -39,7 +39,8 @@ class Parts:
         device: Device of all models.
         revision: Commit of the base, for Hub ids.
         memory_revision: Commit of the memory.
-        trust_remote_code: Whether the user allows tokenizers to run code from their repository.
+        subfolder: Subfolder of the base's repository on the Hub.
+        trust_remote_code: Whether the user allows base and memory to run code from their repositories.
         tokenizer: Tokenizer of the base, loaded; None: the one in its folder.
     """
 
@@ -58,6 +59,7 @@ class Parts:
     device: str = "cpu"
     revision: str | None = None
     memory_revision: str | None = None
+    subfolder: str = ""
     trust_remote_code: bool = False
     tokenizer: Any | None = None
 
@@ -113,11 +115,11 @@ class System:
         from memdec.models import loading
 
         weights = sum(
-            loading.n_bytes(parts.of(name), _dtype(parts, name), _revision(parts, name))
+            loading.n_bytes(parts.of(name), _dtype(parts, name), **_where(parts, name))
             for name in self.needs
             if name in _MODELS
         )
-        index = sum(artefact.read(parts.of("index"), "index").files.values()) if "index" in self.needs else 0
+        index = artefact.read(parts.of("index"), "index").n_bytes if "index" in self.needs else 0
         what, instead = f"weights in {parts.dtype}", "use another dtype or device"
         if devices.is_cuda(parts.device):
             devices.check_room(index, "cpu", "the index", "use a smaller one (kind ivfpq)")
@@ -168,8 +170,11 @@ class System:
 _MODELS = ("base", "dapt", "memory")  # parts whose weights are counted; a LoRA adapter is small
 
 
-def _revision(parts: Parts, name: str) -> str | None:
-    return {"base": parts.revision, "memory": parts.memory_revision}.get(name)
+def _where(parts: Parts, name: str) -> dict[str, Any]:
+    """Arguments that every reader of a part's files gets, besides its folder or Hub id."""
+    revision = {"base": parts.revision, "memory": parts.memory_revision}.get(name)
+    subfolder = parts.subfolder if name == "base" else ""
+    return {"revision": revision, "subfolder": subfolder, "trust_remote_code": parts.trust_remote_code}
 
 
 def _dtype(parts: Parts, name: str) -> str:
@@ -186,9 +191,10 @@ def _tokenizer(parts: Parts, name: str) -> Any:
 
     if name == "base" and parts.tokenizer is not None:
         return parts.tokenizer
+    where = _where(parts, name)
     model = str(parts.of(name))
-    loading.check_folder(model)
-    return tokens.load_tokenizer(model, _revision(parts, name), trust_remote_code=parts.trust_remote_code)
+    loading.check_folder(model, where["subfolder"], any_weights=name == "base")
+    return tokens.load_tokenizer(model, **where)
 
 
 def _fits_alone(parts: Parts) -> None:
@@ -206,7 +212,11 @@ def _made_from_base(name: str, kind: str) -> Callable[[Parts], None]:
     """Make a check that a DAPT model or LoRA adapter was trained from this base."""
 
     def fits(parts: Parts) -> None:
-        folder, base = parts.of(name), artefact.read(Path(parts.base), "model")
+        from memdec.models import loading
+
+        folder, base = parts.of(name), loading.known(parts.base, "model")
+        if folder.is_dir() and not loading.is_artefact(folder):
+            return  # a plain folder does not say what it was trained from
         if artefact.read(folder, kind).inputs.get("model") != base.recipe:
             raise ArtifactError(
                 f"{folder}: expected what was trained from {parts.base}, found something from another model; check the paths"
@@ -218,13 +228,15 @@ def _made_from_base(name: str, kind: str) -> Callable[[Parts], None]:
 def _fits_keys(parts: Parts) -> None:
     from memdec.inference import knnlm
 
-    knnlm.check_folders(parts.base, parts.datastore, parts.of("index"), parts.knn_lm, parts.tokenizer)
+    knnlm.check_folders(parts.base, _tokenizer(parts, "base"), parts.datastore, parts.of("index"), parts.knn_lm)
 
 
 def _fits_passages(parts: Parts) -> None:
     from memdec.inference import icrag
+    from memdec.models import loading
 
-    icrag.check_folders(parts.base, parts.of("passages"), parts.retrieval, parts.tokenizer)
+    config = loading.config(parts.base, **_where(parts, "base"))
+    icrag.check_folders(parts.base, _tokenizer(parts, "base"), config, parts.of("passages"), parts.retrieval)
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
@@ -236,7 +248,7 @@ def _load(name: str) -> Callable[[Parts], Any]:
     def load(parts: Parts) -> Any:
         from memdec.models import loading
 
-        model = loading.load(parts.of(name), dtype=_dtype(parts, name), revision=_revision(parts, name))
+        model = loading.load(parts.of(name), dtype=_dtype(parts, name), **_where(parts, name))
         return model.to(parts.device)
 
     return load
@@ -244,9 +256,9 @@ def _load(name: str) -> Callable[[Parts], Any]:
 
 def _load_adapted(parts: Parts) -> Any:
     """Load the base and merge the adapter into its weights, so it is as fast as the base."""
-    from peft import PeftModel
+    from memdec.models import loading
 
-    return PeftModel.from_pretrained(_load("base")(parts), str(parts.lora)).merge_and_unload()
+    return loading.adapted(_load("base")(parts), parts.of("lora")).merge_and_unload()
 
 
 def _alone(base: Any, parts: Parts, n_vocab: int) -> Any:
@@ -260,7 +272,7 @@ def _mixed(base: Any, parts: Parts, n_vocab: int) -> Any:
     from memdec.models import loading
 
     dtype = parts.memory_dtype or str(base.dtype).removeprefix("torch.")
-    memory = loading.load(parts.of("memory"), dtype=dtype, revision=parts.memory_revision)
+    memory = loading.load(parts.of("memory"), dtype=dtype, **_where(parts, "memory"))
     memory = loading.placed(memory, base.device, str(parts.memory))
     return MemDecForCausalLM.from_models(base, [memory], [parts.alpha], n_vocab=n_vocab)
 

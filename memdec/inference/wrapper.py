@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     Cache,
     DynamicCache,
@@ -27,6 +28,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.errors import ConfigError, ModelError
+from memdec.maths import mixing
+from memdec.models import rope
 from memdec.models.loading import check_positions, n_positions
 
 Which = Literal["both", "base", "memory"]
@@ -47,7 +50,7 @@ class MemDecConfig(PreTrainedConfig):
         parts: One dictionary for the base, then one for each memory. It holds `config` (the configuration of that
             model, as a dictionary with `model_type`) and, if the weights are saved elsewhere, `path` and `revision`.
         weights: Weight of each memory; the base has the rest to 1.
-        n_vocab: Size of the shared vocabulary.
+        n_vocab: Rows that the tokenizer needs (`tokens.n_needed`), which every output head must have.
     """
 
     model_type = "memdec"
@@ -67,7 +70,10 @@ class MemDecConfig(PreTrainedConfig):
     def part_config(self, index: int) -> Any:
         """Configuration of one model: 0 is the base."""
         plain = dict(self.parts[index]["config"])
-        return AutoConfig.for_model(plain.pop("model_type"), **plain)
+        kind = plain.pop("model_type")
+        if kind not in CONFIG_MAPPING:  # of code of a repository, which is not asked for again
+            return PreTrainedConfig(**plain)
+        return AutoConfig.for_model(kind, **plain)
 
     @property
     def max_position_embeddings(self) -> int:
@@ -78,12 +84,10 @@ class MemDecConfig(PreTrainedConfig):
         return int(min(known))
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
-        """The base's text config with the shared vocabulary; `generate` reads layers and special tokens from it."""
+        """The base's text config; `generate` reads layers, vocabulary and special tokens from it."""
         if not self.parts:
             return self
-        config = self.part_config(0).get_text_config(decoder=decoder, encoder=encoder)
-        config.vocab_size = self.n_vocab or config.vocab_size
-        return config
+        return self.part_config(0).get_text_config(decoder=decoder, encoder=encoder)
 
 
 class Reader:
@@ -192,6 +196,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MemDecConfig, base: Any, memories: Sequence[Any] = ()) -> None:
         super().__init__(config)
         self.base, self.memories = base, nn.ModuleList(memories)
+        rope.independent(self)
         self.generation_config = copy.deepcopy(base.generation_config)
         self.n_positions = n_positions(config)
         self.config._attn_implementation = base.config._attn_implementation  # decides which masks `generate` drops
@@ -234,7 +239,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         )
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0
+        self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p, None) of a batch without left padding; None because there is no second distribution.
 
@@ -242,10 +247,12 @@ class Wrapper(PreTrainedModel, GenerationMixin):
             input_ids: Token ids (B, T).
             which: "base"; models with a second distribution also accept "both" and "memory".
             logits_to_keep: Number of last positions to return; 0 means all.
+            dtype: Number type of the log-probabilities: float32, or float64 where many of them are added.
         """
         self.check_inputs(input_ids)
         kept = last_positions(input_ids.shape[1], logits_to_keep)
-        return self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=kept).logits, None
+        log_p = self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=kept).logits
+        return log_p if dtype == log_p.dtype else mixing.log_softmax(log_p, dtype=dtype), None
 
     def output(self, logits: Tensor, labels: Tensor | None, cache: Cache | None) -> CausalLMOutputWithPast:
         """Make the output of `forward`; with `labels` (B, T) it has the usual loss of causal LMs, in nats per token."""
@@ -452,18 +459,21 @@ def _check_ids(ids: Tensor, limit: int, what: str) -> None:
 
 
 def shared_vocabulary(models: Sequence[Any], n_vocab: int | None) -> int:
-    """Size of the shortest output head; it is the shared vocabulary, as some model families pad their heads.
+    """Rows of the base's output head, which is the vocabulary of a mixture.
+
+    Some families pad their heads. The base is normalised over all of its rows, as it is alone, and so every system
+    around one base is normalised over the same entries (`mixing.in_vocabulary`).
 
     Args:
-        models: Causal LMs.
+        models: Causal LMs, the base first.
         n_vocab: Rows that the tokenizer needs (`tokens.n_needed`), only to check that every head has them.
 
     Raises:
         ModelError: A head has fewer than `n_vocab` tokens.
     """
-    shortest = min(_rows(model.get_output_embeddings()) for model in models)
-    if n_vocab is not None and n_vocab > shortest:
+    rows = [_rows(model.get_output_embeddings()) for model in models]
+    if n_vocab is not None and n_vocab > min(rows):
         raise ModelError(
-            f"expected output heads of at least {n_vocab} tokens, found {shortest}; use models of one tokenizer"
+            f"expected output heads of at least {n_vocab} tokens, found {min(rows)}; use models of one tokenizer"
         )
-    return shortest
+    return rows[0]

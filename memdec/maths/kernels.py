@@ -23,6 +23,22 @@ _STRIP = 32  # number of distances whose minimum is compared with the limit firs
 _AHEAD = 6  # number of candidates between the prefetch of a key and its use
 
 
+def compiled(*signature: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's `njit` without the GIL, with the machine code kept on disk where a folder can be written.
+
+    numba keeps it beside the module or in the user's cache folder. In an installation where neither can be written it
+    raises an error, and then the code is compiled at each start.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(*signature, nogil=True, cache=True, **options)(function)
+        except (RuntimeError, OSError):
+            return njit(*signature, nogil=True, **options)(function)
+
+    return decorate
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _widen(_typing: Any, value: Any) -> Any:
     """Convert a key element to float32: uint16 holds float16 bits, int16 holds bfloat16 bits, float32 is unchanged.
@@ -67,7 +83,7 @@ def bits(keys: NDArray[Any]) -> NDArray[Any]:
     return plain.view(np.uint16) if plain.dtype == np.float16 else plain
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def widen(keys: NDArray[Any], out: NDArray[np.float32], out_bits: NDArray[np.int32]) -> bool:
     """Convert keys (`bits`) of shape (n, D) to float32; return whether all are finite and below LARGEST.
 
@@ -83,7 +99,7 @@ def widen(keys: NDArray[Any], out: NDArray[np.float32], out_bits: NDArray[np.int
     return bool(largest < _LARGEST_BITS)
 
 
-@njit(nogil=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(fastmath=True)
 def sq_distances(
     queries: NDArray[np.float32],
     keys: NDArray[Any],
@@ -123,7 +139,7 @@ def sq_distances(
 NOBODY = 2**32 - 1  # position of a missing neighbour in a sort key; a datastore must have fewer positions
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def unpack_distinct(order: NDArray[np.uint64], sq_dist: NDArray[np.int32], ids: NDArray[np.int64]) -> None:
     """Unpack the first K distinct (distance bits, position) pairs of each sorted row, or fewer if NOBODY comes first.
 
@@ -144,7 +160,7 @@ def unpack_distinct(order: NDArray[np.uint64], sq_dist: NDArray[np.int32], ids: 
                 filled, last = filled + 1, pair
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def cut(near: Any, ids: Any, end: int, neighbours: int) -> tuple[int, Any]:
     """Keep the `neighbours` smallest of `near[:end]` in order, the earlier in a tie; return (count, largest)."""
     if end <= neighbours:
@@ -161,7 +177,7 @@ def cut(near: Any, ids: Any, end: int, neighbours: int) -> tuple[int, Any]:
     return kept, limit
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def cut_all(near: Any, ids: Any, counts: Any, neighbours: int) -> None:
     """Apply `cut` to each row and fill the places after its neighbours with +inf and -1."""
     for row in range(len(counts)):
@@ -170,7 +186,7 @@ def cut_all(near: Any, ids: Any, counts: Any, neighbours: int) -> None:
         ids[row, counts[row] : neighbours] = -1
 
 
-@njit(nogil=True, fastmath={"nnan", "nsz", "reassoc"}, cache=True)  # type: ignore[untyped-decorator]
+@compiled(fastmath={"nnan", "nsz", "reassoc"})
 def keep_nearest(
     sq_dist: NDArray[np.floating],
     first: int,
@@ -217,9 +233,7 @@ def keep_nearest(
         counts[row], limits[row] = end, limit
 
 
-@njit(  # type: ignore[untyped-decorator]
-    "int64(float64[:, ::1], int64[:, ::1], float64[::1], int64[::1], int64[::1], float64[::1])", nogil=True, cache=True
-)
+@compiled("int64(float64[:, ::1], int64[:, ::1], float64[::1], int64[::1], int64[::1], float64[::1])")
 def sum_equal(
     weights: NDArray[np.float64],
     values: NDArray[Any],
@@ -258,7 +272,7 @@ def sum_equal(
     return end
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def keep_best(
     counts: NDArray[np.int64], tokens: NDArray[Any], probs: NDArray[np.float64], top: int, threshold: float
 ) -> int:

@@ -23,7 +23,7 @@ def check_weight(alpha: float) -> float:
         ConfigError: alpha is not a number in that range.
     """
     try:
-        value = float(alpha)
+        value = math.nan if isinstance(alpha, bool) else float(alpha)
     except (TypeError, ValueError):
         value = math.nan
     if not 0.0 <= value <= 1.0:
@@ -63,7 +63,7 @@ def mix(
     log_p_mems: Sequence[Float[Tensor, "*shape"] | None],
     weights: Sequence[float],
 ) -> Float[Tensor, "*shape"]:
-    """log(sum_i w_i p_mem,i + (1 - sum_i w_i) p_base), float32, of log-probabilities of equal shape.
+    """log(sum_i w_i p_mem,i + (1 - sum_i w_i) p_base) of log-probabilities of equal shape, in float32 or float64.
 
     A distribution with weight 0 is not read and may be None. A distribution with weight 1 is returned bit for bit.
     """
@@ -74,7 +74,8 @@ def mix(
         if weight == 0.0:
             continue
         assert log_p is not None
-        part = log_p.float() if weight == 1.0 else log_p.float() + math.log(weight)
+        wide = log_p if log_p.dtype == torch.float64 else log_p.float()
+        part = wide if weight == 1.0 else wide + math.log(weight)
         mixed = part if mixed is None else torch.logaddexp(mixed, part)
     assert mixed is not None  # the weights sum to one
     return mixed
@@ -123,18 +124,32 @@ def mix_scores(log_p_base: NDArray[np.floating], log_p_mem: NDArray[np.floating]
     return np.logaddexp(memory + log_a, base + log_b)
 
 
-def log_softmax(logits: Float[Tensor, "*batch V"], n_vocab: int | None = None) -> Float[Tensor, "*batch V"]:
-    """log-softmax in float32 over the first `n_vocab` entries.
+def in_vocabulary(logits: Float[Tensor, "*batch V"], n_vocab: int) -> Float[Tensor, "*batch W"]:
+    """Logits of `n_vocab` entries, those of the base's head, before the softmax.
 
-    `n_vocab` cuts off padded head rows before the softmax (Qwen2.5: 151,936 rows up to 3B, 152,064 from 7B on). It is
-    the size of the shorter head when two models are mixed.
+    Families pad their heads (Qwen2.5: 151,936 rows up to 3B, 152,064 from 7B on). Padded rows that the base lacks are
+    cut off. Where a memory has fewer rows than the base, its probability of the others is 0, and the base stays as it
+    is alone.
+    """
+    logits = logits[..., :n_vocab]
+    missing = n_vocab - logits.shape[-1]
+    return torch.nn.functional.pad(logits, (0, missing), value=-math.inf) if missing else logits
+
+
+def log_softmax(
+    logits: Float[Tensor, "*batch V"], n_vocab: int | None = None, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*batch V"]:
+    """log-softmax over `n_vocab` entries, or all, computed in `dtype`.
+
+    In float32 the rounding error of the normaliser is common to all tokens of a position. Where log-probabilities of
+    many tokens of one position are added, it adds up, so they are computed in float64.
 
     Raises:
         NumericsError: The logits hold NaN (the released code turns them into probability one).
     """
     if n_vocab is not None:
-        logits = logits[..., :n_vocab]
-    log_p = torch.log_softmax(logits.float(), dim=-1)
+        logits = in_vocabulary(logits, n_vocab)
+    log_p = torch.log_softmax(logits, dim=-1, dtype=dtype)
     if torch.isnan(log_p[..., 0]).any():
         raise NumericsError(_NOT_FINITE)
     return log_p
@@ -183,6 +198,32 @@ def perplexities(
         weights: alpha of the memory, or lambda of p_kNN.
     """
     return {weight: perplexity(mix_scores(log_p_base, log_p_other, weight)) for weight in weights}
+
+
+def at_end(
+    name: str, chosen: float, candidates: Iterable[float], limits: tuple[float, float] = (0.0, 1.0)
+) -> str | None:
+    """A warning if a tuned weight is the smallest or largest of its candidates, as a better one may lie beyond.
+
+    Args:
+        name: Name of the weight, for the message.
+        chosen: The best candidate.
+        candidates: All of them; with fewer than two nothing was tuned.
+        limits: Smallest and largest possible value; alpha and lambda have 0 (the base alone) and 1.
+
+    Returns:
+        The message, or None if the weight is inside of its grid.
+    """
+    values = {*candidates, chosen}
+    low, high = min(values), max(values)
+    if low == high or low < chosen < high:
+        return None
+    where = f"{name}: the best of {low:g} to {high:g} is {chosen:g}, the end of the grid"
+    if chosen == limits[0]:
+        return f"{where}; no mixture is better than the base alone"
+    if chosen == limits[1]:
+        return f"{where}; no mixture is better than the second distribution alone"
+    return f"{where}; try {'smaller' if chosen == low else 'larger'} ones"
 
 
 def best_weight(values: Mapping[float, float], *, higher: bool = False) -> float:

@@ -1,4 +1,7 @@
-"""Write the model card (README.md) of a trained folder from its manifest: facts, settings and inputs."""
+"""Write the model card (README.md) of a trained folder from its manifest: facts, settings and inputs.
+
+Names come from the user, so everything is escaped: a corpus called `a|b` or `<script>` is shown as such.
+"""
 
 from collections.abc import Mapping
 from importlib import resources
@@ -43,11 +46,11 @@ def write(out: Path, *, kind: Kind, facts: dict[str, Any], settings: dict[str, A
         table=_table,
         kind=kind,
         trained_on=_corpus(facts) | _named(_TEXT, facts),
-        objective=plain.pop("objective", None),
+        objective=_name(plain.pop("objective", None)),
         results=_named(_RESULTS, facts),
         settings=plain,
         inputs=inputs,
-        tokenizer=facts.get("tokenizer_sha256"),
+        tokenizer=_name(facts.get("tokenizer_sha256")),
     )
     artefact.write_text(out / "README.md", f"{card.content}\n")
 
@@ -72,10 +75,14 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _table(head: str, rows: Mapping[str, Any], value: str = "value") -> str:
-    return markdown.table([head, value], [[name, _cell(each)] for name, each in rows.items()], 2)
+    return markdown.table([head, value], [[markdown.escaped(name), _cell(each)] for name, each in rows.items()], 2)
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e12 else f"{value:.6g}"
-    return f"{value:,}" if type(value) is int else str(value)
+    return f"{value:,}" if type(value) is int else markdown.escaped(str(value))
+
+
+def _name(value: Any) -> str | None:
+    return None if value is None else markdown.escaped(str(value))

@@ -1,13 +1,16 @@
 """Stage `model`, and loading of models: from scratch (mini scale), a folder, the Hub or a GGUF file."""
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from memdec.artefacts import artefact, devices, sources
 from memdec.errors import ConfigError, ModelError, outside
+from memdec.models import checkpoints
 from memdec.settings import ModelSpec
 from memdec.text import tokens
 from memdec.text.tokens import load_tokenizer
@@ -20,6 +23,7 @@ def load(
     revision: str | None = None,
     subfolder: str = "",
     dropout: float | None = None,
+    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Load a causal LM from an artefact folder, a model folder or a Hub id.
@@ -30,51 +34,161 @@ def load(
         revision: Commit of a Hub id.
         subfolder: Subfolder of the folder or repository.
         dropout: Replaces every dropout rate of the configuration.
+        trust_remote_code: Whether code of the repository may run.
         kwargs: Passed on to `from_pretrained`.
 
     Raises:
-        ModelError: There is no usable model.
+        ModelError: There is no usable model, or its files do not have exactly the model's weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_folder(Path(name, subfolder) if Path(name).is_dir() else name)
-    with outside(ModelError, name, "a causal LM with safetensors weights", "check the path or the network"):
-        config = AutoConfig.from_pretrained(name, revision=revision, subfolder=subfolder)
-        if dropout is not None:
-            set_dropout(config, dropout)
-        return AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            revision=revision,
-            subfolder=subfolder,
-            dtype=dtype,
-            use_safetensors=True,
-            **kwargs,
+    check_folder(name, subfolder, whole=True)
+    given: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "trust_remote_code": trust_remote_code}
+    with sources.reading(name, "a causal LM with safetensors weights"):
+        config = AutoConfig.from_pretrained(name, **given)
+    if dropout is not None:
+        set_dropout(config, dropout)
+    return from_pretrained(
+        AutoModelForCausalLM, name, config=config, dtype=dtype, use_safetensors=True, **given, **kwargs
+    )
+
+
+def from_pretrained(
+    kind: Any,
+    name: str | Path,
+    *,
+    shown: str | None = None,
+    expected: str = "a causal LM with weights that can be read",
+    **kwargs: Any,
+) -> Any:
+    """Call `kind.from_pretrained`, and check that the files have the model's weights and no others.
+
+    transformers fills a weight that no file has with random numbers and only logs it. All models are loaded here, so
+    that none is used like that.
+
+    Args:
+        kind: Class with `from_pretrained`, such as `AutoModelForCausalLM`.
+        name: Folder or Hub id.
+        shown: What messages call it; default the name.
+        expected: What it should be, for messages.
+        kwargs: Passed on.
+
+    Raises:
+        ModelError: Weights are missing, left over or of another shape, or nothing can be read.
+    """
+    kwargs["ignore_mismatched_sizes"] = True  # they are in the report then, with the others
+    shown = shown or str(name)
+    with sources.reading(shown, expected):
+        if kwargs.get("generation_config") is None and kwargs.get("gguf_file") is None:
+            kwargs["generation_config"] = checkpoints.repaired_file(name, kwargs)
+        model, report = kind.from_pretrained(name, output_loading_info=True, **kwargs)
+    checkpoints.check_report(report, shown, type(model).__name__)
+    if kwargs.get("gguf_file") is None:
+        checkpoints.check_types(Path(name, kwargs.get("subfolder") or ""), model)
+    checkpoints.repair_generation(model, shown)
+    return model
+
+
+def adapted(base: Any, name: str | Path, *, revision: str | None = None) -> Any:
+    """The base with a trained peft adapter, not merged.
+
+    The vocabulary of the base is only resized for an adapter with embeddings of its own. lm-eval's `hf` cuts or fills
+    every head to the size of the tokenizer, so that a softmax over other entries would be compared with the base's.
+
+    Raises:
+        ArtifactError: The folder is an artefact that is not complete.
+        ModelError: The adapter cannot be read, was made for another model, or lacks weights.
+    """
+    from peft import PeftModel
+
+    given: dict[str, Any] = {"revision": revision, "torch_device": str(base.device)}
+    given["key_mapping"] = getattr(base, "_checkpoint_conversion_mapping", None) or {}
+    if is_artefact(Path(name)):
+        artefact.read(Path(name), "lora", whole=True)
+    with sources.reading(name, f"a peft adapter of {base.name_or_path}"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        _take_rows(base, name, given)
+        model = PeftModel.from_pretrained(base, str(name), **given)
+        report = model.load_adapter(str(name), "default", **given)  # loads it once more, for the report
+    found = {"missing_keys": report.missing_keys, "unexpected_keys": report.unexpected_keys}
+    checkpoints.check_report(found, name, f"an adapter of {type(base).__name__}")
+    return model
+
+
+def _take_rows(base: Any, name: str | Path, given: Mapping[str, Any]) -> None:
+    """Resize the vocabulary of the base to that of embeddings which the adapter brings itself, if it does.
+
+    Raises:
+        ModelError: The adapter brings one of two tables, so that the other would have random rows.
+    """
+    from peft.utils.save_and_load import load_peft_weights
+
+    tables = {id(part.weight): part for part in (base.get_input_embeddings(), base.get_output_embeddings())}
+    paths = [path for path, module in base.named_modules() if any(module is part for part in tables.values())]
+    weights = load_peft_weights(str(name), device="cpu", revision=given["revision"])
+    rows = [len(value) for key, value in weights.items() if key.removeprefix("base_model.model.")[:-7] in paths]
+    if not rows or set(rows) == {len(base.get_output_embeddings().weight)}:
+        return
+    if len(rows) < len(tables):
+        raise ModelError(
+            f"{name}: expected embedding and head of {rows[0]} tokens, found one of them in the adapter; save both"
         )
+    base.resize_token_embeddings(rows[0], mean_resizing=False)
 
 
-def config(name: str | Path, revision: str | None = None) -> Any:
+def check_delta(base: str | Path, delta: str | Path, revision: str | None = None, **where: Any) -> None:
+    """Check that a delta has the weights of its base; no weights are read.
+
+    Args:
+        base: Folder or Hub id.
+        delta: Folder or Hub id of the weights that are added.
+        revision: Commit of both, for Hub ids, as in lm-eval.
+        where: Further arguments for `config` of the base.
+
+    Raises:
+        ModelError: A weight of one of them is not in the other, or has another shape.
+    """
+    ours, theirs = (
+        {weight: tuple(value.shape) for weight, value in on_meta(name, revision, **more).state_dict().items()}
+        for name, more in ((base, where), (delta, {k: v for k, v in where.items() if k == "trust_remote_code"}))
+    )
+    both = ours.keys() & theirs.keys()
+    found = {"missing_keys": ours.keys() - theirs.keys(), "unexpected_keys": theirs.keys() - ours.keys()}
+    shapes = {(weight, theirs[weight], ours[weight]) for weight in both if ours[weight] != theirs[weight]}
+    checkpoints.check_report(found | {"mismatched_keys": shapes}, delta, f"the base {base}")
+
+
+def config(
+    name: str | Path, revision: str | None = None, *, subfolder: str = "", trust_remote_code: bool = False
+) -> Any:
     """The configuration of a model folder or Hub id."""
     from transformers import AutoConfig
 
-    check_folder(name)
-    return AutoConfig.from_pretrained(name, revision=revision)
+    check_folder(name, subfolder, any_weights=True)
+    with sources.reading(name, "a model with a configuration that can be read"):
+        return AutoConfig.from_pretrained(
+            name, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code
+        )
 
 
-def on_meta(name: str | Path, revision: str | None = None) -> Any:
-    """The model of a folder or Hub id on the meta device, so without weights."""
+def on_meta(name: str | Path, revision: str | None = None, **where: Any) -> Any:
+    """The model of a folder or Hub id on the meta device, so without weights; `where` as for `config`."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config(name, revision))
+        return AutoModelForCausalLM.from_config(
+            config(name, revision, **where), trust_remote_code=where.get("trust_remote_code", False)
+        )
 
 
-def n_bytes(name: str | Path, dtype: str, revision: str | None = None) -> int:
+def n_bytes(name: str | Path, dtype: str, revision: str | None = None, **where: Any) -> int:
     """Size in bytes of a model's weights in the type `dtype` (`auto`: that of its configuration); loads no weights.
+
+    `where` is as for `config`.
 
     The result is 0 for quantised weights, because the configuration does not state their size.
     """
-    model = on_meta(name, revision)
+    model = on_meta(name, revision, **where)
     if getattr(model.config, "quantization_config", None) is not None:
         return 0
     kind = model.config.dtype if dtype == "auto" else getattr(torch, dtype)
@@ -94,19 +208,74 @@ def placed(model: Any, device: torch.device, name: str) -> Any:
     return model.to(device)
 
 
-def check_folder(name: str | Path) -> None:
+def check_folder(name: str | Path, subfolder: str = "", *, any_weights: bool = False, whole: bool = False) -> None:
     """Check that a name that looks like a local path is a complete model folder.
 
     Without this check the Hub client would report an invalid repository name.
+
+    Args:
+        name: Folder or Hub id.
+        subfolder: Subfolder of the folder.
+        any_weights: Whether weights in another format than safetensors will do, or none (a saved mixture).
+        whole: Whether the content of large files of an artefact is checked too; for those who load it.
+
+    Raises:
+        ArtifactError: The folder is an artefact that is not complete.
+        ModelError: There is no such folder, configuration or weights.
     """
     path = Path(name)
-    if path.is_dir() and (path / artefact.MARK).exists():
-        artefact.read(path, artefact.kind_of(path) or "model")
+    if is_artefact(path):
+        artefact.read(path, artefact.kind_of(path) or "model", whole)
     looks_local = path.is_absolute() or len(path.parts) > 2 or str(name).startswith(".") or path.exists()
-    if looks_local and not (path / "config.json").is_file():
+    if not looks_local:
+        return
+    path = path / subfolder
+    if not (path / "config.json").is_file():
+        found = "no such file in it" if path.is_dir() else "no such folder"
+        raise ModelError(f"{path}: expected a model folder with config.json, found {found}; check the path")
+    if (path / "adapter_config.json").is_file():
         raise ModelError(
-            f"{name}: expected a model folder with config.json, found {'no such file in it' if path.is_dir() else 'no such folder'}; check the path"
+            f"{path}: expected a model, found a peft adapter beside its config.json, which transformers would add to the "
+            "adapter's own base; move the adapter, and give it as peft= (lm_eval) or --lora"
         )
+    if not any_weights:
+        checkpoints.weight_files(path)
+
+
+def is_artefact(folder: Path) -> bool:
+    """Whether a folder was made by a stage of ours; others are plain folders, of which no origin is known."""
+    return (folder / artefact.MARK).exists() or artefact.kind_of(folder) is not None
+
+
+class Known(NamedTuple):
+    """What a stage notes about a model folder that it reads.
+
+    Attributes:
+        recipe: The recipe of an artefact; of a plain folder the hash of its content.
+        facts: The facts of an artefact; of a plain folder its tokenizer's fingerprint, as `tokenizer_sha256`.
+    """
+
+    recipe: str
+    facts: Mapping[str, Any]
+
+
+def known(folder: str | Path, *kinds: str) -> Known:
+    """Describe a model folder, which is an artefact of one of the kinds or any folder that transformers can load.
+
+    The content of all files of an artefact is checked, because a folder of links has no other way to notice that the
+    linked model was replaced.
+
+    Raises:
+        ArtifactError: The artefact is of another kind, not complete or changed.
+        ModelError: The folder is no model folder.
+    """
+    path = Path(folder)
+    if is_artefact(path):
+        kind = artefact.kind_of(path)
+        manifest = artefact.read(path, kind if kind in kinds else kinds[0], whole=True)
+        return Known(manifest.recipe, manifest.facts)
+    check_folder(folder)
+    return Known(sources.identity(folder), {"tokenizer_sha256": tokens.fingerprint(load_tokenizer(str(folder)))})
 
 
 def set_dropout(config: Any, rate: float) -> None:
@@ -212,21 +381,30 @@ def run_pretrained(spec: ModelSpec, tokenizer_folder: Path, out: Path) -> None:
     """Stage `model` for pretrained models: make a model folder.
 
     An unchanged folder or Hub model becomes a folder of links, without copies. A GGUF file, or a model of which only
-    the first `layers` are kept, is written as float32 safetensors.
+    the first `layers` are kept, is written as float32 safetensors. The recipe has the content of the source, or its
+    commit on the Hub, and not its path.
     """
     assert spec.pretrained is not None
-    inputs = {"tokenizer": artefact.read(tokenizer_folder, "tokenizer").recipe}
-    if isinstance(spec.pretrained, str) and sources.is_gguf(spec.pretrained) and Path(spec.pretrained).is_file():
-        inputs["gguf"] = artefact.file_digest(Path(spec.pretrained))
-    with artefact.building(out, "model", spec, inputs) as build:
+    inputs, plain = {"tokenizer": artefact.read(tokenizer_folder, "tokenizer").recipe}, spec.model_dump(mode="json")
+    folder: Path | None = None
+    if isinstance(spec.pretrained, str):
+        plain["pretrained"], there = None, Path(spec.pretrained)
+        if not sources.is_gguf(spec.pretrained):
+            folder = snapshot(spec.pretrained, spec.revision)
+            checkpoints.weight_files(folder)
+            # The Hub client keeps a commit in a folder of its name.
+            at = f"{spec.pretrained}@{folder.name}"
+            inputs["pretrained"] = sources.identity(there) if there.is_dir() else at
+        elif there.is_file():
+            inputs["pretrained"] = sources.identity(there)
+    with artefact.building(out, "model", plain, inputs) as build:
         if build is None:
             return
-        if sources.is_gguf(spec.pretrained):
+        if folder is None:
             with sources.gguf(spec.pretrained) as source:
                 build.facts.update(source.facts)
                 _write(from_gguf(source), load_tokenizer(str(source.folder), **source.options), spec.layers, out)
         else:
-            folder = snapshot(str(spec.pretrained), spec.revision)
             build.facts.update(source=spec.pretrained, revision=spec.revision)
             if spec.layers is None:
                 _link(folder, out)
@@ -239,8 +417,9 @@ def run_pretrained(spec: ModelSpec, tokenizer_folder: Path, out: Path) -> None:
 
 
 def _link(folder: Path, out: Path) -> None:
-    for file in folder.iterdir():
-        if file.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja") and file.name != artefact.MANIFEST:
+    others = [file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".model", ".jinja")]
+    for file in {*checkpoints.weight_files(folder), *others}:
+        if file.name != artefact.MANIFEST:
             (out / file.name).unlink(missing_ok=True)  # left by an interrupted build
             (out / file.name).symlink_to(file.resolve())
 
@@ -261,17 +440,15 @@ def from_gguf(source: sources.Source) -> Any:
     from transformers import AutoModelForCausalLM
 
     name = source.facts["source"]
-    what = "a GGUF file of an architecture that transformers reads"
-    with outside(ModelError, name, what, "use the model's safetensors folder"):
-        packed, report = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=torch.float32, output_loading_info=True, **source.options
-        )
-    wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in sorted(report[kind])]
-    if wrong:
-        raise ModelError(
-            f"{name}: expected all weights of {type(packed).__name__} and no others, found {len(wrong)} that do not fit: "
-            f"{', '.join(map(str, wrong[:3]))}; use another file"
-        )
+    packed = from_pretrained(
+        AutoModelForCausalLM,
+        source.folder,
+        shown=name,
+        expected="a GGUF file of an architecture that transformers reads",
+        dtype=torch.float32,
+        trust_remote_code=False,
+        **source.options,
+    )
     plain = packed.config.to_dict()
     plain.pop("quantization_config", None)  # the weights are unpacked now
     plain["_name_or_path"] = name
@@ -326,8 +503,7 @@ def snapshot(name: str, revision: str | None) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    instead = "download it on a machine with network and give the folder"
-    with outside(ModelError, name, "a model of the Hub", instead):
+    with outside(ModelError, name, "a model of the Hub", "download it on a machine with network and give the folder"):
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
@@ -372,15 +548,4 @@ def head_weight(model: Any) -> Tensor:
     return weight
 
 
-def model_identity(name: str, revision: str | None = None) -> str:
-    """An identifier of a model's outputs: a hash of the folder's weights and configuration, or Hub id and revision.
-
-    It is not the recipe of the artefact, because the same recipe may give other weights after a code change.
-    """
-    path = Path(name)
-    if not path.is_dir():
-        return f"{name}@{revision or 'main'}"
-    files = sorted(
-        file for file in path.iterdir() if file.suffix in (".safetensors", ".json") and file.name != artefact.MANIFEST
-    )
-    return artefact.digest([(file.name, artefact.file_digest(file)) for file in files])
+model_identity = sources.identity

@@ -2,11 +2,14 @@
 
 It reads results files and the samples files beside them (`samples_<task>_<date>.jsonl`). Rows are paired by document
 number. A task is compared only if both runs have the same documents and the same task version.
+
+A perplexity task has one long document. Its items are the windows of the rolling evaluation, which our models log; both
+runs must have the same windows and the same token ids.
 """
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from memdec.artefacts import artefact
+from memdec.artefacts import artefact, markdown
 from memdec.errors import CorpusError, IncomparableError
 from memdec.maths import paired
 from memdec.maths.paired import Average, Paired
@@ -38,6 +41,10 @@ _RATIOS: dict[str, Callable[[Any], Any]] = {
     "weighted_perplexity": lambda mean: np.exp(-mean),
     "bits_per_byte": lambda mean: -mean / np.log(2),
 }
+
+
+# Metrics of a text -> what its windows are counted in (`memdec.tasks.perplexity.rolling_results`).
+_UNITS = {"token_perplexity": "tokens", "word_perplexity": "words", "bits_per_byte": "bytes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +103,14 @@ def shown_alone(rows: pd.DataFrame) -> str:
         {
             "task": row["task"],
             "metric": row["metric"],
-            "value": f"{row['a']:.4g}",
-            "95 %": "-" if np.isnan(row["a_low"]) else f"{row['a_low']:.4g} to {row['a_high']:.4g}",
+            "value": markdown.number(row["a"]),
+            "95 %": "-" if np.isnan(row["a_low"]) else markdown.number(row["a_low"]),
+            "": "" if np.isnan(row["a_low"]) else f"to {markdown.number(row['a_high'])}",
             "n": row["n"],
         }
         for row in rows.to_dict("records")
     ]
-    return pd.DataFrame(lines).to_string(index=False)
+    return _aligned(lines, "value", "95 %", "")
 
 
 def shown(rows: pd.DataFrame) -> str:
@@ -111,17 +119,26 @@ def shown(rows: pd.DataFrame) -> str:
         {
             "task": row["task"],
             "metric": row["metric"],
-            "A": f"{row['a']:.4g}",
-            "B": f"{row['b']:.4g}",
-            "B - A": f"{row['difference']:+.4g}",
-            "95 %": "-" if np.isnan(row["low"]) else f"{row['low']:+.4g} to {row['high']:+.4g}",
+            "A": markdown.number(row["a"]),
+            "B": markdown.number(row["b"]),
+            "B - A": markdown.number(row["difference"], "+"),
+            "95 %": "-" if np.isnan(row["low"]) else markdown.number(row["low"], "+"),
+            "": "" if np.isnan(row["low"]) else f"to {markdown.number(row['high'], '+')}",
             "p": "-" if np.isnan(row["p"]) else f"{row['p']:.3g}",
             "n": row["n"],
             "test": row["test"],
         }
         for row in rows.to_dict("records")
     ]
-    return pd.DataFrame(lines).to_string(index=False)
+    return _aligned(lines, "A", "B", "B - A", "95 %", "", "p")
+
+
+def _aligned(lines: Sequence[Mapping[str, Any]], *names: str) -> str:
+    """The lines as a table for the terminal; the decimal points of the named columns stand below each other."""
+    table = pd.DataFrame(lines)
+    for name in names:
+        table[name] = markdown.aligned(list(table[name]))
+    return table.to_string(index=False)
 
 
 def read_run(path: Path) -> dict[str, TaskRun]:
@@ -219,12 +236,78 @@ def _compare_task(task: str, run_a: TaskRun, run_b: TaskRun) -> list[dict[str, A
                 f"{run_b.file}, row {b[key].line}: expected the same document {key[1]} as {run_a.file}, row {a[key].line}, "
                 "found another; evaluate both on the same rows"
             )
+    _check_windows(task, run_a, run_b, a, b)
     metrics = dict.fromkeys(metric for sample in a.values() for metric in sample.values)
     return [
-        _compare_metric(task, metric, run_a, run_b, *_values(metric, a, b))
+        _compare_metric(task, metric, run_a, run_b, *_items(metric, a, b))
         for metric in metrics
-        if metric in run_a.reported and metric in run_b.reported
+        if metric in run_a.reported and metric in run_b.reported and _name(metric) != "windows"
     ]
+
+
+def _name(metric: str) -> str:
+    """A metric without its filter."""
+    return metric.partition(",")[0]
+
+
+def _told(sample: Sample) -> dict[str, Any] | None:
+    """What a sample says about the windows of its text."""
+    return next((value for metric, value in sample.values.items() if _name(metric) == "windows"), None)
+
+
+def _check_windows(
+    task: str, run_a: TaskRun, run_b: TaskRun, a: Mapping[tuple[str, int], Sample], b: Mapping[tuple[str, int], Sample]
+) -> None:
+    """Check that both runs scored the same tokens in the same windows.
+
+    Raises:
+        IncomparableError: They did not; the message says what differs.
+    """
+    for key in a:
+        here, there = _scored(a[key]), _scored(b[key])
+        for name in here.keys() & there.keys():
+            if here[name] != there[name]:
+                what, advice = _MUST_AGREE[name]
+                raise IncomparableError(
+                    f"{task}: expected one {what} for both runs, found {here[name]} in {run_a.file} and {there[name]} in "
+                    f"{run_b.file}; {advice}"
+                )
+
+
+_MUST_AGREE = {
+    "tokens": ("tokenizer", "compare models of one tokenizer"),
+    "ids": ("tokenizer", "compare models of one tokenizer"),
+    "windows": ("kind of windows", "evaluate both with the same context= and stride="),
+}
+
+
+def _scored(sample: Sample) -> dict[str, str]:
+    """What a perplexity task scored, in words, as far as the sample tells: number of tokens, their ids, windows."""
+    found = {}
+    for metric, value in sample.values.items():
+        if _name(metric) == "token_perplexity" and isinstance(value, list) and len(value) == 2:
+            found["tokens"] = f"{value[1]} tokens"
+    told = _told(sample)
+    if told is not None:
+        found["ids"] = f"token ids with hash {told['ids'][:8]}"
+        found["windows"] = f"context {told['context']} with stride {told['stride']}"
+    return found
+
+
+def _items(
+    metric: str, a: Mapping[tuple[str, int], Sample], b: Mapping[tuple[str, int], Sample]
+) -> tuple[list[Any], list[Any]]:
+    """The paired values of a metric: of each document, or of each window if both runs tell them."""
+    unit = _UNITS.get(_name(metric))
+    told = [(_told(a[key]), _told(b[key])) for key in sorted(a)]
+    if unit is None or any(each is None or unit not in each for pair in told for each in pair):
+        return _values(metric, a, b)
+    found: tuple[list[Any], list[Any]] = ([], [])
+    for pair in told:
+        for items, each in zip(found, pair, strict=True):
+            assert each is not None
+            items.extend([log_p, n] for log_p, n in zip(each["log_p"], each[unit], strict=True))
+    return found
 
 
 def _values(
@@ -260,7 +343,7 @@ def _paired(aggregation: str, a: list[Any], b: list[Any]) -> Paired | None:
         return paired.means(a, b)
     try:
         first, second = np.asarray(a, np.float64).T, np.asarray(b, np.float64).T
-        if aggregation in _RATIOS and (first[1] == second[1]).all():
+        if aggregation in _RATIOS and (first[1] == second[1]).all() and (first[1] > 0).all():
             return paired.ratios(first[0], second[0], first[1], _RATIOS[aggregation])
         if aggregation in _F1 and (first[:-1] == second[:-1]).all():
             *groups, gold = first[:-1]

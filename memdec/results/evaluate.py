@@ -11,7 +11,9 @@ general corpora are given.
 """
 
 import json
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from memdec.harness.baselines import of_system
 from memdec.harness.scores import TokenScores
 from memdec.inference.systems import SYSTEMS, Parts
 from memdec.maths import mixing, statistics
+from memdec.models import loading
 from memdec.settings import (
     AUTO,
     DEFAULT_MEMORY,
@@ -43,6 +46,7 @@ from memdec.settings import (
 )
 from memdec.text import corpora
 
+log = logging.getLogger(__name__)
 TASK = "memdec_ppl"
 _TUNED_ON: tuple[Split, Split] = ("valid", "test")
 
@@ -101,7 +105,8 @@ def run(
         dtype=devices.precision(compute),
         device=str(devices.pick(compute)),
     )
-    inputs = {"base": artefact.read(base, "model").recipe, "corpus": text.recipe}
+    source = loading.known(base, "model")
+    inputs = {"base": source.recipe, "corpus": text.recipe}
     others = {folder.name: artefact.read(folder, "corpus") for folder in also}
     inputs |= {f"also {name}": manifest.recipe for name, manifest in others.items()}
     inputs |= _made_of(parts, corpus, text)
@@ -126,9 +131,8 @@ def run(
             artefact.write_json(out / FORGETTING, [record for record in records if record["on"] != corpus.name])
         # Hashes of all text that the numbers depend on: the scored corpora and the base's training corpus.
         known = {corpus.name: text.facts["sha256"]} | {name: other.facts["sha256"] for name, other in others.items()}
-        lineage = artefact.read(base, "model").facts
-        if "corpus" in lineage:
-            known[Path(lineage["corpus"]).name] = lineage["corpus_sha256"]
+        if "corpus" in source.facts:
+            known[Path(source.facts["corpus"]).name] = source.facts["corpus_sha256"]
         build.facts.update(methods=[record["method"] for record in records], corpora_sha256=known)
 
 
@@ -156,8 +160,10 @@ def _made_of(parts: Parts, corpus: Path, text: artefact.Manifest) -> dict[str, s
 
 
 def _trained_on(folder: Path, kind: str, corpus: Path, text: artefact.Manifest) -> str:
-    """Check that an artefact was made from the corpus, and return its recipe."""
-    manifest = artefact.read(folder, kind)
+    """Check that an artefact was made from the corpus, and return its recipe; a plain folder says nothing about that."""
+    if kind in ("model", "memory", "lora") and not loading.is_artefact(folder):
+        return loading.model_identity(folder)
+    manifest = artefact.read(folder, kind, whole=kind in ("model", "memory", "lora"))
     if manifest.facts.get("corpus_sha256") != text.facts["sha256"]:
         raise ArtifactError(f"{folder}: expected {kind} made from {corpus}, found one from other text; check the paths")
     return manifest.recipe
@@ -185,6 +191,7 @@ class _Session:
         self._lm_eval(model, "MemDec", "valid", self.corpora[0])
         valid = self._valid(model, self.settings.alphas)
         best = mixing.best_weight(valid)
+        self._warn_at_end("alpha", best, valid)
         tuned = {"alpha": best, "memory": name, "valid_sweep": valid, "valid": valid[best]}
         model.set_weight(0.0)
         records = self._tested(model, "base", 0.0)
@@ -202,8 +209,18 @@ class _Session:
             sweeps[tau] = self._valid(self._knn(tau, self.settings.lambdas[0]), self.settings.lambdas)
         tau = min(sweeps, key=lambda each: min(sweeps[each].values()))
         best = mixing.best_weight(sweeps[tau])
+        self._warn_at_end("lambda", best, sweeps[tau])
+        self._warn_at_end("temperature", tau, sweeps, (0.0, math.inf))
         tuned = {"lambda": best, "temperature": tau, "valid_sweep": sweeps[tau], "valid": sweeps[tau][best]}
         return [record | tuned for record in self._tested(self._knn(tau, best), "kNN-LM", best)]
+
+    def _warn_at_end(
+        self, name: str, chosen: float, candidates: Iterable[float], limits: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
+        """Say so if a weight that was tuned on the valid text is the end of its grid."""
+        warning = mixing.at_end(f"{self.parts.base} on {self.corpora[0].name}: {name}", chosen, candidates, limits)
+        if warning is not None:
+            log.warning("warning: %s", warning)
 
     def _knn(self, temperature: float, weight: float) -> WrappedLM:
         settings = _knn_settings(self.settings, weight, temperature)

@@ -1,10 +1,13 @@
 """`memdec explain`: show what base, memory, kNN and mixture predict at every token of a text (paper, Table 6).
 
 `table` shows the predictions in the terminal. `page` writes them as one HTML file without external resources. It shows
-the text as a heat map: blue if the memory gives a token a higher probability than the base, orange if lower.
+the text as a heat map: blue if the memory gives a token a higher probability than the base, orange if lower. Every token
+is isolated from its neighbours, so that one written from right to left moves nothing else.
 """
 
 import math
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -56,10 +59,10 @@ def table(reports: Sequence[TokenReport]) -> Table:
 
 
 def _cell(prediction: Prediction, token: int) -> Text:
-    lines = [Text(percent(prediction.p), style="bold")]
+    lines = [Text(f"{percent(prediction.p):>6}", style="bold")]
     for guess in prediction.top:
         style = "bold" if guess.token == token else "dim"
-        lines.append(Text(f"{percent(guess.p):>5} {visible(guess.text)}", style=style))
+        lines.append(Text(f"{percent(guess.p):>6} {visible(guess.text)}", style=style))
     return Text("\n").join(lines)
 
 
@@ -88,21 +91,40 @@ def page(reports: Sequence[TokenReport], facts: dict[str, str]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # unsorted: keeps the page's order
     return environment.from_string(source).render(
-        facts=facts,
+        facts={name: coded(value) for name, value in facts.items()},
+        direction=direction("".join(report.text for report in reports)),
         tokens=[{**_plain(report), "m": report.memory_over_base, "g": report.gain} for report in reports],
         deepest=_DEEPEST,
         factor=f"{math.exp(_DEEPEST):.0f}",
     )
 
 
+# Characters without a form of their own that would change how the page looks, or hide: controls except white space, those
+# that turn the direction of the text, other line ends, spaces without width, and halves of surrogate pairs.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+
+
+def coded(text: str) -> str:
+    """Replace characters that cannot be seen by their codes; spaces, tabs and line ends are marked by the page."""
+    return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def direction(text: str) -> str:
+    """`rtl` if the first letter of a text is of a script that is written from right to left, else `ltr`."""
+    kinds = (unicodedata.bidirectional(character) for character in text)
+    return "rtl" if next((kind for kind in kinds if kind in ("L", "R", "AL")), "L") != "L" else "ltr"
+
+
 def _plain(report: TokenReport) -> dict[str, Any]:
     """The data of one token for the script of the page."""
     told = {name: getattr(report, name) for name in _DISTRIBUTIONS}
     return {
-        "text": report.text,
+        "text": coded(report.text),
         "position": report.position,
         "told": {
-            _TITLES[name]: {"p": each.p, "top": [asdict(guess) for guess in each.top]}
+            _TITLES[name]: {"p": each.p, "top": [asdict(guess) | {"text": coded(guess.text)} for guess in each.top]}
             for name, each in told.items()
             if each is not None
         },

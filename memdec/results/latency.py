@@ -2,7 +2,8 @@
 
 Systems are timed in turn, so that background load affects all equally. In each turn every system continues the same
 prompt greedily, by 1 token and by each number of new tokens. Prefill = time to generate one token; decode = total -
-prefill. All statistics are medians over the turns with bootstrap intervals. Ratios are computed within each turn.
+prefill. Times are medians over the turns, and a ratio is one median divided by another. Their bootstrap intervals draw
+turns, each with the times of all systems. What else the machine did during the measurement is recorded and shown.
 
 Output: `records.json` and `latency.csv` (one row per system, phase and number of tokens), `latency.md` (one row per
 system), `seconds.json` (every measurement) and the figure `latency`. If systems of one kind differ in size, there is
@@ -11,15 +12,17 @@ the artefact is made again on another machine.
 """
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
@@ -51,6 +54,7 @@ _MEASURED = (
     "ratio_low",
     "ratio_high",
 )
+_BUSY = 0.1  # share of the processors that others may use before the table says that it should be measured again
 
 
 def greedy(model: Any, ids: Int[Tensor, "1 T"], n_new: int) -> Tensor:
@@ -163,7 +167,7 @@ def run(
         if build is None:
             return
         timings = measure(given, settings, stream)
-        rows = [row | where for row in records(given, timings, settings)]
+        rows = [row | timings.load | where for row in records(given, timings, settings)]
         artefact.write_json(out / "records.json", rows)
         artefact.write_json(out / "seconds.json", timings.plain())
         table = pd.DataFrame(rows).astype(dict.fromkeys(_MEASURED, float))
@@ -172,7 +176,7 @@ def run(
         figures.save(figures.latency(table), out / "latency")
         if figures.kinds(table):
             figures.save(figures.growth(table), out / "growth")
-        build.facts.update(where)
+        build.facts.update(where | timings.load)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -187,12 +191,14 @@ class Timings:
         lengths: Numbers of new tokens; the first is 1.
         seconds: Seconds of each call.
         drafts: Results of speculative decoding by (system, number of new tokens).
+        load: What else the machine did (`_Load`).
     """
 
     names: list[str]
     lengths: list[int]
     seconds: Float[np.ndarray, "systems lengths turns"]
     drafts: dict[tuple[str, int], list[speculative.Result]]
+    load: dict[str, float] = field(default_factory=dict)
 
     def plain(self) -> dict[str, dict[str, list[float]]]:
         """system -> new tokens -> seconds of each turn."""
@@ -219,7 +225,7 @@ def measure(given: Mapping[str, Entry], settings: LatencySettings, stream: Path 
     for name, system in given.items():
         for _ in range(settings.warmup):
             _timed(name, system, made[name], prompts[:1], lengths[-1])
-    names = list(given)
+    names, load = list(given), _Load()
     for turn in tqdm(range(settings.repeats), desc="latency", unit="turn", mininterval=2):
         order = np.roll(np.arange(len(names)), turn).tolist()  # rotate, so that no system always runs first
         for (j, n_new), i in itertools.product(enumerate(lengths), order):
@@ -227,7 +233,30 @@ def measure(given: Mapping[str, Entry], settings: LatencySettings, stream: Path 
             seconds[i, j, turn], found = _timed(name, given[name], made[name], ids, n_new)
             if isinstance(found, speculative.Result):
                 drafts.setdefault((name, n_new), []).append(found)
-    return Timings(names, lengths, seconds, drafts)
+    return Timings(names, lengths, seconds, drafts, load.until_now())
+
+
+class _Load:
+    """How busy the machine is with other things, from now on."""
+
+    def __init__(self) -> None:
+        self._average = os.getloadavg()[0]
+        self._start = time.perf_counter(), *self._used()
+
+    @staticmethod
+    def _used() -> tuple[float, float]:
+        """CPU seconds so far: of all processes of the machine, and of this one."""
+        all_, ours = psutil.cpu_times(), os.times()
+        idle = all_.idle + getattr(all_, "iowait", 0.0) + getattr(all_, "guest", 0.0) + getattr(all_, "guest_nice", 0.0)
+        return sum(all_) - idle, ours.user + ours.system + ours.children_user + ours.children_system
+
+    def until_now(self) -> dict[str, float]:
+        """`load_average`: processes that wanted to run in the minute before. `others_cpu`: share of all CPU time, 0 to 1,
+        that other processes used since."""
+        begin, *before = self._start
+        used, ours = (now - then for now, then in zip(self._used(), before, strict=True))
+        passed = (time.perf_counter() - begin) * (psutil.cpu_count() or 1)
+        return {"load_average": self._average, "others_cpu": min(1.0, max(0.0, (used - ours) / passed))}
 
 
 def _check_length(name: str, model: Any, needed: int) -> None:
@@ -277,8 +306,7 @@ def _synchronise(model: Any) -> None:
 def records(given: Mapping[str, Entry], timings: Timings, settings: LatencySettings) -> list[dict[str, Any]]:
     """Make the rows: prefill (`n_tokens` of the prompt), and decode and total for each number of generated tokens.
 
-    `ratio_to_base` is a ratio of times (2 takes twice as long): the median of the ratios within the turns. Decode
-    leaves out the first new token, which comes with the prefill. If the interval of a time includes 0, as on a busy
+    `ratio_to_base` is a ratio of times (2 takes twice as long): `seconds` divided by those of the base. Decode leaves out the first new token, which comes with the prefill. If the interval of a time includes 0, as on a busy
     machine, rates and ratios are None. Only speculative decoding has `tokens_per_forward` (generated tokens per forward
     pass of the base) and `acceptance` (fraction of the tested drafts that were accepted).
     """
@@ -291,7 +319,7 @@ def records(given: Mapping[str, Entry], timings: Timings, settings: LatencySetti
     unclear = low <= 0
     with np.errstate(divide="ignore", invalid="ignore"):
         rates = work / np.stack([median, high, low])
-        ratios = np.stack(_median(seconds / seconds[:1], settings))
+        ratios = np.stack([median / median[:1], *_ratio_interval(seconds, settings)])
     rates[:, unclear] = np.nan
     ratios[:, unclear | unclear[:1]] = np.nan
     values = np.concatenate([rates, [median, low, high], ratios])
@@ -315,34 +343,62 @@ def records(given: Mapping[str, Entry], timings: Timings, settings: LatencySetti
 def markdown(table: pd.DataFrame) -> str:
     """A row per system, at the largest number of new tokens: medians with their 95 % intervals."""
     last = table["n_tokens"][table["phase"] == "total"].max()
-    head = [
-        "System",
-        "Prefill, tokens/s",
-        "Decoding, tokens/s",
-        "Time, ratio to base",
-        "Tokens per forward",
-        "Acceptance",
-    ]
-    lines = []
-    for name, rows in table.groupby("system", sort=False):
-        prefill, decode, total = (
-            rows[(rows["phase"] == phase) & rows["n_tokens"].isin([n])].iloc[0]
-            for phase, n in (("prefill", rows["prompt_tokens"].iloc[0]), ("decode", last), ("total", last))
+    total = table[(table["phase"] == "total") & (table["n_tokens"] == last)]
+    decode = table[(table["phase"] == "decode") & (table["n_tokens"] == last)]
+    prefill = table[table["phase"] == "prefill"]
+    scale, unit = (1000, "ms") if total["seconds"].max() < 10 else (1, "s")
+    columns: dict[str, list[str]] = {"System": [str(name) for name in total["system"]]}
+    for number, (title, rows, names, factor, least) in enumerate(
+        (
+            ("Prefill, tokens/s", prefill, ("tokens_per_s", "low", "high"), 1, 100),
+            ("Decoding, tokens/s", decode, ("tokens_per_s", "low", "high"), 1, 100),
+            (f"Time, {unit}", total, ("seconds", "seconds_low", "seconds_high"), scale, 1000),
+            ("Time, ratio to base", total, ("ratio_to_base", "ratio_low", "ratio_high"), 1, np.inf),
         )
-        cells = [(prefill, "tokens_per_s", "low", "high", ",.0f"), (decode, "tokens_per_s", "low", "high", ",.0f")]
-        cells.append((total, "ratio_to_base", "ratio_low", "ratio_high", ".2f"))
-        shown = [
-            "–" if pd.isna(row[value]) else f"{row[value]:{form}} ({row[low]:{form}}–{row[high]:{form}})"
-            for row, value, low, high, form in cells
-        ]
-        drafts = ["–" if pd.isna(total[key]) else f"{total[key]:.2f}" for key in ("tokens_per_forward", "acceptance")]
-        lines.append([str(name), *shown, *drafts])
-    turns, prompt = table["turns"].iloc[0], table["prompt_tokens"].iloc[0]
-    where = f"{table['machine'].iloc[0]}, {table['device'].iloc[0]}, {table['threads'].iloc[0]} threads"
-    return (
-        f"{write_markdown(head, lines, 1)}\n\nOne text at a time: {prompt} tokens of prompt, {last} new ones, greedy; medians of {turns} turns and their "
-        f"95 % intervals. {where}.\n"
+    ):
+        values = rows[list(names)].astype(float) * factor
+        form = ",.0f" if values[names[0]].min() >= least else ",.2f"
+        columns[title] = [_shown(value, form) for value in values[names[0]]]
+        ends = zip(values[names[1]], values[names[2]], strict=True)
+        columns[f"95 %{' ' * number}"] = [f"{_shown(low, form)} to {_shown(high, form)}" for low, high in ends]
+    for title, name in (("Tokens per forward", "tokens_per_forward"), ("Acceptance", "acceptance")):
+        columns[title] = [_shown(value, ".2f") for value in total[name]]
+    lines = [list(row) for row in zip(*columns.values(), strict=True)]
+    return f"{write_markdown([title.strip() for title in columns], lines, 1)}\n\n{_note(table, int(last))}\n"
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "–" if pd.isna(value) else f"{value:{form}}"
+
+
+def _note(table: pd.DataFrame, n_new: int) -> str:
+    """The text below the table: what was measured, on which machine, and how busy it was."""
+    first = table.iloc[0]
+    text = (
+        f"One text at a time: {first['prompt_tokens']} tokens of prompt, {n_new} new ones, greedy; medians of "
+        f"{first['turns']} turns and their 95 % intervals; the ratio is that of the medians. {first['machine']}, "
+        f"{first['device']}, {first['threads']} threads."
     )
+    if "others_cpu" not in table:  # measured before this was recorded
+        return text
+    text += (
+        f" Other programs used {100 * first['others_cpu']:.0f} % of the processors; load average before: "
+        f"{first['load_average']:.1f}."
+    )
+    return text + (" Measure again on a quiet machine." if first["others_cpu"] > _BUSY else "")
+
+
+def _ratio_interval(
+    values: Float[np.ndarray, "systems phases turns"], settings: LatencySettings
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Ends of the interval of median / median of the base, each (systems, phases)."""
+
+    def ratio(own: NDArray[np.float64], base: NDArray[np.float64], axis: int) -> Any:
+        return np.median(own, axis=axis) / np.median(base, axis=axis)
+
+    base = np.repeat(values[:1], len(values), axis=0)
+    low, high = statistics.bootstrap(ratio, values, base, n_resamples=settings.resamples, seed=settings.seed)
+    return low, high
 
 
 def _median(

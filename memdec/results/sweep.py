@@ -5,7 +5,7 @@ Output of a sweep: `sweep.csv` (task, metric, alpha, value, stderr), `sweep.png`
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,17 @@ from lm_eval import evaluate
 from lm_eval.tasks import TaskManager
 
 from memdec import HARNESS_TASKS
-from memdec.artefacts import artefact
+from memdec.artefacts import artefact, markdown
 from memdec.errors import ConfigError
 from memdec.harness.alphas import ALPHAS
 from memdec.harness.models import MemDecInterp
 from memdec.maths import mixing
 from memdec.models.loading import model_identity
 from memdec.settings import Split
-from memdec.tasks.task import FEWSHOT_SEED
+from memdec.tasks.task import FEWSHOT_SEED, check_names
 from memdec.text import corpora
 
+log = logging.getLogger(__name__)
 COLUMNS = ("task", "metric", "alpha", "value", "stderr")
 
 
@@ -67,6 +68,9 @@ def run(
         rows, better = _evaluate(model, tasks, weights, metadata | {"pretrained": base}, limit)
         artefact.write_text(out / "sweep.csv", _csv(rows))
         _draw(rows, better, out)
+        for task, metric in _first(better).items():
+            row = next(row for row in rows if (row["task"], row["metric"]) == (task, metric))
+            _warn_at_end(f"{task}, {metric}", _best(rows, row, better)["alpha"], weights)
         build.facts.update(best=[row for row in rows if row == _best(rows, row, better)])
 
 
@@ -85,7 +89,14 @@ def tune(
     scores = model.token_scores(corpora.joined_split(corpus, split, model.tokenizer.eos_token))
     assert scores.memory is not None
     found = mixing.perplexities(scores.base, scores.memory, weights)
+    _warn_at_end(f"{corpus.name}, {split}", mixing.best_weight(found), weights)
     return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def _warn_at_end(what: str, best: float, weights: Sequence[float]) -> None:
+    warning = mixing.at_end(f"{what}: alpha", best, weights)
+    if warning is not None:
+        log.warning("warning: %s", warning)
 
 
 def shown(out: Path) -> str:
@@ -95,14 +106,19 @@ def shown(out: Path) -> str:
     table = pd.read_csv(out / "sweep.csv")
     first = table.groupby("task", sort=False)["metric"].transform("first")
     wide = table[table["metric"] == first].pivot_table(index="alpha", columns=["task", "metric"], values="value")
-    return wide.to_string(float_format=lambda value: f"{value:.4g}")
+    columns = {name: markdown.aligned([markdown.number(value) for value in wide[name]]) for name in wide}
+    return pd.DataFrame(
+        columns, index=pd.Index(markdown.aligned([f"{x:g}" for x in wide.index]), name="alpha")
+    ).to_string()
 
 
 def _evaluate(
     model: Any, tasks: Sequence[str], alphas: Sequence[float], metadata: dict[str, Any], limit: int | None
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, str], bool]]:
     """Rows of the table, and for each (task, metric) whether higher is better."""
-    loaded = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata).load(list(tasks))
+    manager = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata)
+    check_names(tasks, manager.all_tasks)
+    loaded = manager.load(list(tasks))
     rows: list[dict[str, Any]] = []
     better: dict[tuple[str, str], bool] = {}
     for number, alpha in enumerate(alphas):
@@ -147,6 +163,14 @@ def _best(rows: Sequence[dict[str, Any]], row: dict[str, Any], better: dict[tupl
     return same[mixing.best_weight(values, higher=better[key])]
 
 
+def _first(better: Mapping[tuple[str, str], bool]) -> dict[str, str]:
+    """The first metric of each task."""
+    found: dict[str, str] = {}
+    for task, metric in better:
+        found.setdefault(task, metric)
+    return found
+
+
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
     import pandas as pd
 
@@ -157,9 +181,7 @@ def _draw(rows: Sequence[dict[str, Any]], better: dict[tuple[str, str], bool], o
     """Draw a panel per task with its first metric, a dashed line for the base, and a mark at the best alpha."""
     from matplotlib.figure import Figure
 
-    panels: dict[str, str] = {}
-    for task, metric in better:
-        panels.setdefault(task, metric)
+    panels = _first(better)
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.6 * lines), layout="constrained")
@@ -180,7 +202,7 @@ def _draw(rows: Sequence[dict[str, Any]], better: dict[tuple[str, str], bool], o
                           textcoords="offset points", ha="right", fontsize=8, color="0.4")  # fmt: skip
         axes.set_xlabel("α, weight of the memory")
         axes.set_ylabel(metric.replace("_", " "))
-        axes.set_title(task, fontsize=9)
+        axes.set_title(task.replace("$", r"\$"), fontsize=9)  # a dollar begins a formula
         axes.margins(y=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "sweep.png", dpi=160)

@@ -58,8 +58,8 @@ def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], ind
     """
     if not config.cases:
         raise ConfigError("cases: expected at least one row of Table 6, found none; add them to the config")
-    folders = {"base": (base, "model"), "memory": (memory, "memory"), "index": (index_folder, "index")}
-    inputs = {name: artefact.read(folder, kind).recipe for name, (folder, kind) in folders.items()}
+    inputs = {"base": loading.known(base, "model").recipe, "memory": loading.known(memory, "memory", "model").recipe}
+    inputs["index"] = artefact.read(index_folder, "index").recipe
     same = {name: getattr(config.targets, name) for name in ("neighbours", "temperature", "nprobe")}
     dtype, device = devices.precision(config.compute), str(devices.pick(config.compute))
     plain = {"cases": [case.model_dump(mode="json") for case in config.cases], **same, "precision": dtype}

@@ -5,6 +5,7 @@ weights, the 95 % bootstrap interval over test windows and, in some tables, the 
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 import pandas as pd
 
 from memdec.artefacts import artefact, provenance
+from memdec.artefacts.markdown import escaped
 from memdec.artefacts.markdown import table as write_markdown
 from memdec.config import Config
-from memdec.errors import ArtifactError, ConfigError
+from memdec.errors import ArtifactError, ConfigError, outside
+from memdec.maths import mixing
 from memdec.results import catalogue
 from memdec.results.catalogue import Perplexities, Row, Table
 from memdec.settings import FORGETTING, portable
@@ -64,7 +67,7 @@ def _marked_words(table: Table, cells: Sequence[Cell], out: Path) -> None:
         raise ConfigError(f"{table.name}: expected one --cell with a folder of kind {table.kind}, found {len(cells)}")
     *_, folder = cells[0]
     manifest = artefact.read(folder, table.kind)
-    frame = pd.DataFrame(json.loads((folder / "records.json").read_text(encoding="utf-8")))
+    frame = pd.DataFrame(_records(folder / "records.json"))
     systems = [name for name in frame.columns if name not in ("group", "text", "target", "tokens")]
     rows = []
     for _, row in frame.iterrows():
@@ -118,13 +121,18 @@ def load_records(config: Config, cells: Sequence[Cell], file: str = "records.jso
     rows: list[dict[str, Any]] = []
     for domain, model, seed, folder in cells:
         artefact.read(folder, "evaluation")
-        for record in json.loads((folder / file).read_text(encoding="utf-8")):
-            if record["seed"] != seed:
+        for record in _records(folder / file):
+            if record.get("seed") != seed:
                 raise ArtifactError(
-                    f"{folder}: expected records of seed {seed}, found seed {record['seed']}; run it again"
+                    f"{folder}: expected records of seed {seed}, found seed {record.get('seed')}; run it again"
                 )
             rows.append({"domain": domain, "family": config.models[model].family, "model": model, **record})
     return pd.DataFrame(rows).drop_duplicates(["domain", "model", "method", "memory", "seed", "on"])
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    with outside(ArtifactError, file, "records in JSON", "run the evaluation again"):
+        return [dict(record) for record in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def pivot(table: Perplexities, records: pd.DataFrame) -> pd.DataFrame:
@@ -139,12 +147,18 @@ def _line(table: Perplexities, row: Row, records: pd.DataFrame) -> dict[str, Any
     line: dict[str, Any] = dict(row.labels)
     for column, cell in cells.items():
         line[column] = cell["value"].mean() if len(cell) else None
-    line["Avg"] = None if missing else sum(line[column] for column in cells) / len(cells)
+    if _has_average(table):
+        line["Avg"] = None if missing else sum(line[column] for column in cells) / len(cells)
     for column, cell in cells.items():
         line |= {f"{column}_{extra}": _extra(extra, cell) for extra in table.extra}
     line["seeds"] = " ".join(str(seed) for seed in sorted(set(chosen["seed"])))
     line["note"] = f"not run: {', '.join(missing)}" if missing else ""
     return line
+
+
+def _has_average(table: Perplexities) -> bool:
+    """Whether a table has the column Avg; the mean of one column would only repeat it."""
+    return len(table.columns) > 1
 
 
 def _where(records: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
@@ -171,7 +185,7 @@ def _join(values: Sequence[float] | Any) -> str:
 
 def grid(table: Perplexities, records: pd.DataFrame) -> Grid:
     """Make the visible table; the best value of each group and column is bold."""
-    frame, columns = pivot(table, records), [*table.columns, "Avg"]
+    frame, columns = pivot(table, records), [*table.columns, *(["Avg"] if _has_average(table) else [])]
     group = frame[table.best_of] if table.best_of else pd.Series("", index=frame.index)
     best = frame[columns].astype(float).groupby(group).transform("min")
     labels = list(table.rows[0].labels)
@@ -199,18 +213,29 @@ def note(table: Perplexities, records: pd.DataFrame) -> str:
     what = f"Test perplexity on {', '.join(config.forgetting)}" if table.records == FORGETTING else "Test perplexity"
     return (
         f"{what} per token (lower is better), scale `{config.scale}`, seed {seeds}. "
-        f"Test tokens: {n}. {_chosen(shown, catalogue.weights(config))}"
+        f"Test tokens: {n}. {_chosen(shown, config)}"
         f"95 % bootstrap intervals over test windows are within ±{100 * width:.1f} % of each value; they are in the "
         f"{'CSV' if 'low' in table.extra else 'records'}."
     )
 
 
-def _chosen(shown: pd.DataFrame, weights: Sequence[str]) -> str:
-    """Sentences that say which weights were chosen."""
-    values = {name: sorted({f"{value:g}" for value in shown[name].dropna()}) for name in weights}
-    return "".join(
-        f"{name.capitalize()} tuned on valid (chosen: {', '.join(each)}). " for name, each in values.items() if each
-    )
+def _chosen(shown: pd.DataFrame, config: Config) -> str:
+    """Sentences that say which weights were chosen, and which of them are the end of their grid."""
+    grids = {"alpha": config.evaluate.alphas, "lambda": config.evaluate.lambdas}
+    sentences = []
+    for name in catalogue.weights(config):
+        values = sorted({float(value) for value in shown[name].dropna()})
+        if not values:
+            continue
+        sentences.append(
+            f"{name.capitalize()} tuned on valid (chosen: {', '.join(f'{value:g}' for value in values)}). "
+        )
+        ends = [f"{value:g}" for value in values if mixing.at_end(name, value, grids[name]) is not None]
+        if ends:
+            sentences.append(
+                f"{name.capitalize()} {' and '.join(ends)} {'is' if len(ends) == 1 else 'are'} at the end of the grid. "
+            )
+    return "".join(sentences)
 
 
 def _shown(table: Perplexities, records: pd.DataFrame) -> pd.Series:
@@ -229,15 +254,26 @@ def _counts(values: Sequence[int] | Any) -> str:
 
 def markdown(shown: Grid) -> str:
     """The table as GitHub Markdown."""
-    return write_markdown(shown.header, shown.rows, shown.n_labels)
+    n = shown.n_labels
+    rows = [[*map(escaped, row[:n]), *row[n:]] for row in shown.rows]
+    return write_markdown([escaped(head) for head in shown.header], rows, n)
+
+
+# What pandas leaves as it is, although LaTeX's standard fonts show other characters for it.
+_LATEX = str.maketrans({"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--"})
 
 
 def latex(shown: Grid) -> str:
-    """The table as a LaTeX tabular (booktabs)."""
-    frame = pd.DataFrame(shown.rows, columns=shown.header).replace("–", "--")
+    """The table as a LaTeX tabular (booktabs).
+
+    Numbers are right-aligned and have equally many decimals, so their decimal points stand below each other.
+    """
+    frame = pd.DataFrame(shown.rows, columns=shown.header).map(lambda text: " ".join(text.split()))
     bold = frame.map(lambda text: len(text) > 4 and text.startswith("**") and text.endswith("**"))
+    bold.iloc[:, : shown.n_labels] = False  # a label is a name, whatever it looks like
     plain = frame.where(~bold, frame.map(lambda text: text[2:-2]))
     style = plain.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
     style = style.apply(lambda _: bold.map(lambda is_bold: "textbf:--rwrap" if is_bold else ""), axis=None)
     columns = "l" * shown.n_labels + "r" * (len(shown.header) - shown.n_labels)
-    return str(style.to_latex(hrules=True, column_format=columns))
+    text = str(style.to_latex(hrules=True, column_format=columns)).translate(_LATEX)
+    return re.sub(r"^(?=[*\[])", "{}", text, flags=re.MULTILINE)  # else the end of the line before would take it

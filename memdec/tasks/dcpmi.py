@@ -17,8 +17,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
 from numpy.typing import NDArray
 
-from memdec.errors import one_line_errors
-from memdec.tasks import rows, task
+from memdec.errors import ConfigError, one_line_errors
+from memdec.tasks import task
 from memdec.tasks.task import RowsTask
 from memdec.tasks.verbalizers import read_verbalizer
 from memdec.text import tokens
@@ -140,17 +140,19 @@ class DcpmiTask(RowsTask):
         """The label words in the model's tokenizer; made at first use, because only a run needs a tokenizer."""
         metadata = self.config.metadata
         with one_line_errors():
-            tokenizer = task.tokenizer(metadata)
+            return self._words(task.tokenizer(metadata))
+
+    def _words(self, tokenizer: Any) -> LabelWords:
+        metadata = self.config.metadata
         words = label_words(self._verbalizer, metadata["canonical"], metadata["word_rule"], tokenizer)
         metadata["n_words"] = {name: len(label) for name, label in zip(metadata["labels"], words.labels, strict=True)}
-        for name, n_words in metadata["n_words"].items():
-            if not n_words:
-                rows.log.warning(
-                    "%s: no word of label %s is one token of this tokenizer: its score is always 0; the _kl task counts "
-                    "first tokens instead",
-                    self.config.task,
-                    name,
-                )
+        none = [str(name) for name, n_words in metadata["n_words"].items() if not n_words]
+        if none:
+            raise ConfigError(
+                f"{self.config.task}: expected words of one token for each label in the model's tokenizer, found none for "
+                f"{', '.join(none)}, whose score would always be 0; use the _kl task, which counts first tokens, or another "
+                "model"
+            )
         return words
 
     def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> Any:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from memdec.errors import ConfigError, CorpusError
 from memdec.tasks import rows
 from memdec.tasks.rows import HubRows, Rows
+from memdec.text.reading import shown
 
 YAHOO_TEST = 60_000  # rows of the whole test split; the published scores use 3,000 of them
 _YAHOO_DRAW = "f7d4fc6f5876ed4f381ab8d16595e9f8b7a60482ccd74e00b63579938560a017"
@@ -109,7 +110,7 @@ def _with_gold(found: Rows, kind: RowSet) -> Rows:
         value = row[kind.label]
         if value not in kind.values:
             raise CorpusError(
-                f"{found.where(number)}: expected {kind.label!r} to be one of {list(kind.values)}, found {value!r}; check "
+                f"{found.where(number)}: expected {kind.label!r} to be one of {list(kind.values)}, found {shown(value)}; check "
                 "the file"
             )
         label = kind.values[value]
@@ -117,7 +118,7 @@ def _with_gold(found: Rows, kind: RowSet) -> Rows:
             continue
         if row.get("gold") not in (None, label):
             raise CorpusError(
-                f"{found.where(number)}: expected gold {label} for {kind.label!r} {value!r}, found {row['gold']!r}; check "
+                f"{found.where(number)}: expected gold {label} for {kind.label!r} {value!r}, found {shown(row['gold'])}; check "
                 "the file"
             )
         kept.append(number)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from memdec.errors import CorpusError
 from memdec.tasks import domain_metrics, rows, task
 from memdec.tasks.rows import HubRows, Rows
+from memdec.text.reading import shown
 
 HEADLINE_QUESTIONS = 9
 # Without a train file, CaseHOLD takes its demonstrations from these last rows and does not score any of them. Their
@@ -55,7 +56,7 @@ def load_multi_gold(**metadata: Any) -> dict[str, Rows]:
     found = _found(metadata, {"input": str, "options": list, "gold_index": list})
     for number, row in enumerate(found.rows):
         golds = row["gold_index"]
-        if not golds or not all(isinstance(each, int) for each in golds):
+        if not golds or not all(type(each) is int for each in golds):
             raise _bad(found, number, "'gold_index' with the numbers of one or more options", golds)
         _check_choices(found, number, row, golds)
     return {"test": _counted(found, _option_pairs, metadata)}
@@ -130,7 +131,7 @@ def _check_texts(found: Rows, number: int, field: str, texts: Sequence[Any]) -> 
 
 
 def _bad(found: Rows, number: int, expected: str, value: Any) -> CorpusError:
-    return CorpusError(f"{found.where(number)}: expected {expected}, found {value!r}; check the file or revision")
+    return CorpusError(f"{found.where(number)}: expected {expected}, found {shown(value)}; check the file or revision")
 
 
 # --- demonstrations of CaseHOLD ---------------------------------------------------------------------------------------
@@ -164,6 +165,7 @@ def _completed(train: Rows, shots: int) -> list[str]:
     rows.check(train, {"context": str, "endings": list, "label": int})
     texts = []
     for number, row in enumerate(train.rows):
+        _check_texts(train, number, "endings", row["endings"])
         rows.check_label(train, number, "label", row["label"], "endings", len(row["endings"]))
         if row["context"].count(PLACEHOLDER) == 1:
             texts.append(CASEHOLD_PROMPT + row["context"].replace(PLACEHOLDER, row["endings"][row["label"]]))
@@ -258,4 +260,5 @@ def _counted(found: Rows, pairs: Callable[[dict[str, Any]], list[Pair]], metadat
             counts.append(sizes)
         bar.update(len(part))
     bar.close()
-    return Rows(found.rows.add_column("option_tokens", counts), found.source)
+    data = found.rows.remove_columns([name for name in ("option_tokens",) if name in found.rows.column_names])
+    return Rows(data.add_column("option_tokens", counts), found.source)

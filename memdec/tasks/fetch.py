@@ -23,8 +23,7 @@ from memdec.tasks import github, rows, verbalizers
 from memdec.tasks.dcpmi_rows import SETS
 from memdec.tasks.files import FILES, DataFile
 from memdec.tasks.github import GitHubFile
-
-SOURCES = "sources.json"
+from memdec.tasks.rows import SOURCES
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +98,15 @@ def fetch(out: Path, tasks: Sequence[str] = ()) -> list[Checked]:
     """
     found = []
     for file in tqdm(to_fetch(tasks), desc="fetch", unit="file"):
-        now = _check(out, file, _sources(out))
+        now = _check(out, file, rows.fetched(out))
         if now.status != "ok":
-            if (out / file.file).exists() and file.file not in _sources(out):
+            if (out / file.file).exists() and file.file not in rows.fetched(out):
                 raise CorpusError(
                     f"{out / file.file}: expected a correct file or one from an earlier fetch, found another ({now.status}); move "
                     "it, or choose another --out"
                 )
             _fetch(out, file)
-            now = _check(out, file, _sources(out))
+            now = _check(out, file, rows.fetched(out))
         found.append(now)
     return found
 
@@ -136,7 +135,7 @@ def _fetch(out: Path, file: DataFile) -> None:
     else:
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found).encode()
     known = {"rows": len(found), "sha256": hashlib.sha256(data).hexdigest()}
-    artefact.write_json(out / SOURCES, dict(sorted({**_sources(out), file.file: entry | known}.items())))
+    artefact.write_json(out / SOURCES, dict(sorted({**rows.fetched(out), file.file: entry | known}.items())))
     artefact.write_bytes(out / file.file, data)
 
 
@@ -173,7 +172,7 @@ def verify(folder: Path, tasks: Sequence[str] = ()) -> list[Checked]:
         raise CorpusError(
             f"{folder}: expected a folder in the layout of MEMDEC_DATA, found none; run `memdec data fetch`"
         )
-    entries = _sources(folder)
+    entries = rows.fetched(folder)
     return [_check(folder, each, entries) for each in chosen(tasks)]
 
 
@@ -213,28 +212,13 @@ def _shown_origin(found: Checked) -> str:
     return f"{'GitHub' if isinstance(found.file.origin, GitHubFile) else 'Hub'} {found.commit[:7]}"
 
 
-def _sources(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / SOURCES
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values()):
-            return entries
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        pass
-    raise CorpusError(
-        f"{path}: expected a JSON object with an entry per file, found another; delete it and fetch again"
-    )
-
-
 def _check(folder: Path, file: DataFile, entries: dict[str, dict[str, Any]]) -> Checked:
     path = folder / file.file
     if not path.is_file():
         return Checked(file, None, "missing")
     try:
         found = _rows(path)
-    except (CorpusError, pa.ArrowException) as error:
+    except (CorpusError, pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).removeprefix(str(path)).lstrip(",: ")
         return Checked(file, None, f"not whole: {' '.join(reason.split())[:80]}")
     entry = entries.get(file.file)

@@ -58,7 +58,7 @@ def github_rows(file: GitHubFile) -> list[Row]:
     data = _download(file)
     try:
         return file.parse(data.decode("utf-8"))
-    except (ValueError, AttributeError, csv.Error, CorpusError) as error:
+    except (ValueError, AttributeError, RecursionError, csv.Error, CorpusError) as error:
         raise CorpusError(
             f"{file}: expected the known format of this file, found: {_short(error)}; put the file under "
             "MEMDEC_DATA by hand"

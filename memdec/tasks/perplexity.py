@@ -2,15 +2,21 @@
 
 import math
 import os
+import re
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from memdec.artefacts import artefact
-from memdec.errors import ConfigError, CorpusError
+from memdec.errors import ConfigError, CorpusError, reason
 from memdec.settings import SPLITS
 from memdec.tasks import rows, task
 from memdec.tasks.rows import HubRows, Rows
 from memdec.text import corpora
+from memdec.text.reading import shown
 
 WIKITEXT_FOLDER = "wikitext/wikitext-103-raw-v1"  # under MEMDEC_DATA
 WIKITEXT = {
@@ -67,15 +73,16 @@ def _lines(file: Path) -> list[str]:
     import pyarrow.parquet as pq
 
     try:
-        column = pq.read_table(file)["text"]
-    except (OSError, pa.ArrowException, KeyError) as error:
+        lines: list[str] = pq.read_table(file, columns=["text"])["text"].to_pylist()
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise CorpusError(
-            f"{file}: expected a parquet file with the field 'text', found {' '.join(str(error).split())}; get it again"
+            f"{file}: expected a parquet file with the field 'text', found {reason(error)}; get it again"
         ) from None
-    lines: list[str] = column.to_pylist()
     for number, line in enumerate(lines):
         if not isinstance(line, str):
-            raise CorpusError(f"{file}, row {number}: expected 'text' of type str, found {line!r}; get the file again")
+            raise CorpusError(
+                f"{file}, row {number}: expected 'text' of type str, found {shown(line)}; get the file again"
+            )
     return lines
 
 
@@ -110,16 +117,51 @@ def _corpus_folder(metadata: dict[str, Any]) -> tuple[Path, str]:
     )
 
 
+class WindowSum(float):
+    """Total log-likelihood (nats) of a text that also knows the part of each window.
+
+    lm-eval hands answers of type float from model to task, so this is one.
+
+    Attributes:
+        windows: For each window `log_p`, the sum of the log-probabilities of the tokens that it scored, `tokens`, their
+            number, and `begins`, the place of the first one in the text (None if the tokenizer does not tell); and
+            what two runs must share to be compared: `context`, `stride` and `ids`, a hash of all token ids.
+    """
+
+    windows: dict[str, Any]
+
+
 def rolling_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """Metrics of one text from its total log-likelihood (nats)."""
+    """Metrics of one text from its total log-likelihood (nats).
+
+    If the model tells the windows of the text (`WindowSum`), the metric `windows` holds their log-likelihoods and their
+    tokens, words and bytes. `memdec compare` reads it from the samples file: one long text is then many items.
+    """
     (loglikelihood,) = results
-    return {
+    found = {
         "token_perplexity": (loglikelihood, doc["n_tokens"]),
         "word_perplexity": (loglikelihood, doc["n_words"]),
         "bits_per_byte": (loglikelihood, doc["n_bytes"]),
         "loglikelihood": loglikelihood,
         "tokens": doc["n_tokens"],
     }
+    told = getattr(loglikelihood, "windows", None)
+    if told is None:  # a model that is not ours
+        return found
+    units = {} if told["begins"] is None else _units(doc["text"], told["begins"])
+    return found | {"windows": {name: value for name, value in told.items() if name != "begins"} | units}
+
+
+def _units(text: str, begins: Sequence[int]) -> dict[str, list[int]]:
+    """Words and bytes of each window, from the place of its first character; a word belongs to where it begins."""
+    edges = [0, *begins[1:], len(text)]
+    n_words = np.diff(np.searchsorted([word.start() for word in re.finditer(r"\S+", text)], edges))
+    return {"words": n_words.tolist(), "bytes": [len(text[a:b].encode()) for a, b in pairwise(edges)]}
+
+
+def n_windows(items: list[dict[str, Any]]) -> int:
+    """The number of windows that scored the texts."""
+    return sum(len(item["tokens"]) for item in items)
 
 
 def perplexity_of_sums(items: list[tuple[float, int]]) -> float:

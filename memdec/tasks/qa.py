@@ -13,6 +13,7 @@ import datasets
 from memdec.errors import CorpusError
 from memdec.tasks import rows
 from memdec.tasks.rows import HubRows, Rows
+from memdec.text.reading import shown
 
 FIELDS = ("question", "answer")
 NQ = HubRows(
@@ -54,10 +55,12 @@ def _checked(found: Rows, answers: list[list[str]], drop: str | None = None) -> 
     for number, (row, listed) in enumerate(zip(found.rows, answers, strict=True)):
         if not row["question"].strip():
             raise CorpusError(
-                f"{found.where(number)}: expected a 'question', found {row['question']!r}; check the file"
+                f"{found.where(number)}: expected a 'question', found {shown(row['question'])}; check the file"
             )
         if not listed or not all(isinstance(answer, str) and answer.strip() for answer in listed):
-            raise CorpusError(f"{found.where(number)}: expected texts in 'answer', found {listed!r}; check the file")
+            raise CorpusError(
+                f"{found.where(number)}: expected texts in 'answer', found {shown(listed)}; check the file"
+            )
         if drop not in listed:
             kept.append({"question": row["question"], "answers": list(dict.fromkeys(listed))})
     if not kept:

@@ -18,10 +18,14 @@ import datasets
 import pyarrow as pa
 from huggingface_hub import HfApi
 
-from memdec.errors import CorpusError, outside
+from memdec.artefacts import artefact
+from memdec.errors import CorpusError, outside, reason
+from memdec.text import reading
+from memdec.text.reading import shown
 
 log = logging.getLogger("lm_eval.tasks.memdec")  # the lm_eval executable shows the messages of loggers under lm_eval
 
+SOURCES = "sources.json"  # in a folder that `memdec data fetch` filled
 NEWEST = "main"  # revision of a data set for which no commit is known
 
 
@@ -65,10 +69,42 @@ class Rows:
 
 
 def local_file(name: str) -> Path | None:
-    """The file of this name under MEMDEC_DATA, or None if there is none."""
+    """The file of this name under MEMDEC_DATA, or None if there is none.
+
+    Raises:
+        CorpusError: `memdec data fetch` wrote it, and it has changed since.
+    """
     folder = os.environ.get("MEMDEC_DATA")
     file = Path(folder) / name if folder else None
-    return file if file is not None and file.is_file() else None
+    if file is None or not file.is_file():
+        return None
+    stated = fetched(Path(folder or "")).get(name, {}).get("sha256")
+    if stated is not None and (found := artefact.sha256(file)) != stated:
+        raise CorpusError(
+            f"{file}: expected the file that was fetched (sha256 {str(stated)[:16]}), found another ({found[:16]}); run `memdec "
+            f"data fetch` again, or take the file out of {SOURCES} if it is yours"
+        )
+    return file
+
+
+def fetched(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `memdec data fetch` wrote into a folder: an entry (origin, revision, rows, sha256) for each file.
+
+    Raises:
+        CorpusError: The list of entries is damaged.
+    """
+    path = folder / SOURCES
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values()):
+            return entries
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError):
+        pass
+    raise CorpusError(
+        f"{path}: expected a JSON object with an entry per file, found another; delete it and fetch again"
+    )
 
 
 def load(task: str, file: str, hub: HubRows | None = None, *, adapt: Callable[[Any], Any] | None = None) -> Rows:
@@ -119,43 +155,48 @@ def _read(path: Path) -> datasets.Dataset:
                 kinds = {type(each) for each in (*known, *value)}
             if len(kinds) > 1:
                 raise CorpusError(
-                    f"{path}, row {number}: expected {field!r} of one type in all rows, found {value!r} here and {known!r} in row "
-                    f"{row_of}; check the file"
+                    f"{path}, row {number}: expected {shown(field)} of one type in all rows, found {shown(value)} here and "
+                    f"{shown(known)} in row {row_of}; check the file"
                 )
+    if listed:  # the columns are the fields of the first row
+        listed[0] = dict.fromkeys(field for row in listed for field in row) | listed[0]
     try:
         return datasets.Dataset.from_list(listed)
-    except pa.ArrowException as error:
-        raise CorpusError(f"{path}: expected rows that make a table, found: {' '.join(str(error).split())}") from None
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise CorpusError(f"{path}: expected rows that make a table, found: {reason(error)}; check the file") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the objects of a JSON lines file.
 
     Raises:
-        CorpusError: A line is not a JSON object; the message names the file and the row.
+        CorpusError: The file cannot be read, or a line is not a JSON object; the message names the file and the row.
     """
-    try:
-        # Not splitlines, which also splits at other separators that JSON allows within texts.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: expected UTF-8 text, found {error}; check the file") from None
-    while lines and not lines[-1].strip():  # only empty lines at the end, so that row numbers stay right
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            shown = f"{line[:40]!r} ({error})" if line.strip() else "an empty line"
+    rows: list[dict[str, Any]] = []
+    for number, row in reading.json_lines(text_of(path), path):
+        if number > len(rows):  # empty lines are allowed at the end only, so that row numbers stay right
             raise CorpusError(
-                f"{path}, row {number}: expected a JSON object on one line, found {shown}; check the file"
-            ) from None
+                f"{path}, row {len(rows)}: expected a JSON object on one line, found an empty line; check the file"
+            )
         if not isinstance(row, dict):
             raise CorpusError(
-                f"{path}, row {number}: expected a JSON object on one line, found {line[:40]!r}; check the file"
+                f"{path}, row {number}: expected a JSON object on one line, found {shown(row, 40)}; check the file"
             )
         rows.append(row)
     return rows
+
+
+def text_of(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        CorpusError: The file cannot be read or is not UTF-8 text.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path}: expected a file that can be read, found {reason(error)}; check the file") from None
+    return reading.decoded(data, path)
 
 
 def pinned(hub: HubRows) -> HubRows:
@@ -187,7 +228,25 @@ def hub_rows(hub: HubRows) -> datasets.Dataset:
         options: dict[str, Any] = {"data_files": {hub.split: hub.files}} if hub.files is not None else {}
         if hub.columns is not None:
             options["columns"] = list(hub.columns)
-        return datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, **options)
+        found = datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, **options)
+    _check_commit(hub, [Path(file["filename"]) for file in found.cache_files])
+    return found
+
+
+def _check_commit(hub: HubRows, files: list[Path]) -> None:
+    """Check that rows come from the commit asked for.
+
+    Where the Hub cannot be reached, `datasets` takes the newest version in its cache, whatever the revision. The folder
+    of a version in the cache is named by its commit.
+
+    Raises:
+        CorpusError: They are of another commit.
+    """
+    if files and len(hub.revision) == 40 and not Path(hub.path).is_dir() and hub.revision not in files[0].parts:
+        raise CorpusError(
+            f"{hub}: expected rows of this commit, found another version in {files[0].parent} (the Hub cannot be reached); "
+            "connect to the network, or set MEMDEC_DATA to a folder that has them"
+        )
 
 
 def _reached(hub: HubRows) -> AbstractContextManager[None]:
@@ -203,10 +262,10 @@ def check(rows: Rows, fields: Mapping[str, type | tuple[type, ...]]) -> None:
     """
     for number, row in enumerate(rows.rows):
         for field, kind in fields.items():
-            if not isinstance(row.get(field), kind) or (kind is int and isinstance(row[field], bool)):
+            if not isinstance(row.get(field), kind) or isinstance(row[field], bool):  # a bool is an int in Python
                 names = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
                 raise CorpusError(
-                    f"{rows.where(number)}: expected {field!r} of type {names}, found {row.get(field)!r}; check the file "
+                    f"{rows.where(number)}: expected {field!r} of type {names}, found {shown(row.get(field))}; check the file "
                     "or revision"
                 )
 

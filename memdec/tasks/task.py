@@ -1,5 +1,7 @@
 """The class of our lm-eval tasks, which records the source of its rows and the task's metadata on alpha."""
 
+import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,18 +10,70 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
 from memdec import HARNESS_TASKS
-from memdec.errors import one_line_errors
+from memdec.errors import ConfigError, one_line_errors
 from memdec.settings import PAPER_BASE
 from memdec.tasks.rows import Rows
 from memdec.text import tokens
 
+log = logging.getLogger("lm_eval.tasks.memdec")  # the lm_eval executable shows the messages of loggers under lm_eval
+
 FEWSHOT_SEED = 1234  # lm-eval's default
+# What a user may set: type of each value.
+_METADATA: dict[str, type | tuple[type, ...]] = {
+    "corpus": str,
+    "split": str,
+    "tokenizer": str,
+    "max_context": int,
+}
+_NEAR = frozenset({"tokenizers"})  # names of other models' arguments that look like one of these
 
 
 def tokenizer(metadata: Mapping[str, Any]) -> Any:
     """The tokenizer of the evaluated model; a task's metadata contains `--model_args` and `--metadata`."""
     name = metadata.get("tokenizer") or metadata.get("pretrained") or PAPER_BASE
-    return tokens.load_tokenizer(str(name), metadata.get("revision"))
+    return tokens.load_tokenizer(
+        str(name),
+        metadata.get("revision"),
+        subfolder=metadata.get("subfolder") or "",
+        trust_remote_code=bool(metadata.get("trust_remote_code")),
+    )
+
+
+def check_metadata(task: str, metadata: Mapping[str, Any]) -> None:
+    """Check what a user may set with `--metadata`.
+
+    Metadata also contains `--model_args`, of any model of lm-eval. So an unknown name is only an error if it is nearly a
+    name that is read here.
+
+    Raises:
+        ConfigError: A value has another type, or a name is mistyped.
+    """
+    for key, kinds in _METADATA.items():
+        value = metadata.get(key)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or value in ("", 0)):
+            wanted = "a whole number from 1 on" if kinds is int else "text"
+            raise ConfigError(f"{task}: expected {key} to be {wanted}, found {value!r}; correct --metadata")
+    if isinstance(metadata.get("max_context"), int) and metadata["max_context"] < 1:
+        raise ConfigError(
+            f"{task}: expected max_context to be a whole number from 1 on, found {metadata['max_context']}; correct --metadata"
+        )
+    for key in metadata:
+        near = difflib.get_close_matches(str(key), _METADATA, 1, cutoff=0.8)
+        if near and key != near[0] and key not in _NEAR:
+            raise ConfigError(f"{task}: expected {near[0]} in --metadata, found {key}; did you mean {near[0]}?")
+
+
+def check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    """Check that tasks exist.
+
+    Raises:
+        ConfigError: There is no task, group or tag of a name; the message suggests the nearest ones.
+    """
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
+            raise ConfigError(f"task: expected the name of a task, found {name!r}; {hint}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +104,20 @@ class RowsTask(ConfigurableTask):
     """
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
-        super().__init__(config={key: value for key, value in (config or {}).items() if key != "class"})
+        plain = {key: value for key, value in (config or {}).items() if key != "class"}
+        # The rows are those of the one split that is scored, so none of them may be a demonstration. At 0 lm-eval
+        # ignores --num_fewshot and says so.
+        super().__init__(config={"num_fewshot": 0, **plain})
 
     def build_all_requests(self, **kwargs: Any) -> None:
-        """Build or load the requests as lm-eval does, and attach the task's metadata on alpha to each."""
+        """Build the requests, and attach the task's metadata on alpha to each.
+
+        lm-eval's cache of requests is not used: its key is the name of the task, which does not say from which corpus,
+        rows, split or tokenizer the requests were made.
+        """
+        if kwargs.get("cache_requests"):
+            log.warning("%s: --cache_requests is ignored, requests are made anew from the rows", self.config.task)
+            kwargs["cache_requests"] = False
         super().build_all_requests(**kwargs)
         metadata = {key: value for key, value in self.config.metadata.items() if key != "rows"}
         says = Declared(metadata.get("paper_alpha"), metadata.get("tune_split"), metadata)
@@ -68,6 +132,7 @@ class RowsTask(ConfigurableTask):
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         with one_line_errors():
             metadata = self.config.metadata
+            check_metadata(self.config.task, metadata)
             rows: dict[str, Rows] = self.config.custom_dataset(**metadata)
         self.dataset = {split: each.rows for split, each in rows.items()}
         metadata["rows"] = {split: each.facts() for split, each in rows.items()}

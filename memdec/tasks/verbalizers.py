@@ -13,6 +13,7 @@ from typing import Any
 
 from memdec.errors import CorpusError
 from memdec.tasks import rows
+from memdec.text import reading
 
 # Values of `fingerprint`. The lists of sentiment and agn are cut to the shortest one first, as the protocol does.
 SHA256 = {
@@ -79,7 +80,7 @@ def read_words(path: Path) -> dict[str, list[str]]:
         CorpusError: The file has another format.
     """
     try:
-        labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
+        labels = reading.json_value(rows.text_of(path), str(path), "a JSON object")["labels"]
         return {str(label["name"]): [str(word) for word in label["words"]] for label in labels}
     except (ValueError, KeyError, TypeError) as error:
         raise CorpusError(

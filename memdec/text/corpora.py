@@ -10,13 +10,13 @@ import glob
 import gzip
 import hashlib
 import importlib.util
-import json
 import lzma
+import os
 import sysconfig
 import warnings
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,19 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from memdec.artefacts import artefact
-from memdec.errors import CorpusError, outside
+from memdec.errors import ArtifactError, CorpusError, outside, reason
 from memdec.settings import SPLITS, CorpusSpec, DocstringCorpus, FileCorpus, HubCorpus, Split
+from memdec.text import reading
 
 SKIPPED_FOLDERS = {"tests", "test", "_vendor", "_vendored_packages", "idlelib", "lib2to3", "site-packages", "testing"}
 SHINGLE = 12  # words of a shingle, the unit in which the overlap of two texts is measured
 MAX_OVERLAP = 0.3  # fraction of a valid/test document's shingles that may occur in train
 MAX_FILE_SHARE = 0.05  # a file with a larger fraction of the text goes to train, or it might be most of the test set
+
+_PLAIN = {"", ".txt", ".text", ".md", ".rst", ".raw", ".tokens"}  # the last two are WikiText's
+_LINES = {".jsonl", ".ndjson", ".json"}
+_TABLE = ".parquet"
+_ENDS = {"blank_line": "a blank line", "line": "a line end", "file": "the end of the file"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,7 @@ def run(spec: CorpusSpec, out: Path, against: Sequence[Path] = ()) -> None:
         if build is None:
             return
         splits = _splits(spec)
+        n_read = sum(map(len, splits.values()))
         dropped = {}
         if _split_here(spec):  # published splits stay as they are, so that results compare with published ones
             texts = [doc.text for doc in splits["train"]] + [text for path in against for text in load(path, "train")]
@@ -69,7 +76,7 @@ def run(spec: CorpusSpec, out: Path, against: Sequence[Path] = ()) -> None:
             if n_bytes < spec.min_bytes:
                 raise CorpusError(
                     f"{out}: expected at least {spec.min_bytes} bytes in the {split} split, found {n_bytes} in "
-                    f"{len(documents)} documents of {_origin(spec)}; add text, or lower min_bytes"
+                    f"{len(documents)} of the {n_read} documents of {_shown(spec)}{_why(spec, split, dropped)}"
                 )
             _write(out / f"{split}.parquet", documents)
             facts["splits"][split] = {"documents": len(documents), "bytes": n_bytes, "sha256": _text_hash(documents)}
@@ -79,8 +86,10 @@ def run(spec: CorpusSpec, out: Path, against: Sequence[Path] = ()) -> None:
 
 def load(path: Path, split: Split) -> list[str]:
     """The texts of one split of a corpus folder, in order."""
-    artefact.read(path, "corpus")
-    return list(pq.read_table(path / f"{split}.parquet", columns=["text"])["text"].to_pylist())
+    artefact.read(path, "corpus", whole=True)
+    file = path / f"{split}.parquet"
+    with outside(ArtifactError, file, "texts in Parquet format", "run `memdec corpus` again"):
+        return list(pq.read_table(file, columns=["text"])["text"].to_pylist())
 
 
 def joined(texts: Iterable[str], separator: str, eos: str) -> str:
@@ -93,6 +102,33 @@ def joined_split(folder: Path, split: Split, eos: str) -> str:
     return joined(load(folder, split), artefact.read(folder, "corpus").facts["separator"], eos)
 
 
+def _shown(spec: CorpusSpec) -> str:
+    """What the text was read from, for messages."""
+    if isinstance(spec, DocstringCorpus):
+        return ", ".join(spec.packages)
+    return str(spec.path or ", ".join(map(str, (getattr(spec, "paths", None) or {}).values())))
+
+
+def _why(spec: CorpusSpec, split: Split, dropped: Mapping[str, int]) -> str:
+    """What makes a document, what was left out, and the next step: the end of the message about a small split."""
+    told = f", {dropped[split]} more overlap with train" if dropped.get(split) else ""
+    cap = f", max_bytes is {spec.max_bytes[split]}" if split in spec.max_bytes else ""
+    if isinstance(spec, DocstringCorpus):
+        return f" (docstrings; those of one module are in one split{told}{cap}); add packages, or lower min_bytes"
+    if isinstance(spec, HubCorpus):
+        return f" (one per row{cap}); add text, or lower min_bytes"
+    files = [file for name in _patterns(spec) for file in _matches(name)]
+    ends = [_ENDS[spec.documents] if _kind(file) in _PLAIN else "the end of its row" for file in files]
+    end = " or ".join(dict.fromkeys(ends))
+    if spec.path is None:
+        return f" (a document ends at {end}{cap}); add text, or lower min_bytes"
+    return (
+        f" (a document ends at {end}; about 84 % go to train, 6 % to valid and 10 % to test{told}{cap}); give more "
+        f"documents, choose another 'documents' ({', '.join(_ENDS)}), give a file for each split in 'paths', or lower "
+        "min_bytes"
+    )
+
+
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
@@ -100,13 +136,14 @@ def _splits(spec: CorpusSpec) -> dict[Split, list[Document]]:
     if isinstance(spec, DocstringCorpus):
         return _split_by_unit(_deduplicated(_docstring_documents(spec)))
     if isinstance(spec, FileCorpus):
-        if spec.path is not None:
-            return _split_by_unit(_deduplicated(_file_documents(spec.path, spec)))
         paths = spec.paths or {}
         missing = [split for split in SPLITS if split not in paths]
-        if missing:
+        if spec.path is None and missing:
             raise CorpusError(f"corpus paths: expected train, valid and test, found no {', '.join(missing)}")
-        return {split: list(_file_documents(paths[split], spec)) for split in SPLITS}
+        names = _names([file for pattern in _patterns(spec) for file in _matches(pattern)])
+        if spec.path is not None:
+            return _split_by_unit(_deduplicated(_file_documents(str(spec.path), spec, names)))
+        return {split: list(_file_documents(str(paths[split]), spec, names)) for split in SPLITS}
     return {split: list(_hub_documents(spec, split)) for split in SPLITS}
 
 
@@ -119,9 +156,9 @@ def _origin(spec: CorpusSpec) -> str:
     if isinstance(spec, DocstringCorpus):
         return ", ".join(f"{name} {_package_version(name)}" for name in spec.packages)
     if isinstance(spec, FileCorpus):
-        names = [spec.path] if spec.path is not None else list((spec.paths or {}).values())
-        files = [file for name in names for file in _matches(str(name))]
-        return ", ".join(f"{file.name} {artefact.file_digest(file)}" for file in files)
+        files = [file for pattern in _patterns(spec) for file in _matches(pattern)]
+        names = _names(files)
+        return ", ".join(f"{names[file]} {artefact.file_digest(file)}" for file in files)
     return f"{spec.path} {spec.config or ''} {spec.revision or 'default revision'}"
 
 
@@ -143,8 +180,8 @@ def _docstring_documents(spec: DocstringCorpus) -> Iterator[Document]:
             with warnings.catch_warnings():  # such as invalid escapes in the packages' source
                 warnings.simplefilter("ignore")
                 tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError):
-            continue  # templates and files for other Python versions
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue  # templates, files for other Python versions, and tests of deep nesting
         for line, text in sorted(_documentation(tree, file.stem)):
             text = _clean(text)
             if len(text) >= spec.min_chars:
@@ -188,57 +225,85 @@ def _clean(text: str) -> str:
     return inspect.cleandoc(text.replace("\r\n", "\n")).encode("utf-8", "ignore").decode().strip()
 
 
+def _patterns(spec: FileCorpus) -> list[str]:
+    return [str(each) for each in ([spec.path] if spec.path is not None else (spec.paths or {}).values())]
+
+
 def _matches(pattern: str) -> list[Path]:
     # The name of an existing file is taken literally, even if it contains brackets.
     names = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
-    files = sorted(map(Path, names))
-    files = [file for file in files if file.is_file()]
+    files = sorted(file for file in map(Path, names) if file.is_file())
     if not files:
-        raise CorpusError(f"{pattern}: expected text files, found none; check the path in the config")
+        folder = Path(pattern).is_dir()
+        found, instead = ("a folder", f"give '{pattern}/*.txt'") if folder else ("none", "check the path in the config")
+        raise CorpusError(f"{pattern}: expected text files, found {found}; {instead}")
     return files
 
 
-def _file_documents(pattern: str, spec: FileCorpus) -> Iterator[Document]:
+def _names(files: Sequence[Path]) -> dict[Path, str]:
+    """The name of each file in the sources of its documents.
+
+    Files that share a name are named by their path below the folder that all files are in.
+    """
+    every = {file: file.absolute() for file in files}
+    shared = {name for name, n in Counter(path.name for path in set(every.values())).items() if n > 1}
+    top = os.path.commonpath([path.parent for path in every.values()])
+    return {
+        file: path.relative_to(top).as_posix() if path.name in shared else path.name for file, path in every.items()
+    }
+
+
+def _file_documents(pattern: str, spec: FileCorpus, names: Mapping[Path, str]) -> Iterator[Document]:
     for file in _matches(pattern):
         try:
-            yield from _one_file(file, spec)
-        except (
-            OSError,
-            UnicodeDecodeError,
-            lzma.LZMAError,
-            zlib.error,
-            EOFError,
-            pa.ArrowInvalid,
-            ValueError,
-        ) as error:
+            rows = list(_rows(file, spec))
+        except (OSError, lzma.LZMAError, zlib.error, EOFError, pa.ArrowException, ValueError) as error:
             raise CorpusError(
-                f"{file}: expected readable UTF-8 text, jsonl or parquet, found: {str(error)[:160]}"
+                f"{file}: expected readable text, jsonl or parquet, found: {reason(error, 160)}; check the file"
             ) from None
+        for number, row in rows:
+            document = _row_document(row, spec.field, f"{names[file]}:{number}", str(file))
+            if document.text:
+                yield document
 
 
-def _one_file(file: Path, spec: FileCorpus) -> Iterator[Document]:
-    suffixes = [suffix for suffix in file.suffixes if suffix not in (".gz", ".xz")]
-    kind = suffixes[-1] if suffixes else ""
-    if kind == ".parquet":
-        rows = pq.read_table(file).to_pylist()
-    else:
-        raw = file.read_bytes()
-        if file.suffix == ".gz":
-            raw = gzip.decompress(raw)
-        elif file.suffix == ".xz":
-            raw = lzma.decompress(raw)
-        content = raw.decode("utf-8").replace("\r\n", "\n")
-        if kind not in (".jsonl", ".json"):
-            parts = {
-                "blank_line": lambda: content.split("\n\n"),
-                "line": lambda: content.split("\n"),
-                "file": lambda: [content],
-            }[spec.documents]()
-            rows = [{spec.field: part.strip("\n")} for part in parts if part.strip()]
-        else:
-            rows = [json.loads(line) for line in content.split("\n") if line.strip()]
-    for number, row in enumerate(rows):
-        yield _row_document(row, spec.field, f"{file.name}:{number}", str(file))
+def _kind(file: Path) -> str:
+    """The suffix of a file in lower case, without that of its compression."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in (".gz", ".xz")), "")
+
+
+def _rows(file: Path, spec: FileCorpus) -> Iterator[tuple[int, Any]]:
+    """Number and row of each document of a file; text files have rows with one field."""
+    kind = _kind(file)
+    if kind not in {*_PLAIN, *_LINES, _TABLE}:
+        raise CorpusError(
+            f"{file}: expected a file that ends in .txt, .jsonl or .parquet (or these with .gz or .xz), found {kind}; convert "
+            "a table to .jsonl, or rename plain text to .txt"
+        )
+    if kind == _TABLE:
+        yield from enumerate(pq.read_table(file, columns=_columns(file, spec.field)).to_pylist())
+        return
+    raw = file.read_bytes()
+    if file.suffix.lower() == ".gz":
+        raw = gzip.decompress(raw)
+    elif file.suffix.lower() == ".xz":
+        raw = lzma.decompress(raw)
+    content = reading.decoded(raw, file)
+    if kind in _LINES:
+        yield from reading.json_lines(content, file)
+        return
+    parts = {
+        "blank_line": lambda: content.split("\n\n"),
+        "line": lambda: content.split("\n"),
+        "file": lambda: [content],
+    }[spec.documents]()
+    yield from enumerate({spec.field: part.strip("\n")} for part in parts if part.strip())
+
+
+def _columns(file: Path, field: str) -> list[str] | None:
+    """The text column alone, if there is one: other columns may hold what Python cannot read."""
+    return [field] if field in pq.read_schema(file).names else None
 
 
 def _hub_documents(spec: HubCorpus, split: Split) -> Iterator[Document]:
@@ -260,8 +325,11 @@ def _row_document(row: Any, field: str, source: str, where: str) -> Document:
     text = row.get(field) if isinstance(row, dict) else None
     if not isinstance(text, str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        if isinstance(row, dict) and field in row:
+            found = f"{reading.shown(row[field])} of type {type(row[field]).__name__}"
         raise CorpusError(
-            f"{where}, {source}: expected a text field {field!r}, found {found}; set 'field' in the config"
+            f"{where}, {source}: expected a text field {field!r}, found {found[:200]}; set 'field' in the config, or check "
+            "the file"
         )
     return Document(text, source, source)
 

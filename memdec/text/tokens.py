@@ -2,12 +2,17 @@
 
 Stage `tokenizer` trains a byte-level BPE on corpora or copies the tokenizer of a model folder or Hub id. Its output is
 a folder that `AutoTokenizer` loads. Stage `tokens` writes one token stream per split of a corpus as `<split>.npy`, in
-the smallest unsigned integer type that holds the vocabulary. With separator `eos` every document ends with EOS. So the
-token stream equals the tokens of the joined text, which is the text that lm-eval gets.
+the smallest unsigned integer type that holds the vocabulary. The token stream is what the tokenizer makes of the joined
+text of the split (`corpora.joined`), which is also the text that lm-eval gets.
 """
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from memdec.artefacts import artefact, sources
-from memdec.errors import ArtifactError, ConfigError, CorpusError, ModelError, outside
+from memdec.artefacts import arrays, artefact, sources
+from memdec.errors import ArtifactError, ConfigError, CorpusError, ModelError
 from memdec.settings import SPLITS, Split, TokenizerSpec
 from memdec.text import corpora
 
 EOS = "<|endoftext|>"
-_BATCH = 1000  # documents per call of the tokenizer
+# Characters of the joined text in one piece, and of the overlap in which two pieces must give the same tokens.
+_PIECE = 2**17
+_OVERLAP = 2**12
+_AT_ONCE = 16  # pieces per call of the tokenizer, which has threads
+_SHARED = 16  # least number of equal tokens in an overlap
+_MOST = 16  # pieces that are encoded as one before the whole text is
 
 
 def run_tokenizer(spec: TokenizerSpec, out: Path, corpus_folders: Sequence[Path] = ()) -> None:
@@ -37,7 +47,13 @@ def run_tokenizer(spec: TokenizerSpec, out: Path, corpus_folders: Sequence[Path]
         raise ConfigError(
             f"{out}: expected {len(spec.train_on)} corpus folders (train_on), found {len(corpus_folders)}"
         )
-    with artefact.building(out, "tokenizer", spec, inputs) as build:
+    plain = spec.model_dump(mode="json")
+    if isinstance(spec.pretrained, str):  # known by its content; a wheel has its hash in the settings
+        plain["pretrained"] = None
+        inputs["pretrained"] = sources.identity(
+            spec.pretrained, spec.revision, weights=sources.is_gguf(spec.pretrained)
+        )
+    with artefact.building(out, "tokenizer", plain, inputs) as build:
         if build is None:
             return
         if spec.pretrained is not None:
@@ -67,17 +83,23 @@ def run_tokens(tokenizer_folder: Path, corpus_folder: Path, out: Path) -> None:
         if build is None:
             return
         tokenizer = load_tokenizer(str(tokenizer_folder))
-        end = tokenizer.eos_token_id if corpus.facts["separator"] == "eos" else None
+        ends = tokenizer.eos_token if corpus.facts["separator"] == "eos" else ""
         width = np.min_scalar_type(len(tokenizer) - 1)
         counts, hashes = {}, {}
         for split in SPLITS:
-            stream = _encode(tokenizer, corpora.load(corpus_folder, split), end, split).astype(width)
+            texts = corpora.load(corpus_folder, split)
+            parts = encoded(tokenizer, [text + ends for text in texts], split)
+            stream = np.concatenate([np.empty(0, width), *parts], dtype=width, casting="unsafe")
             if len(stream) < 2:
-                raise CorpusError(f"{corpus_folder}: expected tokens in the {split} split, found {len(stream)}")
+                raise CorpusError(
+                    f"{corpus_folder}: expected at least 2 tokens in the {split} split, found {len(stream)}; use another "
+                    "tokenizer or more text"
+                )
             np.save(out / f"{split}.npy", stream, allow_pickle=False)
             counts[split] = len(stream)
             hashes[split] = artefact.file_digest(out / f"{split}.npy")
         build.facts.update(
+            end=tokenizer.eos_token_id if ends else None,
             tokens=counts,
             sha256=hashes,
             corpus=os.path.relpath(corpus_folder.resolve(), out.resolve()),
@@ -89,26 +111,34 @@ def run_tokens(tokenizer_folder: Path, corpus_folder: Path, out: Path) -> None:
 
 def load_stream(folder: Path, split: Split) -> NDArray[np.integer]:
     """Memory-mapped token stream of one split, shape (N,)."""
-    artefact.read(folder, "tokens")
-    stream: NDArray[np.integer] = np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-    return stream
+    facts = artefact.read(folder, "tokens", whole=True).facts
+    return arrays.load(
+        folder / f"{split}.npy", facts.get("dtype", arrays.INTEGERS), (facts.get("tokens", {}).get(split),)
+    )
 
 
 def load_tokenizer(
-    name: str, revision: str | None = None, *, trust_remote_code: bool = False, gguf_file: str | None = None
+    name: str,
+    revision: str | None = None,
+    *,
+    subfolder: str = "",
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> Any:
     """Load a fast tokenizer from a folder or Hub id.
 
     Raises:
-        ModelError: There is no tokenizer, or it has no EOS token.
+        ModelError: There is no tokenizer, it has no EOS token, or it needs code of its repository that is not trusted.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    with outside(ModelError, name, "a tokenizer folder or Hub id", "check the path or the network"):
-        gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **gguf)
+    # No folder of ours holds code; `adapt-vocab` writes an entry that transformers takes for some where it is trusted.
+    trust = trust_remote_code and artefact.kind_of(Path(name)) is None
+    more = {"gguf_file": gguf_file, "subfolder": subfolder}
+    with sources.reading(name, "a tokenizer folder or Hub id"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust, **{k: v for k, v in more.items() if v}
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{name}: expected a tokenizer with an EOS token, found none; set eos_token in tokenizer_config.json"
@@ -143,8 +173,6 @@ def fingerprint(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return artefact.digest(sorted(tokenizer.get_vocab().items()))
-    import json
-
     state = json.loads(backend.to_str())
     # "" and null mean the same to the library, and a reloaded tokenizer may have either.
     state["model"] = {key: value for key, value in state["model"].items() if value}
@@ -159,6 +187,16 @@ def n_needed(tokenizer: Any) -> int:
     """
     beyond = _control_tokens(tokenizer) - {tokenizer.eos_token, tokenizer.bos_token}
     return 1 + max((token for word, token in tokenizer.get_vocab().items() if word not in beyond), default=-1)
+
+
+def whole_fingerprint(tokenizer: Any) -> str:
+    """Hash of everything that decides the ids of a string with the special tokens that are put around it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return artefact.digest([fingerprint(tokenizer), str(getattr(tokenizer, "init_kwargs", None))])
+    state = json.loads(backend.to_str())
+    # Padding and truncation are set anew by each call.
+    return artefact.digest({key: value for key, value in state.items() if key not in ("padding", "truncation")})
 
 
 def _train(texts: Iterator[str], vocab_size: int) -> Any:
@@ -183,15 +221,127 @@ def _train(texts: Iterator[str], vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, bos_token=EOS, pad_token=EOS)
 
 
-def _encode(tokenizer: Any, texts: list[str], end: int | None, split: str) -> NDArray[np.int64]:
-    tail = [] if end is None else [end]
-    parts = []
-    for begin in tqdm(range(0, len(texts), _BATCH), desc=f"tokenize {split}", unit="k docs", mininterval=2):
-        batch = tokenizer(
-            texts[begin : begin + _BATCH], add_special_tokens=False, return_attention_mask=False, verbose=False
+@dataclass(slots=True)
+class _Piece:
+    """A part of the joined text and its tokens."""
+
+    text: str
+    tokens: Any  # the backend's Encoding
+    ids: list[int]
+    first: int = 0  # number of tokens that the piece before it has already
+
+    def between(self, begin: int, end: int) -> range:
+        """Numbers of the tokens that begin in a range of characters."""
+        every = range(len(self.ids))
+        return range(*(bisect_left(every, at, key=lambda number: self._place(number)[0]) for at in (begin, end)))
+
+    def run(self, numbers: range, shift: int) -> list[tuple[int, int, int]]:
+        """Id, first character and end of these tokens; characters are counted from `shift`."""
+        placed = ((self.ids[number], self._place(number)) for number in numbers)
+        return [(token, first - shift, end - shift) for token, (first, end) in placed]
+
+    def _place(self, number: int) -> tuple[int, int]:
+        place: tuple[int, int] | None = self.tokens.token_to_chars(number)
+        return place or (0, 0)
+
+
+def encoded(tokenizer: Any, texts: Sequence[str], name: str = "") -> list[NDArray[np.uint32]]:
+    """The ids of `tokenizer.encode("".join(texts), add_special_tokens=False)`, in parts.
+
+    A tokenizer may treat the beginning of a text and what is around a separator in its own way, so documents cannot be
+    encoded one by one. One call for all of the text would need 100 bytes per token and use one thread. The joined text
+    is therefore cut into pieces that overlap, and two pieces are joined where they have the same tokens at the same
+    characters:
+
+        piece   ....a b c|d e f ~
+        next             ~ d e f|g h....     ~ tokens that the cut may have changed
+
+    This is exact for words that are split by a pattern, and for BPE on a whole text: its tokens are right if every two
+    neighbours are, and all neighbours stand together in one of the pieces. For Unigram on a whole text another result
+    would need a better path of tokens that shares no boundary with these in the whole overlap. Pieces without such a
+    place are encoded again as one. A tokenizer for which that does not help, or without a Rust backend, gets the whole
+    text in one call.
+    """
+    if getattr(tokenizer, "is_fast", False):
+        parts = _joined(tokenizer, tqdm(texts, f"tokenize {name}".strip(), unit="doc", mininterval=2))
+        if parts is not None:
+            return parts
+    if sum(map(len, texts)) > _PIECE:
+        warnings.warn(
+            f"{tokenizer.name_or_path}: this tokenizer gets the whole text in one call, which takes memory and time",
+            stacklevel=2,
         )
-        parts += [np.asarray(ids + tail, dtype=np.int64) for ids in batch["input_ids"]]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    return [np.asarray(tokenizer.encode("".join(texts), add_special_tokens=False, verbose=False), dtype=np.uint32)]
+
+
+def _joined(tokenizer: Any, texts: Iterable[str]) -> list[NDArray[np.uint32]] | None:
+    """The ids of the joined text from overlapping pieces, or None if some of them cannot be joined."""
+    parts: list[NDArray[np.uint32]] = []
+    before: _Piece | None = None
+    for piece in _encoded_pieces(tokenizer, _pieces(texts)):
+        if before is None:
+            before = piece
+        elif (seam := _seam(before, piece)) is not None:
+            parts.append(np.asarray(before.ids[before.first : seam[0]], dtype=np.uint32))
+            before, piece.first = piece, seam[1]
+        elif (longer := _longer(tokenizer, before, piece)) is not None:
+            before = longer
+        else:
+            return None
+    return parts if before is None else [*parts, np.asarray(before.ids[before.first :], dtype=np.uint32)]
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The joined text in pieces of `_PIECE` characters after the first `_OVERLAP`, which are those of the one before."""
+    held: list[str] = []
+    n_held = n_first = 0
+    for text in texts:
+        held.append(text)
+        n_held += len(text)
+        if n_held - n_first < _PIECE:
+            continue
+        joined, begin = "".join(held), 0
+        while len(joined) - begin - n_first >= _PIECE:
+            yield joined[begin : begin + n_first + _PIECE]
+            begin += n_first + _PIECE - _OVERLAP
+            n_first = _OVERLAP
+        held, n_held = [joined[begin:]], len(joined) - begin
+    if n_held > n_first:
+        yield "".join(held)
+
+
+def _encoded_pieces(tokenizer: Any, pieces: Iterator[str]) -> Iterator[_Piece]:
+    while given := list(islice(pieces, _AT_ONCE)):
+        for text, found in zip(given, _encodings(tokenizer, given), strict=True):
+            yield _Piece(text, found, found.ids)
+
+
+def _encodings(tokenizer: Any, texts: list[str]) -> list[Any]:
+    return list(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings)
+
+
+def _seam(before: _Piece, piece: _Piece) -> tuple[int, int] | None:
+    """Numbers of a token of `before` and of the same token of `piece`; None if their overlap has other tokens in them.
+
+    A quarter of the overlap is left out at both ends, where tokens may be others because the text is cut there.
+    """
+    shift, quarter = len(before.text) - _OVERLAP, _OVERLAP // 4
+    ours = before.between(shift + quarter, shift + _OVERLAP - quarter)
+    theirs = piece.between(quarter, _OVERLAP - quarter)
+    if len(ours) < _SHARED or ours.start < before.first or before.run(ours, shift) != piece.run(theirs, 0):
+        return None
+    return ours.start, theirs.start
+
+
+def _longer(tokenizer: Any, before: _Piece, piece: _Piece) -> _Piece | None:
+    """Two pieces as one; None if it is long already, or its first tokens are not those where `before` was joined."""
+    text = before.text + piece.text[_OVERLAP:]
+    if len(text) > _MOST * _PIECE:
+        return None
+    (found,) = _encodings(tokenizer, [text])
+    kept = before.first and before.first + _SHARED
+    same = found.ids[:kept] == before.ids[:kept]
+    return _Piece(text, found, found.ids, before.first) if same else None
 
 
 def check_same(ours: str, other: str, where: str) -> None:

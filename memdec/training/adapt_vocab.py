@@ -11,7 +11,7 @@ Inputs: a memory (or model) folder and a tokenizer folder. Output: a model folde
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ def run(memory: Path, tokenizer: Path, out: Path, settings: AdaptSettings, *, se
     """Write the memory with the embeddings of another tokenizer.
 
     Args:
-        memory: Folder of kind `memory` or `model`.
+        memory: Folder of kind `memory` or `model`, or a plain model folder.
         tokenizer: Folder of the new tokenizer.
         out: Folder to make, of kind `model`.
         settings: How to initialise the new rows.
@@ -41,8 +41,7 @@ def run(memory: Path, tokenizer: Path, out: Path, settings: AdaptSettings, *, se
         ModelError: The tokens of a tokenizer cannot be read, the memory has fewer rows than its tokenizer has tokens,
             or transformers would load another tokenizer than the new one from the result.
     """
-    kind: Literal["model", "memory"] = "model" if artefact.kind_of(memory) == "model" else "memory"
-    old, new = artefact.read(memory, kind), artefact.read(tokenizer, "tokenizer")
+    old, new = loading.known(memory, "memory", "model"), artefact.read(tokenizer, "tokenizer")
     plain = {**settings.model_dump(mode="json"), "seed": seed}
     inputs = {"memory": old.recipe, "tokenizer": new.recipe}
     with artefact.building(out, "model", plain, inputs, stage="adapt-vocab") as build:

@@ -6,6 +6,7 @@ released code averages the means of micro-batches instead. The order of the wind
 """
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from memdec.maths.losses import IGNORED, fused_loss, token_log_probs
 from memdec.models import flops, loading
 from memdec.settings import AUTO, Compute, MemorySettings, TrainSettings
 from memdec.text import tokens
+from memdec.training import checkpoints
 from memdec.training.batches import Collate, Order, WindowData
 
 _CHECKPOINTS = 20  # number of checkpoints written during a training run without evaluations
@@ -196,6 +198,59 @@ class LossTrainer(Trainer):
         weights = {name: p.detach().contiguous() for name, p in source.items() if named[name].requires_grad}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save as Trainer does, then seal the checkpoint and remove old ones."""
+        work = Path(str(self.args.output_dir))
+        folder = checkpoints.folder(work, self.state.global_step)
+        if self.args.should_save:
+            checkpoints.unseal(folder)
+        super()._save_checkpoint(model, trial)
+        losses = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()  # also waits for the files of all processes
+        if not self.args.should_save:
+            return
+        facts = {
+            "best": self.state.best_global_step,
+            "ended": self.control.should_training_stop,
+            "losses": losses,
+            "total_loss": self._total_loss_scalar,
+            "logged": self._globalstep_last_logged,
+        }
+        checkpoints.seal(folder, facts)
+        checkpoints.rotate(work, self.args.load_best_model_at_end)
+
+    def resume(self, folder: Path) -> None:
+        """Continue the sum of the losses and the best evaluation of a checkpoint; transformers starts them anew.
+
+        Called when transformers has loaded the checkpoint. A training that had ended is not continued.
+        """
+        facts = checkpoints.facts(folder)
+        if facts is None:
+            raise ArtifactError(f"{folder}: expected a whole checkpoint, found a damaged one; run the command again")
+        self._tr_loss = torch.tensor(facts["losses"][self.args.process_index], device=self.args.device)
+        self._total_loss_scalar = facts["total_loss"]
+        self._globalstep_last_logged = facts["logged"]
+        self._initial_global_step = 0  # the loss is the mean over all steps, not only those after the checkpoint
+        if facts["best"] is not None:  # the path in the checkpoint is wrong where the folder was moved
+            self.state.best_model_checkpoint = str(checkpoints.folder(folder.parent, facts["best"]))
+        self.control.should_training_stop = facts["ended"]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # transformers would make one more update
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._tr_loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean()  # of all processes, as in the log
+        return super()._finalize_training(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        folder = Path(str(self.state.best_model_checkpoint))
+        if checkpoints.facts(folder) is None:
+            raise ArtifactError(
+                f"{folder}: expected the best weights as they were written, found a damaged checkpoint; run the command "
+                "again, which goes on from an earlier one"
+            )
+        super()._load_best_model()
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.unexpected_keys:
             raise ArtifactError(
@@ -210,6 +265,14 @@ class _Epochs(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.order.epoch = int(state.epoch or 0)
+
+
+class _Resume(TrainerCallback):
+    def __init__(self, trainer: LossTrainer, folder: Path) -> None:
+        self.trainer, self.folder = trainer, folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.resume(self.folder)
 
 
 class _Patience(TrainerCallback):
@@ -249,6 +312,7 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
             )
         steps = min(steps, int(task.ceiling / cost * (1 + 1e-9)))
     _plan(arguments, settings, steps, rounds)
+    start = _last_checkpoint(work, settings.keep_best, arguments)
     loading.check_head(_causal(model))
     loading.fuse_activations(model)
     if settings.gradient_checkpointing:
@@ -268,8 +332,16 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
         # TensorBoard's default is the work folder, which is deleted at the end.
         if getattr(callback, "logging_dir", "") is None:
             callback.logging_dir = str(work.parent.parent / "runs" / work.parent.name)
-    result = trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    if start is not None:
+        trainer.add_callback(_Resume(trainer, Path(start)))
+    result = trainer.train(resume_from_checkpoint=start)
     final, done = trainer.measure(), trainer.state.global_step
+    evaluations = [
+        {key.removeprefix("eval_"): value for key, value in entry.items()}
+        for entry in trainer.state.log_history
+        if "eval_loss" in entry
+    ]
+    evaluations.append({**final, "step": trainer.state.best_global_step if settings.keep_best else done})
     facts: dict[str, Any] = {
         "train_loss": result.training_loss,
         "valid_perplexity": final["perplexity"],
@@ -279,12 +351,7 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
         "trained_tokens": round(len(train.stream) * done / rounds),
         "flops": cost * done,
         "flops_ceiling": task.ceiling,
-        "evaluations": [
-            {key.removeprefix("eval_"): value for key, value in entry.items()}
-            for entry in trainer.state.log_history
-            if "eval_loss" in entry
-        ]
-        + [{**final, "step": trainer.state.best_global_step if settings.keep_best else done}],
+        "evaluations": [dict(sorted(entry.items())) for entry in evaluations],  # the log in a checkpoint is sorted
     }
     return facts, trainer
 
@@ -320,10 +387,11 @@ def check_reporting(names: Sequence[str]) -> None:
         )
 
 
-def _last_checkpoint(work: Path) -> str | None:
-    """The newest complete checkpoint; an interrupted one lacks the Trainer's state, which is written last."""
-    whole = [path for path in work.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+def _last_checkpoint(work: Path, keep_best: bool, arguments: TrainingArguments) -> str | None:
+    """The newest whole checkpoint; process 0 looks for it and removes the others."""
+    found = checkpoints.newest(work, keep_best) if arguments.process_index == 0 else None
+    start: str | None = broadcast_object_list([found and str(found)])[0]
+    return start
 
 
 def _objective(settings: MemorySettings) -> objectives.Objective:
@@ -358,7 +426,6 @@ def _arguments(settings: TrainSettings, work: Path, seed: int, compute: Compute)
         fp16=precision == "float16",
         metric_for_best_model="eval_score",
         greater_is_better=False,
-        save_total_limit=1,
         logging_nan_inf_filter=False,
         seed=seed,
         report_to=settings.report_to or "none",
@@ -378,13 +445,13 @@ def _plan(arguments: TrainingArguments, settings: TrainSettings, steps: int, rou
     arguments.max_steps = steps
     arguments.warmup_steps = int(settings.warmup * steps)
     arguments.logging_steps = max(1, steps // 20)
-    arguments.set_save("steps", steps=max(1, steps // _CHECKPOINTS), total_limit=1)
+    arguments.set_save("steps", steps=max(1, steps // _CHECKPOINTS))
     if settings.keep_best or settings.evaluate_every is not None:
         every = max(1, round((settings.evaluate_every or 1) * rounds))
         arguments.set_evaluate("steps", steps=every, delay=0, batch_size=settings.batch_size * 2)
         # Save at every evaluation, and in between at least as often as without evaluations.
         parts = next(n for n in range(1, every + 1) if every % n == 0 and every // n <= max(1, steps // _CHECKPOINTS))
-        arguments.set_save("steps", steps=every // parts, total_limit=1)
+        arguments.set_save("steps", steps=every // parts)
     arguments.load_best_model_at_end = settings.keep_best
 
 
@@ -394,10 +461,11 @@ def _base_scores(
     """log p of the valid split under each base; read from `work` if an earlier run saved it there."""
     scores = {}
     for name, folder in task.bases.items():
-        path = work / f"base-{name}.npy"
-        there = broadcast_object_list([path.is_file()])[0]  # process 0 decides: others may see the file later
+        path = work / f"base-{name}"
+        whole = checkpoints.facts(path) is not None
+        there = broadcast_object_list([whole])[0]  # process 0 decides: others may see the files later
         if there:
-            scores[name] = np.load(path, allow_pickle=False)
+            scores[name] = np.load(path / "scores.npy", allow_pickle=False)
             continue
         model = loading.load(folder)
         loading.check_head(model)
@@ -407,7 +475,8 @@ def _base_scores(
         )
         scores[name] = scorer.scores()
         if arguments.process_index == 0:
-            part = path.with_suffix(".part.npy")
-            np.save(part, scores[name])
-            part.replace(path)
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+            np.save(path / "scores.npy", scores[name])
+            checkpoints.seal(path, {})
     return scores

@@ -163,7 +163,7 @@ def run_train(
         raise ConfigError(f"train: expected bases in folders of different names, found {', '.join(map(str, bases))}")
     for name, base in named.items():
         _checked(base, stream, context)
-        inputs |= {f"base {name}": artefact.read(base, "model").recipe}
+        inputs |= {f"base {name}": loading.known(base, "model").recipe}
     plain = {**_plain(settings, compute), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
     task = fitting.Task(words, stream, context, seed, reader, named, plain.get("flops_ceiling"), compute)
     _train("memory", lambda: loading.load(model_folder, dropout=settings.dropout), settings, task, out, plain, inputs)
@@ -196,6 +196,8 @@ def _train(
         state = _whole_state(trainer)
         if team.rank > 0:
             return
+        if kind == "lora":  # peft keeps a set, whose order depends on the process
+            model.peft_config["default"].target_modules = sorted(model.peft_config["default"].target_modules)
         model.save_pretrained(out, state_dict=state)
         if kind == "lora":
             facts |= {
@@ -242,7 +244,10 @@ def _refuse_changes(out: Path, now: Mapping[str, Any]) -> None:
     file = out / artefact.WORK / _SETTINGS
     if not file.is_file() or not list(file.parent.glob("checkpoint-*")):
         return
-    there = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # a damaged file; `building` removes work of another recipe
     changes = [
         f"{key} ({old.get(key)} there, {new.get(key)} now)"
         for old, new in ((there["settings"], now["settings"]), (there["inputs"], now["inputs"]))
@@ -257,7 +262,7 @@ def _refuse_changes(out: Path, now: Mapping[str, Any]) -> None:
 
 
 def _inputs(model_folder: Path, stream: Path) -> dict[str, str]:
-    return {"model": artefact.read(model_folder, "model").recipe, "tokens": artefact.read(stream, "tokens").recipe}
+    return {"model": loading.known(model_folder, "model").recipe, "tokens": artefact.read(stream, "tokens").recipe}
 
 
 def _checked(model_folder: Path, stream: Path, context: int) -> Any:
@@ -269,7 +274,7 @@ def _checked(model_folder: Path, stream: Path, context: int) -> Any:
         ConfigError: The context is longer than the model's positions.
     """
     manifest = artefact.read(stream, "tokens")
-    artefact.read(model_folder, "model")
+    loading.known(model_folder, "model")
     words = tokens.load_tokenizer(str(model_folder))
     tokens.check_same(manifest.facts["tokenizer_sha256"], tokens.fingerprint(words), f"{model_folder} with {stream}")
     config = loading.config(model_folder)

@@ -96,7 +96,7 @@ def test_lm_eval_gets_what_hf_gets(
         "loglikelihood_rolling": [Instance("loglikelihood_rolling", {}, (text,), 0)],
         "generate_until": [Instance("generate_until", {}, (prompt, settings), i) for i, prompt in enumerate(PROMPTS)],
     }
-    hf = HFLM(**how, logits_cache=False)
+    hf = HFLM(**(how | {"batch_size": 1}), logits_cache=False)  # in a batch, its rows may depend on each other (longrope)
     systems = [
         MemDecInterp(**how, memory=str(small_folder), alpha=0.0, context=WINDOW, stride=WINDOW),
         MemDecInterp(**how, context=WINDOW, stride=WINDOW),
@@ -234,7 +234,7 @@ def test_speculative_decoding_refuses_what_it_cannot_give(changes: dict[str, Any
 def test_speculative_decoding_refuses_models_that_change_or_cannot_forget() -> None:
     for family, message in (
         ("Mamba", "that can forget"),
-        ("Phi-3 longrope", "the same up to 23 tokens, found longrope"),
+        ("Phi-3 longrope", "the same from 10 to 23 tokens"),
     ):
         mixture = MemDecForCausalLM.from_models(made(family, 0), [made(family, 1)], [0.4])
         with pytest.raises(ModelError, match=message):

@@ -4,6 +4,6 @@ set -euo pipefail
 folder=$1
 root=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$folder"
-snakemake --quiet --cores 8 --snakefile "$root/Snakefile" --directory "$folder" \
-  --configfile "$root/tests/regression/reduced.yaml" --workflow-profile "$root/profiles/default" results/table3.csv
+"$root/workflow/run.sh" "$folder" --quiet --cores 8 --configfile "$root/tests/regression/reduced.yaml" \
+  --workflow-profile "$root/profiles/default" -- results/table3.csv
 memdec check --baseline "$root/tests/regression/reduced.json" "$folder/results/table3.csv"

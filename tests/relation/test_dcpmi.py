@@ -226,12 +226,16 @@ def test_scores_equal_a_plain_script(family: str, real: bool, request: pytest.Fi
     else:
         folders = (request.getfixturevalue("base_folder"), request.getfixturevalue("small_folder"))
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    whole = real or family == "kl"
+    # The small tokenizer has no whole word for some labels of four kp tasks, which is an error.
+    names = NAMES if whole else tuple(name for name in NAMES if name not in ("hyp", "cb", "rte", "yahoo"))
+    group = "memdec_dcpmi" if family == "kp" else "memdec_dcpmi_kl"
     results = evaluate(
-        "memdec-interp", ["memdec_dcpmi" if family == "kp" else "memdec_dcpmi_kl"], pretrained=str(folders[0]), memory=str(folders[1]), alpha=ALPHA,
-        batch_size=4,
+        "memdec-interp", [group] if whole else [f"dcpmi_{name}_kp" for name in names], pretrained=str(folders[0]),
+        memory=str(folders[1]), alpha=ALPHA, batch_size=4,
     )  # fmt: skip
     accuracies = []
-    for name in NAMES:
+    for name in names:
         task = f"dcpmi_{name}_{family}"
         rows = [json.loads(line) for line in (data / name / "test.jsonl").read_text().splitlines()]
         kept = [row for row in rows if not (name == "sst2" and row["label"] == 3)]
@@ -244,11 +248,11 @@ def test_scores_equal_a_plain_script(family: str, real: bool, request: pytest.Fi
         found = scores_of(results, task, tokenizer)
         assert len(found) == len(expected) == len(kept)
         for one, other in zip(found, expected, strict=True):
-            # A label has up to 280 words here, and rounding of log Z in float32 is the same for all of them.
+            # A batch rounds the logits of a row differently in the last bit, and a label has up to 280 words.
             n_words = results["configs"][task]["metadata"]["n_words"].values()
             means = [total / max(1, n) for total, n in zip(other, n_words, strict=True)]
-            assert one["acc_mean"] == pytest.approx(means, rel=1e-5, abs=1e-6), task
-            assert one["acc"] == pytest.approx(other, rel=1e-5, abs=1e-6 * max(n_words)), task
+            assert one["acc_mean"] == pytest.approx(means, rel=1e-7, abs=1e-6), task
+            assert one["acc"] == pytest.approx(other, rel=1e-7, abs=3e-5), task
         hits = [
             max(range(len(sums)), key=sums.__getitem__) == sample["target"]
             for sums, sample in zip(expected, results["samples"][task], strict=True)
@@ -256,9 +260,9 @@ def test_scores_equal_a_plain_script(family: str, real: bool, request: pytest.Fi
         accuracies.append(sum(hits) / len(hits))
         assert results["results"][task]["acc,none"] == pytest.approx(accuracies[-1])
     groups = {f"memdec_dcpmi_{family}"} | ({"memdec_dcpmi"} if family == "kp" else set())
-    assert results["groups"].keys() == groups
-    for group in results["groups"].values():
-        assert group["acc,none"] == pytest.approx(sum(accuracies) / 9)
+    assert results.get("groups", {}).keys() == (groups if whole else set())
+    for values in results.get("groups", {}).values():
+        assert values["acc,none"] == pytest.approx(sum(accuracies) / 9)
 
 
 @pytest.mark.slow

@@ -175,7 +175,7 @@ def test_the_terminal_shows_all_numbers_in_80_columns() -> None:
     assert head.split() == ["token", "base", "%", "memory", "%", "kNN", "%", "joint", "%", "gain"]
     assert own.split() == ["·a↵", "25.00", "50.00", "0.00", "<0.01", "-10.13"]
     assert best[0].split()[:6] == ["50.00", "⇥", "50.00", "·a↵", "100.00", "\\x1b"]
-    assert best[0].endswith("12.35 xxxxxxxx…")
+    assert best[0].endswith("12.35 xxxxxxx…")
     assert best[1].split() == ["25.00", "·a↵"]
     assert max(map(len, (head, own, *best))) <= 80
 

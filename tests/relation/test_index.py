@@ -12,7 +12,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from making import CONTEXT, write_store, write_tokens
+from making import CONTEXT, signed, write_store, write_tokens
 from numpy.typing import NDArray
 
 from memdec.artefacts import artefact
@@ -413,6 +413,7 @@ def test_keys_with_nan_are_named(store: list[Path], tmp_path: Path) -> None:
     keys = np.lib.format.open_memmap(folders[1] / "keys.npy", mode="r+")
     keys[7, 3] = np.inf
     keys.flush()
+    signed(folders[1])
     for settings in (KINDS[0], PQ):
         with pytest.raises(NumericsError, match="found NaN, inf or a larger one at position 1107"):
             built(folders, tmp_path / settings["kind"], **settings)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import write_store, write_tokens
+from making import signed, write_store, write_tokens
 from numpy.typing import NDArray
 
 from memdec.artefacts import artefact
@@ -175,6 +175,7 @@ def test_fault_12_nan_keys_are_an_error_that_names_them_and_not_a_target(tmp_pat
     on_disk = np.lib.format.open_memmap(made[0][0] / "keys.npy", mode="r+")
     on_disk[17, 1] = np.nan
     on_disk.flush()
+    signed(made[0][0])
     with pytest.raises(NumericsError, match="found NaN, inf or a larger one at position 17"):
         run(made, tmp_path / "t", neighbours=5)
     with pytest.raises(ArtifactError, match="unfinished"):

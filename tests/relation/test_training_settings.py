@@ -16,7 +16,7 @@ from memdec.maths.losses import IGNORED
 from memdec.models import loading
 from memdec.settings import AUTO, Compute, LoraSettings, MemorySettings, TrainSettings
 from memdec.text import tokens
-from memdec.training import batches, fitting, stages
+from memdec.training import batches, checkpoints, fitting, stages
 
 # No value is the library's default, and no two are alike.
 CHOSEN: dict[str, Any] = {
@@ -86,12 +86,14 @@ def test_padding_is_not_scored() -> None:
 
 
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path: Path) -> None:
-    assert fitting._last_checkpoint(tmp_path) is None
+    assert checkpoints.newest(tmp_path, keep_best=False) is None
     for name, whole in (("checkpoint-9", True), ("checkpoint-10", True), ("checkpoint-11", False)):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
         if whole:
-            (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert fitting._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+            checkpoints.seal(tmp_path / name, {"best": None})
+    assert checkpoints.newest(tmp_path, keep_best=False) == tmp_path / "checkpoint-10"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
 
 
 @pytest.mark.parametrize(

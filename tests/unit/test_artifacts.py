@@ -13,6 +13,10 @@ from memdec.artefacts import artefact
 from memdec.errors import ArtifactError
 
 
+def sizes(manifest: artefact.Manifest) -> dict[str, int]:
+    return {name: listed.bytes for name, listed in manifest.files.items()}
+
+
 def make(path: Path, value: int = 1, crash: bool = False) -> bool:
     with artefact.building(path, "thing", {"value": value}, {}) as build:
         if build is None:
@@ -30,7 +34,7 @@ def test_manifest_is_written_last_and_the_same_again_is_skipped(tmp_path: Path) 
     assert make(out)
     manifest = artefact.read(out, "thing")
     assert manifest.facts == {"n": 1}
-    assert manifest.files == {"data.txt": 1}
+    assert sizes(manifest) == {"data.txt": 1}
     assert not (out / artefact.WORK).exists()
     assert not make(out)
 
@@ -52,7 +56,7 @@ def test_two_builds_in_one_folder_are_refused(tmp_path: Path) -> None:
         ):
             make(tmp_path / "a", 2)
     make(tmp_path / "a", 2)  # the lock is gone with the build
-    assert artefact.read(tmp_path / "a", "thing").files == {"data.txt": 1}
+    assert sizes(artefact.read(tmp_path / "a", "thing")) == {"data.txt": 1}
 
 
 def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:

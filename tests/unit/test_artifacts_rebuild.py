@@ -10,6 +10,10 @@ from memdec.errors import ArtifactError
 from memdec.settings import IndexSettings
 
 
+def sizes(manifest: artefact.Manifest) -> dict[str, int]:
+    return {name: listed.bytes for name, listed in manifest.files.items()}
+
+
 def make(path: Path, settings: dict[str, object], inputs: dict[str, str] | None = None, kind: str = "thing") -> bool:
     with artefact.building(path, kind, settings, inputs or {}) as build:
         if build is None:
@@ -30,7 +34,7 @@ def test_the_old_manifest_goes_before_the_work_and_old_files_before_a_new_recipe
             artefact.read(out, "thing")
         (out / "new.txt").write_text("abc")
     manifest = artefact.read(out, "thing")
-    assert manifest.files == {"new.txt": 3}
+    assert sizes(manifest) == {"new.txt": 3}
     assert manifest.recipe == build.recipe
 
 
@@ -51,7 +55,7 @@ def test_the_recipe_is_settings_and_inputs_and_not_their_order(tmp_path: Path) -
     assert not make(out, {"q": 2, "p": 1}, {"y": "2", "x": "1"})
     assert make(out, {"p": 1, "q": 2}, {"x": "1", "y": "3"})
     assert make(out, {"p": 1, "q": 3}, {"x": "1", "y": "3"})
-    assert artefact.read(out, "thing").files == {"sub/data.txt": 1}
+    assert sizes(artefact.read(out, "thing")) == {"sub/data.txt": 1}
 
 
 def test_a_raised_version_makes_it_again_and_drops_the_work_of_the_old_one(

@@ -67,7 +67,7 @@ def test_fault_2_flags_are_what_they_say(
         (["validate", "bad.yaml"], "bad.yaml: strid: unknown key"),
         (["corpus", "--spec", WORDS, "--out", "out"], "expected at least 1000 bytes in the train split, found"),
         (["corpus", "--spec", "{", "--out", "out"], "--spec: expected JSON"),
-        (["finetune", "--model", "none", "--tokens", "TOKENS", "--out", "out", "--context", "8", "--seed", "0"], "none: expected a folder with a model artefact"),
+        (["finetune", "--model", "none", "--tokens", "TOKENS", "--out", "out", "--context", "8", "--seed", "0"], "none: expected a folder, or a Hub id"),
         (["evaluate", "--base", "BASE", "--corpus", "CORPUS", "--out", "out", "--context", "8", "--stride", "4", "--alphas", "1.5"], "alphas.0: Input should be less than or equal to 1, found 1.5"),
         (["datastore", "--model", "CUT", "--tokens", "TOKENS", "--out", "out", "--context", "8", "--stride", "4"], "expected a whole manifest, found one that is cut"),
         (["train", "--model", "BASE", "--tokens", "TOKENS", "--targets", "none", "--out", "out", "--context", "8", "--seed", "0", "--kl-weight", "2"], "kl_weight: Input should be less than or equal to 1, found 2.0"),

@@ -18,7 +18,8 @@ def test_mixture_is_a_distribution_and_equals_plain_arithmetic(alpha: float, see
     base, memory = (torch.randn(3, 11, generator=gen).double().log_softmax(-1) for _ in range(2))
     mixed = mixing.mix(base, [memory], [alpha])
     plain = alpha * memory.exp() + (1 - alpha) * base.exp()
-    assert torch.allclose(mixed.exp(), plain.float(), atol=1e-6)
+    assert torch.allclose(mixed.exp(), plain, atol=1e-12)
+    assert torch.allclose(mixing.mix(base.float(), [memory.float()], [alpha]).exp(), plain.float(), atol=1e-6)
     stored = mixing.mix_scores(base[0].numpy(), memory[0].numpy(), alpha)
     np.testing.assert_allclose(stored, plain[0].log().numpy(), atol=1e-9)
 

@@ -22,7 +22,7 @@ def test_blank_lines_at_the_end_and_a_byte_order_mark_are_no_rows(tmp_path: Path
     [
         ('{"a": 1}\n\n{"a": 2}\n', "row 1: expected a JSON object on one line, found an empty line; check the file"),
         ('{"a": 1}\n{"a": ', r"row 1: expected a JSON object on one line, found '\{\"a\": ' \(Expecting value"),
-        ('[{"a": 1}]\n', r"row 0: expected a JSON object on one line, found '\[\{\"a\": 1\}\]'; check"),
+        ('[{"a": 1}]\n', r"row 0: expected a JSON object on one line, found \[\{'a': 1\}\]; check"),
     ],
 )
 def test_lines_that_are_no_rows_are_named(text: str, message: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What stands in one line knows nothing of its neighbours, and only of the lines before; `modeling` is a public name.
 ORDER = [
     ["errors"],
+    ["plain"],
     ["settings"],
     ["maths"],
     ["artefacts"],
@@ -26,7 +27,9 @@ ORDER = [
     ["training", "inference"],
     ["modeling", "harness"],
     ["results"],
+    ["options"],
     ["cli"],
+    ["__main__"],
 ]
 LEVEL = {name: number for number, names in enumerate(ORDER) for name in names}
 

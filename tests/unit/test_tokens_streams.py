@@ -24,7 +24,7 @@ def test_without_separator_documents_follow_each_other(tokenizer_folder: Path, t
     corpus = made_corpus(tmp_path / "c", 1, separator="none")
     tokens.run_tokens(tokenizer_folder, corpus, tmp_path / "s")
     tokenizer = tokens.load_tokenizer(str(tokenizer_folder))
-    expected = [i for text in corpora.load(corpus, "train") for i in tokenizer.encode(text, add_special_tokens=False)]
+    expected = tokenizer.encode("".join(corpora.load(corpus, "train")), add_special_tokens=False)
     stream = tokens.load_stream(tmp_path / "s", "train")
     assert stream.tolist() == expected
     assert tokenizer.eos_token_id not in stream

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,9 +112,9 @@ def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
         "ratio": "",
     }
     pd.DataFrame([row, other]).to_csv(tmp_path / "gpu.csv", index=False)
-    lines = report._gpu(tmp_path)
+    lines = [re.sub(" +", " ", line) for line in report._gpu(tmp_path)]
     assert any("| 61 | ≥ 50 |" in line for line in lines)
-    assert any("| out of memory |  | ≥ 5 |" in line for line in lines)
+    assert any("| out of memory | | ≥ 5 |" in line for line in lines)
 
 
 def test_a_twin_that_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

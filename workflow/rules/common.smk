@@ -43,51 +43,77 @@ scattergather:
     teacher=CONFIG.teacher.shards,
 
 
+# Every word of a command that comes from the config or from a path goes through `words`. A `params` value with such words
+# is a function, because Snakemake reads braces in a plain string as wildcards; `{name:q}` quotes files in a `shell:` line.
+def words(*parts):
+    """Format words for the shell, each quoted, so that no character of a config value has a meaning there."""
+    return shlex.join(map(str, parts))
+
+
 def options(settings, *leave):
     """Format a section of the config as command line options, without the names in `leave`."""
-    words = []
+    found = []
     for name, value in settings.items():
         if name in leave or value is None:
             continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            found.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             values = value if isinstance(value, list) else [value]
-            words += [f"--{flag} {v}" for v in values]
-    return " ".join(words)
+            found += [word for v in values for word in (f"--{flag}", v)]
+    return words(*found)
 
 
 def section(name):
-    return config.get(name) or {}
+    """What the config says in a section, as typed and checked values."""
+    found = getattr(CONFIG, name)
+    return {} if found is None else found.model_dump(mode="json", exclude_unset=True)
 
 
 def shard(wildcards):
     """Format the scatter item i-of-n as command line options."""
     number, total = wildcards.scatteritem.split("-of-")
-    return f"--shard {int(number) - 1} --shards {total}"
+    return words("--shard", int(number) - 1, "--shards", total)
 
 
 def named(wildcards, input):
     """Format named inputs as command line options; for a manifest.json, pass the folder of the artefact."""
-    words = []
+    found = []
     for name, paths in input.items():
         for path in [paths] if isinstance(paths, str) else paths:
             folder, file = os.path.split(path)
             place = folder if file == "manifest.json" else path
-            words.append(f"--{name.replace('_', '-')} {place}")
-    return " ".join(words)
+            found += [f"--{name.replace('_', '-')}", place]
+    return words(*found)
 
 
 def spec(kind, name):
     """Format one entry of the config as an option with JSON."""
     entry = getattr(CONFIG, kind)[name].model_dump(mode="json", exclude_unset=True)
-    return f"--spec {shlex.quote(json.dumps(entry, sort_keys=True))}"
+    return words("--spec", json.dumps(entry, sort_keys=True))
+
+
+def stamp(entry):
+    """Sizes and times of the files of a local model, so that Snakemake notices a replaced one; the job compares content."""
+    source = entry.pretrained
+    if not isinstance(source, str) or not os.path.exists(source):
+        return None
+    files = (
+        [source]
+        if os.path.isfile(source)
+        else sorted(os.scandir(source), key=os.fspath)
+    )
+    return [
+        (os.path.basename(file), os.stat(file).st_size, os.stat(file).st_mtime_ns)
+        for file in files
+        if os.path.isfile(file)
+    ]
 
 
 def training(wildcards, *settings):
     """Options of a stage that trains on a domain."""
-    return " ".join([*settings, CONTEXT, f"--seed {wildcards.seed}", COMPUTE])
+    return " ".join([*settings, CONTEXT, words("--seed", wildcards.seed), COMPUTE])
 
 
 def sharded(wildcards, name):
@@ -107,8 +133,8 @@ def tokens_of(model, domain):
     return manifest(f"{RUN}/tokens/{MODELS[model].tokenizer}/{domain}")
 
 
-WINDOW = f"--context {CONFIG.context} --stride {CONFIG.stride}"
-CONTEXT = f"--context {CONFIG.context}"
+CONTEXT = words("--context", CONFIG.context)
+WINDOW = words("--context", CONFIG.context, "--stride", CONFIG.stride)
 COMPUTE = options(section("compute"))
 DEVICE = options(section("compute"), "precision")
 
@@ -126,7 +152,7 @@ def budget(share=1.0):
     """Option with the FLOP budget, in epochs of the model in the input `budget_model`."""
     if CONFIG.budget is None:
         return ""
-    return f"--budget-epochs {CONFIG.budget.epochs * share:g}"
+    return words("--budget-epochs", f"{CONFIG.budget.epochs * share:g}")
 
 
 # --- keys and memories ----------------------------------------------------------------------------------------------
@@ -226,7 +252,14 @@ def keys_and_index(wildcards, key):
 
 
 def evaluation(wildcards):
-    return f"{options(section('evaluate'))} {WINDOW} --seed {wildcards.seed} {COMPUTE}"
+    return " ".join(
+        [
+            options(section("evaluate")),
+            WINDOW,
+            words("--seed", wildcards.seed),
+            COMPUTE,
+        ]
+    )
 
 
 def passages_of(wildcards):
@@ -259,7 +292,8 @@ def table_parts(wildcards):
 def table_cells(wildcards):
     """Format the parts of a table as command line options."""
     table = table_of(wildcards)
-    return " ".join(
-        f"--cell {part.domain}:{part.model}:{part.seed}:{part_folder(table.kind, part)}"
-        for part in table.parts
-    )
+    cells = []
+    for part in table.parts:
+        where = f"{part.domain}:{part.model}:{part.seed}"
+        cells += ["--cell", f"{where}:{part_folder(table.kind, part)}"]
+    return words(*cells)

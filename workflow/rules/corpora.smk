@@ -1,4 +1,5 @@
-# All stages reuse this rule with other inputs, outputs and options.
+# All stages reuse this rule with other inputs, outputs and options. Their only output is the manifest, which lists the
+# other files: how many files a model has depends on its size.
 rule corpus:
     input:
         against=lambda w: [
@@ -6,11 +7,6 @@ rule corpus:
             for name in CONFIG.corpora[w.corpus].disjoint_from
         ],
     output:
-        expand(
-            f"{RUN}/corpora/{{corpus}}/{{split}}.parquet",
-            split=["train", "valid", "test"],
-            allow_missing=True,
-        ),
         manifest=f"{RUN}/corpora/{{corpus}}/manifest.json",
     log:
         f"{LOG}/corpus/{{corpus}}.log",
@@ -30,7 +26,7 @@ rule corpus:
         version=VERSIONS["corpus"],
     shell:
         "OMP_NUM_THREADS={threads} RAYON_NUM_THREADS={threads} memdec {params.command} {params.inputs} "
-        "{params.options} --out $(dirname {output.manifest}) > {log} 2>&1"
+        "{params.options} --overwrite --out \"$(dirname {output.manifest:q})\" > {log:q} 2>&1"
 
 
 use rule corpus as tokenizer with:
@@ -40,7 +36,6 @@ use rule corpus as tokenizer with:
             for name in CONFIG.tokenizers[w.tokenizer].train_on or []
         ],
     output:
-        f"{RUN}/tokenizers/{{tokenizer}}/tokenizer.json",
         manifest=f"{RUN}/tokenizers/{{tokenizer}}/manifest.json",
     log:
         f"{LOG}/tokenizer/{{tokenizer}}.log",
@@ -50,6 +45,7 @@ use rule corpus as tokenizer with:
     params:
         command="tokenizer",
         options=lambda w: spec("tokenizers", w.tokenizer),
+        source=lambda w: stamp(CONFIG.tokenizers[w.tokenizer]),
         version=VERSIONS["tokenizer"],
 
 
@@ -58,11 +54,6 @@ use rule corpus as tokens with:
         corpus=f"{RUN}/corpora/{{corpus}}/manifest.json",
         tokenizer=f"{RUN}/tokenizers/{{tokenizer}}/manifest.json",
     output:
-        expand(
-            f"{RUN}/tokens/{{tokenizer}}/{{corpus}}/{{split}}.npy",
-            split=["train", "valid", "test"],
-            allow_missing=True,
-        ),
         manifest=f"{RUN}/tokens/{{tokenizer}}/{{corpus}}/manifest.json",
     log:
         f"{LOG}/tokens/{{tokenizer}}/{{corpus}}.log",
@@ -85,5 +76,5 @@ use rule corpus as passages with:
         f"{BENCHMARK}/passages/{{tokenizer}}-{{domain}}.tsv"
     params:
         command="passages",
-        options=options(section("passages")),
+        options=lambda w: options(section("passages")),
         version=VERSIONS["passages"],

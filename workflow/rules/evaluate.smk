@@ -5,7 +5,6 @@ use rule finetune as evaluate with:
         memory=evaluated_memory,
         also=GENERAL,
     output:
-        f"{HOME}/evaluation/{{memory}}/{{model}}/records.json",
         manifest=f"{HOME}/evaluation/{{memory}}/{{model}}/manifest.json",
     log:
         f"{LOG}/evaluate/{{domain}}-{{seed}}-{{memory}}-{{model}}.log",
@@ -14,7 +13,7 @@ use rule finetune as evaluate with:
     priority: 0
     params:
         command="evaluate",
-        options=lambda w: f"--name {w.memory} {evaluation(w)}",
+        options=lambda w: f"{words('--name', w.memory)} {evaluation(w)}",
         version=VERSIONS["evaluation"],
 
 
@@ -28,7 +27,6 @@ use rule evaluate as evaluate_systems with:
         passages=passages_of,
         also=GENERAL,
     output:
-        f"{HOME}/evaluation/systems/{{model}}/records.json",
         manifest=f"{HOME}/evaluation/systems/{{model}}/manifest.json",
     log:
         f"{LOG}/evaluate_systems/{{domain}}-{{seed}}-{{model}}.log",
@@ -45,7 +43,6 @@ use rule evaluate as cases with:
         base=f"{RUN}/models/{{model}}/manifest.json",
         memory=f"{HOME}/memory/{{memory}}/manifest.json",
     output:
-        f"{HOME}/cases/{{memory}}/{{model}}/records.json",
         manifest=f"{HOME}/cases/{{memory}}/{{model}}/manifest.json",
     log:
         f"{LOG}/cases/{{domain}}-{{seed}}-{{memory}}-{{model}}.log",

@@ -30,7 +30,7 @@ use rule finetune as index with:
         f"{BENCHMARK}/index/{{domain}}-{{seed}}-{{key}}.tsv"
     params:
         command="index",
-        options=f"{options(section('index'))} {DEVICE}",
+        options=lambda w: f"{options(section('index'))} {DEVICE}",
         version=VERSIONS["index"],
 
 
@@ -72,7 +72,6 @@ use rule corpus as adapt with:
         memory=lambda w: manifest(f"{home(w)}/memory/{MEMORIES[w.memory].adapt}"),
         tokenizer=lambda w: manifest(f"{RUN}/tokenizers/{MEMORIES[w.memory].tokenizer}"),
     output:
-        f"{HOME}/adapted/{{memory}}/model.safetensors",
         manifest=f"{HOME}/adapted/{{memory}}/manifest.json",
     log:
         f"{LOG}/adapt/{{domain}}-{{seed}}-{{memory}}.log",
@@ -85,7 +84,7 @@ use rule corpus as adapt with:
         runtime=600,
     params:
         command="adapt-vocab",
-        options=lambda w: f"{options(section('adapt'))} --seed {w.seed}",
+        options=lambda w: f"{options(section('adapt'))} {words('--seed', w.seed)}",
         version=VERSIONS["adapt-vocab"],
 
 
@@ -99,7 +98,6 @@ use rule finetune as train with:
         base=memory_bases,
         budget_model=BUDGET,
     output:
-        f"{HOME}/memory/{{memory}}/model.safetensors",
         manifest=f"{HOME}/memory/{{memory}}/manifest.json",
     log:
         f"{LOG}/train/{{domain}}-{{seed}}-{{memory}}.log",

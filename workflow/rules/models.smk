@@ -4,7 +4,6 @@ use rule corpus as finetune with:
         model=f"{RUN}/models/{{model}}/manifest.json",
         tokens=lambda w: tokens_of(w.model, w.domain),
     output:
-        f"{HOME}/finetuned/{{model}}/model.safetensors",
         manifest=f"{HOME}/finetuned/{{model}}/manifest.json",
     log:
         f"{LOG}/finetune/{{domain}}-{{seed}}-{{model}}.log",
@@ -29,7 +28,6 @@ use rule finetune as dapt with:
         tokens=lambda w: tokens_of(w.model, w.domain),
         budget_model=BUDGET,
     output:
-        f"{HOME}/dapt/{{model}}/model.safetensors",
         manifest=f"{HOME}/dapt/{{model}}/manifest.json",
     log:
         f"{LOG}/dapt/{{domain}}-{{seed}}-{{model}}.log",
@@ -54,7 +52,6 @@ use rule finetune as lora with:
         ),
         budget_model=BUDGET,
     output:
-        f"{HOME}/lora/{{model}}/adapter_model.safetensors",
         manifest=f"{HOME}/lora/{{model}}/manifest.json",
     log:
         f"{LOG}/lora/{{domain}}-{{seed}}-{{model}}.log",
@@ -76,7 +73,6 @@ use rule finetune as model with:
             else []
         ),
     output:
-        f"{RUN}/models/{{model}}/config.json",
         manifest=f"{RUN}/models/{{model}}/manifest.json",
     log:
         f"{LOG}/model/{{model}}.log",
@@ -86,4 +82,5 @@ use rule finetune as model with:
     params:
         command="model",
         options=lambda w: f"{spec('models', w.model)} {CONTEXT} {COMPUTE}",
+        source=lambda w: stamp(MODELS[w.model]),
         version=VERSIONS["model"],

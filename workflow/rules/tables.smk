@@ -7,11 +7,11 @@ rule resolved_config:
     conda:
         "../../environment.yml"
     params:
-        config=shlex.quote(
+        config=lambda w: words(
             json.dumps(CONFIG.model_dump(mode="json", exclude_unset=True))
         ),
     shell:
-        "printf '%s' {params.config} > {output} 2> {log}"
+        "printf '%s' {params.config} > {output:q} 2> {log:q}"
 
 
 # memdec/results/catalogue.py defines the tables and their parts.
@@ -42,5 +42,5 @@ rule table:
         caption=lambda w: table_of(w).caption,
         version=VERSIONS["table"],
     shell:
-        "memdec table --name {wildcards.table} --config {input.config} {params.cells} --out {output.csv} "
-        "> {log} 2>&1"
+        "memdec table --name {wildcards.table:q} --config {input.config:q} {params.cells} --out {output.csv:q} "
+        "> {log:q} 2>&1"

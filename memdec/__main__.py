@@ -1,0 +1,21 @@
+"""The command `memdec`, also as `python -m memdec`: stopped from the keyboard, it ends in one line, with exit code 130.
+
+The command line is imported inside, because its imports take long enough to be interrupted, too.
+"""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from memdec import cli
+
+        cli.main()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

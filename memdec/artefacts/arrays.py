@@ -1,0 +1,57 @@
+"""Read and make `.npy` files: what a manifest or setting says of an array is checked before the array is used.
+
+Compiled code (numba, faiss) does not check shapes. An array that is wider than the manifest says would be written beyond
+the end of another one.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import DTypeLike, NDArray
+
+from memdec.errors import ArtifactError, outside
+
+INTEGERS = [np.dtype(f"{sign}{size}") for sign in "ui" for size in (1, 2, 4, 8)]
+FLOATS = [np.dtype("f2"), np.dtype("f4")]
+_AGAIN = "delete the folder and make it again"
+
+
+def load(path: Path, dtypes: DTypeLike | list[np.dtype[Any]], shape: tuple[int | None, ...] = (None,)) -> NDArray[Any]:
+    """Memory-map an array and check its type and shape.
+
+    Args:
+        path: The file.
+        dtypes: Type of the elements, or the types that it may be.
+        shape: The shape; a None stands for any length.
+
+    Raises:
+        ArtifactError: The file is no whole `.npy` file, holds pickled objects, or has another type or shape.
+    """
+    with outside(ArtifactError, path, "an array in .npy format", _AGAIN):
+        # Not np.load, which takes archives and pickles too. The header is literals, but some of them need much memory.
+        found = np.lib.format.open_memmap(path, mode="r", max_header_size=1024)
+    wanted: list[np.dtype[Any]] = dtypes if isinstance(dtypes, list) else [np.dtype(dtypes)]
+    same = len(found.shape) == len(shape) and all(
+        n in (None, there) for n, there in zip(shape, found.shape, strict=True)
+    )
+    if found.dtype not in wanted or not same or not found.flags.c_contiguous:
+        types, sizes = " or ".join(map(str, wanted)), ", ".join("any" if n is None else str(n) for n in shape)
+        raise ArtifactError(
+            f"{path}: expected {types} of shape ({sizes}), found {found.dtype} of shape {found.shape}; {_AGAIN}"
+        )
+    return found
+
+
+def content_hash(values: NDArray[Any]) -> str:
+    """xxh3_128 (hex) of the numbers of a C-contiguous array."""
+    return xxhash.xxh3_128_hexdigest(values.view(np.uint8).reshape(-1).data)
+
+
+def allocate(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> None:
+    """Make a file for an array, with its room on the disk: writing to a memory map of a full disk kills the process."""
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
