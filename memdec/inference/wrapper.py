@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     StaticCache,
+    StaticLayer,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -146,15 +147,19 @@ class Reader:
         logits: Tensor = self.model(**given, use_cache=use_cache, return_dict=True).logits
         return logits if self._takes_keep else logits[:, kept_positions(logits_to_keep)]
 
-    def check_generation(self, use_cache: bool, chunks: bool) -> None:
+    @property
+    def can_cache(self) -> bool:
+        """Whether the family takes a cache of transformers. RWKV and a few others have their own."""
+        return bool(type(self._family)._supports_default_dynamic_cache())
+
+    def check_generation(self, chunks: bool) -> None:
         """Check that the family generates by the steps of transformers.
 
         Args:
-            use_cache: Whether there is a cache.
             chunks: Whether the prompt is read in chunks.
 
         Raises:
-            ModelError: It has a step or a cache of its own, or cannot read chunks.
+            ModelError: It has a step of its own, or cannot read chunks.
         """
         family, usual = type(self._family), GenerationMixin
         own = [
@@ -162,20 +167,15 @@ class Reader:
             for step in _STEPS
             if step in vars(self._family) or getattr(family, step, None) is not getattr(usual, step, None)
         ]
-        if use_cache and not (own or family._supports_default_dynamic_cache()):
+        if own:
             raise ModelError(
-                f"generate: expected models with a cache of transformers, found {family.__name__} with its own; set "
-                "use_cache=False"
+                f"generate: expected models that generate as most do, found {family.__name__} with its own {own[0]}; use "
+                "the model alone, or score texts, which works"
             )
         if chunks and self.cache_name != "past_key_values":
             raise ModelError(
                 f"generate: expected models that can read a prompt in chunks, found {family.__name__}; leave "
                 "prefill_chunk_size out"
-            )
-        if own:
-            raise ModelError(
-                f"generate: expected models that generate as most do, found {family.__name__} with its own {own[0]}; use "
-                "the model alone, or score texts, which works"
             )
 
 
@@ -201,6 +201,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         self.n_positions = n_positions(config)
         self.config._attn_implementation = base.config._attn_implementation  # decides which masks `generate` drops
         self.readers = [Reader(model) for model in (base, *memories)]
+        self._longest = 0  # tokens of the longest static cache so far; a shorter one would be compiled again
         self._n_inputs = min(_rows(model.get_input_embeddings()) for model in (base, *memories))
 
     @property
@@ -263,17 +264,16 @@ class Wrapper(PreTrainedModel, GenerationMixin):
     # --- generation -------------------------------------------------------------------------------------------------
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `generate` of transformers.
+        """As `generate` of transformers; without a cache if a model cannot use one of transformers.
 
         Raises:
             ModelError: A family generates in a way of its own, or a model lacks a token of the prompt.
         """
-        use_cache, chunks = (
-            getattr(self.generation_config, key) if kwargs.get(key) is None else kwargs[key]
-            for key in ("use_cache", "prefill_chunk_size")
-        )
+        chunks = kwargs.get("prefill_chunk_size") or self.generation_config.prefill_chunk_size
         for i in self.running:
-            self.readers[i].check_generation(use_cache is not False, bool(chunks))
+            self.readers[i].check_generation(bool(chunks))
+            if not self.readers[i].can_cache:
+                kwargs |= {"use_cache": False}
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None:
             self.check_inputs(prompt)
@@ -318,15 +318,22 @@ class Wrapper(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        mine = model_kwargs.get("past_key_values") is None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = self._joint(model_kwargs["past_key_values"])
+        if (cache := model_kwargs.get("past_key_values")) is not None:
+            sizes = (generation_config.max_length, generation_config.max_cache_len, self._longest)
+            self._longest = max(size or 0 for size in sizes)
+            model_kwargs["past_key_values"] = self._joint(cache, self._longest if mine else None)
 
-    def _joint(self, cache: Cache | None) -> Cache:
+    def _joint(self, cache: Cache | None, longest: int | None = None) -> Cache:
         """A cache with the layers of all models, one after the other; an empty cache of the base is extended in place.
 
+        Args:
+            cache: A cache of the base or of all models; None makes one.
+            longest: Tokens of a static cache; None: as many as the base's layers hold.
+
         Raises:
-            ConfigError: The cache holds text that only the base has read.
+            ConfigError: The cache holds text that only the base has read, or does not say how much it can hold.
         """
         if cache is None:
             cache = DynamicCache(config=self.base.config)
@@ -339,9 +346,11 @@ class Wrapper(PreTrainedModel, GenerationMixin):
                 f"{len(cache.layers)} layers that is in use; begin without"
             )
         for reader in self.readers[bool(cache.layers) :]:
-            longest = cache.get_max_length() if isinstance(cache, StaticCache) else None
-            more = reader.new_layers() if longest is None else StaticCache(reader.model.config, longest).layers
-            cache.layers.extend(more)
+            if isinstance(cache, StaticCache):
+                longest = longest or _static_length(cache)
+                cache.layers.extend(StaticCache(reader.model.config, longest).layers)
+            else:
+                cache.layers.extend(reader.new_layers())
         return _counted(cache)
 
     def _view(self, cache: Cache, index: int) -> Cache:
@@ -416,6 +425,18 @@ def _in_use(cache: Cache) -> bool:
         return bool(cache.has_previous_state())
     length: int = cache.get_seq_length()
     return length > 0
+
+
+def _static_length(cache: StaticCache) -> int:
+    """Tokens that a static cache can hold; layers with a sliding window hold fewer."""
+    sizes = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer) and not layer.is_sliding]
+    if not sizes:
+        raise ConfigError(
+            "past_key_values: expected a static cache that holds whole texts, found only sliding windows; set "
+            "cache_implementation='static' instead"
+        )
+    length: int = max(sizes)
+    return length
 
 
 def _counted(cache: Cache) -> Cache:

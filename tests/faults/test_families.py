@@ -9,7 +9,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 from memdec.errors import ConfigError, ModelError
 from memdec.harness.models import MemDecInterp
@@ -259,6 +259,28 @@ def test_a_family_that_generates_in_its_own_way_is_refused_before_anything_runs(
         mixture.generate(torch.arange(8, 12)[None], max_new_tokens=2)
     mixture.set_weights([0.0])
     assert mixture.generate(torch.arange(8, 12)[None], max_new_tokens=2).shape[1] >= 5
+
+
+def test_a_static_cache_is_as_long_as_each_model_needs(words: Any) -> None:
+    """The base holds six tokens, a window; its memory reads the whole text."""
+    mixture = MemDecForCausalLM.from_models(made("Mistral", 0), [made("GPT-2", 1)], [0.5])
+    mixture.generation_config.eos_token_id = None
+    batch = words(PROMPTS, return_tensors="pt", padding=True)
+    assert torch.equal(generated(mixture, batch, **CACHES["static"]), generated(mixture, batch))
+    cache = StaticCache(config=mixture.base.config, max_cache_len=64)
+    with pytest.raises(ConfigError, match="past_key_values: expected a static cache that holds whole texts"):
+        generated(mixture, batch, past_key_values=cache)
+
+
+def test_a_family_with_a_cache_of_its_own_generates_without_one() -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("rwkv", vocab_size=60, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
+    ).eval()
+    ids = torch.arange(8, 18)[None]
+    how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = base.generate(ids, **how)
+    assert torch.equal(MemDecForCausalLM.from_models(base, [], []).generate(ids, **how), expected)
 
 
 def test_what_mamba_cannot_read_is_refused() -> None:
