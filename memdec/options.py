@@ -186,18 +186,9 @@ def name_of(folder: Path) -> str:
 # --- the last line of a command -----------------------------------------------------------------------------------
 
 _FACTS = (
-    "documents",
-    "tokens",
-    "vocab_size",
-    "parameters",
-    "rank",
-    "positions",
-    "width",
-    "keys",
-    "entries",
-    "passages",
+    *("documents", "tokens", "vocab_size", "parameters", "rank", "positions", "width", "keys", "entries", "passages"),
+    *("valid_perplexity", "methods"),
 )
-_FACTS += ("valid_perplexity", "methods")
 
 
 def wrote(out: Path, following: str, since: float = 0) -> None:

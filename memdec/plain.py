@@ -123,7 +123,7 @@ def _check_events(text: str, where: str) -> None:
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_DEPTH:
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark is not None else 0
             raise ConfigError(
                 f"{where}: line {line}: expected at most {MOST_DEPTH} levels, found more; check the brackets"
             )
