@@ -130,6 +130,7 @@ class IcRagForCausalLM(Wrapper):
         self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p, None) of a batch without left padding, as for `Wrapper`."""
+        self.check_inputs(input_ids)
         made = partial(mixing.log_softmax, dtype=dtype)
         return self._made(input_ids, None, logits_to_keep, made, dtype), None
 
