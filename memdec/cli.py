@@ -715,10 +715,6 @@ def data_verify(
     from memdec.tasks import fetch
 
     folder = _data_folder(folder, "FOLDER")
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{folder}: expected a folder with files of tasks, found none; make it with `memdec data fetch`"
-        )
     _show_files(fetch.verify(folder, task), bool(task), as_json)
     _say(f"verified {folder}. Next: export MEMDEC_DATA={shlex.quote(str(folder))}; lm_eval --tasks ...")
 
