@@ -148,8 +148,13 @@ def _parts(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def commit(name: str, revision: str | None = None) -> str:
+def commit(name: str, revision: str | None = None, kind: str = "model") -> str:
     """The commit that a branch or tag of a Hub id (default `main`) stands for: from the Hub, or else from the cache.
+
+    Args:
+        name: The Hub id.
+        revision: Branch, tag or commit.
+        kind: model or dataset.
 
     Raises:
         ModelError: Neither knows it.
@@ -163,11 +168,11 @@ def commit(name: str, revision: str | None = None) -> str:
     why = "no network"
     if not constants.HF_HUB_OFFLINE:
         try:
-            if (found := HfApi().model_info(name, revision=wanted, timeout=10).sha) is not None:
+            if (found := HfApi().repo_info(name, repo_type=kind, revision=wanted, timeout=10).sha) is not None:
                 return str(found)
         except Exception as error:  # the client raises a dozen unrelated types; the cache is asked next
             why = type(error).__name__
-    place = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs" / wanted
+    place = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / wanted
     if place.is_file():
         return str(place.read_text(encoding="utf-8")).strip()
     raise ModelError(

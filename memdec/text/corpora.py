@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from memdec.artefacts import artefact
-from memdec.errors import ArtifactError, CorpusError, outside, reason
+from memdec.artefacts import artefact, sources
+from memdec.errors import ArtifactError, CorpusError, ModelError, outside, reason
 from memdec.settings import SPLITS, CorpusSpec, DocstringCorpus, FileCorpus, HubCorpus, Split
 from memdec.text import reading
 
@@ -152,14 +152,26 @@ def _split_here(spec: CorpusSpec) -> bool:
 
 
 def _origin(spec: CorpusSpec) -> str:
-    """What else decides the text: versions of packages, digests of files, or the revision of a Hub data set."""
+    """What else decides the text: versions of packages, digests of files, or the commit of a Hub data set."""
     if isinstance(spec, DocstringCorpus):
         return ", ".join(f"{name} {_package_version(name)}" for name in spec.packages)
     if isinstance(spec, FileCorpus):
         files = [file for pattern in _patterns(spec) for file in _matches(pattern)]
         names = _names(files)
         return ", ".join(f"{names[file]} {artefact.file_digest(file)}" for file in files)
-    return f"{spec.path} {spec.config or ''} {spec.revision or 'default revision'}"
+    return f"{spec.config or ''} {_version(spec)}"
+
+
+def _version(spec: HubCorpus) -> str:
+    """The content of a local data set, or the id and commit of one of the Hub."""
+    folder = Path(spec.path)
+    if folder.is_dir():
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+        return artefact.digest([(file.relative_to(folder).as_posix(), artefact.hashed(file)) for file in files])
+    try:
+        return f"{spec.path} {sources.commit(spec.path, spec.revision, 'dataset')}"
+    except ModelError:  # offline, `datasets` may still have it
+        return f"{spec.path} {spec.revision or 'default revision'}"
 
 
 def _package_version(name: str) -> str:

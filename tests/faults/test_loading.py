@@ -396,11 +396,11 @@ memory_model: g
 """
     )
     root = Path(loading.__file__).parents[2]
-    target = "results/tiny/models/g/manifest.json"
+    target, corpus = "results/tiny/models/g/manifest.json", "results/tiny/corpora/made/manifest.json"
 
     def snakemake(*options: str) -> str:
         command = [sys.executable, "-m", "snakemake", "-s", str(root / "Snakefile"), "--directory", str(tmp_path)]
-        command += ["--cores", "1", "--configfile", str(tmp_path / "my.yaml"), *options, "--", target]
+        command += ["--cores", "1", "--configfile", str(tmp_path / "my.yaml"), *options, "--", target, corpus]
         where = {**os.environ, "PYTHONPATH": str(root), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=where)
         assert done.returncode == 0, done.stderr
@@ -412,6 +412,11 @@ memory_model: g
     bent(source, 1)
     snakemake()
     assert artefact.read(tmp_path / target.removesuffix("/manifest.json"), "model").recipe != first
+    assert "Nothing to be done" in snakemake("-n")
+    texts = artefact.read(tmp_path / corpus.removesuffix("/manifest.json"), "corpus").facts["sha256"]
+    (tmp_path / "text.txt").write_text(made_text(250, 1))
+    snakemake()
+    assert artefact.read(tmp_path / corpus.removesuffix("/manifest.json"), "corpus").facts["sha256"] != texts
     assert "Nothing to be done" in snakemake("-n")
 
 

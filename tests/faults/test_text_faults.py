@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from memdec.artefacts import artefact
 from memdec.errors import CorpusError
-from memdec.settings import SPLITS, FileCorpus, TokenizerSpec
+from memdec.settings import SPLITS, FileCorpus, HubCorpus, TokenizerSpec
 from memdec.text import corpora, tokens
 
 EOS = "</s>"
@@ -334,3 +334,20 @@ def test_18_a_label_true_is_not_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
     with pytest.raises(CorpusError, match=r"row 0: expected 'label' of type int or str, found True"):
         dcpmi_rows.load_rows(set="mr", paper_rows=1)
+
+
+def test_2_a_data_set_in_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
+    """Another text of the same size behind the same path makes the corpus again."""
+    (tmp_path / "set").mkdir()
+    for name in ("train", "validation", "test"):
+        rows = [f"{name} {part}" for part in made_text(40, 6).split("\n\n")]
+        (tmp_path / "set" / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows) + "\n")
+    spec = HubCorpus(source="hub", path=str(tmp_path / "set"), separator="none")
+    corpora.run(spec, tmp_path / "out")
+    first = artefact.read(tmp_path / "out", "corpus")
+    file = tmp_path / "set" / "test.jsonl"
+    file.write_text(file.read_text().replace("matrix", "xirtam"))
+    corpora.run(spec, tmp_path / "out")
+    again = artefact.read(tmp_path / "out", "corpus")
+    assert again.recipe != first.recipe
+    assert again.facts["sha256"] != first.facts["sha256"]

@@ -1,4 +1,5 @@
 # Helpers of all rules. Paths are results/<scale>/...: a folder per artefact, whose manifest.json is written last.
+import glob
 import json
 import os
 import re
@@ -94,19 +95,28 @@ def spec(kind, name):
     return words("--spec", json.dumps(entry, sort_keys=True))
 
 
+def local_files(entry):
+    """The local files that an entry of the config is made from: its texts, or a pretrained model."""
+    if isinstance(entry, typed.FileCorpus):
+        named = [entry.path] if entry.path is not None else entry.paths.values()
+    else:
+        named = [getattr(entry, "pretrained", None), getattr(entry, "path", None)]
+    for name in named:
+        if not isinstance(name, str):  # a file in a wheel is known by its sha256
+            continue
+        if os.path.isdir(name):
+            yield from (file.path for file in os.scandir(name))
+        else:
+            yield from (
+                [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
+            )
+
+
 def stamp(entry):
-    """Sizes and times of the files of a local model, so that Snakemake notices a replaced one; the job compares content."""
-    source = entry.pretrained
-    if not isinstance(source, str) or not os.path.exists(source):
-        return None
-    files = (
-        [source]
-        if os.path.isfile(source)
-        else sorted(os.scandir(source), key=os.fspath)
-    )
+    """Names, sizes and times of local files, so that Snakemake notices other ones; the job compares their content."""
     return [
-        (os.path.basename(file), os.stat(file).st_size, os.stat(file).st_mtime_ns)
-        for file in files
+        (file, os.stat(file).st_size, os.stat(file).st_mtime_ns)
+        for file in sorted(local_files(entry))
         if os.path.isfile(file)
     ]
 

@@ -23,6 +23,7 @@ rule corpus:
         command="corpus",
         inputs=named,
         options=lambda w: spec("corpora", w.corpus),
+        source=lambda w: stamp(CONFIG.corpora[w.corpus]) if w.get("corpus") else [],
         version=VERSIONS["corpus"],
     shell:
         "OMP_NUM_THREADS={threads} RAYON_NUM_THREADS={threads} memdec {params.command} {params.inputs} "
