@@ -96,7 +96,9 @@ def test_lm_eval_gets_what_hf_gets(
         "loglikelihood_rolling": [Instance("loglikelihood_rolling", {}, (text,), 0)],
         "generate_until": [Instance("generate_until", {}, (prompt, settings), i) for i, prompt in enumerate(PROMPTS)],
     }
-    hf = HFLM(**(how | {"batch_size": 1}), logits_cache=False)  # in a batch, its rows may depend on each other (longrope)
+    hf = HFLM(
+        **(how | {"batch_size": 1}), logits_cache=False
+    )  # in a batch, its rows may depend on each other (longrope)
     systems = [
         MemDecInterp(**how, memory=str(small_folder), alpha=0.0, context=WINDOW, stride=WINDOW),
         MemDecInterp(**how, context=WINDOW, stride=WINDOW),
