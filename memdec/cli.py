@@ -715,10 +715,6 @@ def data_verify(
     from memdec.tasks import fetch
 
     folder = _data_folder(folder, "FOLDER")
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{folder}: expected a folder with files of tasks, found none; make it with `memdec data fetch`"
-        )
     _show_files(fetch.verify(folder, task), bool(task), as_json)
     _say(f"verified {folder}. Next: export MEMDEC_DATA={shlex.quote(str(folder))}; lm_eval --tasks ...")
 
@@ -783,13 +779,18 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Check a config and report all problems at once, among them files and folders that are not there."""
-    paths = cfg.with_default(config)
-    where, files = " + ".join(map(str, paths)), shlex.join(map(str, config))
-    problems = cfg.check(cfg.read(*paths))
+    where, files = " + ".join(map(str, config)), shlex.join(map(str, config))
+    try:
+        paths = cfg.with_default(config)
+        where = " + ".join(map(str, paths))
+        problems = cfg.check(cfg.read(*paths))
+        message = f"{where}: {'; '.join(problems)}"
+    except ConfigError as error:  # a file that cannot be read as plain data
+        problems = [message := str(error)]
     if as_json:
         print(json.dumps({"valid": not problems, "problems": problems}, ensure_ascii=False))
     if problems:
-        raise ConfigError(f"{where}: {'; '.join(problems)}")
+        raise ConfigError(message)
     if not as_json:
         print(f"{where}: valid")
     _say(f"Next: snakemake --cores all --configfile {files} -- results/table3.csv")
@@ -823,6 +824,8 @@ def main() -> None:
     except OSError as error:
         place = error.filename if error.filename is not None else "memdec"
         _end(f"{place}: expected a file or folder that can be used here, found: {reason(error)}; check the path", 2)
+    except RecursionError:
+        _end("memdec: expected files whose lists and mappings are not nested this deep; check the JSON that is read", 2)
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             _say(str(error))

@@ -62,7 +62,7 @@ VERSIONS = {
     "evaluation": 4,
     "cases": 1,
     "latency": 2,
-    "sweep": 1,
+    "sweep": 2,
     "table": 3,  # a table is a file, not an artefact folder: only the Snakemake rules use this number
 }
 

@@ -386,9 +386,9 @@ def run_pretrained(spec: ModelSpec, tokenizer_folder: Path, out: Path) -> None:
     """
     assert spec.pretrained is not None
     inputs, plain = {"tokenizer": artefact.read(tokenizer_folder, "tokenizer").recipe}, spec.model_dump(mode="json")
-    folder: Path | None = None
+    folder, there = None, Path(str(spec.pretrained))
     if isinstance(spec.pretrained, str):
-        plain["pretrained"], there = None, Path(spec.pretrained)
+        plain["pretrained"] = None
         if not sources.is_gguf(spec.pretrained):
             folder = snapshot(spec.pretrained, spec.revision)
             checkpoints.weight_files(folder)
@@ -405,7 +405,7 @@ def run_pretrained(spec: ModelSpec, tokenizer_folder: Path, out: Path) -> None:
                 build.facts.update(source.facts)
                 _write(from_gguf(source), load_tokenizer(str(source.folder), **source.options), spec.layers, out)
         else:
-            build.facts.update(source=spec.pretrained, revision=spec.revision)
+            build.facts.update(source=spec.pretrained, revision=None if there.is_dir() else folder.name)
             if spec.layers is None:
                 _link(folder, out)
             else:

@@ -4,6 +4,7 @@ import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -30,11 +31,13 @@ _NEAR = frozenset({"tokenizers"})  # names of other models' arguments that look 
 
 def tokenizer(metadata: Mapping[str, Any]) -> Any:
     """The tokenizer of the evaluated model; a task's metadata contains `--model_args` and `--metadata`."""
-    name = metadata.get("tokenizer") or metadata.get("pretrained") or PAPER_BASE
+    name = str(metadata.get("tokenizer") or metadata.get("pretrained") or PAPER_BASE)
+    inside = metadata.get("subfolder") or ""
+    own = metadata.get("tokenizer") and Path(name).is_dir() and not Path(name, inside).is_dir()
     return tokens.load_tokenizer(
-        str(name),
+        name,
         metadata.get("revision"),
-        subfolder=metadata.get("subfolder") or "",
+        subfolder="" if own else inside,
         trust_remote_code=bool(metadata.get("trust_remote_code")),
     )
 

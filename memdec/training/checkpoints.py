@@ -64,7 +64,8 @@ def newest(work: Path, keep_best: bool) -> Path | None:
         if damaged is None:
             found = found or path
             continue
-        if (path / SEAL).exists():  # else it was being written when the run ended
+        # Without a seal it was being written when the run ended, and before a whole one it was being removed.
+        if found is None and (path / SEAL).exists():
             warnings.warn(
                 f"{damaged}: expected the checkpoint as it was written, found a damaged one; the training goes on from an "
                 "earlier one, or begins again",

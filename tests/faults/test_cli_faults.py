@@ -234,12 +234,17 @@ def test_json_where_a_program_may_read_it(tmp_path: Path, capsys: pytest.Capture
     code, out, err = memdec(capsys, "validate", mini, str(tmp_path / "a.yaml"), "--json")
     assert (code, json.loads(out)["valid"]) == (2, False)
     assert json.loads(out)["problems"] == ["strid: unknown key; did you mean stride?, found 3"]
+    (tmp_path / "a.yaml").write_text("a: [")
+    code, out, err = memdec(capsys, "validate", str(tmp_path / "a.yaml"), "--json")
+    assert (code, json.loads(out)["valid"], err.count("\n")) == (2, False, 1)
     table, base = folder / "table3.csv", tmp_path / "base.json"
     code, _, err = memdec(capsys, "check", str(table), "--baseline", str(base), "--write")
     assert code == 0, err
     assert f"wrote {base}. Next: memdec check" in err
     code, out, _ = memdec(capsys, "check", str(table), "--baseline", str(base), "--json")
     assert (code, json.loads(out)["moved"]) == (0, False)
+    base.write_text("[" * 10_000 + "]" * 10_000)
+    assert "nested" in refused(capsys, "check", str(table), "--baseline", str(base))
     code, out, err = memdec(capsys, "data", "verify", str(tmp_path), "--json")
     assert {each["status"] for each in json.loads(out)["files"]} == {"missing"}
     assert "Next: " in err

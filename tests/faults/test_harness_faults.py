@@ -24,6 +24,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from making import CONTEXT, made_text
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma3ForCausalLM,
@@ -343,6 +344,31 @@ def test_passages_of_different_lengths_do_not_change_each_other(tokenizer_folder
         whole = model(text).logits[0]
         rows = [model(text[:, : n + 1], logits_to_keep=1).logits[0, 0] for n in range(text.shape[1])]
     assert torch.allclose(whole, torch.stack(rows), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "bloom"])  # tests/faults/test_families.py has the others
+def test_routed_experts_and_linear_biases_do_not_couple_rows(kind: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    words = AutoTokenizer.from_pretrained(tokenizer_folder)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(words), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "bos_token_id": 0,
+        "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.3,
+    }  # fmt: skip
+    if kind != "bloom":
+        experts = {"num_local_experts": 4} if kind == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 32}
+        sizes |= {
+            "intermediate_size": 48,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "num_experts_per_tok": 2,
+            **experts,
+        }
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    pairs = [SHORT, LONG, (LONG[0][:60], " window"), ("The", " token")]
+    model = ours(tmp_path, dtype="float32", batch_size=4)
+    found = [log_p for log_p, _ in model.loglikelihood(asked("loglikelihood", *pairs))]
+    assert found == pytest.approx([_alone(tmp_path, *pair) for pair in pairs], abs=1e-5, rel=1e-6)
 
 
 def test_length_classes() -> None:

@@ -90,7 +90,10 @@ def steps(out: Path) -> list[int]:
 # --- 8: the same facts and bytes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [(13,), (4, 38), (99,), (40, 99)])
+@pytest.mark.parametrize(
+    "at",
+    [(4, 38), (99,), pytest.param((13,), marks=pytest.mark.slow), pytest.param((40, 99), marks=pytest.mark.slow)],
+)
 def test_8_kills_change_nothing_in_a_trained_folder(
     at: tuple[int, ...], train: Train, straight: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +146,7 @@ def test_8_the_loss_is_the_mean_over_all_steps(train: Train, tmp_path: Path, mon
     assert facts["train_loss"] == pytest.approx(sum(seen) / len(seen), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
 def test_8_two_runs_write_the_same_bytes(
     base_folder: Path, short_tokens: Path, tokenizer_folder: Path, tmp_path: Path
@@ -229,6 +233,14 @@ def test_11_a_damaged_checkpoint_is_passed_over_with_a_warning(
     else:  # nothing says that it ever was whole
         assert checkpoints.newest(work, keep_best=False) == work / "checkpoint-16"
     assert not (work / "checkpoint-18").exists()
+
+
+def test_11_a_checkpoint_that_was_being_removed_or_written_is_no_news(unfinished: Path, tmp_path: Path) -> None:
+    work = shutil.copytree(unfinished / "work", tmp_path / "work")
+    (work / "checkpoint-16" / "optimizer.pt").unlink()
+    shutil.copytree(work / "checkpoint-18", work / "checkpoint-20", ignore=shutil.ignore_patterns("whole.json"))
+    assert checkpoints.newest(work, keep_best=False) == work / "checkpoint-18"  # warnings are errors here
+    assert [path.name for path in work.glob("checkpoint-*")] == ["checkpoint-18"]
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])

@@ -307,7 +307,7 @@ def test_the_command(
         (["--file", "nowhere"], "nowhere: expected a file with UTF-8 text, found"),
         (["text", "--index", "i"], "expected datastore and index, found an index alone; give --datastore, too"),
         (["text", "--datastore", "d"], "expected datastore and index, found a datastore alone; give --index, too"),
-        (["text", "--alpha", "2"], "alpha: expected a number from 0"),
+        (["text", "--alpha", "2"], "alpha': Input should be less than or equal to 1"),
         (["text", "--context", str(2 * CONTEXT)], f"context: expected at most {CONTEXT} tokens (positions of the models), found"),
         (["text", "--context", "8", "--stride", "9"], "need 1 <= stride <= context, found stride 9, context 8"),
         (["text", "--datastore", "TRAIN", "--index", "INDEX", "--neighbours", "1000000"], "neighbours: expected at most"),

@@ -26,7 +26,7 @@ rule corpus:
         version=VERSIONS["corpus"],
     shell:
         "OMP_NUM_THREADS={threads} RAYON_NUM_THREADS={threads} memdec {params.command} {params.inputs} "
-        "{params.options} --overwrite --out \"$(dirname {output.manifest:q})\" > {log:q} 2>&1"
+        '{params.options} --overwrite --out "$(dirname {output.manifest:q})" > {log:q} 2>&1'
 
 
 use rule corpus as tokenizer with:
