@@ -160,6 +160,7 @@ def commit(name: str, revision: str | None = None, kind: str = "model") -> str:
         ModelError: Neither knows it.
     """
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
     wanted = revision or "main"
@@ -172,9 +173,12 @@ def commit(name: str, revision: str | None = None, kind: str = "model") -> str:
                 return str(found)
         except Exception as error:  # the client raises a dozen unrelated types; the cache is asked next
             why = type(error).__name__
-    place = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / wanted
-    if place.is_file():
-        return str(place.read_text(encoding="utf-8")).strip()
+    try:
+        place = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / wanted
+        if place.is_file():
+            return str(place.read_text(encoding="utf-8")).strip()
+    except HFValidationError:
+        why = "no name of a repository"
     raise ModelError(
         f"{name}: expected a folder, or a Hub id whose commit of revision {wanted} is on the Hub or in the cache, found "
         f"neither ({why}); check the path, or give revision=<commit>"
