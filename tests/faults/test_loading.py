@@ -346,7 +346,7 @@ def test_a_hub_id_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.Mon
     assert sources.identity("some/model", "c" * 40) == f"some/model@{'c' * 40}"
     with pytest.raises(ModelError, match="whose commit of revision v2 is on the Hub or in the cache"):
         sources.identity("some/model", "v2")
-    with pytest.raises(ModelError, match="found neither .no name of a repository."):
+    with pytest.raises(ModelError, match="no name of a repository"):
         sources.identity("no/such/folder")
 
 
