@@ -11,7 +11,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -141,7 +140,7 @@ def stage(
             if "compute" in arguments:
                 devices.pick(arguments["compute"])  # a missing GPU is reported before anything is read
             with (
-                nullcontext() if replaces else artefact.keeping(),
+                artefact.waiting() if replaces else artefact.keeping(),
                 devices.one_line_when_full(f"memdec {name}", arguments.get("settings")),
             ):
                 function(**arguments)
@@ -174,7 +173,10 @@ _OVERWRITE = inspect.Parameter(
     "overwrite",
     inspect.Parameter.KEYWORD_ONLY,
     default=False,
-    annotation=Annotated[bool, typer.Option("--overwrite", help="replace what was made in --out with other settings")],
+    annotation=Annotated[
+        bool,
+        typer.Option("--overwrite", help="replace what other settings made in --out; wait for a process at work there"),
+    ],
 )
 
 

@@ -11,6 +11,7 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -31,6 +32,8 @@ from memdec.artefacts import provenance
 from memdec.artefacts.resources import Team, one_line_when_disk_is_full
 from memdec.errors import ArtifactError
 from memdec.settings import describe
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 # Holds the recipe of the build that made the folder; without it the folder is not ours to overwrite. An empty or
@@ -246,6 +249,8 @@ def write_json(path: Path, value: object) -> None:
 
 
 _KEEPING: ContextVar[bool] = ContextVar("_KEEPING", default=False)
+_WAITING: ContextVar[bool] = ContextVar("_WAITING", default=False)
+_POLL = 0.5  # seconds between two looks at a lock
 
 
 @contextmanager
@@ -256,6 +261,19 @@ def keeping() -> Iterator[None]:
         yield
     finally:
         _KEEPING.reset(token)
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Within the block, `building` waits for another process that builds in its folder, and takes what that one made.
+
+    For the jobs of Snakemake: when it is killed alone, its jobs go on, and the next run starts the same ones.
+    """
+    token = _WAITING.set(True)
+    try:
+        yield
+    finally:
+        _WAITING.reset(token)
 
 
 @contextmanager
@@ -308,14 +326,17 @@ def _building(
         with _one_line_when_refused(path), one_line_when_disk_is_full(path):
             path.mkdir(parents=True, exist_ok=True)
             _refuse_overwriting(path, kind, inputs)
-            stack.enter_context(locked(path))
-            _refuse_replacing(path, kind, recipe)
-            _claim(path, recipe)
-        build = Build(path, recipe)
+            stack.enter_context(locked(path, wait=_WAITING.get()))
+            made = _is_current(path, kind, recipe)  # by the process that this one waited for
+            if not made:
+                _refuse_replacing(path, kind, recipe)
+                _claim(path, recipe)
+        build = None if made else Build(path, recipe)
         team.wait()
         yield build
         team.wait()
-        _finish(build, kind, version, plain, inputs)
+        if build is not None:
+            _finish(build, kind, version, plain, inputs)
 
 
 @contextmanager
@@ -329,15 +350,24 @@ def _one_line_when_refused(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Lock a folder against other builds; the lock is released when the process ends, even if it is killed.
+
+    With `wait`, wait for a process that holds the lock.
 
     Raises:
         ArtifactError: Another process holds the lock.
     """
+    # No fallback to filelock's marker file: a job killed on another machine would leave it behind for ever.
+    file = FileLock(path / LOCK, fallback_to_soft=False)
     try:
-        # No fallback to filelock's marker file: a job killed on another machine would leave it behind for ever.
-        lock: AbstractContextManager[object] = FileLock(path / LOCK, fallback_to_soft=False).acquire(blocking=False)
+        try:
+            lock: AbstractContextManager[object] = file.acquire(blocking=False)
+        except Timeout:
+            if not wait:
+                raise
+            log.warning("%s: waiting for another process that builds here", path)
+            lock = file.acquire(poll_interval=_POLL)
     except Timeout:
         raise ArtifactError(
             f"{path}: expected a folder that nobody builds in, found another process at work; wait for it, or choose "

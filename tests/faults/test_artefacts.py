@@ -749,3 +749,28 @@ def test_passages_are_checked(short_tokens: Path, tmp_path: Path) -> None:
             Passages(tmp_path / "p")
         flip(tmp_path / "p" / name)
     assert Passages(tmp_path / "p").best([5, 6, 7]) == found
+
+
+@pytest.mark.parametrize("value", [1, 2])
+def test_a_job_waits_for_the_job_that_a_killed_snakemake_left(value: int, tmp_path: Path) -> None:
+    """The same settings: what that one made is taken. Others: it is replaced. By hand, it is refused."""
+    code = (
+        "import pathlib, sys, time; from memdec.artefacts import artefact; out = pathlib.Path(sys.argv[1])\n"
+        "with artefact.building(out, 'thing', {'value': 1}, {}) as build:\n"
+        "    (out / 'work').mkdir(); print('at work', flush=True); time.sleep(1); (out / 'by.txt').write_text('left')"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as left:
+        assert left.stdout is not None
+        assert left.stdout.readline() == "at work\n"
+        with (
+            artefact.keeping(),
+            pytest.raises(ArtifactError, match="another process at work"),
+            artefact.building(tmp_path, "thing", {"value": value}, {}),
+        ):
+            pass
+        with artefact.waiting(), artefact.building(tmp_path, "thing", {"value": value}, {}) as build:
+            assert (build is None) == (value == 1)
+            if build is not None:
+                (tmp_path / "by.txt").write_text("new")
+    assert (tmp_path / "by.txt").read_text() == ("left" if value == 1 else "new")
+    assert artefact.read(tmp_path, "thing").settings == {"value": value}
