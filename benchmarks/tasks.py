@@ -28,7 +28,7 @@ DOMAIN = [
     "memdec_fiqa_sa", "memdec_fpb", "memdec_headline", "memdec_ner", "memdec_convfinqa",
     "memdec_scotus", "memdec_casehold", "memdec_unfair_tos",
 ]  # fmt: skip
-TINY = ["dcpmi_cb_kp", "memdec_scotus"]
+TINY = ["dcpmi_cb_kl", "memdec_scotus"]  # a tiny tokenizer has no label word as one token, which _kp needs
 COLUMNS = ["task", "metric", "n", "base", "DAPT", "LoRA", "MemDec", "alpha", "note"]
 BATCH = 16  # prompts of 2,048 tokens and a vocabulary of 50,000 are 6 GB of logits in float32
 
@@ -79,7 +79,7 @@ def score(model: Any, task: str, loaded: dict[str, Any], limit: int) -> tuple[fl
 
 def metric(task: str) -> str:
     """The metric that the paper reports for a task."""
-    return "acc" if task in DCPMI else "score"
+    return "acc" if task.startswith("dcpmi") else "score"
 
 
 def main() -> int:

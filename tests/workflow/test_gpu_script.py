@@ -73,7 +73,7 @@ def test_every_part_at_toy_sizes(tmp_path: Path) -> None:
     assert list(table["method"]) == ["base", "DAPT", "LoRA", "MemDec"]
     assert "| MemDec |" in (out / "table1.md").read_text()
     tasks = pd.read_csv(out / "tasks.csv")
-    assert list(tasks["task"]) == ["dcpmi_cb_kp", "memdec_scotus"]
+    assert list(tasks["task"]) == ["dcpmi_cb_kl", "memdec_scotus"]
     assert list(tasks["n"]) == [2, 2]
     assert tasks[["base", "DAPT", "LoRA", "MemDec"]].map(lambda value: 0 <= value <= 1).all(axis=None)
     assert list(tasks["alpha"]) == [0.3, 0.6]
