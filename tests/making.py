@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,22 @@ def other_text(n_documents: int, seed: int) -> str:
         ]
         documents.append("\n".join(lines))
     return "\n\n".join(documents)
+
+
+def run_memdec(capsys: Any, *words: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a `memdec` command."""
+    from memdec import cli
+
+    before, sys.argv = sys.argv, ["memdec", *map(str, words)]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
 def spec(width: int, **changes: object) -> ModelSpec:

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from making import CONTEXT, made_text, signed, write_store, write_tokens
+from making import CONTEXT, made_text, run_memdec, signed, write_store, write_tokens
 
-from memdec import cli
 from memdec.artefacts import arrays, artefact, doctor
 from memdec.artefacts.resources import one_line_when_disk_is_full
 from memdec.datastore import index, passages, search, target_rows, targets
@@ -616,30 +615,20 @@ def test_every_stage_can_run_again_where_its_manifest_is_lost(
         assert after.recipe == before.recipe
 
 
-def memdec(*words: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    monkeypatch.setattr("sys.argv", ["memdec", *map(str, words)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, capsys.readouterr().err
-
-
 def test_by_hand_only_overwrite_replaces_what_other_settings_made(
-    short_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    short_tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, said = tmp_path / "p", {"monkeypatch": monkeypatch, "capsys": capsys}
+    out = tmp_path / "p"
     words = ["passages", "--tokens", short_tokens, "--out", out]
-    assert memdec(*words, "--passage", 9, **said)[0] == 0
+    assert run_memdec(capsys, *words, "--passage", 9)[0] == 0
     before = artefact.read(out, "passages")
-    assert memdec(*words, "--passage", 9, **said)[0] == 0  # the same again
-    code, text = memdec(*words, "--passage", 12, **said)
+    assert run_memdec(capsys, *words, "--passage", 9)[0] == 0  # the same again
+    code, _, text = run_memdec(capsys, *words, "--passage", 12)
     assert code == 2
     assert re.search(r"found a passages artefact made with other settings.*give --overwrite.*\n$", text)
     assert text.count("\n") == 1
     assert artefact.read(out, "passages") == before
-    assert memdec(*words, "--passage", 12, "--overwrite", **said)[0] == 0
+    assert run_memdec(capsys, *words, "--passage", 12, "--overwrite")[0] == 0
     assert artefact.read(out, "passages").settings == {"passage": 12}
 
 

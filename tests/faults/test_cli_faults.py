@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import typer
-from making import made_text
+from making import made_text, run_memdec
 
 from docs import check as docs_check
 from memdec import cli, plain
@@ -21,23 +21,9 @@ from memdec.artefacts import artefact
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def memdec(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command."""
-    before, sys.argv = sys.argv, ["memdec", *words]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The one line with which a command refuses its input."""
-    code, out, err = memdec(capsys, *words)
+    code, out, err = run_memdec(capsys, *words)
     lines = [line for line in err.splitlines() if "it/s]" not in line]
     assert (code, out) == (2, ""), (words, out, err)
     assert len(lines) == 1, (words, err)
@@ -49,8 +35,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def groups() -> dict[str, Any]:
-    command: Any = typer.main.get_command(cli.app)
-    found = dict(command.commands)
+    app: Any = typer.main.get_command(cli.app)
+    found = dict(app.commands)
     data = found.pop("data")
     return found | {f"data {name}": each for name, each in data.commands.items()}
 
@@ -58,7 +44,7 @@ def groups() -> dict[str, Any]:
 def test_help_shows_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
     """rich took `[a | b]` for markup, and showed none."""
     for name in ("train", "datastore", "tune", "sweep", "adapt-vocab", "index"):
-        code, out, _ = memdec(capsys, name, "-h")
+        code, out, _ = run_memdec(capsys, name, "-h")
         assert code == 0
         choices = {
             "train": "hybrid|kl|ce|focal|jsd|bild|sparsity",
@@ -138,7 +124,7 @@ def test_every_command_refuses_what_is_not_there_or_of_another_kind(
             continue
         if name == "doctor":
             words = [place]
-        code, out, err = memdec(capsys, *name.split(), *words, *extra)
+        code, out, err = run_memdec(capsys, *name.split(), *words, *extra)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert code in (1, 2), (name, words, out, err)
         assert len(lines) == 1 or name == "data verify", (name, words, err)
@@ -148,13 +134,13 @@ def test_every_command_refuses_what_is_not_there_or_of_another_kind(
 
 
 def test_help_version_and_completion(capsys: pytest.CaptureFixture[str]) -> None:
-    assert memdec(capsys, "--version")[:2] == (0, "memdec 0.1.0\n")
+    assert run_memdec(capsys, "--version")[:2] == (0, "memdec 0.1.0\n")
     for words in (["-h"], ["--help"]):
-        code, out, _ = memdec(capsys, *words)
+        code, out, _ = run_memdec(capsys, *words)
         assert code == 0
         assert "--install-completion" in out
     for name in groups():
-        assert memdec(capsys, *name.split(), "-h")[0] == 0
+        assert run_memdec(capsys, *name.split(), "-h")[0] == 0
     run = subprocess.run([sys.executable, "-m", "memdec", "--version"], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, "memdec 0.1.0\n")
 
@@ -169,19 +155,19 @@ def test_corpus_and_tokenizer_by_options(
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(made_text(300, 0))
     words = ["corpus", "--source", "files", "--path", "text.txt", "--min-bytes", "99", "--max-bytes", "train=9000"]
-    code, _, err = memdec(capsys, *words, "--max-bytes", "test=5000", "--out", "c")
+    code, _, err = run_memdec(capsys, *words, "--max-bytes", "test=5000", "--out", "c")
     assert code == 0, err
     assert re.search(r"wrote c \(corpus; documents: train \d+, valid \d+, test \d+\)\. Next: memdec tokenizer", err)
     spec = {"source": "files", "path": "text.txt", "min_bytes": 99, "max_bytes": {"train": 9000, "test": 5000}}
-    assert memdec(capsys, "corpus", "--spec", json.dumps(spec), "--out", "d")[0] == 0
+    assert run_memdec(capsys, "corpus", "--spec", json.dumps(spec), "--out", "d")[0] == 0
     assert artefact.read(Path("c"), "corpus").recipe == artefact.read(Path("d"), "corpus").recipe
-    assert "found finished: d (corpus" in memdec(capsys, "corpus", "--spec", json.dumps(spec), "--out", "d")[2]
+    assert "found finished: d (corpus" in run_memdec(capsys, "corpus", "--spec", json.dumps(spec), "--out", "d")[2]
 
-    code, _, err = memdec(capsys, "tokenizer", "--train-on", "c", "--vocab-size", "300", "--out", "t")
+    code, _, err = run_memdec(capsys, "tokenizer", "--train-on", "c", "--vocab-size", "300", "--out", "t")
     assert code == 0, err
     assert "wrote t (tokenizer; vocab size: 300). Next: memdec tokens --tokenizer t" in err
     spec = {"train_on": ["c"], "vocab_size": 300}
-    assert memdec(capsys, "tokenizer", "--spec", json.dumps(spec), "--corpus", "c", "--out", "u")[0] == 0
+    assert run_memdec(capsys, "tokenizer", "--spec", json.dumps(spec), "--corpus", "c", "--out", "u")[0] == 0
     assert artefact.read(Path("t"), "tokenizer").recipe == artefact.read(Path("u"), "tokenizer").recipe
 
     for words, message in (
@@ -200,7 +186,7 @@ def test_a_model_by_options(
     base_folder: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    code, _, err = memdec(
+    code, _, err = run_memdec(
         capsys,
         "model",
         "--pretrained",
@@ -216,7 +202,7 @@ def test_a_model_by_options(
     monkeypatch.setattr("memdec.training.stages.run_pretrain", lambda spec, *_, **__: made.update(spec=spec))
     words = ["model", "--tokenizer", "bpe", "--tokens", "t/general", "--out", "o", "--architecture", "qwen2"]
     words += ["--width", "16", "--layers", "2", "--heads", "2", "--learning-rate", "0.01", "--keep-best", "--seed", "3"]
-    assert memdec(capsys, *words)[0] == 0
+    assert run_memdec(capsys, *words)[0] == 0
     spec = made["spec"].model_dump(exclude_unset=True)
     assert spec == {
         "family": "o", "tokenizer": "bpe", "architecture": "qwen2", "width": 16, "layers": 2, "heads": 2,
@@ -226,26 +212,26 @@ def test_a_model_by_options(
 
 def test_json_where_a_program_may_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = ROOT / "results" / "reference"
-    code, out, err = memdec(capsys, "doctor", str(tmp_path), "--json")
+    code, out, err = run_memdec(capsys, "doctor", str(tmp_path), "--json")
     assert (code, json.loads(out)["n_damaged"]) == (0, 0), err
     mini = str(ROOT / "config" / "mini.yaml")
-    assert json.loads(memdec(capsys, "validate", mini, "--json")[1]) == {"valid": True, "problems": []}
+    assert json.loads(run_memdec(capsys, "validate", mini, "--json")[1]) == {"valid": True, "problems": []}
     (tmp_path / "a.yaml").write_text("strid: 3\n")
-    code, out, err = memdec(capsys, "validate", mini, str(tmp_path / "a.yaml"), "--json")
+    code, out, err = run_memdec(capsys, "validate", mini, str(tmp_path / "a.yaml"), "--json")
     assert (code, json.loads(out)["valid"]) == (2, False)
     assert json.loads(out)["problems"] == ["strid: unknown key; did you mean stride?, found 3"]
     (tmp_path / "a.yaml").write_text("a: [")
-    code, out, err = memdec(capsys, "validate", str(tmp_path / "a.yaml"), "--json")
+    code, out, err = run_memdec(capsys, "validate", str(tmp_path / "a.yaml"), "--json")
     assert (code, json.loads(out)["valid"], err.count("\n")) == (2, False, 1)
     table, base = folder / "table3.csv", tmp_path / "base.json"
-    code, _, err = memdec(capsys, "check", str(table), "--baseline", str(base), "--write")
+    code, _, err = run_memdec(capsys, "check", str(table), "--baseline", str(base), "--write")
     assert code == 0, err
     assert f"wrote {base}. Next: memdec check" in err
-    code, out, _ = memdec(capsys, "check", str(table), "--baseline", str(base), "--json")
+    code, out, _ = run_memdec(capsys, "check", str(table), "--baseline", str(base), "--json")
     assert (code, json.loads(out)["moved"]) == (0, False)
     base.write_text("[" * 10_000 + "]" * 10_000)
     assert "nested" in refused(capsys, "check", str(table), "--baseline", str(base))
-    code, out, err = memdec(capsys, "data", "verify", str(tmp_path), "--json")
+    code, out, err = run_memdec(capsys, "data", "verify", str(tmp_path), "--json")
     assert {each["status"] for each in json.loads(out)["files"]} == {"missing"}
     assert "Next: " in err
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from making import run_memdec
 
-from memdec import cli, plain
 from memdec import config as cfg
+from memdec import plain
 from memdec.errors import ConfigError
 from memdec.settings import FileCorpus, ModelSpec, TokenizerSpec, TrainSettings, parse
 
@@ -23,15 +24,8 @@ MINI = ROOT / "config" / "mini.yaml"
 
 def validate(capsys: pytest.CaptureFixture[str], *paths: Path) -> tuple[int, str]:
     """Exit code and standard error of `memdec validate`."""
-    before, sys.argv = sys.argv, ["memdec", "validate", *map(str, paths)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    return code, capsys.readouterr().err
+    code, _, err = run_memdec(capsys, "validate", *paths)
+    return code, err
 
 
 def mini(**changes: Any) -> dict[str, Any]:

@@ -8,25 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from making import CONTEXT
+from making import CONTEXT, run_memdec
 
-from memdec import cli
 from memdec.artefacts import artefact
 from memdec.datastore import keys as datastore
 from memdec.datastore import targets
 from memdec.errors import ArtifactError
 
 WORDS = json.dumps({"source": "files", "path": "ten.txt"})
-
-
-def memdec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["memdec", *words])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -49,14 +38,14 @@ def test_fault_2_flags_are_what_they_say(
     folders = ["--tokens", "t", "--out", "o"]
     if words == ["--no-stored"]:
         words = ["datastore", "--model", "m", "--context", "8", "--stride", "4", *folders, *words]
-        assert memdec(monkeypatch, capsys, *words)[0] == 0
+        assert run_memdec(capsys, *words)[0] == 0
         assert seen["settings"].stored is stored
         return
     words = ["targets", "--datastore", "d1", "--datastore", "d2", "--index", "i", *folders, *words]
-    assert memdec(monkeypatch, capsys, *words)[0] == 0
+    assert run_memdec(capsys, *words)[0] == 0
     assert seen["settings"].released is released
     if "--released" in words:
-        code, text = memdec(monkeypatch, capsys, *words, "False")
+        code, _, text = run_memdec(capsys, *words, "False")
         assert code == 2
         assert "unexpected" in text.lower()
 
@@ -87,7 +76,7 @@ def test_bad_input_is_one_line(
     shutil.copytree(base_folder, "cut")
     Path("cut/manifest.json").write_text(Path("cut/manifest.json").read_text()[:99])
     names = {"BASE": str(base_folder), "TOKENS": str(token_folder), "CORPUS": str(corpus_folder), "CUT": "cut"}
-    code, text = memdec(monkeypatch, capsys, *(names.get(word, word) for word in words))
+    code, _, text = run_memdec(capsys, *(names.get(word, word) for word in words))
     lines = [line for line in text.splitlines() if "it/s]" not in line]
     assert code == 2, text
     assert message in lines[-1]
@@ -107,12 +96,12 @@ def test_a_stage_by_hand(
 ) -> None:
     out = tmp_path / "tokens"
     words = ["tokens", "--tokenizer", str(tokenizer_folder), "--corpus", str(corpus_folder), "--out", str(out)]
-    assert memdec(monkeypatch, capsys, *words)[0] == 0
+    assert run_memdec(capsys, *words)[0] == 0
     before = (out / "manifest.json").stat().st_mtime_ns
-    assert memdec(monkeypatch, capsys, *words)[0] == 0  # the same again does nothing
+    assert run_memdec(capsys, *words)[0] == 0  # the same again does nothing
     assert (out / "manifest.json").stat().st_mtime_ns == before
     words = ["passages", "--tokens", str(out), "--out", str(tmp_path / "passages"), "--passage", "9"]
-    assert memdec(monkeypatch, capsys, *words)[0] == 0
+    assert run_memdec(capsys, *words)[0] == 0
     assert artefact.read(tmp_path / "passages", "passages").settings == {"passage": 9}
 
 
