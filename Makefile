@@ -54,11 +54,11 @@ smol: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 tests
 
-# All but what takes more than three seconds: two minutes on two cores.
+# All but the slow ones: three and a half minutes on two cores.
 core: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m 'not slow' tests
 
-# Plant known bugs one at a time; every one must make a test fail. Ten minutes of CPU time.
+# Plant known bugs one at a time; every one must make a test fail. Eight minutes of CPU time.
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py
 
