@@ -47,7 +47,7 @@ def from_yaml(text: str, where: str) -> Any:
     """Plain data of a YAML text; `where` is the name of the text in messages."""
     loader: Any = None
     try:
-        loader = _Loader(text)
+        loader = yaml.SafeLoader(text)
         _check_events(text, where)
         node = loader.get_single_node()
         data = None if node is None else _checked_document(loader, node, where)
@@ -113,14 +113,10 @@ def merged(below: Any, above: Any) -> Any:
 # --- YAML -----------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader; `_checked_document` builds the data."""
-
-
 def _check_events(text: str, where: str) -> None:
     """Refuse deep nesting before anything that calls itself walks through the text."""
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_DEPTH:
             assert event.start_mark is not None  # it is None only for events that no text has
@@ -129,7 +125,7 @@ def _check_events(text: str, where: str) -> None:
             )
 
 
-def _checked_document(loader: _Loader, node: yaml.Node, where: str) -> Any:
+def _checked_document(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
     _count(node, where, {}, ())
     for each in _nodes(node):
         _check_node(each, where)

@@ -306,7 +306,8 @@ def _synchronise(model: Any) -> None:
 def records(given: Mapping[str, Entry], timings: Timings, settings: LatencySettings) -> list[dict[str, Any]]:
     """Make the rows: prefill (`n_tokens` of the prompt), and decode and total for each number of generated tokens.
 
-    `ratio_to_base` is a ratio of times (2 takes twice as long): `seconds` divided by those of the base. Decode leaves out the first new token, which comes with the prefill. If the interval of a time includes 0, as on a busy
+    `ratio_to_base` is a ratio of times (2 takes twice as long): `seconds` divided by those of the base. Decode leaves
+    out the first new token, which comes with the prefill. If the interval of a time includes 0, as on a busy
     machine, rates and ratios are None. Only speculative decoding has `tokens_per_forward` (generated tokens per forward
     pass of the base) and `acceptance` (fraction of the tested drafts that were accepted).
     """
