@@ -92,6 +92,11 @@ class MemoryVariant(Settings):
         False,
         description="do not train a memory: mix in the memory model after DAPT (paper, DAPT interpolation)",
     )
+    other_domain: bool = Field(
+        False,
+        description="do not train a memory: mix in the default memory of the next of 'domains', after the last one that "
+        "of the first (negative control, ours)",
+    )
     adapt: Name | None = Field(
         None,
         description="start from this other memory, adapted to the key model's tokenizer; 'memdec': the default memory",
@@ -106,11 +111,12 @@ class MemoryVariant(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        useless = self.model_fields_set - {"dapt", "memory_model", "models"} if self.dapt else set()
-        if useless:
-            raise ValueError(
-                f"expected only memory_model and models beside dapt true, found {', '.join(sorted(useless))}"
-            )
+        for field, fitting in (("dapt", ["memory_model", "models"]), ("other_domain", ["models"])):
+            useless = self.model_fields_set - {field, *fitting} if getattr(self, field) else set()
+            if useless:
+                raise ValueError(
+                    f"expected only {' and '.join(fitting)} beside {field} true, found {', '.join(sorted(useless))}"
+                )
         useless = self.model_fields_set & {"memory_model", "tuned_start"} if self.adapt is not None else set()
         if useless:
             raise ValueError(f"expected no other starting model beside adapt, found {', '.join(sorted(useless))}")
@@ -127,11 +133,17 @@ class Memory(Settings):
     tuned_start: bool
     targets: Literal["knn", "teacher", "none"]
     dapt: bool
+    other_domain: bool
     adapt: Name | None
     share: float
     train: MemorySettings
     models: list[Name]
     tokenizer: Name
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is a memory of its own, and no other model or memory that is mixed in."""
+        return not self.dapt and not self.other_domain
 
     @property
     def keys(self) -> str:
@@ -203,7 +215,7 @@ class Config(Settings):
         key_model = given.key_model or self.key_model
         tokenizer = self.models[start if given.dapt else key_model].tokenizer
         return Memory(
-            **given.model_dump(include={"tuned", "tuned_start", "dapt", "adapt", "share"}),
+            **given.model_dump(include={"tuned", "tuned_start", "dapt", "other_domain", "adapt", "share"}),
             name=name,
             memory_model=start,
             key_model=key_model,
@@ -216,8 +228,12 @@ class Config(Settings):
     def memory_for(self, model: str) -> Memory | None:
         """The first trained memory with the tokenizer of a model, which is the model's row in Table 3 or 4."""
         memories = (self.variant(name) for name in self.memory_names)
-        fitting = (m for m in memories if not m.dapt and m.tokenizer == self.models[model].tokenizer)
+        fitting = (m for m in memories if m.trained and m.tokenizer == self.models[model].tokenizer)
         return next(fitting, None)
+
+    def next_domain(self, domain: str) -> str:
+        """The domain whose default memory is the negative control of this one: the next, after the last the first."""
+        return self.domains[(self.domains.index(domain) + 1) % len(self.domains)]
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> "Config":
@@ -257,8 +273,9 @@ class Config(Settings):
         wrong, other = [], self.models[memory.memory_model].tokenizer
         if memory.adapt is not None:
             source = self.variant(memory.adapt)
-            if source.dapt:
-                wrong.append(f"{where}adapt: expected a memory that is trained, found {memory.adapt} with dapt true")
+            if not source.trained:
+                which = "dapt" if source.dapt else "other_domain"
+                wrong.append(f"{where}adapt: expected a memory that is trained, found {memory.adapt} with {which} true")
             if source.tokenizer == memory.tokenizer:
                 wrong.append(
                     f"{where}key_model: expected a model with another tokenizer than {memory.adapt} ({source.tokenizer}), "
@@ -268,6 +285,11 @@ class Config(Settings):
             wrong.append(
                 f"{where}memory_model: expected a model with tokenizer {memory.tokenizer} as the key model "
                 f"{memory.key_model}, found {memory.memory_model} with {other}"
+            )
+        if memory.other_domain and len(self.domains) < 2:
+            wrong.append(
+                f"{where}other_domain: expected two domains or more, found only {self.domains[0]}; add one to 'domains', "
+                "or leave this memory out"
             )
         if memory.targets == "none" and memory.train.objective != "ce" and not memory.dapt:
             wrong.append(f"{where}targets: expected knn or teacher with objective {memory.train.objective}, found none")
