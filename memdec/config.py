@@ -206,7 +206,7 @@ MADE_OF: dict[str, tuple[str, ...]] = {
     "index": (*_KEYS, "index"),
     "targets": _TARGETS,
     "teacher": ("finetune", "teacher"),
-    "memory": (*_TARGETS, "teacher", "dapt", "memory", "adapt", "budget", "key_model", "memory_model", "watched"),
+    "memory": (*_TARGETS, "teacher", "memory", "adapt", "budget", "key_model", "memory_model", "watched"),
     "evaluation": ("evaluate", "forgetting"),
     "cases": ("cases",),
 }
@@ -320,11 +320,11 @@ class Config(Settings):
         Raises:
             ConfigError: There is no such study.
         """
-        if name is None:
-            return self.model_copy(update={"studies": {}}) if self.studies else self
-        if name not in self.studies:
+        if name is None and not self.studies:
+            return self
+        if name is not None and name not in self.studies:
             raise ConfigError(f"studies: expected one of {', '.join(self.studies) or 'none defined'}, found {name}")
-        study: Config = parse(Config, self._laid(name), f"studies.{name}")
+        study: Config = parse(Config, self._laid(name), "config" if name is None else f"studies.{name}")
         return study
 
     def study_for(self, table: str) -> "Config":
@@ -335,9 +335,11 @@ class Config(Settings):
         """The common part, under None, and all studies, as `study` gives them."""
         return {name: self.study(name) for name in (None, *self.studies)}
 
-    def _laid(self, study: str) -> dict[str, Any]:
-        """The plain data of the common part with a study laid over it."""
+    def _laid(self, study: str | None) -> dict[str, Any]:
+        """The plain data of the common part, with a study laid over it if it is named."""
         below = self.model_dump(exclude_unset=True, exclude={"studies"})
+        if study is None:
+            return below
         above = self.studies[study].model_dump(exclude_unset=True, exclude={"tables"})
         return {**plain.merged(below, above), "study_name": study}
 

@@ -44,7 +44,7 @@ SystemName = Literal[
 TableName = Literal[
     "table1", "table2", "table3", "table4", "table5", "table6", "table7", "table8", "table9", "table10", "table11",
     "table12", "table13", "table14", "table15", "table16", "table17", "table18", "table19",
-    "objectives", "memories", "forgetting", "figure2", "figure4", "figure5", "figure6",
+    "objectives", "memories", "forgetting", "fidelity", "figure2", "figure4", "figure5", "figure6",
 ]  # fmt: skip
 
 
@@ -512,10 +512,10 @@ class Suite(Settings):
     """Tasks of lm-eval that are run together around one base model, with models that are loaded once."""
 
     tasks: Names = Field(min_length=1, description="names of tasks or groups under 'harness_tasks'")
-    alpha: Literal["paper", "valid"] | Annotated[float, Field(ge=0, le=1)] = Field(
+    alpha: Literal["paper", "valid", "tune"] | Annotated[float, Field(ge=0, le=1)] = Field(
         "paper",
-        description="weight of the memory; paper: each task's own, as printed; valid: the one tuned on the domain's valid "
-        "text; or a number",
+        description="weight of the memory; paper: each task's own, as printed; tune: the best on rows of the task that are "
+        "not scored; valid: the one tuned on the domain's valid text; or a number",
     )
     limit: PositiveInt | None = Field(None, description="first rows of each task (default: all)")
     batch_size: PositiveInt = Field(16, description="requests per forward pass")

@@ -26,7 +26,7 @@ class Part(NamedTuple):
     domain: str
     model: str
     seed: int
-    name: str  # of the memory, or `WITHOUT_MEMORY` for the systems without one
+    name: str  # of the memory, or `WITHOUT_MEMORY`/slug of a system without one
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,13 +255,9 @@ def _first_memories(config: Config, models: Iterable[str]) -> list[str]:
 
 
 def _evaluations(config: Config, models: Sequence[str], memories: Iterable[str], domains: Sequence[str]) -> list[Part]:
-    """Evaluations of the models with each of these memories, and without one if the config has other systems.
-
-    Every evaluation also has the base alone.
-    """
-    systems, pairs = set(config.systems), []
-    if systems - {"base", "MemDec"} or "MemDec" not in systems:
-        pairs += [(model, WITHOUT_MEMORY) for model in models]
-    if "MemDec" in systems:
+    """Evaluations of the models with each of these memories, and of every other system."""
+    alone = [SYSTEMS[name].slug for name in config.systems if name != "MemDec"]
+    pairs = [(model, f"{WITHOUT_MEMORY}/{slug}") for model in models for slug in alone]
+    if "MemDec" in config.systems:
         pairs += [(model, name) for name in memories for model in config.variant(name).models if model in models]
     return [Part(domain, model, seed, name) for domain in domains for model, name in pairs for seed in config.seeds]
