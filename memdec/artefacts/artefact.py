@@ -66,6 +66,8 @@ VERSIONS = {
     "cases": 1,
     "latency": 2,
     "sweep": 2,
+    "fidelity": 1,
+    "shapes": 1,
     "table": 3,  # a table is a file, not an artefact folder: only the Snakemake rules use this number
 }
 
