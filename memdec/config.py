@@ -40,14 +40,17 @@ from memdec.settings import (
     EvaluateSettings,
     FileCorpus,
     IndexSettings,
+    LatencySettings,
     LoraSettings,
     MemorySettings,
     ModelSpec,
     Name,
     Names,
     PassageSettings,
+    SampleSettings,
     Seeds,
     Settings,
+    ShapesSettings,
     SystemName,
     TargetSettings,
     TeacherSettings,
@@ -193,6 +196,9 @@ class Config(Settings):
         None, description="FLOP limit of memories, LoRA and DAPT, not of the key model (paper)"
     )
     evaluate: EvaluateSettings = EvaluateSettings()
+    latency: LatencySettings = LatencySettings()
+    fidelity: SampleSettings = SampleSettings()
+    shapes: ShapesSettings = ShapesSettings()
     cases: list[Case] = Field(default=[], description="rows of Table 6, measured on the first domain")
 
     @property
