@@ -767,12 +767,16 @@ def compare(
 @app.command()
 def schema(
     out: Annotated[Path, typer.Argument(help="file to write, e.g. workflow/schemas/config.schema.json")],
+    of: Annotated[
+        Literal["config", "cells"], typer.Option(help="config: a config file; cells: a line of a table's .cells.csv")
+    ] = "config",
 ) -> None:
-    """Write the JSON schema of the configuration."""
+    """Write the JSON schema of the configuration, or of the lines of a table's .cells.csv."""
     from memdec.artefacts import artefact
+    from memdec.results import cells
 
-    artefact.write_json(out, cfg.json_schema())
-    options.wrote(out, "memdec validate config/mini.yaml")
+    artefact.write_json(out, cfg.json_schema() if of == "config" else cells.json_schema())
+    options.wrote(out, "memdec validate config/mini.yaml" if of == "config" else "see docs/tables.md")
 
 
 @app.command()
