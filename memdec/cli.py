@@ -699,6 +699,21 @@ def cases(
 
 
 @app.command()
+def report(
+    config: RunConfig,
+    results: Annotated[Path, typer.Option(help="folder with the tables, and with a folder of the config's scale")] = Path(
+        "results"
+    ),
+    out: Annotated[Path, typer.Option(help="HTML file")] = Path("results/report.html"),
+) -> None:
+    """Write all results of a run as one HTML page: claims, tables, curves, cost, versions and commands."""
+    from memdec.results import report as stage_report
+
+    stage_report.run(cfg.load(config), config, results, out)
+    options.wrote(out, "open it in a browser")
+
+
+@app.command()
 def check(
     results: Annotated[Path, typer.Argument(help="a table3.csv with its .provenance.json beside it")],
     baseline: Annotated[Path, typer.Option(help="tests/regression/<scale>.json")],
