@@ -696,7 +696,7 @@ def figure(
     """Draw a figure from `memdec shapes`, `fidelity` or `latency`, or Figure 2 from the cells of Table 3."""
     from memdec.results import drawing, figure_catalogue
 
-    drawing.run(figure_catalogue.figure(cfg.load(config), name), _cells(cell), table, out)
+    drawing.run(figure_catalogue.figure(cfg.load(config).study_for(name), name), _cells(cell), table, out)
     options.wrote(out, f"open {shlex.quote(str(out.with_suffix('.svg')))}")
 
 
@@ -714,6 +714,21 @@ def cases(
 
     stage_cases.run(cfg.load(config), base, memory, datastore, index, out)
     options.wrote(out, "memdec table --name table6 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...")
+
+
+@app.command()
+def report(
+    config: RunConfig,
+    results: Annotated[
+        Path, typer.Option(help="folder with the tables, and with a folder of the config's scale")
+    ] = Path("results"),
+    out: Annotated[Path, typer.Option(help="HTML file")] = Path("results/report.html"),
+) -> None:
+    """Write all results of a run as one HTML page: claims, tables, curves, cost, versions and commands."""
+    from memdec.results import report as stage_report
+
+    stage_report.run(cfg.load(config), config, results, out)
+    options.wrote(out, "open it in a browser")
 
 
 @app.command()
