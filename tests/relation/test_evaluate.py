@@ -17,7 +17,7 @@ from memdec.errors import ArtifactError, ConfigError
 from memdec.inference.systems import SYSTEMS, Parts
 from memdec.maths import mixing, statistics
 from memdec.maths.windows import windows
-from memdec.results import evaluate
+from memdec.results import evaluate, items
 from memdec.settings import (
     FORGETTING,
     DatastoreSettings,
@@ -121,6 +121,9 @@ def test_intervals_resample_whole_windows(
     )
     assert (base["low"], base["high"]) == pytest.approx(windows, rel=1e-4)
     assert (base["low"], base["high"]) != pytest.approx(single, rel=1e-2)
+    stored = items.of_evaluation(tmp_path / "e", base, CONTEXT // 2)
+    assert stored.value == pytest.approx(base["value"], rel=1e-9)
+    assert [stored.counts.sum(), stored.sums.sum()] == pytest.approx([len(log_p), -log_p.sum()], rel=1e-5)
 
 
 def test_in_context_rag_is_the_model_of_that_name(
@@ -202,10 +205,10 @@ def test_a_memory_of_another_domain_is_a_control_that_must_be_asked_for(
     (tmp_path / "text.txt").write_text(made_text(250, 5))
     other = tmp_path / "other"
     corpora.run(FileCorpus(source="files", path=str(tmp_path / "text.txt"), min_bytes=200), other)
-    with pytest.raises(ArtifactError, match="dapt: expected model made from .*other, found one from other text"):
+    with pytest.raises(ArtifactError, match=r"dapt: expected model made from .*other, found one from other text"):
         records_of(tmp_path / "a", small_folder, other, memory=dapt_folder)
     with pytest.raises(
-        ArtifactError, match="expected with --control a model of another corpus than .*, found one of this"
+        ArtifactError, match=r"expected with --control a model of another corpus than .*, found one of this"
     ):
         records_of(tmp_path / "b", small_folder, corpus_folder, memory=dapt_folder, control=True)
     with pytest.raises(ConfigError, match="expected with --control a memory that `memdec train` made, found None"):
