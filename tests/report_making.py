@@ -60,7 +60,9 @@ def write_training(folder: Path, kind: str, updates: int, loss: float) -> None:
     """A trained model of which only the manifest is there."""
     steps = [max(1, updates * part // 10) for part in range(1, 11)]
     curve = [loss * (1 + math.exp(-4 * step / updates)) for step in steps]
-    evaluations = [{"step": step, "loss": 0.9 * value, "perplexity": 1} for step, value in zip(steps, curve, strict=True)]
+    evaluations = [
+        {"step": step, "loss": 0.9 * value, "perplexity": 1} for step, value in zip(steps, curve, strict=True)
+    ]
     with artefact.building(folder, kind, {}, {"model": str(folder)}) as build:
         assert build is not None
         losses = [{"step": step, "loss": value} for step, value in zip(steps, curve, strict=True)]

@@ -14,6 +14,7 @@ from memdec.tasks import needed
 
 RUN = f"results/{CONFIG.scale}"
 LOG = f"{RUN}/logs"
+CONFIG_FILE = f"{RUN}/config.json"
 BENCHMARK = f"{RUN}/benchmarks"
 # What is made for a domain: `home` is the domain, or STUDY/DOMAIN for a study with settings of its own (`at`).
 HOME = f"{RUN}/{{home}}/seed{{seed}}"
@@ -178,15 +179,6 @@ def at(wildcards, *kinds):
     """Folder with the artefacts of these kinds for the study, domain and seed of a job."""
     place = home(study_of(wildcards), domain_of(wildcards), *kinds)
     return f"{RUN}/{place}/seed{wildcards.seed}"
-
-
-def config_file(study):
-    return f"{RUN}/config.json" if study is None else f"{RUN}/studies/{study}.json"
-
-
-def resolved(study):
-    """The config of a study as a word with JSON."""
-    return words(json.dumps(STUDIES[study].model_dump(mode="json", exclude_unset=True)))
 
 
 # --- budget ---------------------------------------------------------------------------------------------------------
@@ -429,26 +421,34 @@ def suite_base(wildcards):
 def table_of(wildcards):
     """Definition of a table in its study; an unknown name stops Snakemake with a one-line error."""
     try:
-        return catalogue.table(CONFIG.study_for(wildcards.table), wildcards.table)
+        return catalogue.table(CONFIG, wildcards.table)
     except ConfigError as error:
         raise WorkflowError(str(error)) from None
 
 
-def part_folder(config, kind, part):
-    """Folder of an artefact that a table of a study is made from."""
-    if part.name.startswith(f"{typed.WITHOUT_MEMORY}/"):
-        made_of = system_kinds(BY_SLUG[part.name.split("/")[1]])
+def part_folder(config, part):
+    """Folder of an artefact that a table of a study is made from; nothing else says where it is."""
+    if part.kind == "corpus":
+        return f"{RUN}/corpora/{part.domain}"
+    if part.kind == "harness" and part.system == "base":
+        return f"{RUN}/harness/{part.suite}/{part.model}"
+    system = SYSTEMS[part.system]
+    kinds = system_kinds(system)
+    if part.memory is not None:
+        kinds = memory_kinds(config.variant(part.memory))
+    folder = part.kind
+    if part.kind == "harness":
+        kinds += evaluation_for(system, part.suite)
+        folder = f"harness/{part.suite}"
     else:
-        made_of = memory_kinds(config.variant(part.name))
-    place = home(config.study_name, part.domain, *made_of, kind)
-    return f"{RUN}/{place}/seed{part.seed}/{kind}/{part.name}/{part.model}"
+        kinds += (part.kind,)
+    place = home(config.study_name, part.domain, *kinds)
+    return f"{RUN}/{place}/seed{part.seed}/{folder}/{part.name}/{part.model}"
 
 
 def table_parts(wildcards):
     table = table_of(wildcards)
-    return [
-        manifest(part_folder(table.config, table.kind, part)) for part in table.parts
-    ]
+    return [manifest(part_folder(table.config, part)) for part in table.parts]
 
 
 def table_cells(wildcards):
@@ -457,5 +457,22 @@ def table_cells(wildcards):
     cells = []
     for part in table.parts:
         where = f"{part.domain}:{part.model}:{part.seed}"
-        cells += ["--cell", f"{where}:{part_folder(table.config, table.kind, part)}"]
+        cells += ["--cell", f"{where}:{part_folder(table.config, part)}"]
     return words(*cells)
+
+
+def wanted(kind):
+    """Names of the tables or figures that some study fills; without studies, of all that the config can fill."""
+    known = {"table": catalogue.TABLES, "figure": figure_catalogue.FIGURES}[kind]
+    if CONFIG.studies:
+        named = [name for study in CONFIG.studies.values() for name in study.tables]
+        return sorted((name for name in named if name in known), key=[*known].index)
+    return [name for name, make in known.items() if can_be_filled(make)]
+
+
+def can_be_filled(make):
+    try:
+        make(CONFIG)
+    except ConfigError:
+        return False
+    return True

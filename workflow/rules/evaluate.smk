@@ -37,7 +37,7 @@ use rule evaluate as evaluate_systems with:
 use rule evaluate as cases with:
     input:
         unpack(lambda w: keys_and_index(w, memory(w).keys)),
-        config=lambda w: config_file(study_of(w)),
+        config=CONFIG_FILE,
         base=f"{RUN}/models/{{model}}/manifest.json",
         memory=lambda w: manifest(f"{at(w, 'memory')}/memory/{w.memory}"),
     output:

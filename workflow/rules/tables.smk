@@ -1,30 +1,23 @@
 rule resolved_config:
     output:
-        config_file(None),
+        CONFIG_FILE,
     log:
         f"{LOG}/config.log",
     localrule: True
     conda:
         "../../environment.yml"
     params:
-        config=lambda w: resolved(None),
+        config=lambda w: words(
+            json.dumps(CONFIG.model_dump(mode="json", exclude_unset=True))
+        ),
     shell:
         "printf '%s' {params.config} > {output:q} 2> {log:q}"
-
-
-use rule resolved_config as resolved_study with:
-    output:
-        config_file("{study}"),
-    log:
-        f"{LOG}/studies/{{study}}.log",
-    params:
-        config=lambda w: resolved(w.study),
 
 
 # memdec/results/catalogue.py defines the tables and their parts.
 rule table:
     input:
-        config=lambda w: config_file(table_of(w).config.study_name),
+        config=CONFIG_FILE,
         parts=table_parts,
     output:
         csv=report(
