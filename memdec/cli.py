@@ -432,6 +432,9 @@ def evaluate(
     settings: EvaluateSettings,
     memory: Annotated[Path | None, typer.Option(help="memory folder, or a model after DAPT to mix in")] = None,
     name: Annotated[str, typer.Option(help="name of the memory in the tables")] = DEFAULT_MEMORY,
+    control: Annotated[
+        bool, typer.Option("--control", help="negative control: --memory is one of another corpus than --corpus")
+    ] = False,
     lora: Annotated[Path | None, typer.Option(help="LoRA folder")] = None,
     dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
     datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
@@ -456,6 +459,7 @@ def evaluate(
         seed=seed,
         memory=memory,
         name=name,
+        control=control,
         lora=lora,
         dapt=dapt,
         datastore=datastore,

@@ -40,6 +40,13 @@ SystemName = Literal[
     "base", "In-Context RAG", "kNN-LM", "DAPT", "LoRA", "MemDec"
 ]  # the systems that are compared; made in `inference.systems`
 
+# The tables and figures that a study can fill, in the numbers of arXiv v1; `results.catalogue` makes them.
+TableName = Literal[
+    "table1", "table2", "table3", "table4", "table5", "table6", "table7", "table8", "table9", "table10", "table11",
+    "table12", "table13", "table14", "table15", "table16", "table17", "table18", "table19",
+    "objectives", "memories", "forgetting", "figure2", "figure4", "figure5", "figure6",
+]  # fmt: skip
+
 
 def _expanded(text: str) -> str:
     """Replace `${NAME}` by the environment variable NAME."""
@@ -499,6 +506,19 @@ class ExplainSettings(KnnSettings):
     stride: PositiveInt | None = Field(
         None, description="tokens scored per window (default: half of the context, as in the paper)"
     )
+
+
+class Suite(Settings):
+    """Tasks of lm-eval that are run together around one base model, with models that are loaded once."""
+
+    tasks: Names = Field(min_length=1, description="names of tasks or groups under 'harness_tasks'")
+    alpha: Literal["paper", "valid"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "paper",
+        description="weight of the memory; paper: each task's own, as printed; valid: the one tuned on the domain's valid "
+        "text; or a number",
+    )
+    limit: PositiveInt | None = Field(None, description="first rows of each task (default: all)")
+    batch_size: PositiveInt = Field(16, description="requests per forward pass")
 
 
 class Case(Settings):
