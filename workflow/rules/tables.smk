@@ -23,6 +23,7 @@ rule table:
         csv=report(
             "results/{table}.csv", caption="../report/table.rst", category="Tables"
         ),
+        cells="results/{table}.cells.csv",
         markdown="results/{table}.md",
         latex="results/{table}.tex",
         provenance="results/{table}.provenance.json",
