@@ -362,8 +362,8 @@ def evaluation(wildcards):
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def evaluation_for(system, suite):
-    """Kind of the evaluation with the weights and settings that a system takes to the tasks of a suite, or none."""
+def tuning(system, suite):
+    """Kind of the evaluation whose weight and settings a system takes to the tasks of a suite, if it takes any."""
     tuned = system.weight == "alpha" and CONFIG.suites[suite].alpha == "valid"
     return ("evaluation",) if tuned or system.slug in SEARCHING else ()
 
@@ -375,7 +375,7 @@ SEARCHING = [
 
 
 def tuned_memory(wildcards):
-    if not evaluation_for(SYSTEMS["MemDec"], wildcards.suite):
+    if not tuning(SYSTEMS["MemDec"], wildcards.suite):
         return []
     place = at(wildcards, *memory_kinds(memory(wildcards)), "evaluation")
     return manifest(f"{place}/evaluation/{wildcards.memory}/{wildcards.model}")
@@ -383,7 +383,7 @@ def tuned_memory(wildcards):
 
 def tuned_system(wildcards):
     system = BY_SLUG[wildcards.system]
-    if not evaluation_for(system, wildcards.suite):
+    if not tuning(system, wildcards.suite):
         return []
     place = at(wildcards, *system_kinds(system), "evaluation")
     folder = f"{place}/evaluation/{typed.WITHOUT_MEMORY}"
@@ -427,7 +427,7 @@ def table_of(wildcards):
 
 
 def part_folder(config, part):
-    """Folder of an artefact that a table of a study is made from; nothing else says where it is."""
+    """Folder of an artefact that a table or figure of a study is made from; nothing else says where it is."""
     if part.kind == "corpus":
         return f"{RUN}/corpora/{part.domain}"
     if part.kind == "harness" and part.system == "base":
@@ -436,29 +436,27 @@ def part_folder(config, part):
     kinds = system_kinds(system)
     if part.memory is not None:
         kinds = memory_kinds(config.variant(part.memory))
-    folder = part.kind
     if part.kind == "harness":
-        kinds += evaluation_for(system, part.suite)
-        folder = f"harness/{part.suite}"
-    else:
-        kinds += (part.kind,)
-    place = home(config.study_name, part.domain, *kinds)
-    return f"{RUN}/{place}/seed{part.seed}/{folder}/{part.name}/{part.model}"
+        place = home(
+            config.study_name, part.domain, *kinds, *tuning(system, part.suite)
+        )
+        return f"{RUN}/{place}/seed{part.seed}/harness/{part.suite}/{part.name}/{part.model}"
+    folder = f"{home(config.study_name, part.domain, *kinds, part.kind)}/seed{part.seed}/{part.kind}"
+    around = "" if part.kind in ("fidelity", "shapes") else f"/{part.model}"
+    return f"{RUN}/{folder}/{part.name}{around}"
 
 
-def table_parts(wildcards):
-    table = table_of(wildcards)
-    return [manifest(part_folder(table.config, part)) for part in table.parts]
-
-
-def table_cells(wildcards):
-    """Format the parts of a table as command line options."""
-    table = table_of(wildcards)
+def part_cells(made):
+    """Format the parts of a table or figure as command line options."""
     cells = []
-    for part in table.parts:
+    for part in made.parts:
         where = f"{part.domain}:{part.model}:{part.seed}"
-        cells += ["--cell", f"{where}:{part_folder(table.config, part)}"]
+        cells += ["--cell", f"{where}:{part_folder(made.config, part)}"]
     return words(*cells)
+
+
+def part_manifests(made):
+    return [manifest(part_folder(made.config, part)) for part in made.parts]
 
 
 def wanted(kind):

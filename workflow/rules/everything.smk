@@ -18,10 +18,10 @@ use rule table as claims with:
     benchmark:
         f"{BENCHMARK}/claims.tsv"
     params:
+        command="claims",
+        options=lambda w, input: words(*input.tables),
         caption="What the tables say about each claim of the paper.",
-        version=VERSIONS["claims"],
-    shell:
-        "memdec claims --config {input.config:q} --out {output.csv:q} {input.tables:q} > {log:q} 2>&1"
+        version=VERSIONS.get("claims"),
 
 
 use rule table as report_page with:
@@ -37,9 +37,10 @@ use rule table as report_page with:
     benchmark:
         f"{BENCHMARK}/report.tsv"
     params:
-        version=VERSIONS["report"],
-    shell:
-        "memdec report --config {input.config:q} --out {output.html:q} > {log:q} 2>&1"
+        command="report",
+        options="",
+        caption="",
+        version=VERSIONS.get("report"),
 
 
 # The whole paper, as far as the studies of the config go.

@@ -99,34 +99,15 @@ def figure_of(wildcards):
         raise WorkflowError(str(error)) from None
 
 
-def figure_folder(made, part):
-    """Folder of one part; latency depends on the base model, too."""
-    kinds = memory_kinds(made.config.variant(part.name))
-    place = home(made.config.study_name, part.domain, *kinds, made.kind)
-    base = f"/{part.model}" if made.kind == "latency" else ""
-    return f"{RUN}/{place}/seed{part.seed}/{made.kind}/{part.name}{base}"
-
-
-def figure_cells(wildcards):
-    made = figure_of(wildcards)
-    cells = []
-    for part in made.parts:
-        where = f"{part.domain}:{part.model}:{part.seed}"
-        cells += ["--cell", f"{where}:{figure_folder(made, part)}"]
-    return words(*cells)
-
-
-ruleorder: figure > table
+ruleorder: claims > figure > table
 
 
 # memdec/results/figure_catalogue.py defines the figures and their parts.
-rule figure:
+use rule table as figure with:
     input:
         config=CONFIG_FILE,
-        parts=lambda w: [
-            manifest(figure_folder(figure_of(w), part)) for part in figure_of(w).parts
-        ],
-        tables=lambda w: [f"results/{name}.cells.csv" for name in figure_of(w).tables],
+        parts=lambda w: part_manifests(figure_of(w)),
+        table=lambda w: [f"results/{name}.cells.csv" for name in figure_of(w).tables],
     output:
         csv="results/{figure}.csv",
         svg=report(
@@ -143,20 +124,14 @@ rule figure:
         f"{BENCHMARK}/{{figure}}.tsv"
     wildcard_constraints:
         figure="|".join(figure_catalogue.FIGURES),
-    conda:
-        "../../environment.yml"
-    threads: 1
-    resources:
-        cpu=1,
-        mem_mb=500,
-        runtime=10,
     params:
-        cells=figure_cells,
-        tables=lambda w, input: words(
-            *(word for path in input.tables for word in ("--table", path))
+        command="figure",
+        options=lambda w, input: " ".join(
+            [
+                words("--name", w.figure),
+                part_cells(figure_of(w)),
+                named(w, {"table": input.table}),
+            ]
         ),
         caption=lambda w: figure_of(w).caption,
         version=VERSIONS["figure"],
-    shell:
-        "memdec figure --name {wildcards.figure:q} --config {input.config:q} {params.cells} {params.tables} "
-        "--out {output.csv:q} > {log:q} 2>&1"

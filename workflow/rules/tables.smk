@@ -14,15 +14,19 @@ rule resolved_config:
         "printf '%s' {params.config} > {output:q} 2> {log:q}"
 
 
-# memdec/results/catalogue.py defines the tables and their parts.
+# memdec/results/catalogue.py defines the tables and their parts. All that writes files from results reuses this rule.
 rule table:
     input:
         config=CONFIG_FILE,
-        parts=table_parts,
+        parts=lambda w: part_manifests(table_of(w)),
     output:
         csv=report(
-            "results/{table}.csv", caption="../report/table.rst", category="Tables"
+            "results/{table}.csv",
+            caption="../report/table.rst",
+            category="Tables",
+            labels={"table": "{table}"},
         ),
+        cells="results/{table}.cells.csv",
         markdown="results/{table}.md",
         latex="results/{table}.tex",
         provenance="results/{table}.provenance.json",
@@ -30,6 +34,8 @@ rule table:
         f"{LOG}/{{table}}.log",
     benchmark:
         f"{BENCHMARK}/{{table}}.tsv"
+    wildcard_constraints:
+        table="[^/.]+",
     conda:
         "../../environment.yml"
     threads: 1
@@ -38,9 +44,9 @@ rule table:
         mem_mb=500,
         runtime=10,
     params:
-        cells=table_cells,
+        command="table",
+        options=lambda w: f"{words('--name', w.table)} {part_cells(table_of(w))}",
         caption=lambda w: table_of(w).caption,
         version=VERSIONS["table"],
     shell:
-        "memdec table --name {wildcards.table:q} --config {input.config:q} {params.cells} --out {output.csv:q} "
-        "> {log:q} 2>&1"
+        "memdec {params.command} --config {input.config:q} {params.options} --out {output[0]:q} > {log:q} 2>&1"
