@@ -36,6 +36,8 @@ from memdec.settings import (
     MemorySettings,
     ModelSpec,
     PassageSettings,
+    SampleSettings,
+    ShapesSettings,
     Split,
     TargetSettings,
     TeacherSettings,
@@ -98,6 +100,8 @@ NEXT = {
     "adapt-vocab": "memdec train --model {out} --tokens ... --out ...",
     "evaluate": "memdec table --name table3 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...",
     "sweep": "lm_eval --model memdec-interp with the best alpha of the table",
+    "fidelity": "cat {out}/records.json",
+    "shapes": "memdec figure --name figure5 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...",
     "latency": "docs/evaluate.md says how to read it",
 }
 
@@ -432,6 +436,9 @@ def evaluate(
     settings: EvaluateSettings,
     memory: Annotated[Path | None, typer.Option(help="memory folder, or a model after DAPT to mix in")] = None,
     name: Annotated[str, typer.Option(help="name of the memory in the tables")] = DEFAULT_MEMORY,
+    control: Annotated[
+        bool, typer.Option("--control", help="negative control: --memory is one of another corpus than --corpus")
+    ] = False,
     lora: Annotated[Path | None, typer.Option(help="LoRA folder")] = None,
     dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
     datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
@@ -456,6 +463,7 @@ def evaluate(
         seed=seed,
         memory=memory,
         name=name,
+        control=control,
         lora=lora,
         dapt=dapt,
         datastore=datastore,
@@ -464,6 +472,52 @@ def evaluate(
         also=also,
         compute=compute,
     )
+
+
+Targets = Annotated[list[Path], typer.Option(help="folder of kNN targets; repeat for every shard")]
+MemoryLabel = Annotated[str, typer.Option(help="name of the memory in the tables and figures")]
+
+
+@stage(SampleSettings)
+def fidelity(
+    memory: Annotated[Path, typer.Option(help="memory folder, or a model that is mixed in as one")],
+    targets: Targets,
+    tokens: Tokens,
+    out: Out,
+    context: Context,
+    stride: Stride,
+    settings: SampleSettings,
+    name: MemoryLabel = DEFAULT_MEMORY,
+    control: Annotated[
+        bool, typer.Option("--control", help="negative control: --memory is one of another text than --tokens")
+    ] = False,
+    compute: Compute = AUTO,
+) -> None:
+    """Measure how well a memory imitates its kNN targets: top-token match, KL, total variation, Pearson correlation."""
+    from memdec.results import fidelity as stage_fidelity
+
+    what: dict[str, Any] = {"context": context, "stride": stride, "name": name, "compute": compute}
+    stage_fidelity.run(memory, targets, tokens, out, settings, control=control, **what)
+
+
+@stage(ShapesSettings)
+def shapes(
+    model: Annotated[Path, typer.Option(help="model that gives the keys of the targets")],
+    memory: Annotated[Path, typer.Option(help="memory folder, or a model that is mixed in as one")],
+    targets: Targets,
+    tokens: Tokens,
+    out: Out,
+    context: Context,
+    stride: Stride,
+    settings: ShapesSettings,
+    name: MemoryLabel = DEFAULT_MEMORY,
+    compute: Compute = AUTO,
+) -> None:
+    """Measure the shapes of p_kNN, the model's and the memory's distribution on the same positions (Figures 5, 6)."""
+    from memdec.results import shapes as stage_shapes
+
+    what: dict[str, Any] = {"context": context, "stride": stride, "name": name, "compute": compute}
+    stage_shapes.run(model, memory, targets, tokens, out, settings, **what)
 
 
 AnyModel = Annotated[str, typer.Option(help="model folder or Hub id")]
@@ -645,6 +699,21 @@ def cases(
 
 
 @app.command()
+def report(
+    config: RunConfig,
+    results: Annotated[Path, typer.Option(help="folder with the tables, and with a folder of the config's scale")] = Path(
+        "results"
+    ),
+    out: Annotated[Path, typer.Option(help="HTML file")] = Path("results/report.html"),
+) -> None:
+    """Write all results of a run as one HTML page: claims, tables, curves, cost, versions and commands."""
+    from memdec.results import report as stage_report
+
+    stage_report.run(cfg.load(config), config, results, out)
+    options.wrote(out, "open it in a browser")
+
+
+@app.command()
 def check(
     results: Annotated[Path, typer.Argument(help="a table3.csv with its .provenance.json beside it")],
     baseline: Annotated[Path, typer.Option(help="tests/regression/<scale>.json")],
@@ -767,12 +836,16 @@ def compare(
 @app.command()
 def schema(
     out: Annotated[Path, typer.Argument(help="file to write, e.g. workflow/schemas/config.schema.json")],
+    of: Annotated[
+        Literal["config", "cells"], typer.Option(help="config: a config file; cells: a line of a table's .cells.csv")
+    ] = "config",
 ) -> None:
-    """Write the JSON schema of the configuration."""
+    """Write the JSON schema of the configuration, or of the lines of a table's .cells.csv."""
     from memdec.artefacts import artefact
+    from memdec.results import cells
 
-    artefact.write_json(out, cfg.json_schema())
-    options.wrote(out, "memdec validate config/mini.yaml")
+    artefact.write_json(out, cfg.json_schema() if of == "config" else cells.json_schema())
+    options.wrote(out, "memdec validate config/mini.yaml" if of == "config" else "see docs/tables.md")
 
 
 @app.command()

@@ -62,10 +62,12 @@ VERSIONS = {
     "targets": 2,
     "teacher": 1,
     "passages": 1,
-    "evaluation": 4,
+    "evaluation": 5,
     "cases": 1,
     "latency": 2,
     "sweep": 2,
+    "fidelity": 1,
+    "shapes": 1,
     "table": 3,  # a table is a file, not an artefact folder: only the Snakemake rules use this number
 }
 

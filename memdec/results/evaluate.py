@@ -62,6 +62,7 @@ def run(
     seed: int,
     memory: Path | None = None,
     name: str = DEFAULT_MEMORY,
+    control: bool = False,
     lora: Path | None = None,
     dapt: Path | None = None,
     datastore: Sequence[Path] = (),
@@ -82,6 +83,7 @@ def run(
         seed: Seed of the run; it is written into the records.
         memory: Memory folder, or a model after DAPT in its place; adds the system MemDec.
         name: Name of the memory in the records.
+        control: Negative control: the memory is one of another corpus. Without this, such a memory is refused.
         lora: LoRA folder of the base; adds the system LoRA.
         dapt: The base after DAPT; adds the system DAPT.
         datastore: Shards of a datastore made with the base; with `index` they add the system kNN-LM.
@@ -109,7 +111,7 @@ def run(
     inputs = {"base": source.recipe, "corpus": text.recipe}
     others = {folder.name: artefact.read(folder, "corpus") for folder in also}
     inputs |= {f"also {name}": manifest.recipe for name, manifest in others.items()}
-    inputs |= _made_of(parts, corpus, text)
+    inputs |= _made_of(parts, corpus, text, control)
     plain = {
         **settings.model_dump(mode="json", exclude={"batch_size"}),
         "context": context,
@@ -117,12 +119,15 @@ def run(
         "seed": seed,
         "memory": name if memory is not None else None,
         "precision": devices.precision(compute),
+        **({"control": "other domain"} if control else {}),
     }
     with artefact.building(out, "evaluation", plain, inputs) as build:
         if build is None:
             return
         session = _Session(parts, [corpus, *also], out, settings, context, stride, seed)
         records = session.interpolated(name) if memory is not None else session.alone("base")
+        if control:
+            records = [record | {"control": "other domain"} if record["memory"] else record for record in records]
         for system in SYSTEMS.values():
             if system.name not in ("base", "MemDec") and system.given(parts):
                 records += session.knn_lm() if system.name == "kNN-LM" else session.alone(system.name)
@@ -141,12 +146,24 @@ def _knn_settings(settings: EvaluateSettings, weight: float, temperature: float)
     return KnnLMSettings(weight=weight, temperature=temperature, **numbers)
 
 
-def _made_of(parts: Parts, corpus: Path, text: artefact.Manifest) -> dict[str, str]:
-    """Check that all parts except the base were made from the corpus, and return their recipes."""
+def _made_of(parts: Parts, corpus: Path, text: artefact.Manifest, control: bool) -> dict[str, str]:
+    """Check that all parts except the base were made from the corpus, and return their recipes.
+
+    With `control` the memory must be one made from another corpus.
+    """
+    if control and (parts.memory is None or not loading.is_artefact(Path(parts.memory))):
+        raise ConfigError(
+            f"memdec evaluate: expected with --control a memory that `memdec train` made, found {parts.memory}; give its "
+            "folder, or leave out --control"
+        )
     kinds = {"lora": "lora", "dapt": "model", "passages": "passages"}
     mixed_in = parts.memory is not None and artefact.kind_of(Path(parts.memory)) == "model"
     kinds["memory"] = "model" if mixed_in else "memory"
-    found = {name: _trained_on(parts.of(name), kind, corpus, text) for name, kind in kinds.items() if parts.of(name)}
+    found = {
+        name: _trained_on(parts.of(name), kind, corpus, text, other=control and name == "memory")
+        for name, kind in kinds.items()
+        if parts.of(name)
+    }
     if bool(parts.datastore) != (parts.index is not None):
         raise ConfigError("memdec evaluate: expected --datastore and --index together, found one of them; give both")
     if parts.index is not None:
@@ -159,12 +176,21 @@ def _made_of(parts: Parts, corpus: Path, text: artefact.Manifest) -> dict[str, s
     return found
 
 
-def _trained_on(folder: Path, kind: str, corpus: Path, text: artefact.Manifest) -> str:
-    """Check that an artefact was made from the corpus, and return its recipe; a plain folder says nothing about that."""
+def _trained_on(folder: Path, kind: str, corpus: Path, text: artefact.Manifest, *, other: bool = False) -> str:
+    """Check that an artefact was made from the corpus, and return its recipe; a plain folder says nothing about that.
+
+    With `other` it must be one from another corpus.
+    """
     if kind in ("model", "memory", "lora") and not loading.is_artefact(folder):
         return loading.model_identity(folder)
     manifest = artefact.read(folder, kind, whole=kind in ("model", "memory", "lora"))
-    if manifest.facts.get("corpus_sha256") != text.facts["sha256"]:
+    same = manifest.facts.get("corpus_sha256") == text.facts["sha256"]
+    if other and same:
+        raise ArtifactError(
+            f"{folder}: expected with --control a {kind} of another corpus than {corpus}, found one of this corpus; leave "
+            "out --control"
+        )
+    if not other and not same:
         raise ArtifactError(f"{folder}: expected {kind} made from {corpus}, found one from other text; check the paths")
     return manifest.recipe
 
@@ -247,7 +273,8 @@ class _Session:
         records = []
         for corpus in self.corpora:
             results, scores = self._lm_eval(model, method, "test", corpus), self._scores(model, "test", corpus)
-            records.append(self._record(method, results, scores.log_p(weight)) | {"on": corpus.name})
+            place = {"on": corpus.name, "scores": model.stored_at(self._text(model, "test", corpus))}
+            records.append(self._record(method, results, scores.log_p(weight)) | place)
         return records
 
     def _lm_eval(self, model: WrappedLM, method: str, split: Split, corpus: Path) -> dict[str, Any]:
@@ -261,7 +288,10 @@ class _Session:
         return values
 
     def _scores(self, model: WrappedLM, split: Split, corpus: Path) -> TokenScores:
-        return model.token_scores(corpora.joined_split(corpus, split, model.tokenizer.eos_token), disable_tqdm=True)
+        return model.token_scores(self._text(model, split, corpus), disable_tqdm=True)
+
+    def _text(self, model: WrappedLM, split: Split, corpus: Path) -> str:
+        return corpora.joined_split(corpus, split, model.tokenizer.eos_token)
 
     def _record(self, method: str, results: dict[str, Any], log_p: NDArray[np.floating]) -> dict[str, Any]:
         low, high = statistics.bootstrap_perplexity(log_p, self.stride, self.settings.resamples, self.seed)

@@ -17,7 +17,7 @@ from memdec.errors import ArtifactError, ConfigError
 from memdec.inference.systems import SYSTEMS, Parts
 from memdec.maths import mixing, statistics
 from memdec.maths.windows import windows
-from memdec.results import evaluate
+from memdec.results import evaluate, items
 from memdec.settings import (
     FORGETTING,
     DatastoreSettings,
@@ -121,6 +121,9 @@ def test_intervals_resample_whole_windows(
     )
     assert (base["low"], base["high"]) == pytest.approx(windows, rel=1e-4)
     assert (base["low"], base["high"]) != pytest.approx(single, rel=1e-2)
+    stored = items.of_evaluation(tmp_path / "e", base, CONTEXT // 2)
+    assert stored.value == pytest.approx(base["value"], rel=1e-9)
+    assert [stored.counts.sum(), stored.sums.sum()] == pytest.approx([len(log_p), -log_p.sum()], rel=1e-5)
 
 
 def test_in_context_rag_is_the_model_of_that_name(
@@ -194,6 +197,26 @@ def test_general_text_is_measured_at_the_weights_of_the_domain(
     alone = records_of(tmp_path / "alone", base_folder, corpus_folder, **what)
     assert alone == found
     assert not (tmp_path / "alone" / FORGETTING).exists()
+
+
+def test_a_memory_of_another_domain_is_a_control_that_must_be_asked_for(
+    small_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(made_text(250, 5))
+    other = tmp_path / "other"
+    corpora.run(FileCorpus(source="files", path=str(tmp_path / "text.txt"), min_bytes=200), other)
+    with pytest.raises(ArtifactError, match=r"dapt: expected model made from .*other, found one from other text"):
+        records_of(tmp_path / "a", small_folder, other, memory=dapt_folder)
+    with pytest.raises(
+        ArtifactError, match=r"expected with --control a model of another corpus than .*, found one of this"
+    ):
+        records_of(tmp_path / "b", small_folder, corpus_folder, memory=dapt_folder, control=True)
+    with pytest.raises(ConfigError, match="expected with --control a memory that `memdec train` made, found None"):
+        records_of(tmp_path / "c", small_folder, corpus_folder, control=True)
+    base, mixed = records_of(tmp_path / "d", small_folder, other, memory=dapt_folder, name="other", control=True)
+    assert (mixed["memory"], mixed["control"]) == ("other", "other domain")
+    assert "control" not in base
+    assert artefact.read(tmp_path / "d", "evaluation").settings["control"] == "other domain"
 
 
 def test_other_text_is_refused(

@@ -185,6 +185,18 @@ def test_dry_run_of_every_config(
     assert planned(text) == expected
 
 
+def test_the_control_of_another_domain_takes_the_memory_of_the_next(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("memories: {other: {other_domain: true}}")
+    configs = ["--configfile", str(ROOT / "config" / "mini.yaml"), str(tmp_path / "my.yaml")]
+    for domain, memory in (("torch", "pandas"), ("sklearn", "torch")):
+        target = f"results/mini/{domain}/seed0/evaluation/other/gpt2-L/manifest.json"
+        text = snakemake(tmp_path, target, "-n", "-p", "--cores", "1", *configs)
+        assert planned(text)["train"] == 1
+        (command,) = re.findall(r"^.*memdec evaluate .*$", text, re.MULTILINE)
+        assert f"--memory results/mini/{memory}/seed0/memory/memdec " in command
+        assert "--control" in command
+
+
 @pytest.mark.slow
 def test_another_tokenizer_adds_its_table_to_the_default(tmp_path: Path) -> None:
     configs = ["--configfile", *(str(ROOT / "config" / f"{name}.yaml") for name in ("mini", "vocabulary"))]

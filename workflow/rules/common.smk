@@ -230,11 +230,19 @@ DAPT = "finetuned" if CONFIG.dapt is None and CONFIG.budget is None else "dapt"
 
 def evaluated_memory(wildcards):
     memory = MEMORIES[wildcards.memory]
+    if memory.other_domain:
+        other = CONFIG.next_domain(wildcards.domain)
+        return manifest(f"{RUN}/{other}/seed{wildcards.seed}/memory/{typed.DEFAULT_MEMORY}")
     return manifest(
         f"{home(wildcards)}/{DAPT}/{memory.memory_model}"
         if memory.dapt
         else f"{home(wildcards)}/memory/{memory.name}"
     )
+
+
+def control(wildcards):
+    """Option that allows a memory of another domain."""
+    return ["--control"] if MEMORIES[wildcards.memory].other_domain else []
 
 
 # Corpora of general text, to measure forgetting.

@@ -13,7 +13,7 @@ use rule finetune as evaluate with:
     priority: 0
     params:
         command="evaluate",
-        options=lambda w: f"{words('--name', w.memory)} {evaluation(w)}",
+        options=lambda w: f"{words('--name', w.memory, *control(w))} {evaluation(w)}",
         version=VERSIONS["evaluation"],
 
 
