@@ -158,7 +158,13 @@ def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
 
 def test_the_page_says_what_did_not_run(tmp_path: Path) -> None:
     part = {"what": "latency", "status": "timeout", "wall_s": 9.0, "limit_s": 9, "files": ["latency.csv"]}
-    about = {"device": "D", "cuda": "13", "machine": "M", "commit": "c", "versions": dict.fromkeys(summary.versions(), "1")}
+    about = {
+        "device": "D",
+        "cuda": "13",
+        "machine": "M",
+        "commit": "c",
+        "versions": dict.fromkeys(summary.versions(), "1"),
+    }
     (tmp_path / "summary.json").write_text(json.dumps(about | {"parts": {"c": part}}))
     row = {
         "system": "MemDec", "phase": "total", "prompt_tokens": "128", "n_tokens": "48", "tokens_per_s": "9",
