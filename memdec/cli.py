@@ -37,6 +37,7 @@ from memdec.settings import (
     ModelSpec,
     PassageSettings,
     Split,
+    Suite,
     TargetSettings,
     TeacherSettings,
     TokenizerSpec,
@@ -97,6 +98,7 @@ NEXT = {
     "train": "memdec evaluate --memory {out} --base ... --out ..., or lm_eval --model memdec-interp",
     "adapt-vocab": "memdec train --model {out} --tokens ... --out ...",
     "evaluate": "memdec table --name table3 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...",
+    "harness": "memdec compare {out}, or memdec compare {out} ... for the difference of two systems",
     "sweep": "lm_eval --model memdec-interp with the best alpha of the table",
     "latency": "docs/evaluate.md says how to read it",
 }
@@ -462,6 +464,45 @@ def evaluate(
         index=index,
         passages=passages,
         also=also,
+        compute=compute,
+    )
+
+
+@stage(entry=Suite)
+def harness(
+    entry: Callable[..., Suite],
+    base: BaseName,
+    out: Out,
+    spec: Spec = None,
+    memory: Annotated[str | None, typer.Option(help="memory, or a model after DAPT to mix in: MemDec")] = None,
+    name: Annotated[str, typer.Option(help="name of the memory in the tables")] = DEFAULT_MEMORY,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="evaluation of the system, which tuned alpha, or lambda and tau, on valid text")
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA folder: LoRA")] = None,
+    dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT: DAPT")] = None,
+    datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
+    index: Annotated[Path | None, typer.Option(help="index over --datastore; both together: kNN-LM")] = None,
+    passages: Annotated[Path | None, typer.Option(help="passages of the corpus: In-Context RAG")] = None,
+    seed: Seed = 0,
+    compute: Compute = AUTO,
+) -> None:
+    """Run one system over lm-eval tasks, in lm-eval's own format, with an interval for every metric."""
+    from memdec.results import harness as stage_harness
+
+    stage_harness.run(
+        base,
+        entry(),
+        out,
+        seed=seed,
+        memory=memory,
+        name=name,
+        evaluation=evaluation,
+        lora=lora,
+        dapt=dapt,
+        datastore=datastore,
+        index=index,
+        passages=passages,
         compute=compute,
     )
 

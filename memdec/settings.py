@@ -501,6 +501,19 @@ class ExplainSettings(KnnSettings):
     )
 
 
+class Suite(Settings):
+    """Tasks of lm-eval that are run together around one base model, with models that are loaded once."""
+
+    tasks: Names = Field(min_length=1, description="names of tasks or groups under 'harness_tasks'")
+    alpha: Literal["paper", "valid"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "paper",
+        description="weight of the memory; paper: each task's own, as printed; valid: the one tuned on the domain's valid "
+        "text; or a number",
+    )
+    limit: PositiveInt | None = Field(None, description="first rows of each task (default: all)")
+    batch_size: PositiveInt = Field(16, description="requests per forward pass")
+
+
 class Case(Settings):
     """A row of Table 6: a text with one marked word, whose probability under each distribution is shown."""
 
