@@ -723,6 +723,24 @@ def table(
     options.wrote(out, f"cat {shlex.quote(str(out.with_suffix('.md')))}")
 
 
+@app.command()
+def figure(
+    name: Annotated[str, typer.Option(help="figure2, figure4, figure5, figure6 or fidelity")],
+    config: RunConfig,
+    out: Annotated[Path, typer.Option(help="CSV file; .svg, .png and .provenance.json are written beside it")],
+    cell: Annotated[
+        list[str],
+        typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of shapes, fidelity or latency, as the figure needs; repeat"),
+    ] = [],
+    table: Annotated[list[Path], typer.Option(help="cells of a table (.cells.csv), for Figure 2")] = [],
+) -> None:
+    """Draw a figure from `memdec shapes`, `fidelity` or `latency`, or Figure 2 from the cells of Table 3."""
+    from memdec.results import drawing, figure_catalogue
+
+    drawing.run(figure_catalogue.figure(cfg.load(config).study_for(name), name), _cells(cell), table, out)
+    options.wrote(out, f"open {shlex.quote(str(out.with_suffix('.svg')))}")
+
+
 @stage()
 def cases(
     config: RunConfig,

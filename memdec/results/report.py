@@ -143,7 +143,9 @@ def run(config: Config, given: Path, results: Path, out: Path) -> None:
         MemDecError: A file of the results cannot be read, or is of another scale.
     """
     if not results.is_dir():
-        raise ConfigError(f"{results}: expected a folder with results, found none; make one with snakemake {results}/table3.csv")
+        raise ConfigError(
+            f"{results}: expected a folder with results, found none; make one with snakemake {results}/table3.csv"
+        )
     artefact.write_text(out, page(config, given, results))
 
 
@@ -152,7 +154,9 @@ def page(config: Config, given: Path, results: Path) -> str:
     scale = results / config.scale
     cells = {name: _cells(results / f"{name}.cells.csv") for name in _named(results, ".cells.csv")}
     origins = {name: _origin(results / f"{name}.provenance.json", config.scale) for name in cells}
-    grids = [_grid(config, name, cells.get(name, []), _command(given, results, name)) for name in _all_tables(config, cells)]
+    grids = [
+        _grid(config, name, cells.get(name, []), _command(given, results, name)) for name in _all_tables(config, cells)
+    ]
     claims = _claims(results / "claims.csv")
     script, looks = _packaged("report.js"), _packaged("report.css")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -250,10 +254,14 @@ def _with_interval(value: float | None, low: float | None, high: float | None) -
 
 def _cells(file: Path) -> list[dict[str, Any]]:
     cells = _read(file, _CELL)
-    twice = [key for key, n in Counter((cell["row"], cell["column"], cell["metric"]) for cell in cells).items() if n > 1]
+    twice = [
+        key for key, n in Counter((cell["row"], cell["column"], cell["metric"]) for cell in cells).items() if n > 1
+    ]
     if twice:
         row, column, _ = twice[0]
-        raise ArtifactError(f"{file}: expected one line for row {row!r} and column {column!r}, found two; make it again")
+        raise ArtifactError(
+            f"{file}: expected one line for row {row!r} and column {column!r}, found two; make it again"
+        )
     return cells
 
 
@@ -296,7 +304,9 @@ def _grid(config: Config, name: str, cells: Sequence[dict[str, Any]], command: s
     except ConfigError as error:
         why = str(error)
     if not cells:
-        return Grid(name, _title(name), caption, [], [], [], 0, 0, why or "It has not been made.", "" if why else command)
+        return Grid(
+            name, _title(name), caption, [], [], [], 0, 0, why or "It has not been made.", "" if why else command
+        )
     labels = _label_columns(cells)
     metrics = {(cell["column"], cell["metric"]): cell for cell in cells}
     best = _best(cells)
@@ -313,7 +323,15 @@ def _grid(config: Config, name: str, cells: Sequence[dict[str, Any]], command: s
     reasons = Counter(cell["note"] or "no reason given" for cell in cells if cell["value"] is None)
     why = "" if n_run else "; ".join(reasons)
     return Grid(
-        name, _title(name), caption, labels, [_heading(*key, cell) for key, cell in metrics.items()], shown, n_run, len(cells), why
+        name,
+        _title(name),
+        caption,
+        labels,
+        [_heading(*key, cell) for key, cell in metrics.items()],
+        shown,
+        n_run,
+        len(cells),
+        why,
     )
 
 
@@ -332,9 +350,13 @@ def _label_columns(cells: Sequence[dict[str, Any]]) -> list[str]:
     own = [name for name in _LABELS if all(len({cell[name] for cell in row}) == 1 for row in rows.values())]
     telling = [name for name in own if len({cell[name] for cell in first}) > 1]
     for name, by in (("family", "model"), ("memory", "method")):  # told by the other one already
-        if {name, by} <= set(telling) and len({(cell[name], cell[by]) for cell in first}) == len({cell[by] for cell in first}):
+        if {name, by} <= set(telling) and len({(cell[name], cell[by]) for cell in first}) == len(
+            {cell[by] for cell in first}
+        ):
             telling.remove(name)
-    return telling if telling and len({tuple(cell[name] for name in telling) for cell in first}) == len(rows) else ["row"]
+    return (
+        telling if telling and len({tuple(cell[name] for name in telling) for cell in first}) == len(rows) else ["row"]
+    )
 
 
 def _best(cells: Sequence[dict[str, Any]]) -> set[int]:
@@ -361,7 +383,9 @@ def _value(cell: dict[str, Any], digits: int, best: bool) -> Value:
         return "" if value is None else f"{value:,.{digits}f}"
 
     if cell["value"] is None:
-        return Value("not run", None, paper=number(cell["paper"]), facts=[("Why", cell["note"] or "no reason given")], run=False)
+        return Value(
+            "not run", None, paper=number(cell["paper"]), facts=[("Why", cell["note"] or "no reason given")], run=False
+        )
     interval = f"{number(cell['low'])} to {number(cell['high'])}" if cell["low"] is not None else ""
     facts = {
         "95 % interval": interval,
@@ -374,7 +398,9 @@ def _value(cell: dict[str, Any], digits: int, best: bool) -> Value:
         f"Against {cell['best_other'] or 'the best other'}": _p(cell["p_best"]),
         "Predicted labels": _labels(cell["labels"]),
         "Constant": "every row got the same label" if _true(cell["constant"]) else "",
-        "Printed": " ".join(filter(None, [number(cell["paper"]), cell["verdict"]])) if cell["paper"] is not None else "",
+        "Printed": " ".join(filter(None, [number(cell["paper"]), cell["verdict"]]))
+        if cell["paper"] is not None
+        else "",
         "Note": cell["note"],
     }
     return Value(
@@ -419,7 +445,9 @@ def _headline(config: Config, cells: dict[str, list[dict[str, Any]]]) -> Chart |
         of_models = {cell["column"] for cell in run_} <= {cell["model"] for cell in run_}
         metric = run_[0]["metric"]
         shown = [cell for cell in run_ if cell["metric"] == metric and (of_models or cell["column"] == column)]
-        methods = list(dict.fromkeys([*(m for m in SYSTEMS if m in {c["method"] for c in shown}), *(c["method"] for c in shown)]))
+        methods = list(
+            dict.fromkeys([*(m for m in SYSTEMS if m in {c["method"] for c in shown}), *(c["method"] for c in shown)])
+        )
         dots = [
             Dot(cell["model"], cell["method"], cell["value"], cell["low"], cell["high"], methods.index(cell["method"]))
             for cell in sorted(shown, key=lambda cell: methods.index(cell["method"]))
@@ -484,7 +512,9 @@ def _loss_curves(config: Config, scale: Path) -> list[Group]:
             svg = curves.lines(few, "Updates (number)", "Loss (nats per token)", f"loss{number}-{part}")
             title = _FOLDERS[stage] if home == "." else f"{_FOLDERS[stage]}: {home}"
             solid = [line for line in few if not line.dashed]
-            groups.setdefault(stage, []).append(_chart(on_one_line(title), svg, solid, ["Updates", "Loss on valid text"]))
+            groups.setdefault(stage, []).append(
+                _chart(on_one_line(title), svg, solid, ["Updates", "Loss on valid text"])
+            )
     order = [stage for stage in ("memory", "lora", "dapt", "finetuned", "models") if stage in groups]
     return [Group(_FOLDERS[stage], groups[stage], number == 0) for number, stage in enumerate(order)]
 
@@ -533,7 +563,9 @@ def _latency(scale: Path) -> list[tuple[str, Plain]]:
     """A table for every measurement of latency: the whole time for the largest number of new tokens."""
     found = []
     for folder, _ in _manifests(scale, "latency"):
-        with outside(ArtifactError, folder / "latency.csv", "a table of latencies", "measure again with memdec latency"):
+        with outside(
+            ArtifactError, folder / "latency.csv", "a table of latencies", "measure again with memdec latency"
+        ):
             total = pd.read_csv(folder / "latency.csv").query("phase == 'total'")
             last = total[total["n_tokens"] == total["n_tokens"].max()]
             rows = [
@@ -546,7 +578,9 @@ def _latency(scale: Path) -> list[tuple[str, Plain]]:
                 for _, row in last.iterrows()
             ]
             first = last.iloc[0]
-            title = f"{first['n_tokens']} new tokens after {first['prompt_tokens']}, {first['machine']}, {first['device']}"
+            title = (
+                f"{first['n_tokens']} new tokens after {first['prompt_tokens']}, {first['machine']}, {first['device']}"
+            )
         header = ["System", "Seconds [95 % interval]", "Tokens/s", "Ratio to base [95 % interval]"]
         found.append((on_one_line(title), Plain(header, rows)))
     return found
@@ -566,7 +600,9 @@ def _cost(folder: Path) -> Plain | None:
         jobs.setdefault(on_one_line(rule), []).extend(frame.fillna(0).to_dict("records"))
     if not jobs:
         return None
-    rows = sorted(([name, *_sums(each)] for name, each in jobs.items()), key=lambda row: -float(row[3].replace(",", "")))
+    rows = sorted(
+        ([name, *_sums(each)] for name, each in jobs.items()), key=lambda row: -float(row[3].replace(",", ""))
+    )
     return Plain(
         ["Rule", "Jobs", "Wall time (s)", "CPU time (s)", "Longest job (s)", "Most memory (MB)"],
         rows,
@@ -602,7 +638,11 @@ def _origins(found: dict[str, dict[str, Any]]) -> Origins:
 
     return Origins(
         by_value(
-            lambda origin: {"Commit": origin.get("commit"), "Machine": origin.get("machine"), "Config": origin.get("config_sha256")},
+            lambda origin: {
+                "Commit": origin.get("commit"),
+                "Machine": origin.get("machine"),
+                "Config": origin.get("config_sha256"),
+            },
             ["What", "Value"],
         ),
         by_value(lambda origin: origin.get("versions", provenance.versions()), ["Package", "Version"]),

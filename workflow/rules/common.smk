@@ -8,7 +8,7 @@ import shlex
 from memdec.artefacts import resources as machine
 from memdec.artefacts.artefact import VERSIONS
 from memdec.inference.systems import SYSTEMS
-from memdec.results import catalogue
+from memdec.results import catalogue, figure_catalogue
 
 RUN = f"results/{CONFIG.scale}"
 LOG = f"{RUN}/logs"
