@@ -495,22 +495,12 @@ class WrappedLM(HFLM):
 
     # --- rolling log-likelihood -----------------------------------------------------------------------------------
 
-    def _stream(self, text: str) -> tuple[NDArray[np.int64], bytes]:
-        """The token ids of a text, and its key in the score store."""
-        stream = np.asarray(self.tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64)
-        return stream, request_key("rolling", stream, [self.context, self.stride, self.prefix_token_id])
-
-    def stored_at(self, text: str) -> dict[str, str] | None:
-        """Where the scores of a text are: the folder in that of the score store, and the key; None without a store."""
-        if self.store is None or self.store.folder is None:
-            return None
-        return {"store": self.store.folder.name, "text": self._stream(text)[1].hex()}
-
     def token_scores(self, text: str, *, disable_tqdm: bool = False) -> TokenScores:
         """Scores of every token of a text, from the store or from the models, with sliding windows (`windows`)."""
-        stream, key = self._stream(text)
+        stream = np.asarray(self.tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64)
         if not len(stream):
             raise ConfigError("loglikelihood_rolling: expected a text with at least one token, found an empty one")
+        key = request_key("rolling", stream, [self.context, self.stride, self.prefix_token_id])
         scores = self._known(key)
         if scores is None:
             size = self.batch_size_per_gpu if isinstance(self.batch_size_per_gpu, int) else 8
