@@ -768,7 +768,7 @@ def report(
     """Write all results of a run as one HTML page: claims, tables, curves, cost, versions and commands."""
     from memdec.results import report as stage_report
 
-    stage_report.run(cfg.load(config), config, results, out)
+    stage_report.run(cfg.load(*cfg.with_default(config or [cfg.DEFAULT])), config, results, out)
     options.wrote(out, "open it in a browser")
 
 
