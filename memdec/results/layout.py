@@ -11,12 +11,12 @@ from typing import Literal, NamedTuple
 from memdec.config import Config
 from memdec.settings import WITHOUT_MEMORY, SystemName
 
-Kind = Literal["evaluation", "harness", "corpus", "cases"]
+Kind = Literal["evaluation", "harness", "corpus", "cases", "latency", "shapes", "fidelity"]
 How = Literal["mean", "best", "difference", "sum", "relative"]
 
 
 class Part(NamedTuple):
-    """One artefact that a table is made from.
+    """One artefact that a table or figure is made from.
 
     `workflow/rules/common.smk` says where it is (`part_folder`), and nothing else does.
     """

@@ -8,7 +8,7 @@ import shlex
 from memdec.artefacts import resources as machine
 from memdec.artefacts.artefact import VERSIONS
 from memdec.inference.systems import SYSTEMS
-from memdec.results import catalogue
+from memdec.results import catalogue, figure_catalogue
 
 RUN = f"results/{CONFIG.scale}"
 LOG = f"{RUN}/logs"
@@ -35,6 +35,7 @@ wildcard_constraints:
     model="[^/]+",
     tokenizer="[^/]+",
     seed="[0-9]+",
+    table="[^./]+",  # `results/table3.cells.csv` is a file of table3
 
 
 # Each shard of a stage is a folder i-of-n; `--set-scatter targets=8` overrides the number in the config.
