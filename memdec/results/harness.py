@@ -275,7 +275,9 @@ def _evaluated(
     model: WrappedLM, parts: Parts, tasks: dict[str, RowsTask], suite: Suite, out: Path
 ) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
     """Results and samples of lm-eval, which are also written as its command line writes them."""
-    named = {"pretrained": str(parts.base)} | {part: str(parts.of(part)) for part in model.system.needs if part != "base"}
+    named = {"pretrained": str(parts.base)} | {
+        part: str(parts.of(part)) for part in model.system.needs if part != "base"
+    }
     tracker = EvaluationTracker(output_path=str(out / "results.json"))
     manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False)
     found = simple_evaluate(
