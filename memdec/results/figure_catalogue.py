@@ -72,7 +72,7 @@ def figure4(config: Config) -> Figure:
         f"Time to generate texts with {config.key_model}, alone and in every system, and its ratio to the model alone, "
         "against the number of generated tokens (the paper's Figure 4). Medians with 95 % intervals over turns."
     )
-    parts = _parts(config, "latency", [config.variant(DEFAULT_MEMORY)])[:1]
+    parts = [Part("latency", config.domains[0], config.key_model, config.seeds[0], "MemDec", DEFAULT_MEMORY)]
     return Figure("figure4", config, caption, "latency", parts)
 
 
@@ -87,7 +87,7 @@ def figure5(config: Config) -> Figure:
         f"text of {config.domains[0]} whose kNN distribution has two or three likely tokens (the paper's Figure 5). The "
         "token that follows in the text is marked."
     )
-    parts = _parts(config, "shapes", [config.variant(DEFAULT_MEMORY)])[:1]
+    parts = [Part("shapes", config.domains[0], config.key_model, config.seeds[0], "MemDec", DEFAULT_MEMORY)]
     return Figure("figure5", config, caption, "shapes", parts)
 
 

@@ -1,9 +1,11 @@
 """One measured number at one seed, with the items it is made of: what paired tests and intervals of differences need.
 
 The items of a perplexity are the windows of the test text, those of a task its rows. `of_evaluation` reads them from the
-scores that `memdec evaluate` stores, `of_samples` from the samples of a harness folder.
+scores that `memdec evaluate` stores, `of_samples` from the samples of a harness folder. `write` puts those of all cells of
+a table beside it, so that what is computed from a table later needs neither models nor evaluations.
 """
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from memdec.errors import ArtifactError
+from memdec.artefacts import artefact
+from memdec.errors import ArtifactError, outside
 from memdec.maths import paired, statistics
 from memdec.maths.paired import Average
 from memdec.results import compare, scores
@@ -192,3 +195,68 @@ def _p_of_f1(a: Sequence[Items], b: Sequence[Items]) -> float | None:
         groups += [(seed, *row) for row in one[:, :-2].tolist()]
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     return paired.f1(gold, by_a, by_b, a[0].averages, [numbers[group] for group in groups]).p
+
+
+Place = tuple[str, str]  # row and column of a cell
+
+# Fields of one `Items` that are arrays, and how they are stored.
+_ARRAYS: dict[str, type[np.generic]] = {"sums": np.float64, "counts": np.int64, "labels": np.int64}
+
+
+def write(path: Path, cells: Mapping[Place, Sequence[Items]]) -> None:
+    """Write the items of the cells of a table as .npz: `index` is JSON, the arrays of all cells follow each other."""
+    found = [(place, each) for place, several in cells.items() for each in several]
+    index = [
+        {
+            "row": row,
+            "column": column,
+            "seed": each.seed,
+            "value": each.value,
+            "kind": each.kind,
+            "averages": each.averages,
+            "sums": len(each.sums),
+            "labels": None if each.labels is None else each.labels.shape,
+        }
+        for (row, column), each in found
+    ]
+    arrays = {
+        "sums": [each.sums for _, each in found],
+        "counts": [each.counts for _, each in found],
+        "labels": [each.labels.ravel() for _, each in found if each.labels is not None],
+    }
+    whole = {name: np.concatenate([np.empty(0, kind), *arrays[name]]).astype(kind) for name, kind in _ARRAYS.items()}
+    data = io.BytesIO()
+    np.savez_compressed(data, index=np.frombuffer(json.dumps(index).encode(), np.uint8), **whole)
+    artefact.write_bytes(path, data.getvalue())
+
+
+def read(path: Path) -> dict[Place, list[Items]]:
+    """Read the items of the cells of a table.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    cells: dict[Place, list[Items]] = {}
+    with outside(ArtifactError, path, "items of a table", "make the table again"):
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in (*_ARRAYS, "index")}
+        index = json.loads(arrays.pop("index").tobytes())
+        sizes = {"sums": [each["sums"] for each in index]}
+        sizes["counts"] = sizes["sums"]
+        sizes["labels"] = [math.prod(each["labels"] or [0]) for each in index]
+        parts = {name: np.split(arrays[name], np.cumsum(sizes[name])) for name in _ARRAYS}
+        for number, each in enumerate(index):
+            if parts["sums"][number].size != each["sums"] or not np.isfinite(parts["sums"][number]).all():
+                raise ValueError(f"too few or no finite numbers in row {each['row']}, column {each['column']}")
+            shape = each["labels"]
+            made = Items(
+                each["seed"],
+                each["value"],
+                parts["sums"][number],
+                parts["counts"][number],
+                each["kind"],
+                None if shape is None else parts["labels"][number].reshape(shape),
+                tuple(each["averages"]),
+            )
+            cells.setdefault((each["row"], each["column"]), []).append(made)
+    return cells

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from memdec.config import Config
 from memdec.settings import WITHOUT_MEMORY, SystemName
 
-Kind = Literal["evaluation", "harness", "corpus", "cases", "latency", "fidelity", "shapes"]
+Kind = Literal["evaluation", "harness", "corpus", "cases", "latency", "shapes", "fidelity"]
 How = Literal["mean", "best", "difference", "sum", "relative"]
 
 

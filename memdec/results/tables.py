@@ -20,7 +20,7 @@ from memdec.artefacts.markdown import table as write_markdown
 from memdec.config import Config
 from memdec.errors import ArtifactError, ConfigError, outside
 from memdec.maths import mixing
-from memdec.results import catalogue, cells
+from memdec.results import catalogue, cells, items
 from memdec.results.layout import Column, Measured, Table
 from memdec.results.sheet import Number, Record, Sheet, select
 from memdec.settings import portable
@@ -43,7 +43,7 @@ class Grid:
 def run(table: Table, given: Sequence[Given], out: Path) -> None:
     """Stage `table`: make a table from the folders of its parts.
 
-    It writes `out` (.csv) and, beside it, .cells.csv, .md, .tex and .provenance.json.
+    It writes `out` (.csv) and, beside it, .cells.csv, .items.npz, .md, .tex and .provenance.json.
     """
     if not isinstance(table, Measured):
         _marked_words(table, given, out)
@@ -51,6 +51,7 @@ def run(table: Table, given: Sequence[Given], out: Path) -> None:
     sheet = Sheet(table, load_records(table.config, given, table.records))
     sheet.test()
     cells.write(out.with_suffix(".cells.csv"), sheet.cells())
+    items.write(out.with_suffix(".items.npz"), sheet.items())
     write(out, wide(sheet), grid(sheet), note(sheet), table.name, table.config, _facts(given))
 
 

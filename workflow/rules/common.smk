@@ -38,9 +38,9 @@ wildcard_constraints:
     model="[^/]+",
     tokenizer="[^/]+",
     seed="[0-9]+",
-    study="|".join(re.escape(name) for name in CONFIG.studies) or "none",
     system="|".join(system.slug for system in SYSTEMS.values()),
     suite="[^/]+",
+    table="[^./]+",  # `results/table3.cells.csv` is a file of table3
 
 
 # Each shard of a stage is a folder i-of-n; `--set-scatter targets=8` overrides the number in the config.

@@ -27,6 +27,7 @@ rule table:
             labels={"table": "{table}"},
         ),
         cells="results/{table}.cells.csv",
+        items="results/{table}.items.npz",
         markdown="results/{table}.md",
         latex="results/{table}.tex",
         provenance="results/{table}.provenance.json",
@@ -34,8 +35,6 @@ rule table:
         f"{LOG}/{{table}}.log",
     benchmark:
         f"{BENCHMARK}/{{table}}.tsv"
-    wildcard_constraints:
-        table="[^/.]+",
     conda:
         "../../environment.yml"
     threads: 1
