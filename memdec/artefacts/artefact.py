@@ -62,7 +62,7 @@ VERSIONS = {
     "targets": 2,
     "teacher": 1,
     "passages": 1,
-    "evaluation": 4,
+    "evaluation": 5,
     "cases": 1,
     "latency": 2,
     "sweep": 2,

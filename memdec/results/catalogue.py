@@ -26,7 +26,7 @@ class Part(NamedTuple):
     domain: str
     model: str
     seed: int
-    name: str  # of the memory, or `WITHOUT_MEMORY` for the systems without one
+    name: str  # of the memory; of a system without one `WITHOUT_MEMORY`/slug
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,13 +255,13 @@ def _first_memories(config: Config, models: Iterable[str]) -> list[str]:
 
 
 def _evaluations(config: Config, models: Sequence[str], memories: Iterable[str], domains: Sequence[str]) -> list[Part]:
-    """Evaluations of the models with each of these memories, and without one if the config has other systems.
-
-    Every evaluation also has the base alone.
-    """
-    systems, pairs = set(config.systems), []
-    if systems - {"base", "MemDec"} or "MemDec" not in systems:
-        pairs += [(model, WITHOUT_MEMORY) for model in models]
-    if "MemDec" in systems:
-        pairs += [(model, name) for name in memories for model in config.variant(name).models if model in models]
+    """Evaluations of the models with each of these memories, and of the config's other systems."""
+    pairs = []
+    for name in config.systems:
+        if name != "MemDec":
+            pairs += [(model, f"{WITHOUT_MEMORY}/{SYSTEMS[name].slug}") for model in models]
+        else:
+            pairs += [
+                (model, memory) for memory in memories for model in config.variant(memory).models if model in models
+            ]
     return [Part(domain, model, seed, name) for domain in domains for model, name in pairs for seed in config.seeds]

@@ -18,7 +18,7 @@ from memdec.artefacts.markdown import escaped
 from memdec.artefacts.markdown import table as write_markdown
 from memdec.config import Config
 from memdec.errors import ArtifactError, ConfigError, outside
-from memdec.maths import mixing
+from memdec.maths import weighing
 from memdec.results import catalogue
 from memdec.results.catalogue import Perplexities, Row, Table
 from memdec.settings import FORGETTING, portable
@@ -52,7 +52,7 @@ def _perplexities(table: Perplexities, cells: Sequence[Cell], out: Path) -> None
     facts = {
         "corpora_sha256": {name: sha for m in manifests for name, sha in m.facts["corpora_sha256"].items()},
         "evaluations": {
-            f"{domain}/{model}/{seed}/{manifest.settings['memory'] or 'systems'}": manifest.recipe
+            f"{domain}/{model}/{seed}/{manifest.settings['memory'] or manifest.settings['system']}": manifest.recipe
             for (domain, model, seed, _), manifest in zip(cells, manifests, strict=True)
         },
     }
@@ -230,7 +230,7 @@ def _chosen(shown: pd.DataFrame, config: Config) -> str:
         sentences.append(
             f"{name.capitalize()} tuned on valid (chosen: {', '.join(f'{value:g}' for value in values)}). "
         )
-        ends = [f"{value:g}" for value in values if mixing.at_end(name, value, grids[name]) is not None]
+        ends = [f"{value:g}" for value in values if weighing.at_end(name, value, grids[name]) is not None]
         if ends:
             sentences.append(
                 f"{name.capitalize()} {' and '.join(ends)} {'is' if len(ends) == 1 else 'are'} at the end of the grid. "

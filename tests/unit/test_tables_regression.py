@@ -205,16 +205,16 @@ def test_a_table_without_anything_to_show_says_what_it_lacks() -> None:
 def test_a_table_is_made_from_the_evaluations_that_its_rows_name() -> None:
     config = variants()
     parts = {name: [(part.model, part.name) for part in catalogue.table(config, name).parts] for name in TABLES}
-    systems = [(model, "systems") for model in ("gpt2-S", "gpt2-M", "n")]
-    assert parts["table3"] == parts["table1"] == [*systems[:2], ("gpt2-S", "memdec"), ("gpt2-M", "memdec")]
-    assert parts["table4"] == [systems[2], ("n", "moved")]
+    assert config.systems == ["base", "kNN-LM", "MemDec"]
+    two = [(model, f"systems/{slug}") for slug in ("base", "knn-lm") for model in ("gpt2-S", "gpt2-M")]
+    assert parts["table3"] == parts["table1"] == [*two, ("gpt2-S", "memdec"), ("gpt2-M", "memdec")]
+    assert parts["table4"] == [("n", "systems/base"), ("n", "systems/knn-lm"), ("n", "moved")]
+    systems = [(model, f"systems/{slug}") for slug in ("base", "knn-lm") for model in ("gpt2-S", "gpt2-M", "n")]
     memories = [("gpt2-S", "memdec"), ("gpt2-M", "memdec"), ("gpt2-S", "kl"), ("n", "moved")]
     assert parts["memories"] == [*systems, *memories]
-    only = config.model_copy(update={"systems": ["base", "MemDec"]})  # every evaluation of a memory has the base
-    assert [part.name for part in catalogue.memories(only).parts] == ["memdec", "memdec", "kl", "moved"]
     alone = config.model_copy(update={"systems": ["base"], "domains": ["sklearn", "general"], "seeds": [0, 1]})
     assert [tuple(part) for part in catalogue.table3(alone).parts if part.model == "gpt2-S"] == [
-        (domain, "gpt2-S", seed, "systems") for domain in ("sklearn", "general") for seed in (0, 1)
+        (domain, "gpt2-S", seed, "systems/base") for domain in ("sklearn", "general") for seed in (0, 1)
     ]
     assert {part.domain for part in catalogue.table1(alone).parts} == {"sklearn"}
 
@@ -244,7 +244,8 @@ def test_marked_words_are_a_table_of_what_was_measured_on_them(tmp_path: Path) -
 
 
 def write_evaluation(folder: Path, memory: str | None, records: list[dict[str, Any]]) -> Path:
-    with artefact.building(folder, "evaluation", {"memory": memory}, {}) as build:
+    settings = {"memory": memory, "system": "base" if memory is None else "MemDec"}
+    with artefact.building(folder, "evaluation", settings, {}) as build:
         assert build is not None
         artefact.write_json(folder / "records.json", records)
         build.facts.update(corpora_sha256={"sklearn": "ab"})
@@ -262,7 +263,7 @@ def test_the_base_counts_once_though_every_evaluation_has_it(tmp_path: Path) -> 
     assert list(tables.load_records(CONFIG, cells)["value"]) == [90.0, 60.0, 50.0]
     tables.run(catalogue.memories(variants()), cells, tmp_path / "memories.csv")
     found = json.loads((tmp_path / "memories.provenance.json").read_text())
-    assert list(found["evaluations"]) == [f"sklearn/gpt2-S/0/{name}" for name in ("systems", "memdec", "kl")]
+    assert list(found["evaluations"]) == [f"sklearn/gpt2-S/0/{name}" for name in ("base", "memdec", "kl")]
     assert list(pd.read_csv(tmp_path / "memories.csv")["sklearn"].dropna()) == [90.0, 60.0, 50.0]
     with pytest.raises(ArtifactError, match="expected records of seed 1, found seed 0"):
         tables.load_records(CONFIG, [("sklearn", "gpt2-S", 1, tmp_path / "a")])
