@@ -444,15 +444,18 @@ def evaluate(
     lora: Annotated[Path | None, typer.Option(help="LoRA folder")] = None,
     dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
     datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
-    index: Annotated[Path | None, typer.Option(help="index over --datastore; both together add the kNN-LM")] = None,
+    index: Annotated[Path | None, typer.Option(help="index over --datastore; both together are the kNN-LM")] = None,
     passages: Annotated[Path | None, typer.Option(help="passages of the corpus, for In-Context RAG")] = None,
     also: Annotated[
         list[Path], typer.Option(help="general corpus to measure on too, with the weights tuned on --corpus; repeat")
     ] = [],
+    base_evaluation: Annotated[
+        Path | None, typer.Option(help="with --memory: the base's own evaluation, so that the base is not run again")
+    ] = None,
     seed: Seed = 0,
     compute: Compute = AUTO,
 ) -> None:
-    """Measure perplexity with and without memory through lm-eval; valid tunes alpha, or the kNN-LM's lambda and tau."""
+    """Measure the perplexity of a base alone, or of one system; valid tunes alpha, or the kNN-LM's lambda and tau."""
     from memdec.results import evaluate as stage_evaluate
 
     stage_evaluate.run(
@@ -472,6 +475,7 @@ def evaluate(
         index=index,
         passages=passages,
         also=also,
+        base_evaluation=base_evaluation,
         compute=compute,
     )
 

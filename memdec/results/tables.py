@@ -19,7 +19,7 @@ from memdec.artefacts.markdown import escaped
 from memdec.artefacts.markdown import table as write_markdown
 from memdec.config import Config
 from memdec.errors import ArtifactError, ConfigError, outside
-from memdec.maths import mixing
+from memdec.maths import weighing
 from memdec.results import catalogue, cells, items
 from memdec.results.layout import Column, Measured, Table
 from memdec.results.sheet import Number, Record, Sheet, select
@@ -343,7 +343,7 @@ def _chosen(records: Sequence[Record], config: Config) -> list[str]:
         if not values:
             continue
         sentences.append(f"{name.capitalize()} tuned on valid (chosen: {', '.join(f'{value:g}' for value in values)}).")
-        ends = [f"{value:g}" for value in values if mixing.at_end(name, value, grids[name]) is not None]
+        ends = [f"{value:g}" for value in values if weighing.at_end(name, value, grids[name]) is not None]
         if ends:
             is_are = "is" if len(ends) == 1 else "are"
             sentences.append(f"{name.capitalize()} {' and '.join(ends)} {is_are} at the end of the grid.")
