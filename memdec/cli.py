@@ -759,16 +759,16 @@ def cases(
 
 @app.command()
 def report(
-    config: RunConfig,
-    results: Annotated[
-        Path, typer.Option(help="folder with the tables, and with a folder of the config's scale")
-    ] = Path("results"),
+    config: Annotated[
+        list[Path], typer.Option(help="config of the run; repeat for overlays (default: config/mini.yaml)")
+    ] = [],
+    results: Annotated[Path, typer.Option(help="folder with the tables and the folder of the scale")] = Path("results"),
     out: Annotated[Path, typer.Option(help="HTML file")] = Path("results/report.html"),
 ) -> None:
     """Write all results of a run as one HTML page: claims, tables, curves, cost, versions and commands."""
     from memdec.results import report as stage_report
 
-    stage_report.run(cfg.load(config), config, results, out)
+    stage_report.run(cfg.load(*cfg.with_default(config or [cfg.DEFAULT])), config, results, out)
     options.wrote(out, "open it in a browser")
 
 
