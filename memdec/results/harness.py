@@ -347,6 +347,7 @@ def _records(task: RowsTask, results: dict[str, Any], samples: Sequence[Sample],
         if higher is None or value is None:
             continue
         low, high = interval(task.aggregation()[metric], [sample[metric] for sample in samples], seed)
+        chosen_by = None if metric.startswith("acc_") else labels  # acc_sum and the like choose other labels
         found.append(
             {
                 "task": name,
@@ -356,8 +357,8 @@ def _records(task: RowsTask, results: dict[str, Any], samples: Sequence[Sample],
                 "high": high,
                 "n": len(samples),
                 "higher_is_better": bool(higher),
-                "labels": labels,
-                "constant": labels is not None and len(samples) > 1 and max(labels.values()) == len(samples),
+                "labels": chosen_by,
+                "constant": chosen_by is not None and len(samples) > 1 and max(chosen_by.values()) == len(samples),
             }
         )
     return found

@@ -301,6 +301,9 @@ def test_alphas_that_were_tuned_stand_beside_the_printed_ones(given: list[tables
     assert grid.header == ["Task", "gpt2-S", "gpt2-S, paper"]
     assert grid.rows[0] == ["SST2", "0.30", "0.30"]
     assert grid.rows[-1] == ["Yahoo", "–", "0.20"]
+    note = tables.note(Sheet(table, tables.load_records(made, given)))
+    assert "– Not run: no record of MemDec with gpt2-S on dcpmi_mr_kp among the given folders;" in note
+    assert "1 more, see the cells." in note
 
 
 # --- perplexities and corpora -----------------------------------------------------------------------------------------
