@@ -699,8 +699,13 @@ def _read(file: Path) -> str:
 
 
 RunConfig = Annotated[Path, typer.Option(help="config of the run, YAML or JSON")]
-Cells = Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of an evaluation (Table 6: cases); repeat")]
-TableFile = Annotated[Path, typer.Option(help="CSV file; .md, .tex and .provenance.json are written beside it")]
+Cells = Annotated[
+    list[str],
+    typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of an evaluation or harness run (Table 6: cases; 13: corpus); repeat"),
+]
+TableFile = Annotated[
+    Path, typer.Option(help="CSV file; .cells.csv, .items.npz, .md, .tex and .provenance.json are written beside it")
+]
 
 
 def _cells(texts: list[str]) -> list[tuple[str, str, int, Path]]:
@@ -715,12 +720,12 @@ def _cells(texts: list[str]) -> list[tuple[str, str, int, Path]]:
 
 @app.command()
 def table(
-    name: Annotated[str, typer.Option(help="table1, table3, table4, table6, memories or forgetting")],
+    name: Annotated[str, typer.Option(help="table1 to table19, memories, objectives or forgetting (docs/tables.md)")],
     config: RunConfig,
     cell: Cells,
     out: TableFile,
 ) -> None:
-    """Make a table from evaluations, or Table 6 from `memdec cases`."""
+    """Make a table from evaluations, harness runs, marked words or corpora."""
     from memdec.results import catalogue, tables
 
     tables.run(catalogue.table(cfg.load(config), name), _cells(cell), out)

@@ -478,7 +478,10 @@ class WrappedLM(HFLM):
             for key, read, scored in group:
                 self.model.check_labels(scored)
                 span = slice(len(read) - len(scored) - (longest - keep), len(read) - (longest - keep))
-                yield key, self._labelled([None if each is None else each[row, span] for each in (base, memory)], scored)
+                yield (
+                    key,
+                    self._labelled([None if each is None else each[row, span] for each in (base, memory)], scored),
+                )
 
     def _last(
         self, ids: torch.Tensor, keep: int, cache: Any | None = None

@@ -29,6 +29,7 @@ Given = tuple[str, str, int, Path]  # domain (or corpus), model, seed, folder
 CONSTANT = "\u2020"  # beside the number of a system that predicts one label for every row
 # Extra columns that every table of several systems has in the wide CSV, after all others.
 _TESTS = ("p_base", "p_best")
+_GAPS = 6  # reasons for empty cells in the text below a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +294,7 @@ def cell(number: Number, best: bool) -> str:
     """Format a number for the visible table."""
     if number.value is None:
         return "–"
-    text = f"{number.value:,.{number.decimals}f}" + (CONSTANT if number.constant else "")
+    text = f"{number.value:z,.{number.decimals}f}" + (CONSTANT if number.constant else "")
     return f"**{text}**" if best else text
 
 
@@ -316,7 +317,8 @@ def note(sheet: Sheet) -> str:
     gaps = [number.note.removeprefix("not run: ") for number in numbers if number.value is None and not number.group]
     gaps = [gap for gap in dict.fromkeys(gaps) if not gap.startswith("a number that")]
     if gaps:
-        sentences.append(f"– Not run: {'; '.join(gaps)}.")
+        more = [f"{len(gaps) - _GAPS} more, see the cells"] if len(gaps) > _GAPS else []
+        sentences.append(f"– Not run: {'; '.join([*gaps[:_GAPS], *more])}.")
     return " ".join(sentences)
 
 
