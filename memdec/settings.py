@@ -44,7 +44,7 @@ SystemName = Literal[
 TableName = Literal[
     "table1", "table2", "table3", "table4", "table5", "table6", "table7", "table8", "table9", "table10", "table11",
     "table12", "table13", "table14", "table15", "table16", "table17", "table18", "table19",
-    "objectives", "memories", "forgetting", "figure2", "figure4", "figure5", "figure6",
+    "objectives", "memories", "forgetting", "figure2", "figure4", "figure5", "figure6", "fidelity",
 ]  # fmt: skip
 
 
@@ -494,6 +494,26 @@ class LatencySettings(SearchSettings):
     n_draft: PositiveInt = Field(4, description="tokens that the memory drafts per step of speculative decoding")
     seed: Seed = Field(0, description="seed of synthetic prompts and of the bootstrap")
     resamples: PositiveInt = Field(2000, description="number of bootstrap resamples for the 95 % intervals over rounds")
+
+
+class SampleSettings(Settings):
+    """A sample of the training positions on which models are compared with their targets (ours)."""
+
+    most: PositiveInt = Field(32768, description="most positions to use; they come in whole windows, evenly spread")
+    batch_size: PositiveInt = Field(16, description="windows per forward pass")
+    resamples: PositiveInt = Field(2000, description="number of bootstrap resamples for the 95 % interval over windows")
+    seed: Seed = Field(0, description="seed of the sample and of the bootstrap")
+
+
+class ShapesSettings(SampleSettings):
+    """The shapes of p_kNN, of the model that gives the keys, and of the memory (paper, Figures 5 and 6)."""
+
+    floor: float = Field(
+        0.001, gt=0, lt=1, description="count tokens of at least this probability (about one neighbour of 1024)"
+    )
+    bins: int = Field(20, ge=2, description="bars of a histogram")
+    examples: PositiveInt = Field(3, description="positions whose distributions are drawn as examples")
+    shown: PositiveInt = Field(8, description="tokens of an example: the most likely ones of the three distributions")
 
 
 class ExplainSettings(KnnSettings):

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from memdec.config import Config
-from memdec.settings import SystemName
+from memdec.settings import WITHOUT_MEMORY, SystemName
 
-Kind = Literal["evaluation", "harness", "corpus", "cases"]
+Kind = Literal["evaluation", "harness", "corpus", "cases", "latency", "shapes", "fidelity"]
 How = Literal["mean", "best", "difference", "sum", "relative"]
 
 
 class Part(NamedTuple):
-    """One artefact that a table is made from.
+    """One artefact that a table or figure is made from.
 
     `workflow/rules/common.smk` says where it is (`part_folder`), and nothing else does.
     """
@@ -28,6 +28,12 @@ class Part(NamedTuple):
     system: SystemName = "base"
     memory: str | None = None  # of MemDec
     suite: str | None = None  # of kind harness
+
+    @property
+    def name(self) -> str:
+        """Folder of its system inside that of the kind, or of the suite: that of the memory, or `systems`/slug."""
+        slug = self.system.lower().replace(" ", "-")
+        return self.memory or f"{WITHOUT_MEMORY}/{slug}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,10 +202,10 @@ def test_a_memory_of_another_domain_is_a_control_that_must_be_asked_for(
     (tmp_path / "text.txt").write_text(made_text(250, 5))
     other = tmp_path / "other"
     corpora.run(FileCorpus(source="files", path=str(tmp_path / "text.txt"), min_bytes=200), other)
-    with pytest.raises(ArtifactError, match="dapt: expected model made from .*other, found one from other text"):
+    with pytest.raises(ArtifactError, match=r"dapt: expected model made from .*other, found one from other text"):
         records_of(tmp_path / "a", small_folder, other, memory=dapt_folder)
     with pytest.raises(
-        ArtifactError, match="expected with --control a model of another corpus than .*, found one of this"
+        ArtifactError, match=r"expected with --control a model of another corpus than .*, found one of this"
     ):
         records_of(tmp_path / "b", small_folder, corpus_folder, memory=dapt_folder, control=True)
     with pytest.raises(ConfigError, match="expected with --control a memory that `memdec train` made, found None"):
