@@ -63,6 +63,7 @@ VERSIONS = {
     "teacher": 1,
     "passages": 1,
     "evaluation": 5,
+    "harness": 1,
     "cases": 1,
     "latency": 2,
     "sweep": 2,

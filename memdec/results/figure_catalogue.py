@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from memdec.config import Config, Memory
 from memdec.errors import ConfigError
-from memdec.results.catalogue import Part
+from memdec.results.layout import Kind, Part
 from memdec.settings import DEFAULT_MEMORY
 
 
@@ -72,7 +72,7 @@ def figure4(config: Config) -> Figure:
         f"Time to generate texts with {config.key_model}, alone and in every system, and its ratio to the model alone, "
         "against the number of generated tokens (the paper's Figure 4). Medians with 95 % intervals over turns."
     )
-    parts = [Part(config.domains[0], config.key_model, config.seeds[0], DEFAULT_MEMORY)]
+    parts = [Part("latency", config.domains[0], config.key_model, config.seeds[0], "MemDec", DEFAULT_MEMORY)]
     return Figure("figure4", config, caption, "latency", parts)
 
 
@@ -87,7 +87,7 @@ def figure5(config: Config) -> Figure:
         f"text of {config.domains[0]} whose kNN distribution has two or three likely tokens (the paper's Figure 5). The "
         "token that follows in the text is marked."
     )
-    parts = [Part(config.domains[0], config.key_model, config.seeds[0], DEFAULT_MEMORY)]
+    parts = [Part("shapes", config.domains[0], config.key_model, config.seeds[0], "MemDec", DEFAULT_MEMORY)]
     return Figure("figure5", config, caption, "shapes", parts)
 
 
@@ -108,7 +108,7 @@ def figure6(config: Config) -> Figure:
             and (memory.tuned, memory.tokenizer) == (own.tuned, own.tokenizer)
         ):
             chosen.setdefault(memory.keys, memory)
-    return Figure("figure6", config, caption, "shapes", _parts(config, [*chosen.values()]))
+    return Figure("figure6", config, caption, "shapes", _parts(config, "shapes", [*chosen.values()]))
 
 
 # --- fidelity -----------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def fidelity(config: Config) -> Figure:
         for memory in map(config.variant, config.memory_names)
         if config.models[memory.key_model].tokenizer == memory.tokenizer
     ]
-    return Figure("fidelity", config, caption, "fidelity", _parts(config, memories))
+    return Figure("fidelity", config, caption, "fidelity", _parts(config, "fidelity", memories))
 
 
 FIGURES: dict[str, Callable[[Config], Figure]] = {
@@ -150,8 +150,10 @@ def _needs_memory(config: Config, name: str) -> None:
         )
 
 
-def _parts(config: Config, memories: Sequence[Memory]) -> list[Part]:
+def _parts(config: Config, kind: Kind, memories: Sequence[Memory]) -> list[Part]:
     """On the first domain, a part for each of the memories and seeds; the model is the one that gives the keys."""
     return [
-        Part(config.domains[0], memory.key_model, seed, memory.name) for memory in memories for seed in config.seeds
+        Part(kind, config.domains[0], memory.key_model, seed, "MemDec", memory.name)
+        for memory in memories
+        for seed in config.seeds
     ]
