@@ -228,14 +228,11 @@ def fidelity(table: pd.DataFrame) -> Figure:
 # Columns of the distributions of Figures 5 and 6, and their names in the legend.
 DISTRIBUTIONS = {"p_kNN": "kNN", "p_LM": "LM of the keys", "p_mem": "memory"}
 _LONGEST = 18  # characters of a name beside an axis
-_HATCHES = ("", "////", "")
 
 
 def _bar(number: int) -> dict[str, Any]:
-    """Style of the bars of system `number`: colours, and hatching for print without them."""
-    colours = ("#4d4d4d", "#E69F00", "#56B4E9")
-    look = {"color": colours[number % 3], "hatch": _HATCHES[number % 3], "edgecolor": "white", "linewidth": 0.3}
-    return {**look, "error_kw": {"elinewidth": 0.8, "ecolor": "black"}}
+    """Style of the bars of system `number`; none is black, so that intervals can be seen."""
+    return {"color": COLOURS[(6, 2, 1)[number % 3]], "error_kw": {"elinewidth": 0.8, "ecolor": "black"}}
 
 
 def _names(axes: Axes, names: list[str]) -> None:
