@@ -98,7 +98,16 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["mini"],
             ["fidelity"],
             ONE
-            | {"model": 2, "finetune": 1, "datastore": 1, "index": 1, "targets": 2, "teacher": 1, "train": 19, "dapt": 1}
+            | {
+                "model": 2,
+                "finetune": 1,
+                "datastore": 1,
+                "index": 1,
+                "targets": 2,
+                "teacher": 1,
+                "train": 19,
+                "dapt": 1,
+            }
             | {"fidelity": 20, "figure": 1, "table": 0},
         ),
         # 2 sizes of the memory beside the default one, and DAPT
@@ -106,7 +115,16 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["mini"],
             ["table8"],
             ONE
-            | {"model": 3, "finetune": 1, "datastore": 1, "index": 1, "targets": 2, "train": 3, "dapt": 3, "evaluate": 9}
+            | {
+                "model": 3,
+                "finetune": 1,
+                "datastore": 1,
+                "index": 1,
+                "targets": 2,
+                "train": 3,
+                "dapt": 3,
+                "evaluate": 9,
+            }
             | {"evaluate_systems": 6},
         ),
         # 2 other key models, which are fine-tuned
