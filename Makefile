@@ -9,7 +9,8 @@ RUN = . $(BIN)/activate && workflow/run.sh
 
 MEMORIES = --cores $(CORES) --workflow-profile profiles/default
 
-PUBLISH = for end in csv md provenance.json; do cp $(1)/results/memories.$$end results/reference/$(2).$$end || exit 1; done
+# $(call PUBLISH,FOLDER,TABLE,NAME)
+PUBLISH = for end in csv md provenance.json; do cp $(1)/results/$(2).$$end results/reference/$(3).$$end || exit 1; done
 
 # A GPU takes the full memory and three domains; without one a smaller memory and one domain.
 SMOL ?= config/smol.yaml $(if $(wildcard /dev/nvidia0),,config/smol-cpu.yaml)
@@ -39,7 +40,7 @@ table3: $(STAMP)
 	@cat results/table3.md
 
 # Makes again what a finished table has lost, and nothing else:
-#   make repair TARGET=results/table1.csv CONFIG='config/mini.yaml config/table1.yaml'
+#   make repair TARGET=results/table1.csv FOLDER=build/smol CONFIG='config/smol.yaml config/smol-cpu.yaml'
 repair: $(STAMP)
 	. $(BIN)/activate && set -f && workflow/repair.sh "$$FOLDER" --workflow-profile "$$PROFILE" \
 	  $(if $(CONFIG),--configfile $$CONFIG) -- $$TARGET
@@ -102,20 +103,20 @@ snakemake-report: $(STAMP)
 regression: $(STAMP)
 	. $(BIN)/activate && tests/regression/run.sh build/regression
 
-# The tables of docs/results.md: memories of the mini scale and, where MEMDEC_TEST_DATA is set, of pretrained models.
+# The ablations: tables of the mini scale and, where MEMDEC_TEST_DATA is set, of pretrained models.
+ABLATIONS := table4 table8 table9 table17 table19 objectives
 ablations: $(STAMP)
-	mkdir -p build/mini build/pretrained
-	for name in objectives interpolation vocabulary sizes; do \
-	  $(RUN) build/mini $(MEMORIES) --configfile config/mini.yaml config/$$name.yaml -- results/memories.csv \
-	  && $(call PUBLISH,build/mini,$$name) || exit 1; done
+	mkdir -p build/pretrained
+	$(RUN) . $(MEMORIES) -- $(ABLATIONS:%=results/%.csv)
+	for name in $(ABLATIONS); do $(call PUBLISH,.,$$name,$$name) || exit 1; done
 	test -z "$$MEMDEC_TEST_DATA" || { \
 	  $(RUN) build/pretrained $(MEMORIES) --configfile config/pretrained.yaml -- results/memories.csv \
-	  && $(call PUBLISH,build/pretrained,pretrained); }
+	  && $(call PUBLISH,build/pretrained,memories,pretrained); }
 	$(BIN)/python -m docs.build
 
 # Publish what the rules wrote: the tables that README.md and docs/ show.
 reference-smol: $(STAMP)
-	$(call PUBLISH,build/smol,smol)
+	$(call PUBLISH,build/smol,memories,smol)
 	$(BIN)/python -m docs.build
 
 reference: $(STAMP)

@@ -409,6 +409,8 @@ class Config(Settings):
             home = owner(studies, study, "memory")
             for domain, name in itertools.product(config.domains, config.memories):
                 memory = config.variant(name)
+                if memory.other_domain and not memory.models:
+                    continue
                 train = memory.model_copy(update={"models": memory.models if memory.watches else []})
                 other = config.next_domain(domain) if memory.other_domain else ""
                 first = seen.setdefault((home, domain, name), (study or "the common part", train, other))

@@ -79,11 +79,11 @@ def check(names: Iterable[str]) -> None:
     missing = [name for name in files(names) if not (_folder() / name).is_file()]
     lost = [name for name in missing if name.split("/")[0] in LOCAL_ONLY or not _hub_answers()]
     if lost:
-        where = os.environ.get("MEMDEC_DATA") or "MEMDEC_DATA, which is not set"
+        where = os.environ.get("MEMDEC_DATA")
         tasks = " ".join(f"--task {name}" for name in dict.fromkeys(name.split("/")[0] for name in lost))
         raise ConfigError(
-            f"rows: expected {', '.join(lost)} in {where}, found none; run `memdec data fetch {tasks}` and set MEMDEC_DATA, or "
-            "leave these tasks out of the suite"
+            f"rows: expected {', '.join(lost)} in {where or 'MEMDEC_DATA, which is not set'}, found none; run `memdec data "
+            f"fetch --out {where or 'DATA'} {tasks}` and set MEMDEC_DATA to that folder, or leave these tasks out of the suite"
         )
 
 

@@ -291,7 +291,7 @@ def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
     ("text", "n_problems"),
     [
         ("snakemake --cores all --configfile my.yaml results/table3.csv", 1),
-        ("snakemake --configfiles config/mini.yaml config/table1.yaml results/table1.csv results/memories.csv", 2),
+        ("snakemake --configfiles config/mini.yaml config/gpu-tiny.yaml results/table1.csv results/memories.csv", 2),
         ("snakemake --cores all --configfile config/mini.yaml -- results/table3.csv", 0),
         ("snakemake results/table3.csv --configfile config/mini.yaml", 0),
         ("snakemake --configfile config/mini.yaml --cores 8 results/table3.csv", 0),

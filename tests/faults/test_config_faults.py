@@ -272,14 +272,16 @@ def test_overlays_are_laid_over_each_other_as_snakemake_does_it(
 ) -> None:
     from snakemake.utils import update_config
 
-    names = ("mini", "vocabulary", "sizes", "table1", "gpu-tiny", "smol", "smol-cpu")
+    names = ("mini", "gpu-tiny", "smol", "smol-cpu")
     files = [ROOT / "config" / f"{name}.yaml" for name in names]
     ours, theirs = cfg.read(*files), {}
     for file in files:
         update_config(theirs, yaml.safe_load(file.read_text()))
     assert ours == theirs
-    assert validate(capsys, MINI, ROOT / "config" / "table1.yaml")[0] == 0
-    code, err = validate(capsys, ROOT / "config" / "table1.yaml")  # without models: over the default, as the Snakefile
+    assert validate(capsys, MINI, ROOT / "config" / "gpu-tiny.yaml")[0] == 0
+    code, err = validate(
+        capsys, ROOT / "config" / "gpu-tiny.yaml"
+    )  # without models: over the default, as the Snakefile
     assert (code, "Next: snakemake" in err) == (0, True)
     (tmp_path / "over.yaml").write_text("models: {gpt2-S: {heads: 5}}\ndomains: [torch]\nevaluatd: [gpt2-S]\n")
     code, err = validate(capsys, MINI, tmp_path / "over.yaml")

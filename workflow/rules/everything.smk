@@ -1,5 +1,10 @@
 TABLES = expand("results/{table}.cells.csv", table=wanted("table"))
 FIGURES = expand("results/{figure}.svg", figure=wanted("figure"))
+# Figures with numbers that no table has.
+MEASURED = expand(
+    "results/{figure}.csv",
+    figure=[name for name in wanted("figure") if name in ("figure4", "figure6")],
+)
 
 
 # Every claim of the paper that the tables of this scale can speak about.
@@ -7,6 +12,7 @@ use rule table as claims with:
     input:
         config=CONFIG_FILE,
         tables=TABLES,
+        figures=MEASURED,
     output:
         csv=report(
             "results/claims.csv",
@@ -19,7 +25,7 @@ use rule table as claims with:
         f"{BENCHMARK}/claims.tsv"
     params:
         command="claims",
-        options=lambda w, input: words(*input.tables),
+        options=lambda w, input: words(*input.tables, *input.figures),
         caption="What the tables say about each claim of the paper.",
         version=VERSIONS.get("claims"),
 
