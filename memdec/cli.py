@@ -750,6 +750,25 @@ def figure(
     options.wrote(out, f"open {shlex.quote(str(out.with_suffix('.svg')))}")
 
 
+@app.command()
+def claims(
+    config: RunConfig,
+    out: Annotated[Path, typer.Option(help="CSV file, a line for each claim")],
+    tables: Annotated[
+        list[Path], typer.Argument(help="tables of the run: <table>.cells.csv, figure4.csv, figure6.csv")
+    ] = [],
+    claims: Annotated[
+        Path | None, typer.Option(help="YAML file with claims (default: those of the paper, in the package)")
+    ] = None,
+) -> None:
+    """Judge every claim of the paper by the tables of a run: holds, fails, undecided or not run, with the effect."""
+    from memdec.results import claims as stage_claims
+
+    found = stage_claims.run(cfg.load(config), tables, out, claims or stage_claims.FILE)
+    print(stage_claims.shown(found))
+    options.wrote(out, "memdec report, or read it with docs/claims.md")
+
+
 @stage()
 def cases(
     config: RunConfig,
