@@ -306,7 +306,8 @@ def part_folder(part):
     if part.kind == "harness" and part.system == "base":  # the same for all domains and seeds
         return f"{RUN}/harness/{part.suite}/{part.model}"
     kind = part.kind if part.suite is None else f"{part.kind}/{part.suite}"
-    return f"{RUN}/{part.domain}/seed{part.seed}/{kind}/{part.name}/{part.model}"
+    place = f"{RUN}/{part.domain}/seed{part.seed}/{kind}/{part.name}"
+    return place if part.kind in ("fidelity", "shapes") else f"{place}/{part.model}"
 
 
 def table_parts(wildcards):

@@ -100,18 +100,12 @@ def figure_of(wildcards):
         raise WorkflowError(str(error)) from None
 
 
-def figure_folder(made, part):
-    """Folder of one part; latency depends on the base model, too."""
-    base = f"/{part.model}" if made.kind == "latency" else ""
-    return f"{RUN}/{part.domain}/seed{part.seed}/{made.kind}/{part.name}{base}"
-
-
 def figure_cells(wildcards):
-    made = figure_of(wildcards)
+    """Format the parts of a figure as command line options."""
     cells = []
-    for part in made.parts:
+    for part in figure_of(wildcards).parts:
         where = f"{part.domain}:{part.model}:{part.seed}"
-        cells += ["--cell", f"{where}:{figure_folder(made, part)}"]
+        cells += ["--cell", f"{where}:{part_folder(part)}"]
     return words(*cells)
 
 
@@ -123,7 +117,7 @@ rule figure:
     input:
         config=f"{RUN}/config.json",
         parts=lambda w: [
-            manifest(figure_folder(figure_of(w), part)) for part in figure_of(w).parts
+            manifest(part_folder(part)) for part in figure_of(w).parts
         ],
         tables=lambda w: [
             f"results/{name}.cells.csv" for name in figure_of(w).tables
