@@ -534,10 +534,10 @@ class Suite(Settings):
     """Tasks of lm-eval that are run together around one base model, with models that are loaded once."""
 
     tasks: Names = Field(min_length=1, description="names of tasks or groups under 'harness_tasks'")
-    alpha: Literal["paper", "valid"] | Annotated[float, Field(ge=0, le=1)] = Field(
+    alpha: Literal["paper", "valid", "tune"] | Annotated[float, Field(ge=0, le=1)] = Field(
         "paper",
         description="weight of the memory; paper: each task's own, as printed; valid: the one tuned on the domain's valid "
-        "text; or a number",
+        "text; tune: each task's own, tuned on rows that are not scored (Table 11); or a number",
     )
     limit: PositiveInt | None = Field(None, description="first rows of each task (default: all)")
     batch_size: PositiveInt = Field(16, description="requests per forward pass")

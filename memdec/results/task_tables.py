@@ -50,12 +50,12 @@ def table5(config: Config) -> Measured:
     """Make Table 5: closed-book questions; the paper names no metric, so both are here."""
     columns = {}
     for heading, task in QUESTIONS.items():
-        columns[f"{heading} EM"] = _percent(task, "exact_match")
-        columns[f"{heading} F1"] = _percent(task, "f1")
+        for label, metric in (("EM", "exact_match"), ("F1", "f1")):
+            where = {"task": task, "metric": metric}
+            columns[f"{heading} {label}"] = Column(where, "percent", False, factor=100, paper=heading)
     caption = "Exact match and F1 of every system on closed-book questions (the paper's Table 5)."
-    made = _by_system(config, "table5", caption, columns, ("base", "kNN-LM", "MemDec"), "Llama3-8B", "MemDec (1B)")
-    del made.columns["Avg"]  # of two metrics; the paper has none
-    return made
+    systems: tuple[SystemName, ...] = ("base", "kNN-LM", "MemDec")
+    return _by_system(config, "table5", caption, columns, systems, "Llama3-8B", "MemDec (1B)", mean=False)
 
 
 def table11(config: Config) -> Measured:
@@ -204,8 +204,9 @@ def _by_system(
     allowed: Sequence[SystemName],
     papers_model: str,
     papers_memory: str,
+    mean: bool = True,
 ) -> Measured:
-    """Make a table with rows (model, method), a column per task and metric, and the mean.
+    """Make a table with rows (model, method), a column per task and metric, and their mean.
 
     Args:
         config: Config of the study.
@@ -215,6 +216,7 @@ def _by_system(
         allowed: Systems of the paper's table; those of the config among them are the rows.
         papers_model: The one base model of the paper's table, which is not in its labels.
         papers_memory: How the paper's table calls the row of MemDec.
+        mean: Whether the columns have a mean.
     """
     domain, suites = _suites(config, name, (column.where["task"] for column in columns.values()))
     systems = [system for system in config.systems if system in allowed]
@@ -229,7 +231,9 @@ def _by_system(
         raise ConfigError(
             f"{name}: expected one of {', '.join(allowed)} in 'systems', found {', '.join(config.systems)}; add one"
         )
-    shown: dict[str, Column | Derived] = {**columns, "Avg": Derived("mean", tuple(columns), paper="Avg")}
+    shown: dict[str, Column | Derived] = {**columns}
+    if mean:
+        shown["Avg"] = Derived("mean", tuple(columns), paper="Avg")
     return Measured(
         name=name,
         config=config,

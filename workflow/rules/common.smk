@@ -16,8 +16,6 @@ BENCHMARK = f"{RUN}/benchmarks"
 HOME = f"{RUN}/{{domain}}/seed{{seed}}"
 MODELS = CONFIG.models
 MEMORIES = {name: CONFIG.variant(name) for name in CONFIG.memory_names}
-# Parts (fields of `Parts`) that the systems of the config need.
-NEEDED = {part for name in CONFIG.systems for part in SYSTEMS[name].needs}
 # Whether jobs that run a model request a GPU. `auto` looks at this machine. If jobs run on other machines, set
 # `compute: {device: cuda}` in the config, or the resource in the profile: `set-resources: {train: {gpu: 1}, ...}`.
 GPU = int(
@@ -36,6 +34,7 @@ wildcard_constraints:
     tokenizer="[^/]+",
     seed="[0-9]+",
     table="[^./]+",  # `results/table3.cells.csv` is a file of table3
+    system="|".join(system.slug for system in SYSTEMS.values()),
 
 
 # Each shard of a stage is a folder i-of-n; `--set-scatter targets=8` overrides the number in the config.
@@ -250,11 +249,19 @@ def control(wildcards):
 GENERAL = [manifest(f"{RUN}/corpora/{name}") for name in CONFIG.forgetting]
 
 
-def own_keys(wildcards):
-    """Datastore and index made with the base itself, for the kNN-LM."""
-    if "datastore" not in NEEDED:
-        return {}
-    return keys_and_index(wildcards, f"{wildcards.model}{typed.UNTUNED}")
+def system_parts(wildcards):
+    """The parts (fields of `Parts`) that a system needs besides the base, as named inputs."""
+    (needs,) = (s.needs for s in SYSTEMS.values() if s.slug == wildcards.system)
+    # Datastore and index are made with the base itself.
+    keys = keys_and_index(wildcards, f"{wildcards.model}{typed.UNTUNED}")
+    tokenizer = MODELS[wildcards.model].tokenizer
+    found = {
+        "lora": manifest(f"{home(wildcards)}/lora/{wildcards.model}"),
+        "dapt": manifest(f"{home(wildcards)}/{DAPT}/{wildcards.model}"),
+        "passages": manifest(f"{RUN}/passages/{tokenizer}/{wildcards.domain}"),
+        **keys,
+    }
+    return {name: path for name, path in found.items() if name in needs}
 
 
 def keys_of_memory(wildcards):
@@ -279,13 +286,6 @@ def evaluation(wildcards):
             COMPUTE,
         ]
     )
-
-
-def passages_of(wildcards):
-    if "passages" not in NEEDED:
-        return []
-    tokenizer = MODELS[wildcards.model].tokenizer
-    return [manifest(f"{RUN}/passages/{tokenizer}/{wildcards.domain}")]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

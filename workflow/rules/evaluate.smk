@@ -1,7 +1,9 @@
+# A memory beside a base, whose scores are those of its own evaluation.
 use rule finetune as evaluate with:
     input:
         base=f"{RUN}/models/{{model}}/manifest.json",
         corpus=f"{RUN}/corpora/{{domain}}/manifest.json",
+        base_evaluation=f"{HOME}/evaluation/systems/base/{{model}}/manifest.json",
         memory=evaluated_memory,
         also=GENERAL,
     output:
@@ -17,21 +19,19 @@ use rule finetune as evaluate with:
         version=VERSIONS["evaluation"],
 
 
+# One system without a memory, by its slug (`System.slug`): the base alone, DAPT, LoRA, the kNN-LM or In-Context RAG.
 use rule evaluate as evaluate_systems with:
     input:
-        unpack(own_keys),
+        unpack(system_parts),
         base=f"{RUN}/models/{{model}}/manifest.json",
         corpus=f"{RUN}/corpora/{{domain}}/manifest.json",
-        lora=[f"{HOME}/lora/{{model}}/manifest.json"] if "lora" in NEEDED else [],
-        dapt=[f"{HOME}/{DAPT}/{{model}}/manifest.json"] if "dapt" in NEEDED else [],
-        passages=passages_of,
         also=GENERAL,
     output:
-        manifest=f"{HOME}/evaluation/systems/{{model}}/manifest.json",
+        manifest=f"{HOME}/evaluation/systems/{{system}}/{{model}}/manifest.json",
     log:
-        f"{LOG}/evaluate_systems/{{domain}}-{{seed}}-{{model}}.log",
+        f"{LOG}/evaluate_systems/{{domain}}-{{seed}}-{{system}}-{{model}}.log",
     benchmark:
-        f"{BENCHMARK}/evaluate_systems/{{domain}}-{{seed}}-{{model}}.tsv"
+        f"{BENCHMARK}/evaluate_systems/{{domain}}-{{seed}}-{{system}}-{{model}}.tsv"
     params:
         options=evaluation,
 
