@@ -24,7 +24,7 @@ rule table:
             "results/{table}.csv", caption="../report/table.rst", category="Tables"
         ),
         cells="results/{table}.cells.csv",
-        items="results/{table}.items.npz",
+        item_sums="results/{table}.items.npz",
         markdown="results/{table}.md",
         latex="results/{table}.tex",
         provenance="results/{table}.provenance.json",
