@@ -40,14 +40,14 @@ class Figure:
 
 
 def figure(config: Config, name: str) -> Figure:
-    """Make a figure by its name.
+    """Make a figure by its name, from the study of the config that fills it.
 
     Raises:
         ConfigError: There is no such figure, or the config has nothing for it.
     """
     if name not in FIGURES:
         raise ConfigError(f"figure: expected one of {', '.join(FIGURES)}, found {name!r}; choose one of them")
-    return FIGURES[name](config)
+    return FIGURES[name](config.study_for(name))
 
 
 # --- Figure 2 -----------------------------------------------------------------------------------------------------

@@ -232,7 +232,9 @@ def evaluated_memory(wildcards):
     memory = MEMORIES[wildcards.memory]
     if memory.other_domain:
         other = CONFIG.next_domain(wildcards.domain)
-        return manifest(f"{RUN}/{other}/seed{wildcards.seed}/memory/{typed.DEFAULT_MEMORY}")
+        return manifest(
+            f"{RUN}/{other}/seed{wildcards.seed}/memory/{typed.DEFAULT_MEMORY}"
+        )
     return manifest(
         f"{home(wildcards)}/{DAPT}/{memory.memory_model}"
         if memory.dapt
@@ -303,7 +305,9 @@ def part_folder(part):
     """Where an artefact that a table is made from is; nothing else says so."""
     if part.kind == "corpus":
         return f"{RUN}/corpora/{part.domain}"
-    if part.kind == "harness" and part.system == "base":  # the same for all domains and seeds
+    if (
+        part.kind == "harness" and part.system == "base"
+    ):  # the same for all domains and seeds
         return f"{RUN}/harness/{part.suite}/{part.model}"
     kind = part.kind if part.suite is None else f"{part.kind}/{part.suite}"
     place = f"{RUN}/{part.domain}/seed{part.seed}/{kind}/{part.name}"

@@ -116,12 +116,8 @@ ruleorder: figure > table
 rule figure:
     input:
         config=f"{RUN}/config.json",
-        parts=lambda w: [
-            manifest(part_folder(part)) for part in figure_of(w).parts
-        ],
-        tables=lambda w: [
-            f"results/{name}.cells.csv" for name in figure_of(w).tables
-        ],
+        parts=lambda w: [manifest(part_folder(part)) for part in figure_of(w).parts],
+        tables=lambda w: [f"results/{name}.cells.csv" for name in figure_of(w).tables],
     output:
         csv="results/{figure}.csv",
         svg=report(
@@ -132,12 +128,12 @@ rule figure:
         ),
         png="results/{figure}.png",
         provenance="results/{figure}.provenance.json",
-    wildcard_constraints:
-        figure="|".join(figure_catalogue.FIGURES),
     log:
         f"{LOG}/{{figure}}.log",
     benchmark:
         f"{BENCHMARK}/{{figure}}.tsv"
+    wildcard_constraints:
+        figure="|".join(figure_catalogue.FIGURES),
     conda:
         "../../environment.yml"
     threads: 1
