@@ -746,7 +746,7 @@ def figure(
     """Draw a figure from `memdec shapes`, `fidelity` or `latency`, or Figure 2 from the cells of Table 3."""
     from memdec.results import drawing, figure_catalogue
 
-    drawing.run(figure_catalogue.figure(cfg.load(config).study_for(name), name), _cells(cell), table, out)
+    drawing.run(figure_catalogue.figure(cfg.load(config), name), _cells(cell), table, out)
     options.wrote(out, f"open {shlex.quote(str(out.with_suffix('.svg')))}")
 
 

@@ -192,9 +192,33 @@ def test_the_control_of_another_domain_takes_the_memory_of_the_next(tmp_path: Pa
         target = f"results/mini/{domain}/seed0/evaluation/other/gpt2-L/manifest.json"
         text = snakemake(tmp_path, target, "-n", "-p", "--cores", "1", *configs)
         assert planned(text)["train"] == 1
-        (command,) = re.findall(r"^.*memdec evaluate .*$", text, re.MULTILINE)
+        (command,) = re.findall(r"^.*memdec evaluate .*--memory .*$", text, re.MULTILINE)
         assert f"--memory results/mini/{memory}/seed0/memory/memdec " in command
         assert "--control" in command
+
+
+def test_figures_are_made_of_their_parts(tmp_path: Path) -> None:
+    memories = "memories: {keys-S: {key_model: gpt2-S}, ce: {train: {objective: ce}}, other: {other_domain: true}}"
+    (tmp_path / "my.yaml").write_text(memories)
+    configs = ["--configfile", str(ROOT / "config" / "mini.yaml"), str(tmp_path / "my.yaml")]
+    names = [f"results/{name}.svg" for name in ("figure2", "figure4", "figure5", "figure6", "fidelity")]
+    text = snakemake(tmp_path, *names, "-n", "-p", "--cores", "2", *configs)
+    counts = planned(text)
+    assert {rule: counts[rule] for rule in ("figure", "table", "fidelity", "shapes", "latency")} == {
+        "figure": 5, "table": 1, "fidelity": 4, "shapes": 2, "latency": 1
+    }  # fmt: skip
+    (command,) = re.findall(r"^.*memdec figure --name figure2 .*$", text, re.MULTILINE)
+    assert "--table results/table3.cells.csv" in command
+    of = {name: command for command, name in re.findall(r"^(.*memdec fidelity .*--name (\S+) .*)$", text, re.MULTILINE)}
+    seed = "results/mini/torch/seed0"
+    assert f"--memory {seed}/memory/ce --targets {seed}/keys/gpt2-L/targets/1-of-2" in of["ce"]
+    assert f"--targets {seed}/keys/gpt2-S/targets/1-of-2" in of["keys-S"]
+    assert "--memory results/mini/pandas/seed0/memory/memdec" in of["other"]
+    assert "--control" in of["other"]
+    (command,) = re.findall(r"^.*memdec latency .*$", text, re.MULTILINE)
+    keys = f"{seed}/keys/gpt2-L-untuned"
+    assert f"--knn {keys}/datastore/1-of-1:{keys}/index" in command
+    assert "--datastore" not in command
 
 
 @pytest.mark.slow
