@@ -759,10 +759,10 @@ def cases(
 
 @app.command()
 def report(
-    config: RunConfig,
-    results: Annotated[
-        Path, typer.Option(help="folder with the tables, and with a folder of the config's scale")
-    ] = Path("results"),
+    config: Annotated[
+        list[Path], typer.Option(help="config of the run; repeat for overlays (default: config/mini.yaml)")
+    ] = [],
+    results: Annotated[Path, typer.Option(help="folder with the tables and the folder of the scale")] = Path("results"),
     out: Annotated[Path, typer.Option(help="HTML file")] = Path("results/report.html"),
 ) -> None:
     """Write all results of a run as one HTML page: claims, tables, curves, cost, versions and commands."""
