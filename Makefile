@@ -22,7 +22,7 @@ PROFILE ?= profiles/default
 # The recipe reads them as variables of the shell, so that none of their characters is taken for a command.
 export TARGET CONFIG FOLDER PROFILE
 
-.PHONY: install table3 repair smol test core mutants check bench bench-search bench-gpu report regression reference reference-smol ablations
+.PHONY: install table3 repair smol test core mutants check bench bench-search bench-gpu report snakemake-report regression reference reference-smol ablations
 
 install: $(STAMP)
 
@@ -87,9 +87,16 @@ bench-search: $(STAMP)
 bench-gpu: $(STAMP)
 	. $(BIN)/activate && bash benchmarks/gpu.sh results/gpu
 
+# One page of all results that are there: `make report CONFIG=config/smol.yaml FOLDER=build/smol`. What is missing is named
+# in the page.
 report: $(STAMP)
+	. $(BIN)/activate && set -f && for file in $$CONFIG; do set -- "$$@" --config "$$file"; done \
+	  && memdec report "$$@" --results "$$FOLDER/results" --out "$$FOLDER/results/report.html"
+
+# Snakemake's own page: each table with the jobs and rules that made it.
+snakemake-report: $(STAMP)
 	$(RUN) . --cores $(CORES) -- results/table3.csv
-	. $(BIN)/activate && snakemake --report results/report.html
+	. $(BIN)/activate && snakemake --report results/snakemake-report.html
 
 # Small run against the committed baseline: exit 1 when a perplexity moved, 3 when text or versions differ.
 regression: $(STAMP)

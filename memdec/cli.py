@@ -39,6 +39,7 @@ from memdec.settings import (
     SampleSettings,
     ShapesSettings,
     Split,
+    Suite,
     TargetSettings,
     TeacherSettings,
     TokenizerSpec,
@@ -99,6 +100,7 @@ NEXT = {
     "train": "memdec evaluate --memory {out} --base ... --out ..., or lm_eval --model memdec-interp",
     "adapt-vocab": "memdec train --model {out} --tokens ... --out ...",
     "evaluate": "memdec table --name table3 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...",
+    "harness": "memdec compare {out}, or memdec compare {out} ... for the difference of two systems",
     "sweep": "lm_eval --model memdec-interp with the best alpha of the table",
     "fidelity": "cat {out}/records.json",
     "shapes": "memdec figure --name figure5 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...",
@@ -520,6 +522,45 @@ def shapes(
     stage_shapes.run(model, memory, targets, tokens, out, settings, **what)
 
 
+@stage(entry=Suite)
+def harness(
+    entry: Callable[..., Suite],
+    base: BaseName,
+    out: Out,
+    spec: Spec = None,
+    memory: Annotated[str | None, typer.Option(help="memory, or a model after DAPT to mix in: MemDec")] = None,
+    name: Annotated[str, typer.Option(help="name of the memory in the tables")] = DEFAULT_MEMORY,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="evaluation of the system, which tuned alpha, or lambda and tau, on valid text")
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA folder: LoRA")] = None,
+    dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT: DAPT")] = None,
+    datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
+    index: Annotated[Path | None, typer.Option(help="index over --datastore; both together: kNN-LM")] = None,
+    passages: Annotated[Path | None, typer.Option(help="passages of the corpus: In-Context RAG")] = None,
+    seed: Seed = 0,
+    compute: Compute = AUTO,
+) -> None:
+    """Run one system over lm-eval tasks, in lm-eval's own format, with an interval for every metric."""
+    from memdec.results import harness as stage_harness
+
+    stage_harness.run(
+        base,
+        entry(),
+        out,
+        seed=seed,
+        memory=memory,
+        name=name,
+        evaluation=evaluation,
+        lora=lora,
+        dapt=dapt,
+        datastore=datastore,
+        index=index,
+        passages=passages,
+        compute=compute,
+    )
+
+
 AnyModel = Annotated[str, typer.Option(help="model folder or Hub id")]
 AnyMemory = Annotated[str, typer.Option(help="memory folder or Hub id")]
 Alphas = Annotated[
@@ -682,6 +723,24 @@ def table(
     options.wrote(out, f"cat {shlex.quote(str(out.with_suffix('.md')))}")
 
 
+@app.command()
+def figure(
+    name: Annotated[str, typer.Option(help="figure2, figure4, figure5, figure6 or fidelity")],
+    config: RunConfig,
+    out: Annotated[Path, typer.Option(help="CSV file; .svg, .png and .provenance.json are written beside it")],
+    cell: Annotated[
+        list[str],
+        typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of shapes, fidelity or latency, as the figure needs; repeat"),
+    ] = [],
+    table: Annotated[list[Path], typer.Option(help="cells of a table (.cells.csv), for Figure 2")] = [],
+) -> None:
+    """Draw a figure from `memdec shapes`, `fidelity` or `latency`, or Figure 2 from the cells of Table 3."""
+    from memdec.results import drawing, figure_catalogue
+
+    drawing.run(figure_catalogue.figure(cfg.load(config).study_for(name), name), _cells(cell), table, out)
+    options.wrote(out, f"open {shlex.quote(str(out.with_suffix('.svg')))}")
+
+
 @stage()
 def cases(
     config: RunConfig,
@@ -700,16 +759,16 @@ def cases(
 
 @app.command()
 def report(
-    config: RunConfig,
-    results: Annotated[
-        Path, typer.Option(help="folder with the tables, and with a folder of the config's scale")
-    ] = Path("results"),
+    config: Annotated[
+        list[Path], typer.Option(help="config of the run; repeat for overlays (default: config/mini.yaml)")
+    ] = [],
+    results: Annotated[Path, typer.Option(help="folder with the tables and the folder of the scale")] = Path("results"),
     out: Annotated[Path, typer.Option(help="HTML file")] = Path("results/report.html"),
 ) -> None:
     """Write all results of a run as one HTML page: claims, tables, curves, cost, versions and commands."""
     from memdec.results import report as stage_report
 
-    stage_report.run(cfg.load(config), config, results, out)
+    stage_report.run(cfg.load(*cfg.with_default(config or [cfg.DEFAULT])), config, results, out)
     options.wrote(out, "open it in a browser")
 
 

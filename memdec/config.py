@@ -39,14 +39,17 @@ from memdec.settings import (
     EvaluateSettings,
     FileCorpus,
     IndexSettings,
+    LatencySettings,
     LoraSettings,
     MemorySettings,
     ModelSpec,
     Name,
     Names,
     PassageSettings,
+    SampleSettings,
     Seeds,
     Settings,
+    ShapesSettings,
     Suite,
     SystemName,
     TableName,
@@ -259,6 +262,9 @@ class Config(Settings):
         None, description="FLOP limit of memories, LoRA and DAPT, not of the key model (paper)"
     )
     evaluate: EvaluateSettings = EvaluateSettings()
+    latency: LatencySettings = LatencySettings()
+    fidelity: SampleSettings = SampleSettings()
+    shapes: ShapesSettings = ShapesSettings()
     cases: list[Case] = Field(default=[], description="rows of Table 6, measured on the first domain")
     suites: dict[Name, Suite] = Field(default_factory=dict, description="tasks of lm-eval that are run together")
     tasks: dict[Name, Names] = Field(

@@ -6,20 +6,25 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from memdec.artefacts import artefact
-from memdec.results.report import _CELL, _CLAIM
+from memdec.results import cells, figures
+from memdec.results.report import CLAIM_COLUMNS
 
 LATENCY = Path(__file__).resolve().parents[1] / "results" / "reference" / "latency.csv"
 
 
 def cell(**given: Any) -> dict[str, Any]:
     """One line of a `.cells.csv`; fields that are not given are empty."""
-    return dict.fromkeys(_CELL, "") | {"study": "main", "lower_is_better": "True", "metric": "perplexity"} | given
+    return (
+        dict.fromkeys(cells.COLUMNS, "") | {"study": "main", "lower_is_better": "true", "metric": "perplexity"} | given
+    )
 
 
 def claim(**given: Any) -> dict[str, Any]:
     """One line of `claims.csv`."""
-    return dict.fromkeys(_CLAIM, "") | {"source": "arXiv v2", "version": "v1 and v2", "table": "table3"} | given
+    return dict.fromkeys(CLAIM_COLUMNS, "") | {"source": "arXiv v2", "version": "v1 and v2", "table": "table3"} | given
 
 
 def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -60,7 +65,9 @@ def write_training(folder: Path, kind: str, updates: int, loss: float) -> None:
     """A trained model of which only the manifest is there."""
     steps = [max(1, updates * part // 10) for part in range(1, 11)]
     curve = [loss * (1 + math.exp(-4 * step / updates)) for step in steps]
-    evaluations = [{"step": step, "loss": 0.9 * value, "perplexity": 1} for step, value in zip(steps, curve, strict=True)]
+    evaluations = [
+        {"step": step, "loss": 0.9 * value, "perplexity": 1} for step, value in zip(steps, curve, strict=True)
+    ]
     with artefact.building(folder, kind, {}, {"model": str(folder)}) as build:
         assert build is not None
         losses = [{"step": step, "loss": value} for step, value in zip(steps, curve, strict=True)]
@@ -72,6 +79,7 @@ def write_latency(folder: Path) -> None:
     with artefact.building(folder, "latency", {}, {}) as build:
         assert build is not None
         artefact.write_text(folder / "latency.csv", LATENCY.read_text(encoding="utf-8"))
+        figures.save(figures.latency(pd.read_csv(LATENCY)), folder / "latency")
 
 
 def write_benchmark(scale: Path, name: str, wall: float, cpu: float, memory: float) -> None:

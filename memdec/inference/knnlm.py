@@ -9,6 +9,7 @@ depend only on hidden states, so the base's KV cache can be used.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.artefacts import artefact
@@ -87,8 +89,18 @@ class KnnLMForCausalLM(Wrapper):
         """
         self.weight = mixing.check_weight(weight)
 
+    @cached_property
+    def reads_on(self) -> bool:
+        return self._all_attend()
+
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
+        self,
+        input_ids: Tensor,
+        *,
+        which: Which = "both",
+        logits_to_keep: int = 0,
+        dtype: torch.dtype = torch.float32,
+        cache: Cache | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p_base, log p_kNN) of a batch without left padding, each (B, T or logits_to_keep, V) in `dtype`.
 
@@ -97,11 +109,12 @@ class KnnLMForCausalLM(Wrapper):
             which: "base", "memory" (p_kNN) or "both".
             logits_to_keep: Number of last positions to return; 0 means all.
             dtype: float32, or float64 where many log-probabilities are added.
+            cache: Keys and values of the text before `input_ids`, to which those of `input_ids` are added.
         """
         self.check_inputs(input_ids)
-        kept = last_positions(input_ids.shape[1], logits_to_keep)
-        read = {"input_ids": input_ids.to(self.device)}
-        _, base, found = self._run(which != "base", read, None, logits_to_keep=kept, use_cache=False, dtype=dtype)
+        kept, cached = last_positions(input_ids.shape[1], logits_to_keep), cache is not None
+        read = self._inputs([0], None, cache, input_ids=input_ids.to(self.device), position_ids=None)[0]
+        _, base, found = self._run(which != "base", read, None, logits_to_keep=kept, use_cache=cached, dtype=dtype)
         return base if which != "memory" else None, found
 
     def forward(

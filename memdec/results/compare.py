@@ -27,7 +27,7 @@ COLUMNS = (
 )  # fmt: skip
 
 # Aggregation functions that compute F1 from rows (correct, predicted) or (question, correct, predicted).
-F1_AVERAGES: dict[str, tuple[Average, ...]] = {
+F1: dict[str, tuple[Average, ...]] = {
     "weighted_f1": ("weighted",),
     "micro_f1": ("micro",),
     "macro_f1": ("macro",),
@@ -162,7 +162,7 @@ def read_run(path: Path) -> dict[str, TaskRun]:
                 )
             numbers = {key: float(value) for key, value in values.items() if _is_number(value)}
             listed = results.get("configs", {}).get(task, {}).get("metric_list") or []
-            names = {each["metric"]: function_name(each.get("aggregation") or "mean") for each in listed}
+            names = {each["metric"]: _function(each.get("aggregation") or "mean") for each in listed}
             found[task] = TaskRun(samples, results.get("versions", {}).get(task), numbers, names)
     if not found:
         raise CorpusError(
@@ -172,7 +172,7 @@ def read_run(path: Path) -> dict[str, TaskRun]:
     return found
 
 
-def function_name(aggregation: str) -> str:
+def _function(aggregation: str) -> str:
     """Name of an aggregation function; lm-eval writes the source code of functions that a task defines."""
     match = re.match(r"def (\w+)\(", aggregation)
     return match[1] if match else aggregation
@@ -345,9 +345,9 @@ def _paired(aggregation: str, a: list[Any], b: list[Any]) -> Paired | None:
         first, second = np.asarray(a, np.float64).T, np.asarray(b, np.float64).T
         if aggregation in _RATIOS and (first[1] == second[1]).all() and (first[1] > 0).all():
             return paired.ratios(first[0], second[0], first[1], _RATIOS[aggregation])
-        if aggregation in F1_AVERAGES and (first[:-1] == second[:-1]).all():
+        if aggregation in F1 and (first[:-1] == second[:-1]).all():
             *groups, gold = first[:-1]
-            return paired.f1(gold, first[-1], second[-1], F1_AVERAGES[aggregation], *groups)
+            return paired.f1(gold, first[-1], second[-1], F1[aggregation], *groups)
     except (ValueError, IndexError):  # rows with different numbers of values
         pass
     return None

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from memdec.errors import ArtifactError, reason
+from memdec.errors import ArtifactError, on_one_line, reason
 from memdec.results.figures import COLOURS, MARKERS
 
 SIGNS = ("●", "■", "▲", "◆", "▼", "✚", "✖")  # `figures.MARKERS` as characters, for the legends in the page
@@ -27,7 +27,10 @@ PER_CHART = len(COLOURS)  # most lines in a chart: each has its own colour and m
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "{http://www.w3.org/1999/xlink}href"
 _FAR = 6.0  # a y axis is logarithmic if the largest value is at least this many times the smallest
-_KEPT = set("svg g path use defs clipPath rect text tspan circle ellipse line polyline polygon title desc".split())
+_KEPT = {  # elements of shapes and text
+    *("svg", "g", "path", "use", "defs", "clipPath", "rect", "text", "tspan"),
+    *("circle", "ellipse", "line", "polyline", "polygon", "title", "desc"),
+}
 _STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.labelsize": 9,
@@ -107,15 +110,17 @@ def dots(found: Sequence[Dot], x: str, name: str) -> str:
     """Values with intervals, a row for each name, so that systems of one model stand beside each other."""
     rows = list(dict.fromkeys(dot.row for dot in found))
     with style.context(_STYLE):
-        figure = Figure(figsize=(3.7, 1.0 + 0.42 * len(rows)))
+        figure = Figure(figsize=(3.7, 0.7 + 0.15 * len(rows) + 0.11 * len(found)))
         axes = figure.subplots()
         per_row = {row: [dot for dot in found if dot.row == row] for row in rows}
         for number, row in enumerate(rows):
             for place, dot in enumerate(per_row[row]):
                 look = _look(dot.look)
-                y = number + 0.6 * ((place + 0.5) / len(per_row[row]) - 0.5)
+                y = number + 0.7 * ((place + 0.5) / len(per_row[row]) - 0.5)
                 ends = [[dot.value - (dot.low or dot.value)], [(dot.high or dot.value) - dot.value]]
-                axes.errorbar([dot.value], [y], xerr=ends, fmt=look["marker"], color=look["color"], elinewidth=1.2)
+                axes.errorbar(
+                    [dot.value], [y], xerr=ends, fmt=look["marker"], color=look["color"], elinewidth=1.4, markersize=6
+                )
         axes.set_yticks(range(len(rows)), [textwrap.fill(row, 18) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
@@ -133,7 +138,7 @@ def _look(number: int) -> dict[str, str]:
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
     """Make the y axis logarithmic if the values are far apart; ticks are plain numbers either way."""
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     if min(values) > 0 and max(values) >= _FAR * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -182,7 +187,7 @@ def adaptive(svg: str, name: str, where: object) -> str:
     text = ElementTree.tostring(root, encoding="unicode")
     text = re.sub(r"<(/?)(?:\w+:)?(?=[a-zA-Z])", r"<\1", text)  # HTML knows these names without a namespace
     text = re.sub(r' xmlns(?::\w+)?="[^"]*"', "", text)
-    return re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
+    return re.sub(r"\b([1-9]\d*\.\d\d)\d+", r"\1", text)  # hundredths of a point; not the small factors of scale()
 
 
 def _keep(parent: ElementTree.Element) -> None:
@@ -195,8 +200,8 @@ def _keep(parent: ElementTree.Element) -> None:
 
 
 def _clean(element: ElementTree.Element, name: str, used: set[str]) -> None:
-    """Keep the attributes of shapes and text."""
-    kept = {}
+    """Keep the attributes of shapes and text; text is on one line and has no characters that cannot be seen."""
+    element.text, element.tail, kept = on_one_line(element.text or ""), "", {}
     for key, value in element.attrib.items():
         if key in (_XLINK, "href"):
             if value.startswith("#"):

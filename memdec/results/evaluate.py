@@ -273,8 +273,7 @@ class _Session:
         records = []
         for corpus in self.corpora:
             results, scores = self._lm_eval(model, method, "test", corpus), self._scores(model, "test", corpus)
-            place = {"on": corpus.name, "scores": model.stored_at(self._text(model, "test", corpus))}
-            records.append(self._record(method, results, scores.log_p(weight)) | place)
+            records.append(self._record(method, results, scores.log_p(weight)) | {"on": corpus.name})
         return records
 
     def _lm_eval(self, model: WrappedLM, method: str, split: Split, corpus: Path) -> dict[str, Any]:
@@ -288,10 +287,7 @@ class _Session:
         return values
 
     def _scores(self, model: WrappedLM, split: Split, corpus: Path) -> TokenScores:
-        return model.token_scores(self._text(model, split, corpus), disable_tqdm=True)
-
-    def _text(self, model: WrappedLM, split: Split, corpus: Path) -> str:
-        return corpora.joined_split(corpus, split, model.tokenizer.eos_token)
+        return model.token_scores(corpora.joined_split(corpus, split, model.tokenizer.eos_token), disable_tqdm=True)
 
     def _record(self, method: str, results: dict[str, Any], log_p: NDArray[np.floating]) -> dict[str, Any]:
         low, high = statistics.bootstrap_perplexity(log_p, self.stride, self.settings.resamples, self.seed)

@@ -60,7 +60,7 @@ for (const button of filters) {
   button.disabled = false;
 }
 
-// What is folded is printed, too.
+// What is folded is printed, too, except the numbers of charts.
 addEventListener("beforeprint", () => {
-  for (const each of document.querySelectorAll("details:not([open])")) each.open = true;
+  for (const each of document.querySelectorAll("details:not(.more)")) each.open = true;
 });

@@ -13,9 +13,9 @@ import json
 import math
 import re
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,28 +29,29 @@ from memdec.config import Config
 from memdec.errors import ArtifactError, ConfigError, on_one_line, outside
 from memdec.inference.systems import SYSTEMS
 from memdec.results import catalogue, curves
+from memdec.results import cells as lines_of_tables
+from memdec.results.cells import Cell
 from memdec.results.curves import PER_CHART, SIGNS, Dot, Line
 
 VERDICTS = ("holds", "fails", "undecided", "not run")  # of claims
-_CLAIM = "claim text source version table left right relation effect low high n seeds verdict reason".split()
-_CELL = (
-    "table study row family model method memory column domain task metric unit lower_is_better value low high n seeds sd "
-    "alpha lambda p_base best_other p_best labels constant paper verdict note"
-).split()
-_NUMBERS = {"effect", "low", "high", "value", "sd", "p_base", "p_best", "paper"}
-_LABELS = ("family", "model", "method", "memory")
+CLAIM_COLUMNS = (
+    *("claim", "text", "source", "version", "table", "left", "right", "relation"),
+    *("effect", "low", "high", "n", "seeds", "verdict", "reason"),
+)
+_NUMBERS = {"effect", "low", "high"}
+_LABELS = ("family", "model", "method", "memory")  # fields of a cell that may be labels of its row
 _FIGURES = {
     "figure2": "Perplexity of every model with and without its memory (the paper's Figure 2)",
     "figure4": "Latency against generated tokens (the paper's Figure 4)",
     "figure5": "Shape of the distributions of kNN, language model and memory (the paper's Figure 5)",
     "figure6": "Shape of the distributions by model size (the paper's Figure 6)",
 }
-_FOLDERS = {
-    "models": "Base models, from scratch",
-    "finetuned": "Key models, fine-tuned on the domain",
-    "dapt": "DAPT baselines",
-    "lora": "LoRA adapters",
+_FOLDERS = {  # of trained models, by the name of the folder that they are in; the order of the page
     "memory": "Memories",
+    "lora": "LoRA adapters",
+    "dapt": "DAPT baselines",
+    "finetuned": "Key models, fine-tuned on the domain",
+    "models": "Base models, from scratch",
 }
 
 
@@ -91,13 +92,20 @@ class Grid:
     name: str
     title: str
     caption: str
+    about: list[str]  # what all cells have in common
     labels: list[str]
-    columns: list[tuple[str, str]]  # heading, and metric with unit and direction
+    columns: list[tuple[str, str]]  # heading, and its metric if the columns have several
     rows: list[tuple[list[str], list[Value | None]]]
     n_run: int
     n_cells: int
     why: str = ""  # nothing was run: the reason
-    command: str = ""
+    command: str = ""  # nothing was run: the command that makes it
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the first label is that of several rows, which then stand together."""
+        firsts = [labels[0] for labels, _ in self.rows]
+        return len(self.labels) > 1 and all(firsts.count(first) > 1 for first in firsts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +116,7 @@ class Plain:
     rows: list[list[str]]
     n_words: int = 1
     total: list[str] = field(default_factory=list)
+    caption: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +139,12 @@ class Group:
     open: bool = True
 
 
-def run(config: Config, given: Path, results: Path, out: Path) -> None:
+def run(config: Config, given: Sequence[Path], results: Path, out: Path) -> None:
     """Write the page.
 
     Args:
         config: Config of the run.
-        given: File that it is from; the page shows it in its commands.
+        given: Files that it is from, for the commands in the page; none: the default config.
         results: Folder of the run's results.
         out: HTML file.
 
@@ -143,29 +152,32 @@ def run(config: Config, given: Path, results: Path, out: Path) -> None:
         MemDecError: A file of the results cannot be read, or is of another scale.
     """
     if not results.is_dir():
-        raise ConfigError(f"{results}: expected a folder with results, found none; make one with snakemake {results}/table3.csv")
+        raise ConfigError(
+            f"{results}: expected a folder with results, found none; make one with snakemake {results}/table3.csv"
+        )
     artefact.write_text(out, page(config, given, results))
 
 
-def page(config: Config, given: Path, results: Path) -> str:
+def page(config: Config, given: Sequence[Path], results: Path) -> str:
     """The text of the page; arguments as for `run`."""
     scale = results / config.scale
-    cells = {name: _cells(results / f"{name}.cells.csv") for name in _named(results, ".cells.csv")}
+    cells = {name: lines_of_tables.read(results / f"{name}.cells.csv") for name in _named(results, ".cells.csv")}
     origins = {name: _origin(results / f"{name}.provenance.json", config.scale) for name in cells}
-    grids = [_grid(config, name, cells.get(name, []), _command(given, results, name)) for name in _all_tables(config, cells)]
+    grids = [_grid(config, name, cells.get(name, []), _command(given, results, name)) for name in _tables(cells)]
     claims = _claims(results / "claims.csv")
-    script, looks = _packaged("report.js"), _packaged("report.css")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    script, where = _packaged("report.js"), ["--results", str(results), "--out", f"{results}/report.html"]
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
+    )
     return environment.from_string(_packaged("report.html.j2")).render(
         scale=config.scale,
-        script=Markup(script),  # noqa: S704
+        script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=Markup(looks),  # noqa: S704
+        style=Markup(_packaged("report.css")),
         signs=SIGNS,
         claims=claims,
         counts={verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in VERDICTS},
-        claims_command=_command(given, results, "claims"),
-        headline=_headline(config, cells),
+        headline=_headline(cells),
         grids=grids,
         figures=_figures(results, given),
         weights=_weight_curves(config, scale),
@@ -173,10 +185,18 @@ def page(config: Config, given: Path, results: Path) -> str:
         latency=_latency(scale),
         cost=_cost(scale / "benchmarks"),
         origins=_origins(origins),
-        commands=[(grid.title, _command(given, results, grid.name)) for grid in grids],
-        config_file=shlex.quote(str(given)),
-        results=shlex.quote(str(results)),
+        commit=", ".join(sorted({str(origin.get("commit")) for origin in origins.values()})),
+        machine=", ".join(sorted({str(origin.get("machine")) for origin in origins.values()})),
+        title=_title,
+        command=partial(_command, given, results),
+        folder=str(results / config.scale),
+        itself=shlex.join(["memdec", "report", *(word for file in given for word in ("--config", str(file))), *where]),
     )
+
+
+def _visible(value: Any) -> Any:
+    """Text on one line and without characters that cannot be seen; markup is left as it is."""
+    return on_one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _packaged(name: str) -> str:
@@ -192,22 +212,24 @@ def _natural(name: str) -> list[Any]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def _command(given: Path, results: Path, name: str) -> str:
-    return f"snakemake --cores 8 --configfile {shlex.quote(str(given))} -- {shlex.quote(f'{results}/{name}.csv')}"
+def _command(given: Sequence[Path], results: Path, name: str) -> str:
+    """The command that makes a table or figure, from the folder that holds `results`."""
+    config = ["--configfile", *map(str, given)] if given else []
+    return shlex.join(["snakemake", "--cores", "8", *config, "--", f"{results}/{name}.csv"])
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
 def _read(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a CSV file: text without characters that cannot be seen; numbers as float, None where they are empty."""
+    """Rows of a CSV file; numbers as float, None where they are empty."""
     again = f"delete it and make it again with snakemake {shlex.quote(str(file))}"
     with outside(ArtifactError, file, "a CSV table in UTF-8", again):
         frame = pd.read_csv(file, dtype=str, keep_default_na=False)
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         raise ArtifactError(f"{file}: expected the column {missing[0]}, found {', '.join(frame.columns)}; {again}")
-    rows = [{name: on_one_line(text) for name, text in row.items()} for row in frame[list(columns)].to_dict("records")]
+    rows: list[dict[str, Any]] = frame[list(columns)].to_dict("records")  # type: ignore[assignment]
     for number, row in enumerate(rows, 2):
         for name in _NUMBERS & set(columns):
             row[name] = _number(row[name], f"{file}: line {number}: {name}", again)
@@ -229,7 +251,7 @@ def _number(text: str, where: str, again: str) -> float | None:
 def _claims(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    claims = _read(file, _CLAIM)
+    claims = _read(file, CLAIM_COLUMNS)
     for number, claim in enumerate(claims, 2):
         if claim["verdict"] not in VERDICTS:
             raise ArtifactError(
@@ -237,24 +259,14 @@ def _claims(file: Path) -> list[dict[str, Any]]:
                 "delete it and make it again"
             )
         claim["shown"] = _with_interval(claim["effect"], claim["low"], claim["high"])
-    order = {verdict: place for place, verdict in enumerate(VERDICTS)}
-    return sorted(claims, key=lambda claim: order[claim["verdict"]])
+    return claims
 
 
 def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
     if value is None:
         return ""
-    shown = f"{value:.3g}"
-    return shown if low is None or high is None else f"{shown} [{low:.3g}, {high:.3g}]"
-
-
-def _cells(file: Path) -> list[dict[str, Any]]:
-    cells = _read(file, _CELL)
-    twice = [key for key, n in Counter((cell["row"], cell["column"], cell["metric"]) for cell in cells).items() if n > 1]
-    if twice:
-        row, column, _ = twice[0]
-        raise ArtifactError(f"{file}: expected one line for row {row!r} and column {column!r}, found two; make it again")
-    return cells
+    shown = f"{value:.3g}" if low is None or high is None else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+    return shown.replace("-", "−")
 
 
 def _origin(file: Path, scale: str) -> dict[str, Any]:
@@ -279,75 +291,86 @@ def _manifests(scale: Path, *kinds: str) -> Iterable[tuple[Path, artefact.Manife
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _all_tables(config: Config, cells: Iterable[str]) -> list[str]:
+def _tables(there: Iterable[str]) -> list[str]:
     """Tables that are there or that the catalogue has, numbered ones first."""
-    names = sorted({*cells, *catalogue.TABLES}, key=_natural)
-    return sorted(names, key=lambda name: not re.fullmatch(r"table\d+", name))
+    return sorted({*there, *catalogue.TABLES}, key=lambda name: (not re.fullmatch(r"table\d+", name), _natural(name)))
 
 
 def _title(name: str) -> str:
     return re.sub(r"^(table|figure)(\d+)$", r"\1 \2", name).capitalize()
 
 
-def _grid(config: Config, name: str, cells: Sequence[dict[str, Any]], command: str) -> Grid:
-    caption, why = "", ""
+def _grid(config: Config, name: str, cells: Sequence[Cell], command: str) -> Grid:
+    """A table of the page; one that was not run has no columns, and says why."""
+    title, caption, cannot = _title(name), "", ""
     try:
-        caption = catalogue.table(config, name).caption
+        caption = catalogue.table(config.study_for(name), name).caption
     except ConfigError as error:
-        why = str(error)
-    if not cells:
-        return Grid(name, _title(name), caption, [], [], [], 0, 0, why or "It has not been made.", "" if why else command)
-    labels = _label_columns(cells)
-    metrics = {(cell["column"], cell["metric"]): cell for cell in cells}
-    best = _best(cells)
-    rows: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+        cannot = str(error).removeprefix(f"{name}: ")
+    run_ = [cell for cell in cells if cell.value is not None]
+    if not run_:
+        notes = "; ".join(dict.fromkeys(cell.note for cell in cells)) or cannot
+        return Grid(name, title, caption, [], [], [], [], 0, len(cells), notes, "" if notes else command)
+    heads = {_column(cell): cell for cell in cells}
+    metrics = {_metric(cell) for cell in heads.values()}
+    one = metrics.pop() if len(metrics) == 1 else ""
+    rows: dict[str, dict[tuple[str, str | None], Cell]] = {}
     for cell in cells:
-        rows.setdefault(cell["row"], {})[cell["column"], cell["metric"]] = cell
-    digits = {key: _digits([c["value"] for c in cells if (c["column"], c["metric"]) == key]) for key in metrics}
-    shown = []
-    for row in rows.values():
-        first = next(iter(row.values()))
-        values = [_value(row[key], digits[key], id(row[key]) in best) if key in row else None for key in metrics]
-        shown.append(([first[label] for label in labels], values))
-    n_run = sum(cell["value"] is not None for cell in cells)
-    reasons = Counter(cell["note"] or "no reason given" for cell in cells if cell["value"] is None)
-    why = "" if n_run else "; ".join(reasons)
+        rows.setdefault(cell.row, {})[_column(cell)] = cell
+    digits = {key: _digits([cell.value for cell in run_ if _column(cell) == key]) for key in heads}
+    (names, labels, common), best = _labels(cells), _best(run_)
+    shown = [
+        (labels[row], [_value(row_[key], digits[key], id(row_[key]) in best) if key in row_ else None for key in heads])
+        for row, row_ in rows.items()
+    ]
+    columns = [(cell.column, "" if one else _metric(cell)) for cell in heads.values()]
     return Grid(
-        name, _title(name), caption, labels, [_heading(*key, cell) for key, cell in metrics.items()], shown, n_run, len(cells), why
+        name, title, caption, [text for text in (common, one) if text], names, columns, shown, len(run_), len(cells)
     )
 
 
-def _heading(column: str, metric: str, cell: dict[str, Any]) -> tuple[str, str]:
-    better = {"true": "lower is better", "false": "higher is better"}.get(cell["lower_is_better"].lower(), "")
-    unit = cell["unit"] if cell["unit"] not in ("", metric) else ""
-    return column, ", ".join(filter(None, [" ".join(filter(None, [metric, unit and f"({unit})"])), better]))
+def _column(cell: Cell) -> tuple[str, str | None]:
+    return cell.column, cell.metric
 
 
-def _label_columns(cells: Sequence[dict[str, Any]]) -> list[str]:
-    """Fields that name the rows: those with one value in each row, without those with one in the whole table."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for cell in cells:
-        rows.setdefault(cell["row"], []).append(cell)
-    first = [row[0] for row in rows.values()]
-    own = [name for name in _LABELS if all(len({cell[name] for cell in row}) == 1 for row in rows.values())]
-    telling = [name for name in own if len({cell[name] for cell in first}) > 1]
-    for name, by in (("family", "model"), ("memory", "method")):  # told by the other one already
-        if {name, by} <= set(telling) and len({(cell[name], cell[by]) for cell in first}) == len({cell[by] for cell in first}):
-            telling.remove(name)
-    return telling if telling and len({tuple(cell[name] for name in telling) for cell in first}) == len(rows) else ["row"]
+def _metric(cell: Cell) -> str:
+    """What a column measures, e.g. `acc (%), higher is better`."""
+    name = " ".join(filter(None, [cell.metric, f"({cell.unit})" if cell.unit not in (None, cell.metric) else ""]))
+    better = {True: "lower is better", False: "higher is better", None: ""}[cell.lower_is_better]
+    return ", ".join(filter(None, [name.replace("_", " "), better]))
 
 
-def _best(cells: Sequence[dict[str, Any]]) -> set[int]:
-    """The best value of each column and model, if there are several to choose from."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for cell in cells:
-        if cell["value"] is not None and cell["lower_is_better"]:
-            groups.setdefault((cell["column"], cell["metric"], cell["model"]), []).append(cell)
+def _labels(cells: Sequence[Cell]) -> tuple[list[str], dict[str, list[str]], str]:
+    """Headings of the labels of the rows, the labels of each row, and what all rows have in common.
+
+    `row` of a cell is its labels, joined; the heading of one is the field of the cell that equals it in every row.
+    """
+    parts = {cell.row: cell.row.split(" / ") for cell in cells}
+    if len({len(labels) for labels in parts.values()}) > 1:
+        return ["Row"], {row: [row] for row in parts}, ""
+    places = range(len(next(iter(parts.values()))))
+    names = []
+    for place in places:
+        fits = [name for name in _LABELS if all(getattr(cell, name) == parts[cell.row][place] for cell in cells)]
+        names.append(fits[0].capitalize() if fits else "System" if len(places) > 1 else "Row")
+    values = [{labels[place] for labels in parts.values()} for place in places]
+    told = [place for place in places if names[place] == "Family" and "Model" in names]  # a model has one family
+    same = [place for place in places if len(values[place]) == 1 and place not in told and len(parts) > 1]
+    kept = [place for place in places if place not in (*told, *same)] or [places[-1]]
+    common = ", ".join(f"{names[place]}: {values[place].pop()}" for place in same if place not in kept)
+    return [names[place] for place in kept], {row: [labels[p] for p in kept] for row, labels in parts.items()}, common
+
+
+def _best(run_: Sequence[Cell]) -> set[int]:
+    """The best values of each column and model, by `id`, where there are several to choose from."""
+    groups: dict[tuple[str | None, ...], list[Cell]] = {}
+    for cell in run_:
+        if cell.lower_is_better is not None:
+            groups.setdefault((cell.column, cell.metric, cell.model), []).append(cell)
     found = set()
     for group in groups.values():
-        choose = min if group[0]["lower_is_better"].lower() == "true" else max
-        top = choose(cell["value"] for cell in group)
-        found |= {id(cell) for cell in group if cell["value"] == top and len(group) > 1}
+        top = (min if group[0].lower_is_better else max)(cell.value for cell in group if cell.value is not None)
+        found |= {id(cell) for cell in group if cell.value == top and len(group) > 1}
     return found
 
 
@@ -356,90 +379,72 @@ def _digits(values: Iterable[float | None]) -> int:
     return 2 if max((abs(value) for value in values if value is not None), default=0) >= 1 else 3
 
 
-def _value(cell: dict[str, Any], digits: int, best: bool) -> Value:
+def _value(cell: Cell, digits: int, best: bool) -> Value:
     def number(value: float | None) -> str:
-        return "" if value is None else f"{value:,.{digits}f}"
+        return "" if value is None else f"{value:,.{digits}f}".replace("-", "−")
 
-    if cell["value"] is None:
-        return Value("not run", None, paper=number(cell["paper"]), facts=[("Why", cell["note"] or "no reason given")], run=False)
-    interval = f"{number(cell['low'])} to {number(cell['high'])}" if cell["low"] is not None else ""
+    printed = [number(cell.paper), cell.verdict or ""] if cell.paper is not None else ["", ""]
+    if cell.value is None:
+        return Value("not run", None, paper=printed[0], facts=[("Why", cell.note)], run=False)
+    interval = "" if cell.low is None or cell.high is None else f"{number(cell.low)} to {number(cell.high)}"
     facts = {
         "95 % interval": interval,
-        "n": cell["n"],
-        "Seeds": cell["seeds"],
-        "SD over seeds": number(cell["sd"]),
-        "Alpha": cell["alpha"],
-        "Lambda": cell["lambda"],
-        "Against base": _p(cell["p_base"]),
-        f"Against {cell['best_other'] or 'the best other'}": _p(cell["p_best"]),
-        "Predicted labels": _labels(cell["labels"]),
-        "Constant": "every row got the same label" if _true(cell["constant"]) else "",
-        "Printed": " ".join(filter(None, [number(cell["paper"]), cell["verdict"]])) if cell["paper"] is not None else "",
-        "Note": cell["note"],
+        "n": "" if cell.n is None else f"{cell.n:,}",
+        "Seeds": str(cell.seeds or ""),
+        "SD over seeds": number(cell.sd),
+        "Alpha": cell.alpha or "",
+        "Lambda": cell.lambda_ or "",
+        "Against base": _p(cell.p_base),
+        f"Against {cell.best_other}": _p(cell.p_best),
+        "Predicted labels": ", ".join(f"{name}: {count:,}" for name, count in (cell.labels or {}).items()),
+        "Constant": "every row got the same label" if cell.constant else "",
+        "Printed in the paper": " ".join(filter(None, printed)),
+        "Study": cell.study or "",
+        "Note": cell.note,
     }
-    return Value(
-        number(cell["value"]),
-        cell["value"],
-        interval,
-        number(cell["paper"]),
-        cell["verdict"] if cell["paper"] is not None else "",
-        [(name, text) for name, text in facts.items() if text],
-        best,
-        constant=_true(cell["constant"]),
-    )
-
-
-def _true(text: str) -> bool:
-    return text.lower() == "true"
+    told = [(name, text) for name, text in facts.items() if text]
+    return Value(number(cell.value), cell.value, interval, *printed, told, best, constant=bool(cell.constant))
 
 
 def _p(value: float | None) -> str:
     return "" if value is None else "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
-def _labels(text: str) -> str:
-    """Predicted labels and their counts, from JSON; other text is shown as it is."""
-    try:
-        found = json.loads(text) if text else {}
-    except ValueError:
-        return text
-    return ", ".join(f"{name}: {count}" for name, count in found.items()) if isinstance(found, dict) else text
-
-
 # --- charts ---------------------------------------------------------------------------------------------------------
 
 
-def _headline(config: Config, cells: dict[str, list[dict[str, Any]]]) -> Chart | None:
+def _headline(cells: dict[str, list[Cell]]) -> Chart | None:
     """Every system on every model: the mean over the domains in Table 3, else what Table 1 or another table has."""
     for name in dict.fromkeys(["table3", "table1", *cells]):
-        run_ = [cell for cell in cells.get(name, []) if cell["value"] is not None and cell["model"] and cell["method"]]
+        run_ = [each for each in cells.get(name, []) if each.value is not None and each.model and each.method]
         if not run_:
             continue
-        column = next((cell["column"] for cell in run_ if cell["column"] == "Avg"), run_[0]["column"])
-        of_models = {cell["column"] for cell in run_} <= {cell["model"] for cell in run_}
-        metric = run_[0]["metric"]
-        shown = [cell for cell in run_ if cell["metric"] == metric and (of_models or cell["column"] == column)]
-        methods = list(dict.fromkeys([*(m for m in SYSTEMS if m in {c["method"] for c in shown}), *(c["method"] for c in shown)]))
+        by_model = all(each.column == each.model for each in run_)
+        columns = [each.column for each in run_]
+        column = "Avg" if "Avg" in columns else columns[0]
+        alike = [each for each in run_ if each.metric == run_[0].metric and (by_model or each.column == column)]
+        shown = list({(each.model, each.method): each for each in reversed(alike)}.values())[::-1]  # the first memory
+        methods = [each for each in SYSTEMS if any(each == cell.method for cell in shown)]
         dots = [
-            Dot(cell["model"], cell["method"], cell["value"], cell["low"], cell["high"], methods.index(cell["method"]))
-            for cell in sorted(shown, key=lambda cell: methods.index(cell["method"]))
+            Dot(cell.model or "", method, cell.value or 0, cell.low, cell.high, number)
+            for number, method in enumerate(methods)
+            for cell in shown
+            if cell.method == method
         ]
-        order = list(dict.fromkeys(cell["model"] for cell in shown))
+        order = list(dict.fromkeys(cell.model for cell in shown))
         dots.sort(key=lambda dot: order.index(dot.row))
-        head, what = _heading(column, metric, shown[0])
-        where = "" if of_models else f", {'mean of the columns' if column == 'Avg' else head}"
-        return Chart(
-            f"{_title(name)}: every system on every model{where}",
-            Markup(curves.dots(dots, what.capitalize(), "headline")),  # noqa: S704
-            f"Values of {_title(name)}; the numbers are in the table.",
-            [(method, number) for number, method in enumerate(methods)],
-        )
+        where = "" if by_model else ", mean of its columns" if column == "Avg" else f", {column}"
+        svg = curves.dots(dots, _metric(shown[0]).capitalize(), "headline")
+        says = f"Values of {_title(name)}{where}; the numbers are in the table."
+        legend = [(method, number) for number, method in enumerate(methods)]
+        return Chart(f"{_title(name)}: every system on every model{where}", Markup(svg), says, legend)
     return None
 
 
 def _weight_curves(config: Config, scale: Path) -> list[Group]:
     """Perplexity on the valid text against the weight of the memory or of p_kNN, a line per base model."""
     found: dict[tuple[str, str, str, str], list[Line]] = {}
+    bases, memories = _names(config, "bases"), _names(config, "memory_names")
     for folder, _ in _manifests(scale, "evaluation"):
         home, model = _home(scale, folder), folder.name
         for record in _records(folder / "records.json"):
@@ -450,43 +455,61 @@ def _weight_curves(config: Config, scale: Path) -> list[Group]:
             name = "lambda" if record.get("lambda") is not None else "alpha"
             key = (home, str(record["on"]), str(record.get("memory") or record["method"]), name)
             x, y = zip(*points, strict=True)
-            look = config.bases.index(model) if model in config.bases else len(found.get(key, []))
-            found.setdefault(key, []).append(Line(on_one_line(model), x, y, look, chosen=record[name]))
+            found.setdefault(key, []).append(Line(model, x, y, _place(bases, model), chosen=record[name]))
     groups: dict[str, list[Chart]] = {}
-    for number, ((home, on, which, name), lines) in enumerate(found.items()):
+    order = sorted(found, key=lambda key: (_place(memories, key[2]), _place(config.domains, key[1]), key))
+    for number, (home, on, which, name) in enumerate(order):
+        lines = sorted(found[home, on, which, name], key=lambda line: line.look)
         x = {"alpha": "Alpha (weight of the memory, no unit)", "lambda": "Lambda (weight of p_kNN, no unit)"}[name]
         place = on if home == on else f"{on} ({home})"
         for part, few in enumerate(_few(lines)):
             svg = curves.lines(few, x, "Perplexity per token, valid text", f"weight{number}-{part}")
-            chart = _chart(on_one_line(f"{which}, {place}"), svg, few, [name.capitalize(), "Perplexity on valid text"])
+            chart = _chart(f"{which}, {place}", svg, few, [name.capitalize(), "Perplexity on valid text"])
             groups.setdefault(which, []).append(chart)
-    return [Group(on_one_line(which), charts, number == 0) for number, (which, charts) in enumerate(groups.items())]
+    return [Group(which, charts, number == 0) for number, (which, charts) in enumerate(groups.items())]
 
 
 def _loss_curves(config: Config, scale: Path) -> list[Group]:
     """Loss against updates for every training: on the valid text, and dashed the mean of what was minimised."""
-    found: dict[tuple[str, str], list[Line]] = {}
+    names = [*_names(config, "memory_names"), *_names(config, "models")]
+    found: dict[tuple[str, str], dict[str, list[Line]]] = {}
     for folder, manifest in _manifests(scale, "model", "memory", "lora"):
-        facts = manifest.facts
-        if "evaluations" not in facts or folder.parent.name not in _FOLDERS:
+        facts, stage = manifest.facts, folder.parent.name
+        if not facts.get("evaluations") or stage not in _FOLDERS:
             continue
-        lines = found.setdefault((folder.parent.name, _home(scale, folder.parent)), [])
-        look = len({line.label for line in lines})
-        label = on_one_line(folder.name)
-        points = sorted({float(each["step"]): float(each["loss"]) for each in facts["evaluations"]}.items())
-        losses = [(float(each["step"]), float(each["loss"])) for each in facts.get("losses", [])]
-        if losses:
-            lines.append(Line(label, *zip(*losses, strict=True), look, dashed=True))
-        lines.append(Line(label, *zip(*points, strict=True), look))
-    groups: dict[str, list[Chart]] = {}
-    for number, ((stage, home), lines) in enumerate(found.items()):
+        with outside(ArtifactError, folder, "losses in its manifest", "make it again"):
+            valid = sorted({float(each["step"]): float(each["loss"]) for each in facts["evaluations"]}.items())
+            losses = [(float(each["step"]), float(each["loss"])) for each in facts.get("losses", [])]
+        lines = found.setdefault((stage, _home(scale, folder)), {}).setdefault(folder.name, [])
+        for points, dashed in ((losses, True), (valid, False)):
+            if points:
+                x, y = zip(*points, strict=True)
+                lines.append(Line(folder.name, x, y, 0, dashed))
+    groups: dict[str, list[Chart]] = {stage: [] for stage in _FOLDERS}
+    order = sorted(found, key=lambda key: (_place(config.domains, key[1].split("/")[-1]), key))
+    for number, (stage, home) in enumerate(order):
+        by_name = found[stage, home]
+        lines = [
+            replace(line, look=look)
+            for look, name in enumerate(sorted(by_name, key=lambda name: _place(names, name)))
+            for line in by_name[name]
+        ]
         for part, few in enumerate(_few(lines)):
             svg = curves.lines(few, "Updates (number)", "Loss (nats per token)", f"loss{number}-{part}")
             title = _FOLDERS[stage] if home == "." else f"{_FOLDERS[stage]}: {home}"
             solid = [line for line in few if not line.dashed]
-            groups.setdefault(stage, []).append(_chart(on_one_line(title), svg, solid, ["Updates", "Loss on valid text"]))
-    order = [stage for stage in ("memory", "lora", "dapt", "finetuned", "models") if stage in groups]
-    return [Group(_FOLDERS[stage], groups[stage], number == 0) for number, stage in enumerate(order)]
+            groups[stage].append(_chart(title, svg, solid, ["Updates", "Loss on valid text"]))
+    return [Group(_FOLDERS[stage], charts, stage == next(iter(_FOLDERS))) for stage, charts in groups.items() if charts]
+
+
+def _names(config: Config, field_: str) -> list[str]:
+    """Names in the config and all its studies, in their order."""
+    return list(dict.fromkeys(name for study in config.every_study().values() for name in getattr(study, field_)))
+
+
+def _place(names: Sequence[str], name: str) -> int:
+    """Place of a name in a list; names that are not in it come last."""
+    return names.index(name) if name in names else len(names)
 
 
 def _few(lines: Sequence[Line]) -> Iterable[list[Line]]:
@@ -500,7 +523,7 @@ def _chart(title: str, svg: str, lines: Sequence[Line], header: list[str]) -> Ch
     legend = list(dict.fromkeys((line.label, line.look % PER_CHART) for line in lines))
     rows = [[line.label, f"{x:g}", f"{y:.4g}"] for line in lines for x, y in zip(line.x, line.y, strict=True)]
     says = f"{header[1]} against {header[0].lower()}; the numbers are below."
-    return Chart(title, Markup(svg), says, legend, Plain(["Name", *header], rows))  # noqa: S704
+    return Chart(title, Markup(svg), says, legend, Plain(["Name", *header], rows, caption=title))
 
 
 def _home(scale: Path, folder: Path) -> str:
@@ -515,7 +538,7 @@ def _records(file: Path) -> list[dict[str, Any]]:
         return [dict(record) for record in json.loads(file.read_text(encoding="utf-8"))]
 
 
-def _figures(results: Path, given: Path) -> dict[str, Chart | str]:
+def _figures(results: Path, given: Sequence[Path]) -> dict[str, Chart | str]:
     """For each figure of the paper the chart, or the command that makes it."""
     found: dict[str, Chart | str] = {}
     for name, title in _FIGURES.items():
@@ -525,20 +548,21 @@ def _figures(results: Path, given: Path) -> dict[str, Chart | str]:
             continue
         with outside(ArtifactError, file, "SVG in UTF-8", "delete it and make it again"):
             svg = curves.adaptive(file.read_text(encoding="utf-8"), name, file)
-        found[name] = Chart(title, Markup(svg), f"{title}; its numbers are in {name}.csv.")  # noqa: S704
+        found[name] = Chart(title, Markup(svg), f"{title}; its numbers are in {name}.csv.")
     return found
 
 
-def _latency(scale: Path) -> list[tuple[str, Plain]]:
-    """A table for every measurement of latency: the whole time for the largest number of new tokens."""
+def _latency(scale: Path) -> list[tuple[Chart, Plain]]:
+    """The figure and a table for every measurement: the whole time for the largest number of new tokens."""
     found = []
-    for folder, _ in _manifests(scale, "latency"):
-        with outside(ArtifactError, folder / "latency.csv", "a table of latencies", "measure again with memdec latency"):
+    header = ["System", "Seconds [95 % interval]", "Tokens/s", "Ratio to base [95 % interval]"]
+    for number, (folder, _) in enumerate(_manifests(scale, "latency")):
+        with outside(ArtifactError, folder, "latency.csv and latency.svg", "measure again with memdec latency"):
             total = pd.read_csv(folder / "latency.csv").query("phase == 'total'")
             last = total[total["n_tokens"] == total["n_tokens"].max()]
             rows = [
                 [
-                    on_one_line(str(row["system"])),
+                    str(row["system"]),
                     f"{row['seconds']:.3g} [{row['seconds_low']:.3g}, {row['seconds_high']:.3g}]",
                     f"{row['tokens_per_s']:,.0f}",
                     f"{row['ratio_to_base']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
@@ -546,9 +570,13 @@ def _latency(scale: Path) -> list[tuple[str, Plain]]:
                 for _, row in last.iterrows()
             ]
             first = last.iloc[0]
-            title = f"{first['n_tokens']} new tokens after {first['prompt_tokens']}, {first['machine']}, {first['device']}"
-        header = ["System", "Seconds [95 % interval]", "Tokens/s", "Ratio to base [95 % interval]"]
-        found.append((on_one_line(title), Plain(header, rows)))
+            title = (
+                f"{first['n_tokens']} new tokens after {first['prompt_tokens']}, {first['machine']}, {first['device']}"
+            )
+            svg = (folder / "latency.svg").read_text(encoding="utf-8")
+        drawn = curves.adaptive(svg, f"latency{number}", folder / "latency.svg")
+        says = "Latency against generated tokens; the largest number is in the table."
+        found.append((Chart(f"Latency of {folder.name}", Markup(drawn), says), Plain(header, rows, caption=title)))
     return found
 
 
@@ -563,14 +591,17 @@ def _cost(folder: Path) -> Plain | None:
         rule = place[0] if len(place) > 1 else re.sub(r"\d+$", "", file.stem)
         with outside(ArtifactError, file, "a benchmark file of Snakemake", "delete it"):
             frame = pd.read_csv(file, sep="\t", na_values=["-", "NA"])[["s", "cpu_time", "max_rss"]].astype(float)
-        jobs.setdefault(on_one_line(rule), []).extend(frame.fillna(0).to_dict("records"))
+        jobs.setdefault(rule, []).extend(frame.fillna(0).to_dict("records"))
     if not jobs:
         return None
-    rows = sorted(([name, *_sums(each)] for name, each in jobs.items()), key=lambda row: -float(row[3].replace(",", "")))
+    rows = sorted(
+        ([name, *_sums(each)] for name, each in jobs.items()), key=lambda row: -float(row[3].replace(",", ""))
+    )
     return Plain(
         ["Rule", "Jobs", "Wall time (s)", "CPU time (s)", "Longest job (s)", "Most memory (MB)"],
         rows,
         total=["All rules", *_sums([job for each in jobs.values() for job in each])],
+        caption="Cost per rule, the largest CPU time first",
     )
 
 
@@ -591,21 +622,32 @@ class Origins:
 
 
 def _origins(found: dict[str, dict[str, Any]]) -> Origins:
-    def by_value(pick: Any, head: list[str]) -> Plain:
+    def by_value(pick: Any, head: list[str], caption: str) -> Plain:
         """Rows (name, value, tables); a table is named where not all have the same."""
         values: dict[tuple[str, str], list[str]] = {}
         for table, origin in found.items():
             for name, value in pick(origin).items():
-                values.setdefault((on_one_line(str(name)), on_one_line(str(value))), []).append(_title(table))
+                values.setdefault((str(name), str(value)), []).append(_title(table))
         rows = [[*key, "all" if len(tables) == len(found) else ", ".join(tables)] for key, tables in values.items()]
-        return Plain([*head, "Tables"], rows, 3)
+        return Plain([*head, "Tables"], rows, 3, caption=caption)
 
     return Origins(
         by_value(
-            lambda origin: {"Commit": origin.get("commit"), "Machine": origin.get("machine"), "Config": origin.get("config_sha256")},
+            lambda origin: {
+                "Commit": origin.get("commit"),
+                "Machine": origin.get("machine"),
+                "Config": origin.get("config_sha256"),
+            },
             ["What", "Value"],
+            "Code, machine and hash of the config",
         ),
-        by_value(lambda origin: origin.get("versions", provenance.versions()), ["Package", "Version"]),
-        by_value(lambda origin: origin.get("corpora_sha256", {}), ["Corpus", "Hash of its text"]),
-        by_value(lambda origin: origin.get("evaluations", {}), ["Evaluation", "Recipe"]),
+        by_value(
+            lambda origin: origin.get("versions", provenance.versions()),
+            ["Package", "Version"],
+            "Versions of Python and of the packages",
+        ),
+        by_value(
+            lambda origin: origin.get("corpora_sha256", {}), ["Corpus", "Hash of its text"], "Hashes of the corpora"
+        ),
+        by_value(lambda origin: origin.get("evaluations", {}), ["Evaluation", "Recipe"], "Recipes of the evaluations"),
     )

@@ -342,9 +342,7 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
         if "eval_loss" in entry
     ]
     evaluations.append({**final, "step": trainer.state.best_global_step if settings.keep_best else done})
-    losses = [
-        {"loss": entry["loss"], "step": entry["step"]} for entry in trainer.state.log_history if "loss" in entry
-    ]
+    losses = [{"loss": entry["loss"], "step": entry["step"]} for entry in trainer.state.log_history if "loss" in entry]
     facts: dict[str, Any] = {
         "train_loss": result.training_loss,
         "valid_perplexity": final["perplexity"],

@@ -17,7 +17,7 @@ from memdec.errors import ArtifactError, ConfigError
 from memdec.inference.systems import SYSTEMS, Parts
 from memdec.maths import mixing, statistics
 from memdec.maths.windows import windows
-from memdec.results import evaluate, items
+from memdec.results import evaluate
 from memdec.settings import (
     FORGETTING,
     DatastoreSettings,
@@ -121,9 +121,6 @@ def test_intervals_resample_whole_windows(
     )
     assert (base["low"], base["high"]) == pytest.approx(windows, rel=1e-4)
     assert (base["low"], base["high"]) != pytest.approx(single, rel=1e-2)
-    stored = items.of_evaluation(tmp_path / "e", base, CONTEXT // 2)
-    assert stored.value == pytest.approx(base["value"], rel=1e-9)
-    assert [stored.counts.sum(), stored.sums.sum()] == pytest.approx([len(log_p), -log_p.sum()], rel=1e-5)
 
 
 def test_in_context_rag_is_the_model_of_that_name(

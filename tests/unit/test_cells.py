@@ -11,8 +11,8 @@ import pytest
 
 from memdec.artefacts import artefact
 from memdec.errors import ArtifactError
-from memdec.harness.scores import ScoreStore, TokenScores
-from memdec.results import cells, items
+from memdec.harness.scores import TokenScores
+from memdec.results import cells, items, scores
 from memdec.results.cells import Cell
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,46 +63,35 @@ def test_a_fault_in_a_cell_is_named(tmp_path: Path, old: str, new: str, says: st
         cells.write(path, [cell(), cell()])
 
 
-def evaluation(folder: Path, log_p: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[str, str]]:
-    """Store scores of base and memory for texts by name; where they are."""
-    store = ScoreStore(folder / "scores", {"of": "test"})
-    places = {}
-    for number, (name, (base, memory)) in enumerate(log_p.items()):
-        key = bytes([number] * 16)
-        store.put(key, TokenScores(base, memory))
-        assert store.folder is not None
-        places[name] = {"store": store.folder.name, "text": key.hex()}
-    store.flush()
-    return places
-
-
 def test_items_of_a_perplexity_are_its_windows_at_the_weight_of_the_record(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     base, memory = np.log(rng.uniform(0.01, 1, 10)), np.log(rng.uniform(0.01, 1, 10))
-    place = evaluation(tmp_path, {"test": (base, memory)})["test"]
     mixed = np.log(0.6 * np.exp(memory) + 0.4 * np.exp(base))
-    record = {"method": "MemDec", "seed": 3, "alpha": 0.6, "value": math.exp(-mixed.mean()), "scores": place}
-    found = items.of_evaluation(tmp_path, record, 4)
+    record = {"method": "MemDec", "on": "torch", "seed": 3, "alpha": 0.6, "value": math.exp(-mixed.mean())}
+    with artefact.building(tmp_path / "e", "evaluation", {"stride": 4}, {}) as build:
+        assert build is not None
+        artefact.write_json(tmp_path / "e" / "records.json", [record])
+        scores.write(tmp_path / "e", TokenScores(base, memory), "test", None)
+    found = items.of_evaluation(tmp_path / "e", record)
     assert (found.seed, found.kind, list(found.counts)) == (3, "perplexity", [4, 4, 2])
     assert found.sums == pytest.approx([-mixed[:4].sum(), -mixed[4:8].sum(), -mixed[8:].sum()])
-    assert items.of_evaluation(tmp_path, record, 4, weight=0.0).value == pytest.approx(math.exp(-base.mean()))
+    assert items.of_evaluation(tmp_path / "e", record, weight=0.0).value == pytest.approx(math.exp(-base.mean()))
     with pytest.raises(ArtifactError, match="expected scores with the perplexity 1 of MemDec, found"):
-        items.of_evaluation(tmp_path, record | {"value": 1.0}, 4)
-    with pytest.raises(ArtifactError, match="expected the scores of MemDec on None, found none in scores/"):
-        items.of_evaluation(tmp_path, record | {"scores": place | {"text": "ff" * 16}}, 4)
-    old = items.of_evaluation(tmp_path, {key: record[key] for key in ("method", "seed", "value")}, 4)
+        items.of_evaluation(tmp_path / "e", record | {"value": 1.0})
+    old = items.of_evaluation(tmp_path, record)
     assert (len(old), old.kind, old.value) == (0, "other", record["value"])
 
 
 def write_samples(folder: Path, task: str, rows: list[dict[str, Any]], metrics: dict[str, str]) -> None:
     folder.mkdir(exist_ok=True)
     listed = [{"metric": name, "aggregation": how} for name, how in metrics.items()]
-    artefact.write_json(folder / "results.json", {"results": {}, "configs": {task: {"metric_list": listed}}})
+    results = {"results": {task: {}}, "configs": {task: {"metric_list": listed}}}
+    artefact.write_json(folder / "results_2026.json", results)
     lines = [
         {"doc_id": number, "doc": {"text": str(number)}, "filter": "none", "metrics": list(row), **row}
         for number, row in enumerate(rows)
     ]
-    (folder / f"samples_{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / f"samples_{task}_2026.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_items_of_a_task_are_its_rows(tmp_path: Path) -> None:
@@ -110,12 +99,16 @@ def test_items_of_a_task_are_its_rows(tmp_path: Path) -> None:
     rows = [row | {"largest": [0, 1]} for row in rows]
     how = {"acc": "mean", "micro_f1": "def micro_f1(items):\n ...", "largest": "def largest_share(items):\n ..."}
     write_samples(tmp_path, "t", rows, how)
-    accuracy = items.of_samples(tmp_path, "t", "acc", 1, 2 / 3)
+
+    def of(metric: str, value: float) -> items.Items:
+        return items.of_samples(tmp_path, {"task": "t", "metric": metric, "seed": 1, "value": value})
+
+    accuracy = of("acc", 2 / 3)
     assert (accuracy.kind, list(accuracy.sums), list(accuracy.counts)) == ("mean", [1, 0, 1], [1, 1, 1])
-    micro = items.of_samples(tmp_path, "t", "micro_f1", 1, 2 / 3)
+    micro = of("micro_f1", 2 / 3)
     assert (micro.kind, micro.averages, len(micro)) == ("other", ("micro",), 3)
     assert micro.labels is not None
     assert micro.labels.tolist() == [[0, 0], [1, 0], [1, 1]]
-    assert len(items.of_samples(tmp_path, "t", "largest", 1, 0.5)) == 0
-    with pytest.raises(ArtifactError, match=r"expected rows with acc 0\.5 as in records.json, found 0\.666"):
-        items.of_samples(tmp_path, "t", "acc", 1, 0.5)
+    assert len(of("largest", 0.5)) == 0
+    with pytest.raises(ArtifactError, match=r"expected rows of t with acc 0\.5, found 0\.666"):
+        of("acc", 0.5)

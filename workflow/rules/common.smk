@@ -8,7 +8,7 @@ import shlex
 from memdec.artefacts import resources as machine
 from memdec.artefacts.artefact import VERSIONS
 from memdec.inference.systems import SYSTEMS
-from memdec.results import catalogue
+from memdec.results import catalogue, figure_catalogue
 
 RUN = f"results/{CONFIG.scale}"
 LOG = f"{RUN}/logs"
@@ -35,6 +35,7 @@ wildcard_constraints:
     model="[^/]+",
     tokenizer="[^/]+",
     seed="[0-9]+",
+    table="[^./]+",  # `results/table3.cells.csv` is a file of table3
 
 
 # Each shard of a stage is a folder i-of-n; `--set-scatter targets=8` overrides the number in the config.
@@ -298,20 +299,24 @@ def table_of(wildcards):
         raise WorkflowError(str(error)) from None
 
 
-def part_folder(kind, part):
+def part_folder(part):
+    """Where an artefact that a table is made from is; nothing else says so."""
+    if part.kind == "corpus":
+        return f"{RUN}/corpora/{part.domain}"
+    if part.kind == "harness" and part.system == "base":  # the same for all domains and seeds
+        return f"{RUN}/harness/{part.suite}/{part.model}"
+    kind = part.kind if part.suite is None else f"{part.kind}/{part.suite}"
     return f"{RUN}/{part.domain}/seed{part.seed}/{kind}/{part.name}/{part.model}"
 
 
 def table_parts(wildcards):
-    table = table_of(wildcards)
-    return [manifest(part_folder(table.kind, part)) for part in table.parts]
+    return [manifest(part_folder(part)) for part in table_of(wildcards).parts]
 
 
 def table_cells(wildcards):
     """Format the parts of a table as command line options."""
-    table = table_of(wildcards)
     cells = []
-    for part in table.parts:
+    for part in table_of(wildcards).parts:
         where = f"{part.domain}:{part.model}:{part.seed}"
-        cells += ["--cell", f"{where}:{part_folder(table.kind, part)}"]
+        cells += ["--cell", f"{where}:{part_folder(part)}"]
     return words(*cells)

@@ -23,6 +23,8 @@ rule table:
         csv=report(
             "results/{table}.csv", caption="../report/table.rst", category="Tables"
         ),
+        cells="results/{table}.cells.csv",
+        items="results/{table}.items.npz",
         markdown="results/{table}.md",
         latex="results/{table}.tex",
         provenance="results/{table}.provenance.json",
