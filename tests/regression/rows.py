@@ -3,8 +3,7 @@
 They are made up, so that the run needs no download, and their answers mean nothing. What counts is that a fault in a
 task's scoring gives other predictions:
 
-- `agn`: news categories. Label "world" has one word in a small vocabulary and others have four. A sum over words without
-  the premise is always the highest for "world".
+- `rte`: whether a hypothesis follows. Without the premise, the more frequent of the label words wins nearly always.
 - `usmle`: what a parameter is, with two answers in words and two in code. Code has few letters per token. A mean per
   letter instead of per token prefers the words.
 """
@@ -17,10 +16,21 @@ from pathlib import Path
 from typing import Any
 
 N = 200
-NAMES = "alpha coef degree eps fit_intercept gamma kernel max_iter metric n_jobs p radius random_state tol weights".split()
-NOUNS = "array class cluster column component distance estimator feature kernel label matrix model sample score tree".split()
-VERBS = "computed estimated fitted given ignored normalized passed predicted returned scaled selected used".split()
-TYPES = "array bool callable dict float int list ndarray str tuple".split()
+NAMES = [
+    "alpha", "coef", "degree", "eps", "fit_intercept", "gamma", "kernel", "max_iter", "metric", "n_jobs", "p",
+    "radius", "random_state", "tol", "weights",
+]  # fmt: skip
+NOUNS = [
+    "array", "class", "cluster", "column", "component", "distance", "estimator", "feature", "kernel", "label",
+    "matrix", "model", "sample", "score", "tree",
+]  # fmt: skip
+VERBS = [
+    "computed", "estimated", "fitted", "given", "ignored", "normalized", "passed", "predicted", "returned", "scaled",
+    "selected", "used",
+]  # fmt: skip
+TYPES = [
+    "array", "bool", "callable", "dict", "float", "int", "list", "ndarray", "str", "tuple",
+]  # fmt: skip
 
 
 def phrase(draw: random.Random) -> str:
@@ -35,11 +45,11 @@ def code(draw: random.Random) -> str:
     return draw.choice([f"{kind}, default={number}", f"{kind} of shape (n_{name[0]}, {number})", f"{name}=1e-{number}"])
 
 
-def news(draw: random.Random) -> Iterator[dict[str, Any]]:
-    """Rows of `agn`; a tenth is of "world", the others are even."""
+def pairs(draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Rows of `rte`."""
     for _ in range(N):
-        title, text = phrase(draw), f"{phrase(draw)}. {phrase(draw)} ({code(draw)})."
-        yield {"Title": title, "Description": text, "Class Index": draw.choices([1, 2, 3, 4], [1, 3, 3, 3])[0]}
+        text, hypothesis = f"{phrase(draw)}. {phrase(draw)} ({code(draw)}).", phrase(draw)
+        yield {"premise": text, "hypothesis": hypothesis, "label": draw.choices([0, 1], [7, 3])[0]}
 
 
 def questions(draw: random.Random) -> Iterator[dict[str, Any]]:
@@ -54,7 +64,7 @@ def questions(draw: random.Random) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Write both files."""
     folder = Path(sys.argv[1])
-    for path, rows in (("agn/test", news), ("usmle/adaptllm_schema", questions)):
+    for path, rows in (("rte/test", pairs), ("usmle/adaptllm_schema", questions)):
         file = folder / f"{path}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows(random.Random(0))), encoding="utf-8")

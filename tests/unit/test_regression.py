@@ -151,7 +151,7 @@ def test_a_baseline_of_another_scale_is_no_baseline(tmp_path: Path) -> None:
         lambda: regression.update([table], tmp_path / "base.json", "why", [other]),
     ):
         with pytest.raises(
-            ConfigError, match="expected one scale, found (reduced and mini|mini and reduced)"
+            ConfigError, match=r"expected one scale, found (reduced and mini|mini and reduced)"
         ) as caught:
             call()
         assert caught.value.exit_code == 2
@@ -168,7 +168,7 @@ def test_a_number_that_is_none_is_named(tmp_path: Path, value: str) -> None:
 def test_nan_in_cells_is_named(tmp_path: Path) -> None:
     path = long(tmp_path / "a", 50.0).with_name("table2.cells.csv")
     path.write_text(path.read_text().replace("50.0", "nan"))
-    with pytest.raises(ArtifactError, match="line 2: expected a cell, found value: .*nan"):
+    with pytest.raises(ArtifactError, match=r"line 2: expected a cell, found value: .*nan"):
         regression.cells([tmp_path / "a" / "table2.csv"])
 
 
@@ -197,7 +197,7 @@ def test_files_that_are_not_there_or_no_baseline_are_named(tmp_path: Path) -> No
     with pytest.raises(ArtifactError, match=r"base\.json: expected a baseline, found .*--update --reason"):
         regression.compare([table], tmp_path / "base.json")
     (tmp_path / "base.json").write_text('{"scale": "reduced", "cells": {}}')
-    with pytest.raises(ArtifactError, match="expected a baseline, found .*updates"):
+    with pytest.raises(ArtifactError, match=r"expected a baseline, found .*updates"):
         regression.compare([table], tmp_path / "base.json")
     table.with_suffix(".provenance.json").unlink()
     with pytest.raises(ArtifactError, match=r"expected the provenance of table3\.csv"):
