@@ -230,7 +230,7 @@ def test_the_control_of_another_domain_takes_the_memory_of_the_next(tmp_path: Pa
         target = f"results/mini/{domain}/seed0/evaluation/other/gpt2-L/manifest.json"
         text = snakemake(tmp_path, target, "-n", "-p", "--cores", "1", *configs)
         assert planned(text)["train"] == 1
-        (command,) = re.findall(r"^.*memdec evaluate .*$", text, re.MULTILINE)
+        (command,) = re.findall(r"^.*memdec evaluate .*--memory .*$", text, re.MULTILINE)
         assert f"--memory results/mini/{memory}/seed0/memory/memdec " in command
         assert "--control" in command
 
@@ -278,6 +278,27 @@ def test_a_study_with_its_own_settings_makes_only_what_depends_on_them(tmp_path:
     assert homes["keys/gpt2-L/datastore/1-of-1"] == homes["keys/gpt2-L/index"] == homes["finetuned/gpt2-L"] == "torch"
     assert homes["evaluation/systems/base/gpt2-L"] == "torch"
     assert homes["keys/gpt2-L/targets/1-of-2"] == homes["memory/kl"] == homes["evaluation/kl/gpt2-L"] == "parts"
+
+
+def test_figures_are_made_of_their_parts(tmp_path: Path) -> None:
+    names = [f"results/{name}.svg" for name in ("figure2", "figure4", "figure5", "figure6", "fidelity")]
+    text = snakemake(tmp_path, *names, "-n", "-p", "--cores", "2")
+    counts = planned(text)
+    assert {rule: counts[rule] for rule in ("figure", "table", "fidelity", "shapes", "latency")} == {
+        "figure": 5, "table": 1, "fidelity": 20, "shapes": 3, "latency": 1
+    }  # fmt: skip
+    (command,) = re.findall(r"^.*memdec figure .*--name figure2 .*$", text, re.MULTILINE)
+    assert "--table results/table3.cells.csv" in command
+    of = {name: command for command, name in re.findall(r"^(.*memdec fidelity .*--name (\S+) .*)$", text, re.MULTILINE)}
+    seed = "results/mini/torch/seed0"
+    assert f"--memory {seed}/memory/ce --targets {seed}/keys/gpt2-L/targets/1-of-2" in of["ce"]
+    assert f"--memory {seed}/dapt/gpt2-S " in of["dapt"]
+    shapes = re.findall(r"^.*memdec shapes .*$", text, re.MULTILINE)
+    assert sum(f"--targets {seed}/keys/gpt2-S/targets/1-of-2" in command for command in shapes) == 1
+    (command,) = re.findall(r"^.*memdec latency .*$", text, re.MULTILINE)
+    keys = f"{seed}/keys/gpt2-L-untuned"
+    assert f"--knn {keys}/datastore/1-of-1:{keys}/index" in command
+    assert "--datastore" not in command
 
 
 def test_rows_that_are_missing_stop_the_run_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
