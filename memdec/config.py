@@ -575,6 +575,8 @@ def faults(data: object) -> tuple[list[str], Config | None]:
         if not isinstance(data, dict):
             return found, None
         parts = _sound(data, error)
+        if parts is not None and any(item["loc"][:1] != ("studies",) for item in error.errors()):
+            parts = parts.model_copy(update={"studies": {}})  # what a study lacks may be what was left out
         return [*found, *references(data), *(parts.contradictions() if parts is not None else [])], parts
     return [*references(data), *config.contradictions()], config
 

@@ -38,7 +38,7 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"domains": ["torhc"]}, "domains: expected one of general, pandas, sklearn, torch, found torhc"),
+        ({"domains": ["torhc"]}, "domains: expected one of general, pandas, scipy, sklearn, torch, found torhc"),
         ({"key_model": "x"}, "key_model: expected one of"),
         ({"stride": 500}, r"stride: expected at most context \(128\), found 500"),
         ({"corpora": {"a": {"source": "files"}}}, "either 'path' .* or 'paths'"),

@@ -69,7 +69,7 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
     [
         (["mini"], [], TABLE3),
         # Figure 2 is drawn from Table 3, and Table 7 is made of the same scores
-        (["mini"], ["figure2", "table7"], TABLE3 | {"table": 2, "figure": 1}),
+        pytest.param(["mini"], ["figure2", "table7"], TABLE3 | {"table": 2, "figure": 1}, marks=pytest.mark.slow),
         # 1 domain, 3 bases, every system; both controls, for which the next domain has a memory, too
         (
             ["mini"],
@@ -96,7 +96,7 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             | {"datastore": 6, "index": 6},
         ),
         # the fidelity of the same memories to their targets in one domain
-        (
+        pytest.param(
             ["mini"],
             ["fidelity"],
             ONE
@@ -111,9 +111,10 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
                 "dapt": 1,
             }
             | {"fidelity": 20, "figure": 1, "table": 0},
+            marks=pytest.mark.slow,
         ),
         # 2 sizes of the memory beside the default one, and DAPT
-        (
+        pytest.param(
             ["mini"],
             ["table8"],
             ONE
@@ -128,14 +129,16 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
                 "evaluate": 9,
             }
             | {"evaluate_systems": 6},
+            marks=pytest.mark.slow,
         ),
         # 2 other key models, which are fine-tuned
-        (
+        pytest.param(
             ["mini"],
             ["table19"],
             ONE
             | {"model": 3, "finetune": 3, "datastore": 3, "index": 3, "targets": 6, "train": 3, "evaluate": 9}
             | {"evaluate_systems": 3},
+            marks=pytest.mark.slow,
         ),
         # 2 models of another tokenizer with one memory that is moved to it, keys of their own
         (
@@ -146,10 +149,11 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             | {"train": 6, "dapt": 6, "lora": 6, "evaluate": 6, "evaluate_systems": 24},
         ),
         # one memory of one domain
-        (
+        pytest.param(
             ["mini"],
             ["table6"],
             ONE | {"model": 2, "finetune": 1, "datastore": 1, "index": 1, "targets": 2, "train": 1, "cases": 1},
+            marks=pytest.mark.slow,
         ),
         # a corpus, a key model and a memory that only the questions have
         (
@@ -190,12 +194,13 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             | {"evaluate_systems": 15, "table": 1},
         ),
         # 1 domain; the memories start from the first layers
-        (
+        pytest.param(
             ["smol", "smol-cpu"],
             ["memories", "table1"],
             {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 2, "finetune": 1, "datastore": 2, "index": 2}
             | {"targets": 1, "teacher": 1, "train": 4, "passages": 1, "lora": 1, "evaluate": 4}
             | {"evaluate_systems": 5, "table": 2},
+            marks=pytest.mark.slow,
         ),
         # its tasks: one suite of DCPMI tasks, three of domain tasks; base, DAPT, LoRA, MemDec
         (
@@ -205,12 +210,13 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             | {"targets": 1, "train": 1, "lora": 1, "harness_base": 4, "harness_system": 8, "harness": 4, "table": 4},
         ),
         # other domains, and a general corpus to see what is forgotten
-        (
+        pytest.param(
             ["smol", "smol-domains"],
             ["memories", "forgetting"],
             {"corpus": 4, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
             | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "evaluate": 12}
             | {"evaluate_systems": 15, "table": 2},
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -355,7 +361,18 @@ def test_the_rules_use_nothing_of_snakemake_that_it_keeps_for_itself() -> None:
 
 @pytest.mark.slow
 def test_rules_that_compute_take_the_gpu_that_the_config_may_use(tmp_path: Path) -> None:
-    computing = {"model", "finetune", "lora", "datastore", "index", "targets", "train", "evaluate", "evaluate_systems"}
+    computing = {
+        "model",
+        "finetune",
+        "dapt",
+        "lora",
+        "datastore",
+        "index",
+        "targets",
+        "train",
+        "evaluate",
+        "evaluate_systems",
+    }
     for device, taken in (("cpu", "gpu=0"), ("cuda", "gpu=1")):
         text = snakemake(tmp_path, "-n", "--cores", "16", "--config", f"compute={{device: {device}}}")
         jobs = re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", text, re.MULTILINE)
@@ -365,7 +382,7 @@ def test_rules_that_compute_take_the_gpu_that_the_config_may_use(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
+def test_a_tiny_run_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rule once on made text; a second call does nothing; a lost shard rebuilds only what hangs on it."""
     for name in ("general", "domain"):
         (tmp_path / f"{name}.txt").write_text(made_text(300, len(name)))
@@ -397,10 +414,26 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
         "passages": {"passage": 12},
         "evaluate": {"resamples": 20, "neighbours": 8},
         "cases": [{"group": "one", "text": "The matrix returns the [[token]] of"}],
-    }
+        "suites": {"few": {"tasks": ["dcpmi_cb_kl"], "limit": 2}},
+        "studies": {
+            "tasks": {"tables": ["table2"], "evaluated": ["tiny"], "tasks": {"domain": ["few"]}, "systems": ["base", "LoRA", "MemDec"]},
+            "parts": {
+                "tables": ["table9"], "evaluated": ["tiny"], "systems": ["base", "MemDec"], "memory": {"epochs": 0.3},
+                "memories": {"kl": {"train": {"objective": "kl"}}},
+            },
+        },
+    }  # fmt: skip
+    rows = tmp_path / "rows" / "cb" / "test.jsonl"
+    rows.parent.mkdir(parents=True)
+    row = {"premise": "The matrix is square.", "hypothesis": "It is a matrix."}
+    rows.write_text(
+        "".join(json.dumps(row | {"label": label}) + "\n" for label in ("entailment", "neutral", "contradiction"))
+    )
+    monkeypatch.setenv("MEMDEC_DATA", str(tmp_path / "rows"))
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     words = ["--cores", "8", "--configfile", str(tmp_path / "tiny.yaml"), "--", "results/table3.csv"]
-    everything = [*words, *(f"results/{name}.csv" for name in ("table1", "table4", "table6", "memories", "forgetting"))]
+    more = ("table1", "table2", "table4", "table6", "table9", "memories", "forgetting")
+    everything = [*words, *(f"results/{name}.csv" for name in more)]
     first = snakemake(tmp_path, *everything)
     table = (tmp_path / "results" / "table3.csv").read_text()
     rows = pd.read_csv(tmp_path / "results" / "memories.csv")
@@ -418,6 +451,13 @@ def test_a_tiny_run_from_nothing(tmp_path: Path) -> None:
     ):
         assert (tmp_path / "results" / f"{name}.{kind}").is_file()
     assert "Nothing to be done" in snakemake(tmp_path, *everything)
+    accuracies = pd.read_csv(tmp_path / "results" / "table2.csv")
+    assert list(accuracies["method"]) == ["base", "LoRA", "MemDec"]
+    assert list(accuracies["CB_n"]) == [2, 2, 2]
+    rows.write_text(rows.read_text() * 2)  # other rows: their tasks run again, and nothing else
+    assert planned(snakemake(tmp_path, "-n", *everything)) == {
+        "harness": 1, "harness_base": 1, "harness_system": 1, "table": 1
+    }  # fmt: skip
     assert f'cpu=Resource("cpu", {len(os.sched_getaffinity(0))})' in first  # not 8
 
     targets = tmp_path / "results" / "tiny" / "domain" / "seed0" / "keys" / "tiny" / "targets"
