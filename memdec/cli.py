@@ -762,7 +762,7 @@ def cases(
     """Compute p(marked word) under memory, kNN and base for the texts of the config (Table 6)."""
     from memdec.results import table6 as stage_cases
 
-    stage_cases.run(cfg.load(config), base, memory, datastore, index, out)
+    stage_cases.run(cfg.load(config).study_for("table6"), base, memory, datastore, index, out)
     options.wrote(out, "memdec table --name table6 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...")
 
 

@@ -536,8 +536,8 @@ class Suite(Settings):
     tasks: Names = Field(min_length=1, description="names of tasks or groups under 'harness_tasks'")
     alpha: Literal["paper", "valid", "tune"] | Annotated[float, Field(ge=0, le=1)] = Field(
         "paper",
-        description="weight of the memory; paper: each task's own, as printed; valid: the one tuned on the domain's valid "
-        "text; tune: each task's own, tuned on rows that are not scored (Table 11); or a number",
+        description="weight of the memory; paper: each task's own, as printed; tune: the best on rows of the task that are "
+        "not scored; valid: the one tuned on the domain's valid text; or a number",
     )
     limit: PositiveInt | None = Field(None, description="first rows of each task (default: all)")
     batch_size: PositiveInt = Field(16, description="requests per forward pass")
