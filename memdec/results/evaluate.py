@@ -208,9 +208,7 @@ def _knn_settings(settings: EvaluateSettings, weight: float, temperature: float)
     return KnnLMSettings(weight=weight, temperature=temperature, **numbers)
 
 
-def _made_of(
-    parts: Parts, system: System, corpus: Path, text: artefact.Manifest, control: bool
-) -> dict[str, str]:
+def _made_of(parts: Parts, system: System, corpus: Path, text: artefact.Manifest, control: bool) -> dict[str, str]:
     """Check that all parts except the base were made from the corpus, and return their recipes.
 
     With `control` the memory must be one made from another corpus.

@@ -49,11 +49,13 @@ def run(table: Table, given: Sequence[Given], out: Path) -> None:
     if not isinstance(table, Measured):
         _marked_words(table, given, out)
         return
-    sheet = Sheet(table, load_records(table.config, given, table.records))
+    records = load_records(table.config, given, table.records)
+    sheet = Sheet(table, records)
     sheet.test()
     cells.write(out.with_suffix(".cells.csv"), sheet.cells())
     items.write(out.with_suffix(".items.npz"), sheet.items())
-    write(out, wide(sheet), grid(sheet), note(sheet), table.name, table.config, _facts(given))
+    facts = _facts(given) | {"rows_sha256": {each["task"]: each["rows"] for each in records if each.get("rows")}}
+    write(out, wide(sheet), grid(sheet), note(sheet), table.name, table.config, facts)
 
 
 def _facts(given: Sequence[Given]) -> dict[str, Any]:

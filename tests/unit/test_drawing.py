@@ -18,6 +18,7 @@ from memdec.config import Config
 from memdec.errors import ArtifactError, ConfigError
 from memdec.results import cells, drawing, figure_catalogue, figures
 from memdec.results.cells import Cell
+from memdec.results.layout import Part
 
 MINI = Path(__file__).resolve().parents[2] / "config" / "mini.yaml"
 MEMORIES = {
@@ -55,12 +56,12 @@ def test_parts_of_every_figure() -> None:
     made = {name: figure_catalogue.figure(config(seeds=[0, 1]), name) for name in figure_catalogue.FIGURES}
     assert made.keys() == drawing.DRAWN.keys()
     assert made["figure2"].tables == ("table3",)
-    assert [tuple(part) for part in made["figure5"].parts] == [("torch", "gpt2-L", 0, "memdec")]
-    assert made["figure4"].parts == made["figure5"].parts
-    assert [(part.model, part.name, part.seed) for part in made["figure6"].parts] == [
+    for name, kind in (("figure4", "latency"), ("figure5", "shapes")):
+        assert made[name].parts == [Part(kind, "torch", "gpt2-L", 0, "MemDec", "memdec")]
+    assert [(part.model, part.memory, part.seed) for part in made["figure6"].parts] == [
         ("gpt2-L", "memdec", 0), ("gpt2-L", "memdec", 1), ("gpt2-S", "keys-S", 0), ("gpt2-S", "keys-S", 1)
     ]  # fmt: skip
-    assert {part.name for part in made["fidelity"].parts} == {"memdec", *MEMORIES}
+    assert {part.memory for part in made["fidelity"].parts} == {"memdec", *MEMORIES}
     assert {part.domain for part in made["fidelity"].parts} == {"torch"}
     with pytest.raises(ConfigError, match=r"expected one of figure2, .*, found 'figure3'; choose one of them"):
         figure_catalogue.figure(config(), "figure3")
