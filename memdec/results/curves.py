@@ -64,6 +64,7 @@ class Line:
         look: Number of its colour and marker.
         dashed: Draw it dashed and without markers.
         chosen: Position to mark with a ring.
+        seed: Which of several lines of one name it is.
     """
 
     label: str
@@ -72,6 +73,7 @@ class Line:
     look: int
     dashed: bool = False
     chosen: float | None = None
+    seed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
