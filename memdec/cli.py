@@ -444,15 +444,18 @@ def evaluate(
     lora: Annotated[Path | None, typer.Option(help="LoRA folder")] = None,
     dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
     datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
-    index: Annotated[Path | None, typer.Option(help="index over --datastore; both together add the kNN-LM")] = None,
+    index: Annotated[Path | None, typer.Option(help="index over --datastore; both together are the kNN-LM")] = None,
     passages: Annotated[Path | None, typer.Option(help="passages of the corpus, for In-Context RAG")] = None,
     also: Annotated[
         list[Path], typer.Option(help="general corpus to measure on too, with the weights tuned on --corpus; repeat")
     ] = [],
+    base_evaluation: Annotated[
+        Path | None, typer.Option(help="with --memory: the base's own evaluation, so that the base is not run again")
+    ] = None,
     seed: Seed = 0,
     compute: Compute = AUTO,
 ) -> None:
-    """Measure perplexity with and without memory through lm-eval; valid tunes alpha, or the kNN-LM's lambda and tau."""
+    """Measure the perplexity of a base alone, or of one system; valid tunes alpha, or the kNN-LM's lambda and tau."""
     from memdec.results import evaluate as stage_evaluate
 
     stage_evaluate.run(
@@ -472,6 +475,7 @@ def evaluate(
         index=index,
         passages=passages,
         also=also,
+        base_evaluation=base_evaluation,
         compute=compute,
     )
 
@@ -742,8 +746,27 @@ def figure(
     """Draw a figure from `memdec shapes`, `fidelity` or `latency`, or Figure 2 from the cells of Table 3."""
     from memdec.results import drawing, figure_catalogue
 
-    drawing.run(figure_catalogue.figure(cfg.load(config).study_for(name), name), _cells(cell), table, out)
+    drawing.run(figure_catalogue.figure(cfg.load(config), name), _cells(cell), table, out)
     options.wrote(out, f"open {shlex.quote(str(out.with_suffix('.svg')))}")
+
+
+@app.command()
+def claims(
+    config: RunConfig,
+    out: Annotated[Path, typer.Option(help="CSV file, a line for each claim")],
+    tables: Annotated[
+        list[Path], typer.Argument(help="tables of the run: <table>.cells.csv, figure4.csv, figure6.csv")
+    ] = [],
+    claims: Annotated[
+        Path | None, typer.Option(help="YAML file with claims (default: those of the paper, in the package)")
+    ] = None,
+) -> None:
+    """Judge every claim of the paper by the tables of a run: holds, fails, undecided or not run, with the effect."""
+    from memdec.results import claims as stage_claims
+
+    found = stage_claims.run(cfg.load(config), tables, out, claims or stage_claims.FILE)
+    print(stage_claims.shown(found))
+    options.wrote(out, "memdec report, or read it with docs/claims.md")
 
 
 @stage()
@@ -758,7 +781,7 @@ def cases(
     """Compute p(marked word) under memory, kNN and base for the texts of the config (Table 6)."""
     from memdec.results import table6 as stage_cases
 
-    stage_cases.run(cfg.load(config), base, memory, datastore, index, out)
+    stage_cases.run(cfg.load(config).study_for("table6"), base, memory, datastore, index, out)
     options.wrote(out, "memdec table --name table6 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...")
 
 
@@ -779,29 +802,32 @@ def report(
 
 @app.command()
 def check(
-    results: Annotated[Path, typer.Argument(help="a table3.csv with its .provenance.json beside it")],
+    results: Annotated[list[Path], typer.Argument(help="tables (.csv), each with its .provenance.json beside it")],
     baseline: Annotated[Path, typer.Option(help="tests/regression/<scale>.json")],
-    write: Annotated[bool, typer.Option("--write", help="make the baseline from these results")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="write these results into the baseline; needs --reason")
+    ] = False,
+    reason: Annotated[str, typer.Option(help="with --update: why the numbers changed; the baseline keeps it")] = "",
     noise: Annotated[
-        list[Path], typer.Option(help="with --write: tables of other seeds, to measure the tolerance")
+        list[Path], typer.Option(help="with --update: a table of other seeds, to measure the tolerance; repeat")
     ] = [],
     as_json: AsJson = False,
 ) -> None:
-    """Compare perplexities with a baseline; exit 1 beyond the tolerance, 3 if they cannot be compared."""
+    """Compare the numbers of tables with a baseline; exit 1 beyond the tolerance, 3 if they cannot be compared."""
     from memdec.results import regression
 
-    if write:
-        regression.write(results, noise, baseline)
-        options.wrote(baseline, f"memdec check --baseline {{out}} {shlex.quote(str(results))}")
+    shown = " ".join(shlex.quote(str(table)) for table in results)
+    if update:
+        regression.update(results, baseline, reason, noise)
+        options.wrote(baseline, f"memdec check --baseline {{out}} {shown}")
         return
     lines, moved = regression.compare(results, baseline)
-    _print("\n".join(lines), {"moved": bool(moved), "cells": lines} if as_json else None)
+    cells = [line._asdict() for line in lines]
+    _print("\n".join(str(line) for line in lines), {"moved": moved, "cells": cells} if as_json else None)
     if moved:
-        _say(
-            f"moved: at least one cell of {results}. Next: find the change, or make a baseline with --write and say why"
-        )
+        _say(f"moved: at least one cell of {shown}. Next: find the change, or take it over with --update --reason TEXT")
         raise SystemExit(1)
-    _say(f"unmoved: all cells of {results} against {baseline}. Next: nothing to do")
+    _say(f"unmoved: all cells of {shown} against {baseline}. Next: nothing to do")
 
 
 @app.command()

@@ -448,7 +448,7 @@ def _controls(config: Config) -> dict[str, str]:
     for memory in (config.variant(name) for name in config.memories):
         if memory.dapt and memory.memory_model == default.memory_model:
             found.setdefault("control: DAPT", memory.name)
-        if memory.other_domain:
+        if memory.other_domain and memory.models:
             found.setdefault("control: other domain", memory.name)
     return found
 

@@ -17,10 +17,9 @@ if one fails. With m comparisons one fails by chance more often, so to fail take
 import csv
 import io
 import itertools
-import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -36,9 +35,10 @@ from memdec.artefacts import artefact, markdown
 from memdec.config import Config, Memory
 from memdec.errors import ArtifactError, ConfigError, IncomparableError, outside
 from memdec.maths import paired, statistics
-from memdec.results import catalogue, cells, items
+from memdec.results import catalogue, cells, figure_catalogue, items
 from memdec.results.cells import Cell
 from memdec.results.items import Items
+from memdec.results.layout import Derived, Measured
 from memdec.settings import Settings, TableName, describe
 
 FILE = Path(__file__).with_suffix(".yaml")
@@ -47,7 +47,7 @@ COLUMNS = (
     "verdict", "reason",
 )  # fmt: skip
 VERDICTS = ("holds", "fails", "undecided", "not run")
-AVERAGE = "Avg"  # column of means, which a claim computes itself from the other columns
+AVERAGE = "Avg"  # column of means; a claim computes means itself, from the measured columns
 RANKS = {"smallest": 0, "first": 0, "second": 1, "largest": -1, "last": -1}
 PAIRED = ("family", "model", "domain", "task", "metric")  # in which both sides of a comparison agree
 CLOSE = 1e-6  # relative difference between the value of a cell and that of its items; rounding is smaller
@@ -221,7 +221,7 @@ class Table:
 
 
 def read_tables(paths: Iterable[Path], config: Config) -> dict[str, Table]:
-    """Read cells files and the items beside them (`<table>.cells.csv`, `<table>.items.npz`).
+    """Read cells files and the items beside them (`<table>.cells.csv`, `<table>.items.npz`), and figures 4 and 6.
 
     Raises:
         ArtifactError: A file cannot be read, a table is given twice, or items and cells have other values.
@@ -230,8 +230,9 @@ def read_tables(paths: Iterable[Path], config: Config) -> dict[str, Table]:
     """
     found: dict[str, Table] = {}
     for path in paths:
-        stem = path.name.removesuffix(".cells.csv")
-        read = cells.read(path)
+        stem = path.name.removesuffix(".csv").removesuffix(".cells")
+        with outside(ArtifactError, path, "the cells of a table, or Figure 4 or 6 as .csv", "make it again"):
+            read = FIGURES[stem](path, config) if stem in FIGURES else cells.read(path)
         _check_scale(path.with_name(f"{stem}.provenance.json"), config)
         beside = path.with_name(f"{stem}.items.npz")
         table = Table(read, items.read(beside) if beside.is_file() else {})
@@ -242,6 +243,54 @@ def read_tables(paths: Iterable[Path], config: Config) -> dict[str, Table]:
                 raise ArtifactError(f"{path}: expected each table once, found {name} again; give one file for it")
             found[name] = Table([cell for cell in read if cell.table == name], table.items)
     return found
+
+
+def _of_figure4(path: Path, _config: Config) -> list[Cell]:
+    """Figure 4 as cells: a row per system, a column per number of generated tokens; of several stores the largest."""
+    found = {}
+    for line in sorted(_lines(path), key=lambda line: float(line["size"] or 0)):
+        ends = {"value": line["ratio_to_base"], "low": line["ratio_low"], "high": line["ratio_high"]}
+        cell = {
+            "table": "figure4",
+            "row": line["kind"] or line["system"],
+            "method": line["kind"] or line["system"],
+            "column": line["n_tokens"],
+            "metric": "ratio_to_base",
+            "unit": "ratio",
+            "lower_is_better": True,
+            "note": "" if line["ratio_to_base"] else "the interval of a time includes 0; measure it on an idle machine",
+        }
+        found[cell["row"], cell["column"]] = cell | {name: text for name, text in ends.items() if text}
+    ordered = sorted(found.values(), key=lambda cell: int(str(cell["column"])))
+    return [Cell.model_validate(cell) for cell in ordered]
+
+
+def _of_figure6(path: Path, config: Config) -> list[Cell]:
+    """Figure 6 as cells: a row per model and distribution, which stands in `method`, a column per measure."""
+    return [
+        Cell.model_validate(
+            {
+                "table": "figure6",
+                "row": f"{line['model']} / {line['memory']} / {line['distribution']}",
+                "family": config.models[line["model"]].family if line["model"] in config.models else None,
+                "method": line["distribution"],
+                "column": line["metric"],
+                "lower_is_better": None,
+            }
+            | {
+                name: line[name]
+                for name in ("model", "memory", "domain", "metric", "value", "low", "high", "n", "seeds")
+            }
+        )
+        for line in _lines(path)
+    ]
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    return [dict(line) for line in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))]
+
+
+FIGURES = {"figure4": _of_figure4, "figure6": _of_figure6}
 
 
 def _check_scale(file: Path, config: Config) -> None:
@@ -282,10 +331,16 @@ def _scale(cell: Cell) -> float:
 
 @dataclass(frozen=True)
 class Roles:
-    """The cells of a table by their roles in a study."""
+    """The measured cells of a table by their roles in a study; means and differences of them are left out."""
 
     study: Config
     cells: list[Cell]
+
+    @classmethod
+    def of(cls, study: Config, name: str, cells: Iterable[Cell]) -> "Roles":
+        """The roles of a table."""
+        columns, rows = _derived(study, name)
+        return cls(study, _with_metric([cell for cell in cells if cell.column not in columns and cell.row not in rows]))
 
     @cached_property
     def _families(self) -> dict[str | None, list[str]]:
@@ -298,8 +353,8 @@ class Roles:
 
     @cached_property
     def _columns(self) -> list[str]:
-        """Headings of the table, without that of the means."""
-        return list(dict.fromkeys(cell.column for cell in self.cells if cell.column != AVERAGE))
+        """Headings of the table."""
+        return list(dict.fromkeys(cell.column for cell in self.cells))
 
     @cached_property
     def _memories(self) -> dict[str, Memory]:
@@ -320,7 +375,7 @@ class Roles:
 
     def select(self, selector: Selector) -> list[Cell]:
         """The cells that fit."""
-        return [cell for cell in self.cells if cell.column != AVERAGE and self._fits(cell, selector)]
+        return [cell for cell in self.cells if self._fits(cell, selector)]
 
     def _fits(self, cell: Cell, selector: Selector) -> bool:
         for name in ("method", "task", "metric", "row"):
@@ -358,7 +413,7 @@ class Roles:
         if kind not in _SIZES or value not in RANKS:
             return fnmatchcase(name, role)
         field, settings = _SIZES[kind]
-        there = {each.memory for each in self.cells if each.memory is not None} | {main}
+        there = {each.memory for each in self.cells if each.memory is not None}
         fitting = {each for each in there if _alike(self._memories[each], first, {field}, settings)}
         sizes = self._by_size({getattr(self._memories[each], field) for each in fitting})
         return name in fitting and _ranked(getattr(memory, field), value, sizes if len(sizes) > 1 else [])
@@ -369,6 +424,33 @@ _SIZES: dict[str, tuple[str, set[str]]] = {
     "size": ("memory_model", {"learning_rate", "epochs", "batch_size", "warmup"}),
     "keys": ("key_model", set()),
 }
+
+
+def _with_metric(found: Sequence[Cell]) -> list[Cell]:
+    """Cells that were not run have no metric; they get the only one of their column, or else of the table."""
+    of_column: dict[str, set[str]] = {}
+    for cell in found:
+        if cell.metric is not None:
+            of_column.setdefault(cell.column, set()).add(cell.metric)
+    of_table = set().union(*of_column.values())
+    return [
+        cell.model_copy(update={"metric": next(iter(known))})
+        if cell.metric is None and len(known := of_column.get(cell.column, of_table)) == 1
+        else cell
+        for cell in found
+    ]
+
+
+def _derived(study: Config, name: str) -> tuple[set[str], set[str]]:
+    """Columns and rows of a table that are computed from others, as the catalogue says."""
+    try:
+        made = catalogue.table(study, name)
+    except ConfigError:  # a figure, or a table of another config
+        return {AVERAGE}, set()
+    if not isinstance(made, Measured):
+        return {AVERAGE}, set()
+    rows = {" / ".join(row.labels.values()) for row in made.rows if isinstance(row, Derived)}
+    return {AVERAGE, *made.columns} - set(made.measured), rows
 
 
 def _alike(memory: Memory, main: Memory, besides: set[str], settings: set[str]) -> bool:
@@ -434,7 +516,8 @@ def comparisons(claim: Claim, roles: Roles) -> list[Comparison]:
     for key, terms in left.items():
         other = right[key][0] if key in right else None
         for term in terms:
-            if (claim.right is not None and other is None) or term == other:
+            is_itself = term == other and claim.right is not None and claim.right.pick is None
+            if is_itself or (claim.right is not None and other is None):
                 continue
             kept = tuple((name, value) for name, value in key if name not in claim.averaged)
             if len(terms) > 1:
@@ -499,7 +582,7 @@ class Draws:
 
     def seeds(self, cell: Cell) -> list[int]:
         """Seeds that matter; the base alone has none, although its one value stands under a seed."""
-        found = [each.seed for each in self.items(cell)]
+        found = sorted({each.seed for each in self.items(cell)})
         return [] if cell.method == "base" and len(found) == 1 else found
 
     def of(self, cell: Cell, seeds: Sequence[int]) -> Quantity:
@@ -507,29 +590,31 @@ class Draws:
         measured = self.items(cell)
         if not measured:
             return Quantity(float(cell.value or 0.0), self._of_interval(cell))
-        chosen = [n for n, each in enumerate(measured) if each.seed in seeds] or list(range(len(measured)))
-        value = float(np.mean([measured[n].value for n in chosen])) * _scale(cell)
-        drawn = self._by_item(cell, measured)[:, chosen]
-        number = zlib.crc32(repr([measured[n].seed for n in chosen]).encode())
-        return Quantity(value, paired.over_seeds(drawn, seed=number) * _scale(cell))
+        own = sorted({each.seed for each in measured})
+        chosen = [seed for seed in own if seed in seeds] or own
+        value = float(np.mean([each.value for each in measured if each.seed in chosen])) * _scale(cell)
+        drawn = self._by_item(cell, measured)
+        of_seed = [
+            drawn[:, [each.seed == seed for each in measured]].mean(1) for seed in chosen
+        ]  # Table 7: mean of models
+        number = zlib.crc32(repr(chosen).encode())
+        return Quantity(value, paired.over_seeds(np.stack(of_seed, axis=1), seed=number) * _scale(cell))
 
     def _by_item(self, cell: Cell, measured: Sequence[Items]) -> Floats:
-        """Replicates over items at each seed, (R, S). Cells of the same task or text draw the same items."""
+        """Replicates over items, a column for each `Items`. Cells of the same task or text draw the same items."""
         if cell.place not in self._known:
-            first = measured[0]
-            lengths = {len(each) for each in measured}
-            if len(lengths) > 1 or any(not np.array_equal(each.counts, first.counts) for each in measured):
+            kinds: dict[bytes, list[int]] = {}
+            for number, each in enumerate(measured):
+                kinds.setdefault(repr(len(each)).encode() + each.counts.tobytes(), []).append(number)
+            if len(kinds) > 1 and cell.model is not None:  # a mean over models can have several tokenizers
                 raise ArtifactError(
                     f"{cell.table}: row {cell.row}, column {cell.column}: expected the same items at every seed, found "
-                    f"{' and '.join(map(str, sorted(lengths)))} of them; evaluate all seeds on the same text"
+                    f"{' and '.join(str(len(each)) for each in measured)}; evaluate all seeds on the same text"
                 )
-            number = zlib.crc32(repr((cell.domain, cell.task, len(first))).encode() + first.counts.tobytes())
-            labels = [each.labels for each in measured if each.labels is not None]
-            if labels:
-                drawn = paired.f1_by_item(labels, first.averages, seed=number)
-            else:
-                of = np.exp if first.kind == "perplexity" else np.asarray
-                drawn = paired.ratios_by_item([each.sums for each in measured], first.counts, of, seed=number)
+            drawn = np.empty((paired.N_RESAMPLES, len(measured)))
+            for kind, places in kinds.items():
+                seed = zlib.crc32(repr((cell.domain, cell.task)).encode() + kind)
+                drawn[:, places] = _resampled([measured[place] for place in places], seed)
             self._known[cell.place] = drawn
         return self._known[cell.place]
 
@@ -543,6 +628,16 @@ class Draws:
         rng = np.random.default_rng(zlib.crc32(repr(cell.place).encode()))
         normal = rng.standard_normal(paired.N_RESAMPLES) / 1.96
         return cell.value + np.where(normal < 0, normal * (cell.value - cell.low), normal * (cell.high - cell.value))
+
+
+def _resampled(measured: Sequence[Items], seed: int) -> Floats:
+    """Replicates over the same items of each, (R, S)."""
+    first = measured[0]
+    labels = [each.labels for each in measured if each.labels is not None]
+    if labels:
+        return paired.f1_by_item(labels, first.averages, seed=seed)
+    of = np.exp if first.kind == "perplexity" else np.asarray
+    return paired.ratios_by_item([each.sums for each in measured], first.counts, of, seed=seed)
 
 
 def _combined(one: Quantity, other: Quantity, ratio: bool) -> Quantity:
@@ -625,7 +720,8 @@ def judge(claim: Claim, roles: Roles, draws: Draws) -> Verdict:
     """The verdict on a claim by the cells of its table."""
     for side in filter(None, (claim.left, claim.right, claim.left.other(), claim.right and claim.right.other())):
         if not roles.select(side):
-            return _not_run(f"{claim.table} of this config has no cell for: {side}")
+            ranked = "; smallest and largest take two base models of a family" if side.model in RANKS else ""
+            return _not_run(f"{claim.table} of this config has no cell for: {side}{ranked}")
     groups = comparisons(claim, roles)
     if not groups:
         return _not_run(f"{claim.table} of this config has no two cells of {claim.left} and {claim.right} that differ")
@@ -729,7 +825,7 @@ def _whole(claim: Claim, several: list[Judged], lacking: Sequence[Cell], scale: 
     if worst.n and len(worst.seeds) < 2:
         parts.append("one seed, so items alone are drawn")
     if lacking:
-        parts.append(f"not run: {len(lacking)} cells, {lacking[0].note}")
+        parts.append(f"{len(lacking)} cells have no value, such as {lacking[0].row}: {lacking[0].note}")
     if worst.word != "holds" and scale != "paper" and claim.small:
         parts.append(f"at this scale: {claim.small}")
     low, high = worst.interval if worst.interval is not None else (None, None)
@@ -754,7 +850,7 @@ def run(config: Config, paths: Sequence[Path], out: Path, file: Path = FILE) -> 
     claims, tables = load(file), read_tables(paths, config)
     draws, roles = Draws(tables), {}
     for name, table in tables.items():
-        roles[name] = Roles(config.study_for(name), table.cells)
+        roles[name] = Roles.of(config.study_for(name), name, table.cells)
     found = [
         (claim, judge(claim, roles[claim.table], draws) if claim.table in tables else _not_made(claim.table, config))
         for claim in claims
@@ -765,7 +861,8 @@ def run(config: Config, paths: Sequence[Path], out: Path, file: Path = FILE) -> 
 
 def _not_made(table: str, config: Config) -> Verdict:
     try:
-        catalogue.table(config.study_for(table), table)
+        made = figure_catalogue.figure if table in figure_catalogue.FIGURES else catalogue.table
+        made(config.study_for(table), table)
     except ConfigError as error:
         return _not_run(str(error))
     return _not_run(f"{table} was not given; snakemake results/{table}.csv makes it")

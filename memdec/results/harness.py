@@ -380,13 +380,13 @@ def interval(
     if name == "mean":
         return statistics.mean_interval(items, n_resamples=RESAMPLES, seed=seed)
     rng = np.random.default_rng(seed)
-    if name in compare.F1_AVERAGES:  # counts of equal items are enough, and a hundred times as fast
+    if name in compare.F1:  # counts of equal items are enough, and a hundred times as fast
         columns = np.array(items, np.int64).T
         kinds, counts = np.unique(columns, axis=1, return_counts=True)
         *groups, gold, predicted = kinds
         drawn = rng.multinomial(len(items), counts / len(items), size=RESAMPLES)
         group = groups[0] if groups else np.zeros_like(gold)
-        found = [paired.grouped_f1(drawn, gold, predicted, average, group) for average in compare.F1_AVERAGES[name]]
+        found = [paired.grouped_f1(drawn, gold, predicted, average, group) for average in compare.F1[name]]
         replicates = np.mean(found, axis=0)
     else:
         drawn = rng.integers(0, len(items), size=(RESAMPLES, len(items)))

@@ -238,7 +238,7 @@ def read(path: Path) -> dict[Place, list[Items]]:
     """
     cells: dict[Place, list[Items]] = {}
     with outside(ArtifactError, path, "items of a table", "make the table again"):
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*_ARRAYS, "index")}
         index = json.loads(arrays.pop("index").tobytes())
         sizes = {"sums": [each["sums"] for each in index]}

@@ -28,24 +28,13 @@ from memdec.artefacts import artefact, provenance
 from memdec.config import Config
 from memdec.errors import ArtifactError, ConfigError, on_one_line, outside
 from memdec.inference.systems import SYSTEMS
-from memdec.results import catalogue, curves
+from memdec.results import catalogue, claims, curves, figure_catalogue
 from memdec.results import cells as lines_of_tables
 from memdec.results.cells import Cell
 from memdec.results.curves import PER_CHART, SIGNS, Dot, Line
+from memdec.results.layout import Measured
 
-VERDICTS = ("holds", "fails", "undecided", "not run")  # of claims
-CLAIM_COLUMNS = (
-    *("claim", "text", "source", "version", "table", "left", "right", "relation"),
-    *("effect", "low", "high", "n", "seeds", "verdict", "reason"),
-)
 _NUMBERS = {"effect", "low", "high"}
-_LABELS = ("family", "model", "method", "memory")  # fields of a cell that may be labels of its row
-_FIGURES = {
-    "figure2": "Perplexity of every model with and without its memory (the paper's Figure 2)",
-    "figure4": "Latency against generated tokens (the paper's Figure 4)",
-    "figure5": "Shape of the distributions of kNN, language model and memory (the paper's Figure 5)",
-    "figure6": "Shape of the distributions by model size (the paper's Figure 6)",
-}
 _FOLDERS = {  # of trained models, by the name of the folder that they are in; the order of the page
     "memory": "Memories",
     "lora": "LoRA adapters",
@@ -164,7 +153,7 @@ def page(config: Config, given: Sequence[Path], results: Path) -> str:
     cells = {name: lines_of_tables.read(results / f"{name}.cells.csv") for name in _named(results, ".cells.csv")}
     origins = {name: _origin(results / f"{name}.provenance.json", config.scale) for name in cells}
     grids = [_grid(config, name, cells.get(name, []), _command(given, results, name)) for name in _tables(cells)]
-    claims = _claims(results / "claims.csv")
+    said = _claims(results / "claims.csv")
     script, where = _packaged("report.js"), ["--results", str(results), "--out", f"{results}/report.html"]
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible
@@ -175,11 +164,11 @@ def page(config: Config, given: Sequence[Path], results: Path) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=Markup(_packaged("report.css")),
         signs=SIGNS,
-        claims=claims,
-        counts={verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in VERDICTS},
+        claims=said,
+        counts={verdict: sum(claim["verdict"] == verdict for claim in said) for verdict in claims.VERDICTS},
         headline=_headline(cells),
         grids=grids,
-        figures=_figures(results, given),
+        figures=_figures(config, results, given),
         weights=_weight_curves(config, scale),
         losses=_loss_curves(config, scale),
         latency=_latency(scale),
@@ -251,15 +240,15 @@ def _number(text: str, where: str, again: str) -> float | None:
 def _claims(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    claims = _read(file, CLAIM_COLUMNS)
-    for number, claim in enumerate(claims, 2):
-        if claim["verdict"] not in VERDICTS:
+    found = _read(file, claims.COLUMNS)
+    for number, claim in enumerate(found, 2):
+        if claim["verdict"] not in claims.VERDICTS:
             raise ArtifactError(
-                f"{file}: line {number}: expected a verdict of {', '.join(VERDICTS)}, found {claim['verdict']!r}; "
+                f"{file}: line {number}: expected a verdict of {', '.join(claims.VERDICTS)}, found {claim['verdict']!r}; "
                 "delete it and make it again"
             )
         claim["shown"] = _with_interval(claim["effect"], claim["low"], claim["high"])
-    return claims
+    return found
 
 
 def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
@@ -302,9 +291,11 @@ def _title(name: str) -> str:
 
 def _grid(config: Config, name: str, cells: Sequence[Cell], command: str) -> Grid:
     """A table of the page; one that was not run has no columns, and says why."""
-    title, caption, cannot = _title(name), "", ""
+    title, caption, headings, cannot = _title(name), "", list[str](), ""
     try:
-        caption = catalogue.table(config.study_for(name), name).caption
+        table = catalogue.table(config.study_for(name), name)
+        caption = table.caption
+        headings = list(table.rows[0].labels) if isinstance(table, Measured) and table.rows else []
     except ConfigError as error:
         cannot = str(error).removeprefix(f"{name}: ")
     run_ = [cell for cell in cells if cell.value is not None]
@@ -318,15 +309,17 @@ def _grid(config: Config, name: str, cells: Sequence[Cell], command: str) -> Gri
     for cell in cells:
         rows.setdefault(cell.row, {})[_column(cell)] = cell
     digits = {key: _digits([cell.value for cell in run_ if _column(cell) == key]) for key in heads}
-    (names, labels, common), best = _labels(cells), _best(run_)
+    (names, labels, common), best = _labels(list(rows), headings), _best(run_)
     shown = [
-        (labels[row], [_value(row_[key], digits[key], id(row_[key]) in best) if key in row_ else None for key in heads])
-        for row, row_ in rows.items()
+        (
+            labels[row],
+            [_value(found[key], digits[key], id(found[key]) in best) if key in found else None for key in heads],
+        )
+        for row, found in rows.items()
     ]
     columns = [(cell.column, "" if one else _metric(cell)) for cell in heads.values()]
-    return Grid(
-        name, title, caption, [text for text in (common, one) if text], names, columns, shown, len(run_), len(cells)
-    )
+    about = [text for text in (common, one) if text]
+    return Grid(name, title, caption, about, names, columns, shown, len(run_), len(cells))
 
 
 def _column(cell: Cell) -> tuple[str, str | None]:
@@ -335,30 +328,30 @@ def _column(cell: Cell) -> tuple[str, str | None]:
 
 def _metric(cell: Cell) -> str:
     """What a column measures, e.g. `acc (%), higher is better`."""
-    name = " ".join(filter(None, [cell.metric, f"({cell.unit})" if cell.unit not in (None, cell.metric) else ""]))
+    name = cell.metric or ""
+    if cell.unit and cell.unit not in name:
+        name = f"{name} ({cell.unit})" if name else cell.unit
     better = {True: "lower is better", False: "higher is better", None: ""}[cell.lower_is_better]
     return ", ".join(filter(None, [name.replace("_", " "), better]))
 
 
-def _labels(cells: Sequence[Cell]) -> tuple[list[str], dict[str, list[str]], str]:
-    """Headings of the labels of the rows, the labels of each row, and what all rows have in common.
+def _labels(rows: Sequence[str], headings: Sequence[str]) -> tuple[list[str], dict[str, list[str]], str]:
+    """Headings of the labels that tell rows apart, these labels of each row, and what all rows have in common.
 
-    `row` of a cell is its labels, joined; the heading of one is the field of the cell that equals it in every row.
+    Args:
+        rows: The labels of each row, joined as in `Cell.row`.
+        headings: Of the labels.
     """
-    parts = {cell.row: cell.row.split(" / ") for cell in cells}
-    if len({len(labels) for labels in parts.values()}) > 1:
-        return ["Row"], {row: [row] for row in parts}, ""
-    places = range(len(next(iter(parts.values()))))
-    names = []
-    for place in places:
-        fits = [name for name in _LABELS if all(getattr(cell, name) == parts[cell.row][place] for cell in cells)]
-        names.append(fits[0].capitalize() if fits else "System" if len(places) > 1 else "Row")
-    values = [{labels[place] for labels in parts.values()} for place in places]
-    told = [place for place in places if names[place] == "Family" and "Model" in names]  # a model has one family
-    same = [place for place in places if len(values[place]) == 1 and place not in told and len(parts) > 1]
-    kept = [place for place in places if place not in (*told, *same)] or [places[-1]]
-    common = ", ".join(f"{names[place]}: {values[place].pop()}" for place in same if place not in kept)
-    return [names[place] for place in kept], {row: [labels[p] for p in kept] for row, labels in parts.items()}, common
+    parts = {row: row.split(" / ") for row in rows}
+    if any(len(labels) != len(headings) for labels in parts.values()):
+        return ["Row"], {row: [row] for row in rows}, ""
+    values = [list(dict.fromkeys(labels[place] for labels in parts.values())) for place in range(len(headings))]
+    told = [place for place, head in enumerate(headings) if head == "family" and "model" in headings]  # by the model
+    same = [place for place in range(len(headings)) if len(values[place]) == 1 and len(rows) > 1]
+    kept = [place for place in range(len(headings)) if place not in (*told, *same)] or [len(headings) - 1]
+    common = ", ".join(f"{headings[place]}: {values[place][0]}" for place in same if place not in (*told, *kept))
+    names = [headings[place].capitalize() for place in kept]
+    return names, {row: [labels[place] for place in kept] for row, labels in parts.items()}, common
 
 
 def _best(run_: Sequence[Cell]) -> set[int]:
@@ -538,26 +531,47 @@ def _records(file: Path) -> list[dict[str, Any]]:
         return [dict(record) for record in json.loads(file.read_text(encoding="utf-8"))]
 
 
-def _figures(results: Path, given: Sequence[Path]) -> dict[str, Chart | str]:
-    """For each figure of the paper the chart, or the command that makes it."""
-    found: dict[str, Chart | str] = {}
-    for name, title in _FIGURES.items():
-        file = results / f"{name}.svg"
+def _figures(config: Config, results: Path, given: Sequence[Path]) -> dict[str, Chart | tuple[str, str]]:
+    """For each figure of the paper the chart with its numbers, or why it is not there and the command that makes it."""
+    found: dict[str, Chart | tuple[str, str]] = {}
+    for name in figure_catalogue.FIGURES:
+        caption, why, file = "", "make it with", results / f"{name}.svg"
+        try:
+            caption = figure_catalogue.figure(config.study_for(name), name).caption
+        except ConfigError as error:
+            why = str(error).removeprefix(f"{name}: ")
         if not file.is_file():
-            found[name] = _command(given, results, name)
+            found[name] = (why, _command(given, results, name) if caption else "")
             continue
-        with outside(ArtifactError, file, "SVG in UTF-8", "delete it and make it again"):
+        again = "delete it and make it again"
+        with outside(ArtifactError, file, "SVG in UTF-8", again):
             svg = curves.adaptive(file.read_text(encoding="utf-8"), name, file)
-        found[name] = Chart(title, Markup(svg), f"{title}; its numbers are in {name}.csv.")
+        with outside(ArtifactError, file.with_suffix(".csv"), "the numbers of the figure", again):
+            numbers = pd.read_csv(file.with_suffix(".csv"))
+        says = f"{caption or _title(name)} The numbers are below."
+        found[name] = Chart(caption, Markup(svg), says, numbers=_numbers(numbers, _title(name)))
     return found
 
 
-def _latency(scale: Path) -> list[tuple[Chart, Plain]]:
-    """The figure and a table for every measurement: the whole time for the largest number of new tokens."""
+def _numbers(frame: pd.DataFrame, caption: str) -> Plain:
+    """Numbers of a figure: columns of text first, then the others with four digits."""
+    words = [name for name in frame.columns if not pd.api.types.is_numeric_dtype(frame[name])]
+    ordered = frame[[*words, *(name for name in frame.columns if name not in words)]]
+    rows = [
+        ["" if pd.isna(each) else f"{each:.4g}" if isinstance(each, float) else str(each) for each in row]
+        for row in ordered.itertuples(index=False)
+    ]
+    return Plain(
+        [str(name).replace("_", " ") for name in ordered.columns], rows, len(words), caption=f"{caption}: numbers"
+    )
+
+
+def _latency(scale: Path) -> list[Plain]:
+    """A table for every measurement: the whole time for the largest number of new tokens."""
     found = []
     header = ["System", "Seconds [95 % interval]", "Tokens/s", "Ratio to base [95 % interval]"]
-    for number, (folder, _) in enumerate(_manifests(scale, "latency")):
-        with outside(ArtifactError, folder, "latency.csv and latency.svg", "measure again with memdec latency"):
+    for folder, _ in _manifests(scale, "latency"):
+        with outside(ArtifactError, folder / "latency.csv", "latencies", "measure again with memdec latency"):
             total = pd.read_csv(folder / "latency.csv").query("phase == 'total'")
             last = total[total["n_tokens"] == total["n_tokens"].max()]
             rows = [
@@ -570,13 +584,9 @@ def _latency(scale: Path) -> list[tuple[Chart, Plain]]:
                 for _, row in last.iterrows()
             ]
             first = last.iloc[0]
-            title = (
-                f"{first['n_tokens']} new tokens after {first['prompt_tokens']}, {first['machine']}, {first['device']}"
-            )
-            svg = (folder / "latency.svg").read_text(encoding="utf-8")
-        drawn = curves.adaptive(svg, f"latency{number}", folder / "latency.svg")
-        says = "Latency against generated tokens; the largest number is in the table."
-        found.append((Chart(f"Latency of {folder.name}", Markup(drawn), says), Plain(header, rows, caption=title)))
+            where = f"{first['machine']}, {first['device']}"
+        what = f"{first['n_tokens']} new tokens after {first['prompt_tokens']}"
+        found.append(Plain(header, rows, caption=f"{folder.relative_to(scale)}: {what}, {where}"))
     return found
 
 

@@ -19,7 +19,7 @@ from memdec.artefacts.markdown import escaped
 from memdec.artefacts.markdown import table as write_markdown
 from memdec.config import Config
 from memdec.errors import ArtifactError, ConfigError, outside
-from memdec.maths import mixing
+from memdec.maths import weighing
 from memdec.results import catalogue, cells, items
 from memdec.results.layout import Column, Measured, Table
 from memdec.results.sheet import Number, Record, Sheet, select
@@ -49,11 +49,13 @@ def run(table: Table, given: Sequence[Given], out: Path) -> None:
     if not isinstance(table, Measured):
         _marked_words(table, given, out)
         return
-    sheet = Sheet(table, load_records(table.config, given, table.records))
+    records = load_records(table.config, given, table.records)
+    sheet = Sheet(table, records)
     sheet.test()
     cells.write(out.with_suffix(".cells.csv"), sheet.cells())
     items.write(out.with_suffix(".items.npz"), sheet.items())
-    write(out, wide(sheet), grid(sheet), note(sheet), table.name, table.config, _facts(given))
+    facts = _facts(given) | {"rows_sha256": {each["task"]: each["rows"] for each in records if each.get("rows")}}
+    write(out, wide(sheet), grid(sheet), note(sheet), table.name, table.config, facts)
 
 
 def _facts(given: Sequence[Given]) -> dict[str, Any]:
@@ -345,7 +347,7 @@ def _chosen(records: Sequence[Record], config: Config) -> list[str]:
         if not values:
             continue
         sentences.append(f"{name.capitalize()} tuned on valid (chosen: {', '.join(f'{value:g}' for value in values)}).")
-        ends = [f"{value:g}" for value in values if mixing.at_end(name, value, grids[name]) is not None]
+        ends = [f"{value:g}" for value in values if weighing.at_end(name, value, grids[name]) is not None]
         if ends:
             is_are = "is" if len(ends) == 1 else "are"
             sentences.append(f"{name.capitalize()} {' and '.join(ends)} {is_are} at the end of the grid.")

@@ -1,4 +1,4 @@
-"""Tables from records, and the regression check on them."""
+"""Tables from records."""
 
 import io
 import json
@@ -10,8 +10,8 @@ import pytest
 
 from memdec import config as cfg
 from memdec.artefacts import artefact
-from memdec.errors import ArtifactError, ConfigError, IncomparableError
-from memdec.results import catalogue, regression, tables
+from memdec.errors import ArtifactError, ConfigError
+from memdec.results import catalogue, tables
 from memdec.results.sheet import Sheet
 from memdec.settings import parse
 
@@ -262,58 +262,3 @@ def test_the_base_counts_once_though_every_evaluation_has_it(tmp_path: Path) -> 
     assert list(pd.read_csv(tmp_path / "memories.csv")["sklearn"].dropna()) == [90.0, 60.0, 50.0]
     with pytest.raises(ArtifactError, match="expected records of seed 1, found seed 0"):
         tables.load_records(CONFIG, [("sklearn", "gpt2-S", 1, tmp_path / "a")])
-
-
-def write_table(path: Path, records: list[dict[str, Any]], **provenance: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tables.wide(Sheet(TABLE3, records)).to_csv(path, index=False)
-    facts = {
-        "scale": "reduced",
-        "corpora_sha256": {"sklearn": "ab"},
-        "versions": {"torch": "2.13.0+cpu", "python": "3.11.7"},
-    }
-    path.with_suffix(".provenance.json").write_text(json.dumps(facts | provenance))
-    return path
-
-
-def test_the_check_sees_what_moved_and_nothing_else(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    table = write_table(tmp_path / "a.csv", records)
-    noisy = write_table(tmp_path / "b.csv", scaled(records, 1.01, 1.01, 1.01))
-    baseline = tmp_path / "base.json"
-    regression.write(table, [noisy], baseline)
-    tolerance = json.loads(baseline.read_text())["cells"]["gpt2-S/base/sklearn"]["tolerance"]
-    assert tolerance == pytest.approx(3 * 0.01 / 2**0.5, abs=1e-4)
-    lines, moved = regression.compare(noisy, baseline)
-    assert not moved
-    assert all(line.startswith("ok") for line in lines)
-    far = write_table(tmp_path / "c.csv", scaled(records, 1.0, 1.1, 66 / 62))
-    lines, moved = regression.compare(far, baseline)
-    assert moved
-    assert [line[:5] for line in lines] == ["ok   ", "MOVED"]
-    gone = write_table(tmp_path / "d.csv", [each for each in records if each["method"] == "base"])
-    lines, moved = regression.compare(gone, baseline)
-    assert moved
-    assert lines[1].startswith("MISSING gpt2-S/MemDec/sklearn")
-
-
-def scaled(records: list[dict[str, Any]], *factors: float) -> list[dict[str, Any]]:
-    return [each | {"value": each["value"] * factor} for each, factor in zip(records, factors, strict=True)]
-
-
-@pytest.mark.parametrize(
-    "change", [{"corpora_sha256": {"sklearn": "cd"}}, {"versions": {"torch": "2.12.0", "python": "3.11.7"}}]
-)
-def test_other_text_or_versions_are_not_compared(
-    records: list[dict[str, Any]], tmp_path: Path, change: dict[str, Any]
-) -> None:
-    regression.write(write_table(tmp_path / "a.csv", records), [], tmp_path / "base.json")
-    with pytest.raises(IncomparableError, match="would mean nothing") as caught:
-        regression.compare(write_table(tmp_path / "b.csv", records, **change), tmp_path / "base.json")
-    assert caught.value.exit_code == 3
-    with pytest.raises(ArtifactError, match=r"expected the provenance of c\.csv"):
-        regression.compare(write_table(tmp_path / "c.csv", records).with_name("c.csv"), _without_provenance(tmp_path))
-
-
-def _without_provenance(folder: Path) -> Path:
-    (folder / "c.provenance.json").unlink()
-    return folder / "base.json"
