@@ -444,15 +444,18 @@ def evaluate(
     lora: Annotated[Path | None, typer.Option(help="LoRA folder")] = None,
     dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
     datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
-    index: Annotated[Path | None, typer.Option(help="index over --datastore; both together add the kNN-LM")] = None,
+    index: Annotated[Path | None, typer.Option(help="index over --datastore; both together are the kNN-LM")] = None,
     passages: Annotated[Path | None, typer.Option(help="passages of the corpus, for In-Context RAG")] = None,
     also: Annotated[
         list[Path], typer.Option(help="general corpus to measure on too, with the weights tuned on --corpus; repeat")
     ] = [],
+    base_evaluation: Annotated[
+        Path | None, typer.Option(help="with --memory: the base's own evaluation, so that the base is not run again")
+    ] = None,
     seed: Seed = 0,
     compute: Compute = AUTO,
 ) -> None:
-    """Measure perplexity with and without memory through lm-eval; valid tunes alpha, or the kNN-LM's lambda and tau."""
+    """Measure the perplexity of a base alone, or of one system; valid tunes alpha, or the kNN-LM's lambda and tau."""
     from memdec.results import evaluate as stage_evaluate
 
     stage_evaluate.run(
@@ -472,6 +475,7 @@ def evaluate(
         index=index,
         passages=passages,
         also=also,
+        base_evaluation=base_evaluation,
         compute=compute,
     )
 
@@ -695,8 +699,13 @@ def _read(file: Path) -> str:
 
 
 RunConfig = Annotated[Path, typer.Option(help="config of the run, YAML or JSON")]
-Cells = Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of an evaluation (Table 6: cases); repeat")]
-TableFile = Annotated[Path, typer.Option(help="CSV file; .md, .tex and .provenance.json are written beside it")]
+Cells = Annotated[
+    list[str],
+    typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of an evaluation or harness run (Table 6: cases; 13: corpus); repeat"),
+]
+TableFile = Annotated[
+    Path, typer.Option(help="CSV file; .cells.csv, .items.npz, .md, .tex and .provenance.json are written beside it")
+]
 
 
 def _cells(texts: list[str]) -> list[tuple[str, str, int, Path]]:
@@ -711,12 +720,12 @@ def _cells(texts: list[str]) -> list[tuple[str, str, int, Path]]:
 
 @app.command()
 def table(
-    name: Annotated[str, typer.Option(help="table1, table3, table4, table6, memories or forgetting")],
+    name: Annotated[str, typer.Option(help="table1 to table19, memories, objectives or forgetting (docs/tables.md)")],
     config: RunConfig,
     cell: Cells,
     out: TableFile,
 ) -> None:
-    """Make a table from evaluations, or Table 6 from `memdec cases`."""
+    """Make a table from evaluations, harness runs, marked words or corpora."""
     from memdec.results import catalogue, tables
 
     tables.run(catalogue.table(cfg.load(config), name), _cells(cell), out)
@@ -772,7 +781,7 @@ def cases(
     """Compute p(marked word) under memory, kNN and base for the texts of the config (Table 6)."""
     from memdec.results import table6 as stage_cases
 
-    stage_cases.run(cfg.load(config), base, memory, datastore, index, out)
+    stage_cases.run(cfg.load(config).study_for("table6"), base, memory, datastore, index, out)
     options.wrote(out, "memdec table --name table6 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...")
 
 

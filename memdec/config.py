@@ -98,7 +98,7 @@ class MemoryVariant(Settings):
     other_domain: bool = Field(
         False,
         description="do not train a memory: mix in the default memory of the next of 'domains', after the last one that "
-        "of the first (negative control, ours)",
+        "of the first (negative control, ours); with one domain there is none",
     )
     adapt: Name | None = Field(
         None,
@@ -193,6 +193,9 @@ class Study(Settings):
     lora: Section = Field(default_factory=dict)
     budget: Section | None = Field(default_factory=dict, description="null: no limit")
     evaluate: Section = Field(default_factory=dict)
+    latency: Section = Field(default_factory=dict)
+    fidelity: Section = Field(default_factory=dict)
+    shapes: Section = Field(default_factory=dict)
     cases: list[Case] = Field(default_factory=list)
     tasks: dict[Name, Names] = Field(default_factory=dict)
 
@@ -209,9 +212,12 @@ MADE_OF: dict[str, tuple[str, ...]] = {
     "index": (*_KEYS, "index"),
     "targets": _TARGETS,
     "teacher": ("finetune", "teacher"),
-    "memory": (*_TARGETS, "teacher", "dapt", "memory", "adapt", "budget", "key_model", "memory_model", "watched"),
+    "memory": (*_TARGETS, "teacher", "memory", "adapt", "budget", "key_model", "memory_model", "watched"),
     "evaluation": ("evaluate", "forgetting"),
     "cases": ("cases",),
+    "latency": ("latency",),
+    "fidelity": ("fidelity",),
+    "shapes": ("shapes",),
 }
 
 
@@ -293,6 +299,8 @@ class Config(Settings):
         start = self.variant(given.adapt).memory_model if given.adapt else given.memory_model or self.memory_model
         key_model = given.key_model or self.key_model
         tokenizer = self.models[start if given.dapt else key_model].tokenizer
+        fitting = [base for base in self.bases if self.models[base].tokenizer == tokenizer]
+        alone = given.other_domain and len(self.domains) == 1
         return Memory(
             **given.model_dump(include={"tuned", "tuned_start", "dapt", "other_domain", "adapt", "share"}),
             name=name,
@@ -300,7 +308,7 @@ class Config(Settings):
             key_model=key_model,
             targets="none" if given.dapt or train.objective == "ce" else given.targets,
             train=train,
-            models=given.models or [base for base in self.bases if self.models[base].tokenizer == tokenizer],
+            models=[] if alone else given.models or fitting,
             tokenizer=tokenizer,
         )
 
@@ -326,11 +334,11 @@ class Config(Settings):
         Raises:
             ConfigError: There is no such study.
         """
-        if name is None:
-            return self.model_copy(update={"studies": {}}) if self.studies else self
-        if name not in self.studies:
+        if name is None and not self.studies:
+            return self
+        if name is not None and name not in self.studies:
             raise ConfigError(f"studies: expected one of {', '.join(self.studies) or 'none defined'}, found {name}")
-        study: Config = parse(Config, self._laid(name), f"studies.{name}")
+        study: Config = parse(Config, self._laid(name), "config" if name is None else f"studies.{name}")
         return study
 
     def study_for(self, table: str) -> "Config":
@@ -341,9 +349,11 @@ class Config(Settings):
         """The common part, under None, and all studies, as `study` gives them."""
         return {name: self.study(name) for name in (None, *self.studies)}
 
-    def _laid(self, study: str) -> dict[str, Any]:
-        """The plain data of the common part with a study laid over it."""
+    def _laid(self, study: str | None) -> dict[str, Any]:
+        """The plain data of the common part, with a study laid over it if it is named."""
         below = self.model_dump(exclude_unset=True, exclude={"studies"})
+        if study is None:
+            return below
         above = self.studies[study].model_dump(exclude_unset=True, exclude={"tables"})
         return {**plain.merged(below, above), "study_name": study}
 
@@ -440,11 +450,6 @@ class Config(Settings):
             wrong.append(
                 f"{where}memory_model: expected a model with tokenizer {memory.tokenizer} as the key model "
                 f"{memory.key_model}, found {memory.memory_model} with {other}"
-            )
-        if memory.other_domain and len(self.domains) < 2:
-            wrong.append(
-                f"{where}other_domain: expected two domains or more, found only {self.domains[0]}; add one to 'domains', "
-                "or leave this memory out"
             )
         if memory.targets == "none" and memory.train.objective != "ce" and not memory.dapt:
             wrong.append(f"{where}targets: expected knn or teacher with objective {memory.train.objective}, found none")

@@ -499,6 +499,9 @@ class LatencySettings(SearchSettings):
 class SampleSettings(Settings):
     """A sample of the training positions on which models are compared with their targets (ours)."""
 
+    floor: float = Field(
+        0.001, ge=0, lt=1, description="tokens of at least this probability are counted (about one neighbour of 1024)"
+    )
     most: PositiveInt = Field(32768, description="most positions to use; they come in whole windows, evenly spread")
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
     resamples: PositiveInt = Field(2000, description="number of bootstrap resamples for the 95 % interval over windows")
@@ -508,12 +511,11 @@ class SampleSettings(Settings):
 class ShapesSettings(SampleSettings):
     """The shapes of p_kNN, of the model that gives the keys, and of the memory (paper, Figures 5 and 6)."""
 
-    floor: float = Field(
-        0.001, gt=0, lt=1, description="count tokens of at least this probability (about one neighbour of 1024)"
-    )
     bins: int = Field(20, ge=2, description="bars of a histogram")
     examples: PositiveInt = Field(3, description="positions whose distributions are drawn as examples")
-    shown: PositiveInt = Field(8, description="tokens of an example: the most likely ones of the three distributions")
+    shown: int = Field(
+        6, ge=2, description="tokens of an example: the one that follows and the most likely ones of the distributions"
+    )
 
 
 class ExplainSettings(KnnSettings):
@@ -532,10 +534,10 @@ class Suite(Settings):
     """Tasks of lm-eval that are run together around one base model, with models that are loaded once."""
 
     tasks: Names = Field(min_length=1, description="names of tasks or groups under 'harness_tasks'")
-    alpha: Literal["paper", "valid"] | Annotated[float, Field(ge=0, le=1)] = Field(
+    alpha: Literal["paper", "valid", "tune"] | Annotated[float, Field(ge=0, le=1)] = Field(
         "paper",
-        description="weight of the memory; paper: each task's own, as printed; valid: the one tuned on the domain's valid "
-        "text; or a number",
+        description="weight of the memory; paper: each task's own, as printed; tune: the best on rows of the task that are "
+        "not scored; valid: the one tuned on the domain's valid text; or a number",
     )
     limit: PositiveInt | None = Field(None, description="first rows of each task (default: all)")
     batch_size: PositiveInt = Field(16, description="requests per forward pass")

@@ -31,6 +31,7 @@ _SIZES = {
     "GPT2-large": "MemDec-large (774M)",
 }
 _SOURCES = {"GPT2-small": "from_small", "GPT2-medium": "from_medium", "GPT2-large": "from_large"}
+_OF_SIZE = ("train.learning_rate", "train.epochs", "train.batch_size", "train.warmup")  # what may differ with it
 _OBJECTIVES = {"kl": "KL only", "ce": "CE only", "hybrid": "MemDec (KL + CE)"}
 
 
@@ -147,7 +148,7 @@ def table7(config: Config) -> Measured:
 def table8(config: Config) -> Measured:
     """Make Table 8: memories of several sizes, on the first domain."""
     models, domain = _some_models(config, "table8"), config.domains[0]
-    memories = [name for name in config.memory_names if _differs(config, name) <= {"memory_model"}]
+    memories = _differing(config, "memory_model", *_OF_SIZE)
     systems: list[SystemName] = [name for name in config.systems if name in ("base", "DAPT")]
     order = list(config.models)
     memories.sort(key=lambda name: order.index(config.variant(name).memory_model))
@@ -162,7 +163,7 @@ def table8(config: Config) -> Measured:
         name="table8",
         config=config,
         caption="Perplexity with memories of several sizes on one domain (the paper's Table 8).",
-        parts=_evaluations(config, models, systems, memories, [domain]),
+        parts=_evaluations(config, models, [*systems, "MemDec"], memories, [domain]),
         rows=list(rows),
         columns=_averaged({model: Column({"model": model, "domain": domain}) for model in models}),
         extra=("sd", "n", "alpha", "low", "high"),
@@ -173,10 +174,9 @@ def table8(config: Config) -> Measured:
 def table9(config: Config) -> Measured:
     """Make Table 9: the two parts of the objective alone, on the first domain and the models that have all three."""
     domain, chosen = config.domains[0], {}
-    for name in config.memory_names:
-        objective = config.variant(name).train.objective
-        if _differs(config, name, {"train.objective"}) <= {"train.objective"} and objective in _OBJECTIVES:
-            chosen.setdefault(objective, name)
+    for name in _differing(config, "train.objective"):
+        chosen.setdefault(config.variant(name).train.objective, name)
+    chosen = {objective: chosen[objective] for objective in _OBJECTIVES if objective in chosen}
     if set(chosen) != set(_OBJECTIVES) or "MemDec" not in config.systems:
         raise ConfigError(_no_memories("table9", "with the objectives kl and ce beside hybrid", "train.objective"))
     models = [model for model in config.bases if all(model in config.variant(name).models for name in chosen.values())]
@@ -246,7 +246,7 @@ def table17(config: Config) -> Measured:
 def table19(config: Config) -> Measured:
     """Make Table 19: memories with the keys of several models, on the first domain."""
     models, domain = _some_models(config, "table19"), config.domains[0]
-    memories = [name for name in config.memory_names if _differs(config, name) <= {"key_model"}]
+    memories = _differing(config, "key_model")
     order = list(config.models)
     memories.sort(key=lambda name: order.index(config.variant(name).key_model))
     if len(memories) < 2 or "MemDec" not in config.systems:
@@ -418,23 +418,25 @@ def _no_memories(name: str, which: str, field: str) -> str:
     return f"{name}: expected a memory {which}, and MemDec in 'systems', found none; add one under 'memories' ({field})"
 
 
-def _differs(config: Config, name: str, named: Iterable[str] = ()) -> set[str]:
-    """Fields in which a memory differs from the default one; of its training only the objective and those `named`.
+def _differing(config: Config, field: str, *others: str) -> list[str]:
+    """The default memory, and those that differ from it in this field, and at most in these others."""
+    found = [DEFAULT_MEMORY]
+    for name in config.memories:
+        different = _differs(config, name)
+        if field in different and different <= {field, *others}:
+            found.append(name)
+    return found
 
-    A memory of another size may need another learning rate and is still the same but for its size.
-    """
+
+def _differs(config: Config, name: str) -> set[str]:
+    """Fields in which a memory differs from the default one; those of its training begin with `train.`."""
     first, other = config.variant(DEFAULT_MEMORY), config.variant(name)
     fields = set(type(first).model_fields) - {"name", "models", "train", "tokenizer"}
     found = {field for field in fields if getattr(first, field) != getattr(other, field)}
     if other.train.objective == "ce":
         found.discard("targets")  # they follow from the objective
-    every = set(type(first.train).model_fields)
-    train = {field for field in every if getattr(first.train, field) != getattr(other.train, field)}
-    return (
-        found
-        | {f"train.{field}" for field in train & {"objective"}}
-        | ({f"train.{f}" for f in train} if named else set())
-    )
+    train = type(first.train).model_fields
+    return found | {f"train.{field}" for field in train if getattr(first.train, field) != getattr(other.train, field)}
 
 
 def _controls(config: Config) -> dict[str, str]:
@@ -446,7 +448,7 @@ def _controls(config: Config) -> dict[str, str]:
     for memory in (config.variant(name) for name in config.memories):
         if memory.dapt and memory.memory_model == default.memory_model:
             found.setdefault("control: DAPT", memory.name)
-        if memory.other_domain:
+        if memory.other_domain and memory.models:
             found.setdefault("control: other domain", memory.name)
     return found
 

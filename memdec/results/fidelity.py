@@ -2,9 +2,10 @@
 
 On a sample of the training positions it compares p_mem with the stored targets: match of the most likely token, KL,
 total variation and Pearson correlation (`memdec.maths.fidelity` defines them). Each is a mean over all positions, over
-those whose target has one token, and over those with several tokens. The measures and the split are those of Memory
-Decoder at Scale (arXiv 2607.27919). They say how well the memory learned its training positions, not how well it
-generalises.
+those whose target has one token, and over those with several. Only tokens with a probability of `floor` or more count
+for this split, since far neighbours give almost every target a few tokens of no weight. The measures and the split are
+those of Memory Decoder at Scale (arXiv 2607.27919). They say how well the memory learned its training positions, not how
+well it generalises.
 
 The targets are as they were trained on: cut to their `top` tokens and renormalised, if the run does so. The facts give
 the share of rows that may have been cut, and an upper bound of the mass that they lack; that bound is also the most by
@@ -64,8 +65,8 @@ def run(
     with artefact.building(out, "fidelity", plain, positions.inputs | {"memory": known.recipe}) as build:
         if build is None:
             return
-        table, cut = _measured(positions, memory, compute)
-        several = table["entries"].to_numpy() > 1
+        table, cut = _measured(positions, memory, settings.floor, compute)
+        several = table["entries"].to_numpy() != 1
         groups = dict(zip(ROWS, (np.ones(len(table), bool), ~several, several), strict=True))
         window = table["window"].to_numpy()
         records = [
@@ -84,13 +85,16 @@ def run(
         build.facts.update(positions.facts, one_token=float((~several).mean()), **cut)
 
 
-def _measured(positions: Positions, memory: Path, compute: Compute) -> tuple[pd.DataFrame, dict[str, float]]:
-    """A line per position with its window, the entries of its target and the measures; and what is known of the cut."""
+def _measured(
+    positions: Positions, memory: Path, floor: float, compute: Compute
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """A line per position with its window, the tokens of its target and the measures; and what is known of the cut."""
     made = positions.made
     parts, cuts = [], []
     for block in positions.blocks([memory], compute):
         found = fidelity.fidelity(block.log_p[0], block.rows)
-        parts.append(pd.DataFrame({"window": block.window, "entries": np.diff(block.rows.indptr), **found}))
+        entries = fidelity.sparse_shape(block.rows, floor)["entries"]
+        parts.append(pd.DataFrame({"window": block.window, "entries": entries, **found}))
         if positions.imitates == "p_kNN":
             cuts.append(fidelity.cut(block.rows, made["neighbours"], made["top"], made["threshold"]))
     missing = np.concatenate(cuts) if cuts else np.zeros(0)

@@ -40,14 +40,14 @@ class Figure:
 
 
 def figure(config: Config, name: str) -> Figure:
-    """Make a figure by its name.
+    """Make a figure by its name, from the study of the config that fills it.
 
     Raises:
         ConfigError: There is no such figure, or the config has nothing for it.
     """
     if name not in FIGURES:
         raise ConfigError(f"figure: expected one of {', '.join(FIGURES)}, found {name!r}; choose one of them")
-    return FIGURES[name](config)
+    return FIGURES[name](config.study_for(name))
 
 
 # --- Figure 2 -----------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def fidelity(config: Config) -> Figure:
     memories = [
         memory
         for memory in map(config.variant, config.memory_names)
-        if config.models[memory.key_model].tokenizer == memory.tokenizer
+        if memory.models and config.models[memory.key_model].tokenizer == memory.tokenizer
     ]
     return Figure("fidelity", config, caption, "fidelity", _parts(config, "fidelity", memories))
 

@@ -4,6 +4,7 @@ Figures are at most `WIDTH` wide, so that they can be read on a phone (390 px) w
 below each other.
 """
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,8 @@ def bars(table: pd.DataFrame) -> Figure:
             axes.barh(places, values, thick, label=method, xerr=ends, **_bar(number))
             for place, value, high in zip(places, values, rows["high"].fillna(rows["value"]), strict=True):
                 axes.text(high + 0.012 * most, place, f"{value:.2f}", va="center", fontsize=7)
-        _names(axes, models)
-        axes.set_xlim(0, 1.14 * most)
+        _names(axes, [textwrap.fill(model, _LONGEST) for model in models])
+        axes.set_xlim(0, 1.2 * most)
         axes.set_xlabel(f"Perplexity per token, {_plain(table['domain'].iloc[0])} (lower is better)")
         axes.set_ylabel("Base model")
         figure.legend(loc="outside upper center", ncols=len(methods))
@@ -137,7 +138,7 @@ def examples(table: pd.DataFrame) -> Figure:
     Args:
         table: Columns example, before, next, token, and one per distribution (`DISTRIBUTIONS`).
     """
-    panels = list(table.groupby("example", sort=True))
+    panels, most = list(table.groupby("example", sort=True)), float(table[list(DISTRIBUTIONS)].to_numpy().max())
     tall = [0.55 + 0.36 * len(rows) for _, rows in panels]
     with style.context(_STYLE):
         figure = Figure(figsize=(WIDTH, 0.5 + sum(tall)))
@@ -148,7 +149,7 @@ def examples(table: pd.DataFrame) -> Figure:
                 places = [place + (number - 1) * 0.27 for place in range(len(rows))]
                 axes.barh(places, rows[name].to_numpy(float), 0.27, label=DISTRIBUTIONS[name], **_bar(number))
             _names(axes, labels)
-            axes.set_xlim(0, 1)
+            axes.set_xlim(0, min(1.0, 1.05 * most))
             axes.set_title(_tail(f"…{rows['before'].iloc[0]}", 58), fontsize=7, loc="right", parse_math=False)
             axes.set_ylabel("Next token")
         many[-1].set_xlabel("Probability (← the token that follows)")
@@ -176,9 +177,10 @@ def shapes(table: pd.DataFrame) -> Figure:
                 rows = shown[shown["distribution"] == name]
                 _line(axes, rows, "place", ("value", "low", "high"), number, DISTRIBUTIONS[name])
             axes.set_ylabel(title)
-            _scale(axes, float(shown["value"].max() / shown["value"].min()))
             if metric == "top1":
                 axes.set_ylim(0, 1)
+            else:
+                _scale(axes, float(shown["value"].max() / max(shown["value"].min(), 1e-9)))
         axes.set_xticks(range(len(names)), names, fontsize=7)
         axes.set_xlim(-0.4, len(names) - 0.6)
         axes.set_xlabel("Model that gives the keys, parameters")
@@ -210,7 +212,7 @@ def fidelity(table: pd.DataFrame) -> Figure:
                 value, low, high = (rows[name].to_numpy(float) for name in ("value", "low", "high"))
                 look: dict[str, Any] = {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": "none"}
                 axes.errorbar(value, places, xerr=[value - low, high - value], label=group, elinewidth=0.8, **look)
-            _names(axes, memories)
+            _names(axes, [_short(memory) for memory in memories])
             axes.set_xlabel(title)
             ends = table[table["metric"] == metric]
             least, most = min(0.0, float(ends["low"].min())), float(ends["high"].max())
@@ -225,14 +227,12 @@ def fidelity(table: pd.DataFrame) -> Figure:
 
 # Columns of the distributions of Figures 5 and 6, and their names in the legend.
 DISTRIBUTIONS = {"p_kNN": "kNN", "p_LM": "LM of the keys", "p_mem": "memory"}
-_HATCHES = ("", "////", "")
+_LONGEST = 18  # characters of a name beside an axis
 
 
 def _bar(number: int) -> dict[str, Any]:
-    """Style of the bars of system `number`: colours, and hatching for print without them."""
-    colours = ("#4d4d4d", "#E69F00", "#56B4E9")
-    look = {"color": colours[number % 3], "hatch": _HATCHES[number % 3], "edgecolor": "white", "linewidth": 0.3}
-    return {**look, "error_kw": {"elinewidth": 0.8, "ecolor": "black"}}
+    """Style of the bars of system `number`; none is black, so that intervals can be seen."""
+    return {"color": COLOURS[(6, 2, 1)[number % 3]], "error_kw": {"elinewidth": 0.8, "ecolor": "black"}}
 
 
 def _names(axes: Axes, names: list[str]) -> None:
@@ -244,7 +244,13 @@ def _names(axes: Axes, names: list[str]) -> None:
 
 def _quoted(token: str) -> str:
     """A token as it can be seen: with its spaces, line ends and other signs."""
-    return repr(token)[1:-1].replace(" ", "␣") if token.strip() != token or not token else token
+    shown = repr(token)[1:-1].replace(" ", "␣") if token.strip() != token or not token else token
+    return _short(shown)
+
+
+def _short(name: str) -> str:
+    """The first characters of a long name."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 def _tail(text: str, most: int) -> str:
@@ -259,8 +265,9 @@ def _plain(text: object) -> str:
 
 
 def _count(n: float) -> str:
-    """A number of parameters: 0.24 M, 1.5 B."""
-    return f"{n / 1e9:.2g} B" if n >= 1e9 else f"{n / 1e6:.3g} M"
+    """A number of parameters: 44 k, 124 M, 1.5 B."""
+    size, unit = next(((size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if n >= size), (1, ""))
+    return f"{n / size:.3g} {unit}".strip()
 
 
 def _line(

@@ -163,12 +163,17 @@ def _histograms(table: pd.DataFrame, n_vocab: int, bins: int) -> pd.DataFrame:
 
 
 def _example(positions: Positions, model: Path, block: Block, place: int, shown: int) -> dict[str, Any]:
-    """The distributions at one position: of the most likely tokens of all three, the likeliest first."""
+    """The distributions at one position: of the token that follows and the likeliest of all three, the likeliest first."""
     words, number = tokens.load_tokenizer(str(model)), place - block.first
     span = slice(block.rows.indptr[number], block.rows.indptr[number + 1])
     knn = dict(zip(block.rows.tokens[span].tolist(), block.rows.probs[span].tolist(), strict=True))
     dense = [log_p[number].exp() for log_p in block.log_p]
-    best = {token for p in dense for token in p.topk(min(shown, len(p))).indices.tolist()} | set(knn)
+    after = words.decode([int(positions.data[place])])
+    best = (
+        {int(positions.data[place])}
+        | {token for p in dense for token in p.topk(min(shown, len(p))).indices.tolist()}
+        | set(knn)
+    )
     lines = [
         {
             "token": words.decode([token]),
@@ -178,10 +183,11 @@ def _example(positions: Positions, model: Path, block: Block, place: int, shown:
         }
         for token in sorted(best)
     ]
-    lines.sort(key=lambda line: -max(line[each] for each in DISTRIBUTIONS))
+    lines.sort(key=lambda line: (line["token"] != after, -max(line[each] for each in DISTRIBUTIONS)))
+    lines = sorted(lines[:shown], key=lambda line: -max(line[each] for each in DISTRIBUTIONS))
     return {
         "position": place,
         "before": words.decode(positions.data[max(0, place - _BEFORE) : place].tolist()),
-        "next": words.decode([int(positions.data[place])]),
-        "tokens": lines[:shown],
+        "next": after,
+        "tokens": lines,
     }

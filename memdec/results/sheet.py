@@ -70,6 +70,7 @@ class Sheet:
     def __init__(self, table: Measured, records: Sequence[Record]) -> None:
         self.table = table
         self._all = records if not table.alphas else [each for record in records for each in _at(record, table.alphas)]
+        self._known: dict[frozenset[tuple[int, ...]], float | None] = {}  # p-values of pairs, by the numbers of records
         self.numbers: list[dict[str, Number]] = []
         for number, row in enumerate(table.rows):
             self.numbers.append({})
@@ -88,7 +89,7 @@ class Sheet:
     def _number(self, number: int, row: Row | Derived, heading: str, column: Column | Derived) -> Number:
         if isinstance(row, Row) and isinstance(column, Column):
             chosen = select(self._all, row.where | column.where)
-            gap = self.table.gaps.get((number, heading), "not run: no record of it among the given folders")
+            gap = self.table.gaps.get((number, heading)) or _not_run(row.where | column.where)
             return _measured(chosen, column, gap)
         if isinstance(column, Derived):
             of = [self.numbers[number][str(name)] for name in column.of]
@@ -141,17 +142,24 @@ class Sheet:
                 self._test(number, heading, names)
 
     def _test(self, number: Number, heading: str, names: Mapping[int, tuple[str, str]]) -> None:
-        own, first = _items(number.records), number.records[0]
+        own, first = number.records, number.records[0]
         if first["method"] != "base":
             alone = select(self._all, {key: first.get(key) for key in _ONE_GROUP} | {"method": "base"})
-            number.p_base = items.p_value(own, _items(alone)) if alone else None
+            number.p_base = self._p_value(own, alone) if alone else None
         others = [each for each in self._group(number) if each is not number and each.value is not None]
         if others:
             sign = 1 if number.lower_is_better else -1
             best = min(others, key=lambda each: sign * each.value)  # type: ignore[operator]
             row, column = names[id(best)]
             number.best_other = row if column == heading else column
-            number.p_best = items.p_value(own, _items(best.records))
+            number.p_best = self._p_value(own, best.records)
+
+    def _p_value(self, a: list[Record], b: list[Record]) -> float | None:
+        """p-value of two systems; the test has no direction, so each pair is tested once."""
+        pair = frozenset(tuple(id(record) for record in records) for records in (a, b))
+        if pair not in self._known:
+            self._known[pair] = items.p_value(_items(a), _items(b))
+        return self._known[pair]
 
     def items(self) -> dict[tuple[str, str], list[Items]]:
         """The items of the measured numbers that have some, by row and column: an entry for each seed and model."""
@@ -220,6 +228,13 @@ class Sheet:
 def select(records: Iterable[Record], where: Mapping[str, Any]) -> list[Record]:
     """Records whose fields have these values."""
     return [record for record in records if all(record.get(name) == value for name, value in where.items())]
+
+
+def _not_run(where: Mapping[str, str]) -> str:
+    """Why a cell has no value if nothing better is known: what has no record."""
+    what = " with ".join(where[name] for name in ("method", "memory", "model") if name in where)
+    on = where.get("task") or where.get("on") or where.get("domain")
+    return f"not run: no record of {what or 'it'}{f' on {on}' if on else ''} among the given folders"
 
 
 def _main(printed: Sequence[paper.Printed]) -> float | None:

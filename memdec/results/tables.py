@@ -19,7 +19,7 @@ from memdec.artefacts.markdown import escaped
 from memdec.artefacts.markdown import table as write_markdown
 from memdec.config import Config
 from memdec.errors import ArtifactError, ConfigError, outside
-from memdec.maths import mixing
+from memdec.maths import weighing
 from memdec.results import catalogue, cells, items
 from memdec.results.layout import Column, Measured, Table
 from memdec.results.sheet import Number, Record, Sheet, select
@@ -29,6 +29,7 @@ Given = tuple[str, str, int, Path]  # domain (or corpus), model, seed, folder
 CONSTANT = "\u2020"  # beside the number of a system that predicts one label for every row
 # Extra columns that every table of several systems has in the wide CSV, after all others.
 _TESTS = ("p_base", "p_best")
+_GAPS = 6  # reasons for empty cells in the text below a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +294,7 @@ def cell(number: Number, best: bool) -> str:
     """Format a number for the visible table."""
     if number.value is None:
         return "–"
-    text = f"{number.value:,.{number.decimals}f}" + (CONSTANT if number.constant else "")
+    text = f"{number.value:z,.{number.decimals}f}" + (CONSTANT if number.constant else "")
     return f"**{text}**" if best else text
 
 
@@ -316,7 +317,8 @@ def note(sheet: Sheet) -> str:
     gaps = [number.note.removeprefix("not run: ") for number in numbers if number.value is None and not number.group]
     gaps = [gap for gap in dict.fromkeys(gaps) if not gap.startswith("a number that")]
     if gaps:
-        sentences.append(f"– Not run: {'; '.join(gaps)}.")
+        more = [f"{len(gaps) - _GAPS} more, see the cells"] if len(gaps) > _GAPS else []
+        sentences.append(f"– Not run: {'; '.join([*gaps[:_GAPS], *more])}.")
     return " ".join(sentences)
 
 
@@ -343,7 +345,7 @@ def _chosen(records: Sequence[Record], config: Config) -> list[str]:
         if not values:
             continue
         sentences.append(f"{name.capitalize()} tuned on valid (chosen: {', '.join(f'{value:g}' for value in values)}).")
-        ends = [f"{value:g}" for value in values if mixing.at_end(name, value, grids[name]) is not None]
+        ends = [f"{value:g}" for value in values if weighing.at_end(name, value, grids[name]) is not None]
         if ends:
             is_are = "is" if len(ends) == 1 else "are"
             sentences.append(f"{name.capitalize()} {' and '.join(ends)} {is_are} at the end of the grid.")

@@ -23,7 +23,7 @@ from memdec.errors import IncomparableError
 from memdec.harness import alphas
 from memdec.harness.models import MemDecInterp
 from memdec.inference.token_reports import Guess, Prediction, TokenReport
-from memdec.maths import mixing, statistics
+from memdec.maths import statistics, weighing
 from memdec.maths.windows import windows
 from memdec.models import cards
 from memdec.results import catalogue, compare, evaluate, explain, latency, sweep, tables
@@ -165,7 +165,7 @@ def test_no_count_of_any_task_has_an_arrow() -> None:
 def test_a_weight_at_the_end_of_its_grid(
     chosen: float, candidates: list[float], limits: tuple[float, float], said: str | None
 ) -> None:
-    assert mixing.at_end("w", chosen, candidates, limits) == said
+    assert weighing.at_end("w", chosen, candidates, limits) == said
 
 
 def ends(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -20,7 +20,7 @@ from memdec.datastore import index, targets
 from memdec.datastore import keys as datastore
 from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError
-from memdec.maths import mixing, objectives
+from memdec.maths import objectives, weighing
 from memdec.models import flops, loading
 from memdec.settings import (
     AUTO,
@@ -328,7 +328,7 @@ def test_evaluations_sweep_alpha_and_the_best_is_kept(
                 logits = model(torch.from_numpy(item["inputs"])[None]).logits[0].log_softmax(-1)
             log_p += [float(logits[t, y]) for t, y in enumerate(item["labels"]) if y != -100]
         scores.append(np.array(log_p))
-    sweep = {a: math.exp(-mixing.mix_scores(*scores, a).mean()) for a in (0.25, 0.5, 1.0)}
+    sweep = {a: math.exp(-weighing.mix_scores(*scores, a).mean()) for a in (0.25, 0.5, 1.0)}
     alpha = min(sweep, key=sweep.__getitem__)
     assert steps[-1]["alpha_base"] == alpha
     assert steps[-1]["mixed_base"] == pytest.approx(sweep[alpha], rel=1e-5)

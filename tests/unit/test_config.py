@@ -56,10 +56,6 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
         ({"index": {"seed": -1}}, "index.seed: .* found -1"),
         ({"targets": {"temperature": float("inf")}}, "targets.temperature: .* finite number, found inf"),
         (
-            {"domains": ["torch"], "memories": {"other": {"other_domain": True}}},
-            "memories.other.other_domain: expected two domains or more, found only torch",
-        ),
-        (
             {"memories": {"other": {"other_domain": True, "dapt": True}}},
             "expected only models beside other_domain true, found dapt|expected only memory_model and models beside dapt",
         ),
@@ -81,6 +77,8 @@ def test_the_control_of_a_domain_is_the_default_memory_of_the_next(tmp_path: Pat
     other, own = config.variant("other"), config.variant("memdec")
     assert (other.trained, own.trained) == (False, True)
     assert other.models == own.models == config.bases
+    alone = cfg.load(changed(tmp_path, memories={"other": {"other_domain": True}}, domains=["torch"]))
+    assert alone.variant("other").models == []  # no other domain, no control
     memory = config.memory_for("gpt2-L")
     assert memory is not None
     assert memory.name == "memdec"

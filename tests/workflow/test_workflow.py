@@ -56,9 +56,9 @@ def planned(text: str) -> dict[str, int]:
 
 # Jobs per domain of what all of these have: 4 models of one tokenizer, one memory.
 SMALL = {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 4, "finetune": 3, "datastore": 3, "index": 3, "targets": 6}
-SMALL |= {"train": 3, "lora": 12, "evaluate": 12, "evaluate_systems": 12}
-# With the kNN-LM every model has keys of its own too.
-ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
+SMALL |= {"train": 3, "lora": 12, "evaluate": 12, "evaluate_systems": 24}
+# With the kNN-LM every model has keys of its own too; base, kNN-LM, DAPT and LoRA are evaluated.
+ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "evaluate_systems": 48, "table": 1}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
             ["mini", "objectives"],
             ["memories"],
             ALL
-            | {"model": 2, "train": 57, "evaluate": 60, "teacher": 3, "dapt": 6, "lora": 3, "evaluate_systems": 3}
+            | {"model": 2, "train": 57, "evaluate": 60, "teacher": 3, "dapt": 6, "lora": 3, "evaluate_systems": 12}
             | {"datastore": 6, "index": 6},
         ),
         # 3 seeds, 3 bases: 2 memories with each of them, 2 with one
@@ -78,7 +78,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
             ["mini", "interpolation"],
             ["memories"],
             {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 9, "datastore": 9, "index": 9}
-            | {"targets": 18, "train": 27, "dapt": 27, "evaluate": 72, "evaluate_systems": 27, "table": 1},
+            | {"targets": 18, "train": 27, "dapt": 27, "evaluate": 72, "evaluate_systems": 54, "table": 1},
         ),
         # 2 sizes of the memory and 5 other key models, each with all bases; 2 more models are fine-tuned. Untuned keys of
         # three models serve the kNN-LM, too.
@@ -102,7 +102,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
                 "datastore": 24,
                 "index": 24,
             }
-            | {"targets": 12, "adapt": 3, "train": 6, "evaluate": 18, "evaluate_systems": 18}
+            | {"targets": 12, "adapt": 3, "train": 6, "evaluate": 18, "evaluate_systems": 72}
             | {"table": 3},
         ),
         # 4 domains, 3 seeds, 2 of 3 models, 2 memories; no LoRA
@@ -111,7 +111,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
             ["memories"],
             {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 24, "datastore": 36}
             | {"index": 36, "targets": 12, "train": 24, "evaluate": 48}
-            | {"evaluate_systems": 24, "table": 1},
+            | {"evaluate_systems": 72, "table": 1},
         ),
         # 1 domain, 3 models, every system
         (
@@ -127,21 +127,21 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
                 "index": 4,
                 "targets": 2,
             }
-            | {"train": 1, "passages": 1, "dapt": 3, "lora": 3, "evaluate": 3, "evaluate_systems": 3, "table": 1},
+            | {"train": 1, "passages": 1, "dapt": 3, "lora": 3, "evaluate": 3, "evaluate_systems": 15, "table": 1},
         ),
         # the same of one model, without retrieval
         (
             ["mini", "table1", "gpu-tiny"],
             ["table1"],
             {"corpus": 2, "tokenizer": 1, "tokens": 2, "model": 1, "finetune": 1, "datastore": 1, "index": 1}
-            | {"targets": 1, "train": 1, "dapt": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 1, "table": 1},
+            | {"targets": 1, "train": 1, "dapt": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 3, "table": 1},
         ),
         # of a pretrained model: no pretraining
         (
             ["smol", "smol-domains", "gpu-run"],
             ["table1"],
             {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 1, "finetune": 1, "datastore": 2, "index": 2}
-            | {"targets": 1, "train": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 1, "table": 1},
+            | {"targets": 1, "train": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 4, "table": 1},
         ),
         # a pretrained model that is base, key model and memory; 3 domains, 3 more memories
         (
@@ -149,7 +149,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
             ["memories"],
             {"corpus": 3, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
             | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "evaluate": 12}
-            | {"evaluate_systems": 3, "table": 1},
+            | {"evaluate_systems": 15, "table": 1},
         ),
         # 1 domain; the memories start from the first layers
         (
@@ -157,7 +157,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
             ["memories", "table1"],
             {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 2, "finetune": 1, "datastore": 2, "index": 2}
             | {"targets": 1, "teacher": 1, "train": 4, "passages": 1, "lora": 1, "evaluate": 4}
-            | {"evaluate_systems": 1, "table": 2},
+            | {"evaluate_systems": 5, "table": 2},
         ),
         # other domains, and a general corpus to see what is forgotten
         (
@@ -165,7 +165,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
             ["memories", "forgetting"],
             {"corpus": 4, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
             | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "evaluate": 12}
-            | {"evaluate_systems": 3, "table": 2},
+            | {"evaluate_systems": 15, "table": 2},
         ),
         # one memory of one domain
         (
