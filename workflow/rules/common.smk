@@ -41,7 +41,7 @@ wildcard_constraints:
     system="|".join(system.slug for system in SYSTEMS.values()),
     suite="[^/]+",
     # `results/table3.cells.csv` is a file of table3; claims and figures have rules of their own.
-    table=f"(?!({'|'.join(['claims', *figure_catalogue.FIGURES])})$)[^./]+",
+    table=f"(?!({'|'.join(['claims', *figure_catalogue.FIGURES])})\\.)[^./]+",
 
 
 # Each shard of a stage is a folder i-of-n; `--set-scatter targets=8` overrides the number in the config.
