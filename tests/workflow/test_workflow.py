@@ -230,11 +230,9 @@ def test_dry_run_of_every_config(
 
 
 def test_the_control_of_another_domain_takes_the_memory_of_the_next(tmp_path: Path) -> None:
-    (tmp_path / "my.yaml").write_text("memories: {other: {other_domain: true}}")
-    configs = ["--configfile", str(ROOT / "config" / "mini.yaml"), str(tmp_path / "my.yaml")]
     for domain, memory in (("torch", "pandas"), ("sklearn", "torch")):
         target = f"results/mini/{domain}/seed0/evaluation/other/gpt2-L/manifest.json"
-        text = snakemake(tmp_path, target, "-n", "-p", "--cores", "1", *configs)
+        text = snakemake(tmp_path, target, "-n", "-p", "--cores", "1")
         assert planned(text)["train"] == 1
         (command,) = re.findall(r"^.*memdec evaluate .*--memory .*$", text, re.MULTILINE)
         assert f"--memory results/mini/{memory}/seed0/memory/memdec " in command
@@ -288,19 +286,22 @@ def test_a_study_with_its_own_settings_makes_only_what_depends_on_them(tmp_path:
 
 def test_figures_are_made_of_their_parts(tmp_path: Path) -> None:
     names = [f"results/{name}.svg" for name in ("figure2", "figure4", "figure5", "figure6", "fidelity")]
-    text = snakemake(tmp_path, *names, "-n", "-p", "--cores", "2")
+    seed = "results/mini/torch/seed0"
+    text = snakemake(tmp_path, *names, f"{seed}/fidelity/other/manifest.json", "-n", "-p", "--cores", "2")
     counts = planned(text)
     assert {rule: counts[rule] for rule in ("figure", "table", "fidelity", "shapes", "latency")} == {
-        "figure": 5, "table": 1, "fidelity": 20, "shapes": 3, "latency": 1
+        "figure": 5, "table": 1, "fidelity": 21, "shapes": 3, "latency": 1
     }  # fmt: skip
     (command,) = re.findall(r"^.*memdec figure .*--name figure2 .*$", text, re.MULTILINE)
     assert "--table results/table3.cells.csv" in command
-    of = {name: command for command, name in re.findall(r"^(.*memdec fidelity .*--name (\S+) .*)$", text, re.MULTILINE)}
-    seed = "results/mini/torch/seed0"
-    assert f"--memory {seed}/memory/ce --targets {seed}/keys/gpt2-L/targets/1-of-2" in of["ce"]
-    assert f"--memory {seed}/dapt/gpt2-S " in of["dapt"]
-    shapes = re.findall(r"^.*memdec shapes .*$", text, re.MULTILINE)
-    assert sum(f"--targets {seed}/keys/gpt2-S/targets/1-of-2" in command for command in shapes) == 1
+    found = re.findall(r"^(.*memdec (\w+) .*--name (\S+) .*)$", text, re.MULTILINE)
+    of = {(stage, name): command for command, stage, name in found}
+    assert f"--memory {seed}/memory/ce --targets {seed}/keys/gpt2-L/targets/1-of-2" in of["fidelity", "ce"]
+    assert f"--targets {seed}/keys/gpt2-L/targets/2-of-2" in of["fidelity", "teacher"]
+    assert "--memory results/mini/pandas/seed0/memory/memdec" in of["fidelity", "other"]
+    assert "--control" in of["fidelity", "other"]
+    assert f"--model {seed}/finetuned/gpt2-S" in of["shapes", "keys-S"]
+    assert f"--targets {seed}/keys/gpt2-S/targets/1-of-2" in of["shapes", "keys-S"]
     (command,) = re.findall(r"^.*memdec latency .*$", text, re.MULTILINE)
     keys = f"{seed}/keys/gpt2-L-untuned"
     assert f"--knn {keys}/datastore/1-of-1:{keys}/index" in command
@@ -419,14 +420,14 @@ def test_a_tiny_run_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             "tasks": {"tables": ["table2"], "evaluated": ["tiny"], "tasks": {"domain": ["few"]}, "systems": ["base", "LoRA", "MemDec"]},
             "parts": {
                 "tables": ["table9"], "evaluated": ["tiny"], "systems": ["base", "MemDec"], "memory": {"epochs": 0.3},
-                "memories": {"kl": {"train": {"objective": "kl"}}},
+                "memories": {f"only-{part}": {"train": {"objective": part}} for part in ("kl", "ce")},
             },
         },
     }  # fmt: skip
-    rows = tmp_path / "rows" / "cb" / "test.jsonl"
-    rows.parent.mkdir(parents=True)
+    task = tmp_path / "rows" / "cb" / "test.jsonl"
+    task.parent.mkdir(parents=True)
     row = {"premise": "The matrix is square.", "hypothesis": "It is a matrix."}
-    rows.write_text(
+    task.write_text(
         "".join(json.dumps(row | {"label": label}) + "\n" for label in ("entailment", "neutral", "contradiction"))
     )
     monkeypatch.setenv("MEMDEC_DATA", str(tmp_path / "rows"))
@@ -454,7 +455,7 @@ def test_a_tiny_run_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     accuracies = pd.read_csv(tmp_path / "results" / "table2.csv")
     assert list(accuracies["method"]) == ["base", "LoRA", "MemDec"]
     assert list(accuracies["CB_n"]) == [2, 2, 2]
-    rows.write_text(rows.read_text() * 2)  # other rows: their tasks run again, and nothing else
+    task.write_text(task.read_text() * 2)  # other rows: their tasks run again, and nothing else
     assert planned(snakemake(tmp_path, "-n", *everything)) == {
         "harness": 1, "harness_base": 1, "harness_system": 1, "table": 1
     }  # fmt: skip
