@@ -14,7 +14,7 @@ use rule table as claims with:
         tables=TABLES,
         figures=MEASURED,
     output:
-        csv=report(
+        main=report(
             "results/claims.csv",
             caption="../report/table.rst",
             category="Claims",
@@ -37,7 +37,7 @@ use rule table as report_page with:
         figures=FIGURES,
         claims="results/claims.csv",
     output:
-        html="results/report.html",
+        main="results/report.html",
     log:
         f"{LOG}/report.log",
     benchmark:

@@ -1,27 +1,3 @@
-def own_targets(wildcards):
-    """All shards of the kNN targets of the keys that belong to a memory, whatever it was trained on."""
-    keys = f"{at(wildcards, 'targets')}/keys/{memory(wildcards).keys}"
-    return gather.targets(f"{keys}/targets/{{scatteritem}}/manifest.json")
-
-
-def own_tokens(wildcards):
-    return tokens_of(memory(wildcards).key_model, domain_of(wildcards))
-
-
-def own_key_model(wildcards):
-    """The model that gives a memory's keys."""
-    found = memory(wildcards)
-    tuned = f"{at(wildcards, 'finetuned')}/finetuned"
-    return manifest(f"{tuned if found.tuned else f'{RUN}/models'}/{found.key_model}")
-
-
-def compared(wildcards, name):
-    """Options of the stages that compare a memory with its targets."""
-    who = words("--name", wildcards.memory, *control(wildcards))
-    given = options(section(study(wildcards), name), "seed")
-    return f"{who} {given} {WINDOW} {words('--seed', wildcards.seed)} {COMPUTE}"
-
-
 use rule finetune as fidelity with:
     input:
         memory=evaluated_memory,
@@ -58,13 +34,6 @@ use rule fidelity as shapes with:
         version=VERSIONS["shapes"],
 
 
-def latency_options(wildcards, input):
-    """Options of a measurement; a datastore and its index are one option."""
-    stores = "+".join(os.path.dirname(store) for store in input.datastore)
-    knn = words("--knn", f"{stores}:{os.path.dirname(input.index)}")
-    return f"{knn} {options(section(study(wildcards), 'latency'))} {COMPUTE}"
-
-
 # Times mean nothing while other jobs run, so it takes all processors and starts last.
 use rule finetune as latency with:
     input:
@@ -91,14 +60,6 @@ use rule finetune as latency with:
         version=VERSIONS["latency"],
 
 
-def figure_of(wildcards):
-    """Definition of a figure in its study; one that cannot be stops Snakemake with a one-line error."""
-    try:
-        return figure_catalogue.figure(CONFIG, wildcards.figure)
-    except ConfigError as error:
-        raise WorkflowError(str(error)) from None
-
-
 ruleorder: claims > figure > table
 
 
@@ -109,7 +70,7 @@ use rule table as figure with:
         parts=lambda w: part_manifests(figure_of(w)),
         table=lambda w: [f"results/{name}.cells.csv" for name in figure_of(w).tables],
     output:
-        csv="results/{figure}.csv",
+        main="results/{figure}.csv",
         svg=report(
             "results/{figure}.svg",
             caption="../report/table.rst",

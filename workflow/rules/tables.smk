@@ -20,7 +20,7 @@ rule table:
         config=CONFIG_FILE,
         parts=lambda w: part_manifests(table_of(w)),
     output:
-        csv=report(
+        main=report(
             "results/{table}.csv",
             caption="../report/table.rst",
             category="Tables",
@@ -48,4 +48,4 @@ rule table:
         caption=lambda w: table_of(w).caption,
         version=VERSIONS["table"],
     shell:
-        "memdec {params.command} --config {input.config:q} {params.options} --out {output[0]:q} > {log:q} 2>&1"
+        "memdec {params.command} --config {input.config:q} {params.options} --out {output.main:q} > {log:q} 2>&1"
