@@ -156,12 +156,12 @@ DEVICE = options(section(CONFIG, "compute"), "precision")
 
 
 def domain_of(wildcards):
-    return wildcards.home.rsplit("/", 1)[-1]
+    return os.path.basename(wildcards.home)
 
 
 def study_of(wildcards):
     """Name of the study of a home; None: the common part."""
-    return wildcards.home.split("/")[0] if "/" in wildcards.home else None
+    return os.path.dirname(wildcards.home) or None
 
 
 def study(wildcards):
