@@ -216,17 +216,25 @@ def _package_files(name: str) -> list[tuple[Path, Path]]:
     return [(root, file) for file in sorted(files)]
 
 
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_STATEMENTS = ("body", "orelse", "finalbody", "handlers", "cases")  # fields of a node that hold statements
+
+
 def _documentation(tree: ast.Module, stem: str) -> list[tuple[int, str]]:
     """(line, text) of a module's docstrings, or of all strings in documentation modules (`_torch_docs`, `topics`)."""
     if stem.endswith("_docs") or stem == "topics":
         strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
         return [(node.lineno, str(node.value)) for node in strings]
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    found, todo = [], [tree]
+    while todo:
+        node: Any = todo.pop()
+        if isinstance(node, _DOCUMENTED):
             text = ast.get_docstring(node, clean=False)
             if text is not None:
                 found.append((getattr(node, "lineno", 0), text))
+        # No definition is inside of an expression, and most nodes are expressions.
+        for part in _STATEMENTS:
+            todo += getattr(node, part, ())
     return found
 
 
