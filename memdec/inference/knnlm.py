@@ -9,6 +9,7 @@ depend only on hidden states, so the base's KV cache can be used.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.artefacts import artefact
@@ -87,8 +89,18 @@ class KnnLMForCausalLM(Wrapper):
         """
         self.weight = weighing.check_weight(weight)
 
+    @cached_property
+    def reads_on(self) -> bool:
+        return self._all_attend()
+
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
+        self,
+        input_ids: Tensor,
+        *,
+        which: Which = "both",
+        logits_to_keep: int = 0,
+        dtype: torch.dtype = torch.float32,
+        cache: Cache | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p_base, log p_kNN) of a batch without left padding, each (B, T or logits_to_keep, V) in `dtype`.
 
@@ -97,9 +109,10 @@ class KnnLMForCausalLM(Wrapper):
             which: "base", "memory" (p_kNN) or "both".
             logits_to_keep: Number of last positions to return; 0 means all.
             dtype: float32, or float64 where many log-probabilities are added.
+            cache: Keys and values of the text before `input_ids`, to which those of `input_ids` are added.
         """
         at = [self.temperature] if which != "base" else []
-        base, *found = self.log_probs_at(at, input_ids, logits_to_keep=logits_to_keep, dtype=dtype)
+        base, *found = self.log_probs_at(at, input_ids, logits_to_keep=logits_to_keep, dtype=dtype, cache=cache)
         return base if which != "memory" else None, found[0] if found else None
 
     def log_probs_at(
@@ -109,15 +122,16 @@ class KnnLMForCausalLM(Wrapper):
         *,
         logits_to_keep: int = 0,
         dtype: torch.dtype = torch.float32,
+        cache: Cache | None = None,
     ) -> Iterator[Tensor]:
         """log p_base, then log p_kNN at each temperature, from one pass and one search; arguments as for `log_probs`.
 
         They are made one after the other, so that one p_kNN is in memory at a time.
         """
         self.check_inputs(input_ids)
-        kept = last_positions(input_ids.shape[1], logits_to_keep)
-        read = {"input_ids": input_ids.to(self.device)}
-        _, base, found = self._run(temperatures, read, None, logits_to_keep=kept, use_cache=False, dtype=dtype)
+        kept, cached = last_positions(input_ids.shape[1], logits_to_keep), cache is not None
+        read = self._inputs([0], None, cache, input_ids=input_ids.to(self.device), position_ids=None)[0]
+        _, base, found = self._run(temperatures, read, None, logits_to_keep=kept, use_cache=cached, dtype=dtype)
         yield base
         yield from found
 

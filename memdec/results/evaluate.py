@@ -68,6 +68,7 @@ def run(
     seed: int,
     memory: Path | None = None,
     name: str = DEFAULT_MEMORY,
+    control: bool = False,
     lora: Path | None = None,
     dapt: Path | None = None,
     datastore: Sequence[Path] = (),
@@ -89,6 +90,7 @@ def run(
         seed: Seed of the run; it is written into the records.
         memory: Memory folder, or a model after DAPT in its place: the system MemDec.
         name: Name of the memory in the records.
+        control: Negative control: the memory is one of another corpus. Without this, such a memory is refused.
         lora: LoRA folder of the base: the system LoRA.
         dapt: The base after DAPT: the system DAPT.
         datastore: Shards of a datastore made with the base; with `index` the system kNN-LM.
@@ -125,7 +127,7 @@ def run(
     inputs |= {f"also {each}": manifest.recipe for each, manifest in others.items()}
     windowed = {"context": context, "stride": stride, "precision": devices.precision(compute)}
     given = None if base_evaluation is None else _of_base(base_evaluation, inputs, windowed)
-    inputs |= _made_of(parts, system, corpus, text)
+    inputs |= _made_of(parts, system, corpus, text, control)
     if given is not None:
         inputs["base evaluation"] = given.recipe
     if memory is not None:
@@ -137,12 +139,15 @@ def run(
         "seed": seed,
         "system": system.name,
         "memory": name if memory is not None else None,
+        **({"control": "other domain"} if control else {}),
     }
     with artefact.building(out, "evaluation", plain, inputs) as build:
         if build is None:
             return
         session = _Session(parts, [corpus, *also], build, settings, context, stride, seed, base_evaluation)
         records = session.records(system, name)
+        if control:
+            records = [record | {"control": "other domain"} if record["memory"] else record for record in records]
         artefact.write_json(out / "records.json", [record for record in records if record["on"] == corpus.name])
         if also:
             artefact.write_json(out / FORGETTING, [record for record in records if record["on"] != corpus.name])
@@ -203,12 +208,24 @@ def _knn_settings(settings: EvaluateSettings, weight: float, temperature: float)
     return KnnLMSettings(weight=weight, temperature=temperature, **numbers)
 
 
-def _made_of(parts: Parts, system: System, corpus: Path, text: artefact.Manifest) -> dict[str, str]:
-    """Check that all parts except the base were made from the corpus, and return their recipes."""
+def _made_of(parts: Parts, system: System, corpus: Path, text: artefact.Manifest, control: bool) -> dict[str, str]:
+    """Check that all parts except the base were made from the corpus, and return their recipes.
+
+    With `control` the memory must be one made from another corpus.
+    """
+    if control and (parts.memory is None or not loading.is_artefact(Path(parts.memory))):
+        raise ConfigError(
+            f"memdec evaluate: expected with --control a memory that `memdec train` made, found {parts.memory}; give its "
+            "folder, or leave out --control"
+        )
     kinds = {"lora": "lora", "dapt": "model", "passages": "passages"}
     mixed_in = parts.memory is not None and artefact.kind_of(Path(parts.memory)) == "model"
     kinds["memory"] = "model" if mixed_in else "memory"
-    found = {name: _trained_on(parts.of(name), kind, corpus, text) for name, kind in kinds.items() if parts.of(name)}
+    found = {
+        name: _trained_on(parts.of(name), kind, corpus, text, other=control and name == "memory")
+        for name, kind in kinds.items()
+        if parts.of(name)
+    }
     if parts.index is not None:
         for shard in parts.datastore:
             _trained_on(shard, "datastore", corpus, text)
@@ -217,12 +234,21 @@ def _made_of(parts: Parts, system: System, corpus: Path, text: artefact.Manifest
     return found
 
 
-def _trained_on(folder: Path, kind: str, corpus: Path, text: artefact.Manifest) -> str:
-    """Check that an artefact was made from the corpus, and return its recipe; a plain folder says nothing about that."""
+def _trained_on(folder: Path, kind: str, corpus: Path, text: artefact.Manifest, *, other: bool = False) -> str:
+    """Check that an artefact was made from the corpus, and return its recipe; a plain folder says nothing about that.
+
+    With `other` it must be one from another corpus.
+    """
     if kind in ("model", "memory", "lora") and not loading.is_artefact(folder):
         return loading.model_identity(folder)
     manifest = artefact.read(folder, kind, whole=kind in ("model", "memory", "lora"))
-    if manifest.facts.get("corpus_sha256") != text.facts["sha256"]:
+    same = manifest.facts.get("corpus_sha256") == text.facts["sha256"]
+    if other and same:
+        raise ArtifactError(
+            f"{folder}: expected with --control a {kind} of another corpus than {corpus}, found one of this corpus; leave "
+            "out --control"
+        )
+    if not other and not same:
         raise ArtifactError(f"{folder}: expected {kind} made from {corpus}, found one from other text; check the paths")
     return manifest.recipe
 

@@ -342,6 +342,7 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
         if "eval_loss" in entry
     ]
     evaluations.append({**final, "step": trainer.state.best_global_step if settings.keep_best else done})
+    losses = [{"loss": entry["loss"], "step": entry["step"]} for entry in trainer.state.log_history if "loss" in entry]
     facts: dict[str, Any] = {
         "train_loss": result.training_loss,
         "valid_perplexity": final["perplexity"],
@@ -351,6 +352,7 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
         "trained_tokens": round(len(train.stream) * done / rounds),
         "flops": cost * done,
         "flops_ceiling": task.ceiling,
+        "losses": losses,  # each is the mean since the one before
         "evaluations": [dict(sorted(entry.items())) for entry in evaluations],  # the log in a checkpoint is sorted
     }
     return facts, trainer

@@ -293,6 +293,26 @@ def test_one_system_is_evaluated_at_a_time(
         records_of(tmp_path / "e", base_folder, corpus_folder, dapt=dapt_folder, base_evaluation=tmp_path / "b")
 
 
+def test_a_memory_of_another_domain_is_a_control_that_must_be_asked_for(
+    small_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(made_text(250, 5))
+    other = tmp_path / "other"
+    corpora.run(FileCorpus(source="files", path=str(tmp_path / "text.txt"), min_bytes=200), other)
+    with pytest.raises(ArtifactError, match=r"dapt: expected model made from .*other, found one from other text"):
+        records_of(tmp_path / "a", small_folder, other, memory=dapt_folder)
+    with pytest.raises(
+        ArtifactError, match=r"expected with --control a model of another corpus than .*, found one of this"
+    ):
+        records_of(tmp_path / "b", small_folder, corpus_folder, memory=dapt_folder, control=True)
+    with pytest.raises(ConfigError, match="expected with --control a memory that `memdec train` made, found None"):
+        records_of(tmp_path / "c", small_folder, corpus_folder, control=True)
+    base, mixed = records_of(tmp_path / "d", small_folder, other, memory=dapt_folder, name="other", control=True)
+    assert (mixed["memory"], mixed["control"]) == ("other", "other domain")
+    assert "control" not in base
+    assert artefact.read(tmp_path / "d", "evaluation").settings["control"] == "other domain"
+
+
 def test_other_text_is_refused(
     home: Path, base_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:

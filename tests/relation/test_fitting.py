@@ -333,6 +333,11 @@ def test_evaluations_sweep_alpha_and_the_best_is_kept(
     assert steps[-1]["alpha_base"] == alpha
     assert steps[-1]["mixed_base"] == pytest.approx(sweep[alpha], rel=1e-5)
     assert steps[-1]["perplexity"] == pytest.approx(sweep[1.0], rel=1e-5) == facts["valid_perplexity"]
+    # The losses of the training are means over the updates since the one before, so together they are its mean loss.
+    begins = [0, *(entry["step"] for entry in facts["losses"])]
+    sums = [entry["loss"] * (entry["step"] - begin) for begin, entry in zip(begins, facts["losses"], strict=False)]
+    assert begins[-1] == facts["updates"]
+    assert math.fsum(sums) / facts["updates"] == pytest.approx(facts["train_loss"], rel=1e-6)
 
 
 def test_training_stops_when_nothing_gets_better(trained: Train, tmp_path: Path) -> None:
@@ -368,7 +373,7 @@ def test_a_killed_training_that_stops_early_resumes_to_the_same_weights(
     (tmp_path / "killed" / "work" / "checkpoint-99999").mkdir()
     resumed = trained("killed", evaluate_every=0.25, **changes)
     assert farthest(straight, resumed) == 0
-    assert artefact.read(tmp_path / "killed", "memory").facts["updates"] == facts["updates"]
+    assert artefact.read(tmp_path / "killed", "memory").facts == facts
 
 
 def test_resuming_with_other_settings_names_what_changed(
