@@ -6,6 +6,7 @@ file per split (columns `text`, `source`).
 """
 
 import ast
+import gc
 import glob
 import gzip
 import hashlib
@@ -191,13 +192,24 @@ def _docstring_documents(spec: DocstringCorpus) -> Iterator[Document]:
         try:
             with warnings.catch_warnings():  # such as invalid escapes in the packages' source
                 warnings.simplefilter("ignore")
-                tree = ast.parse(file.read_bytes())
+                tree = _parsed(file.read_bytes())
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue  # templates, files for other Python versions, and tests of deep nesting
         for line, text in sorted(_documentation(tree, file.stem)):
             text = _clean(text)
             if len(text) >= spec.min_chars:
                 yield Document(text, unit, f"{unit}:{line}")
+
+
+def _parsed(source: bytes) -> ast.Module:
+    """A syntax tree. Meanwhile no garbage is collected: a tree has no cycles, and looking for some takes a third of it."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(source)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _package_files(name: str) -> list[tuple[Path, Path]]:
