@@ -2,10 +2,13 @@
 
 import argparse
 import csv
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cases import CASES
+from benchmarks.latency import PROMPTS
 from memdec.artefacts import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +83,7 @@ OVERHEAD = 1.28  # maximum time of MemDec relative to the base (paper, Figure 4)
 def _gpu(folder: Path) -> list[str]:
     """Make the lines of the section on CUDA."""
     lines = ["## On a GPU", ""]
-    found = {name: _rows(folder / f"{name}.csv") for name in ("gpu", "latency") if (folder / f"{name}.csv").is_file()}
+    found = {path.stem: _rows(path) for path in folder.glob("*.csv")}
     if not found:
         return [
             *lines,
@@ -89,11 +92,45 @@ def _gpu(folder: Path) -> list[str]:
             "(`OUT/latency.csv`), and Table 1 of one domain with its tasks. The goals: loss 5 times and training step 3 times as",
             "fast as their dense twins, search 50 times as fast as on the CPU, MemDec at most 1.28 times the base's time.",
         ]
+    if (folder / "summary.json").is_file():
+        lines += _visit(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     if "gpu" in found:
         lines += _hot_paths(found["gpu"])
     if "latency" in found:
         lines += _latency(found["latency"])
+    if "table1" in found:
+        lines += [
+            "`config/gpu-run.yaml`, one seed: a run that shows that every stage works on a GPU, too short for a result.",
+            "",
+            *(folder / "table1.md").read_text(encoding="utf-8").splitlines(),
+            "",
+        ]
+    if "tasks" in found:
+        lines += _tasks(found["tasks"])
     return lines[:-1]
+
+
+def _visit(found: dict[str, Any]) -> list[str]:
+    """How each part of `benchmarks/gpu.sh` ended."""
+    columns = {
+        "part": "part",
+        "what": "what",
+        "status": "ended",
+        "says": "result",
+        "wall_s": "s",
+        "limit_s": "limit, s",
+    }
+    parts = [dict.fromkeys(columns, "") | {"part": name} | part for name, part in found["parts"].items()]
+    shown = [{key: str(part[key]) for key in columns} for part in parts]
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("python", "torch", "transformers"))
+    return [
+        "`benchmarks/gpu.sh`, a visit in parts. `timeout`: a limit ended the part, and its file has what was there by then.",
+        "",
+        *_table(shown, columns, 4),
+        "",
+        f"Device: {found['device']}, CUDA {found['cuda']}; host: {found['machine']}; {versions}; commit {found['commit']}.",
+        "",
+    ]
 
 
 def _hot_paths(rows: list[dict[str, str]]) -> list[str]:
@@ -112,9 +149,25 @@ def _hot_paths(rows: list[dict[str, str]]) -> list[str]:
         "",
         *_table(shown, columns, 4),
         "",
+        *_short(rows, goals),
         f"Device: {rows[0]['device']}.",
         "",
     ]
+
+
+def _short(rows: list[dict[str, str]], goals: list[int | None]) -> list[str]:
+    """Lines about rows that are slower than their twin, and rows that miss their goal."""
+    below = {"slower than its twin": [1] * len(rows), "below its goal": goals}
+    lines = []
+    for what, least in below.items():
+        names = [
+            f"{row['benchmark']}{' of vocabulary ' * bool(row['vocabulary'])}{row['vocabulary']}: {row['ratio']}"
+            for row, number in zip(rows, least, strict=True)
+            if number and row["ratio"] and float(row["ratio"]) < number
+        ]
+        if names:
+            lines += [f"- {what.capitalize()}: {', '.join(names)}."]
+    return [*lines, ""] if lines else []
 
 
 def _latency(rows: list[dict[str, str]]) -> list[str]:
@@ -136,7 +189,34 @@ def _latency(rows: list[dict[str, str]]) -> list[str]:
         "",
         *_table(shown, columns, 2),
         "",
-        f"Device: {rows[0]['device']}, {rows[0]['turns']} turns.",
+        *_missing_prompts(rows),
+        f"Device: {rows[0]['device']}, {rows[0]['turns']} turns; host: {rows[0]['machine']}.",
+        "",
+    ]
+
+
+def _missing_prompts(rows: list[dict[str, str]]) -> list[str]:
+    """A line about prompt lengths without a measurement, and one if MemDec misses its goal."""
+    seen = {int(row["prompt_tokens"]) for row in rows}
+    lines = [f"- Not measured: prompts of {n:,} tokens." for n in PROMPTS if n not in seen]
+    slow = [
+        f"{float(row['ratio_to_base']):.2f} ({row['phase']}, prompt of {int(row['prompt_tokens']):,})"
+        for row in rows
+        if row["system"] == "MemDec" and row["ratio_to_base"] and float(row["ratio_to_base"]) > OVERHEAD
+    ]
+    lines += [f"- MemDec misses its goal: {', '.join(slow)}."] if slow else []
+    return [*lines, ""] if lines else []
+
+
+def _tasks(rows: list[dict[str, str]]) -> list[str]:
+    """Accuracies on a few rows of each task."""
+    columns = dict(zip(rows[0], rows[0], strict=True))
+    most = max(int(row["n"] or 0) for row in rows)
+    return [
+        f"`benchmarks/tasks.py`, models of the table above, at most {most} rows of each task: this shows that the code runs;",
+        "an accuracy on so few rows is no result. An empty cell did not run.",
+        "",
+        *_table(rows, columns, 2),
         "",
     ]
 

@@ -1,11 +1,13 @@
 """Write `summary.json` of `benchmarks/gpu.sh`: machine, versions, and the result of each part.
 
-python -m benchmarks.summary OUT start [--tiny]                     # exit 2 if a GPU is needed and missing
+python -m benchmarks.summary OUT start [--tiny] PART ...            # exit 2 if a GPU is needed and missing
 python -m benchmarks.summary OUT PART STATUS SECONDS LIMIT LOG      # after a part
 """
 
 import json
+import re
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ PARTS = {
     "d": ("Table 1 of one domain", ["table1.csv", "table1.md"]),
     "e": ("DCPMI and domain tasks", ["tasks.csv"]),
 }
-TIMED_OUT = (124, 137)  # exit code of `timeout`
-_LINES = 30  # characters kept from the log of a failed part
+ENDED = {124: "timeout", 137: "timeout", 129: "stopped", 130: "stopped", 143: "stopped"}  # by its limit, by a signal
+_LINES = 30  # lines kept from the log of a failed part
+_BAR = re.compile(r"\d+%\|")  # a state of a progress bar
 
 
 def versions() -> dict[str, str]:
@@ -34,8 +37,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def start(out: Path, tiny: bool) -> int:
-    """Start a summary; keep the parts of an earlier run if machine, versions and code are unchanged."""
+def start(out: Path, tiny: bool, parts: Sequence[str]) -> int:
+    """Start a summary; keep the other parts of an earlier run if machine, versions and code are unchanged.
+
+    The files of `parts` are removed, and until a part ends its status is "unfinished".
+    """
     import torch
 
     cuda = torch.cuda.is_available()
@@ -52,37 +58,55 @@ def start(out: Path, tiny: bool) -> int:
     }
     path = out / "summary.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    parts = before.pop("parts", {})
-    artefact.write_json(path, found | {"parts": parts if before == found else {}})
+    kept = before.pop("parts", {})
+    kept = kept if before == found else {}
+    for part in parts:
+        about, files = PARTS[part]
+        for name in files:
+            (out / name).unlink(missing_ok=True)
+        kept[part] = {"what": about, "status": "unfinished", "files": []}
+    artefact.write_json(path, found | {"parts": dict(sorted(kept.items()))})
     return 0
 
 
 def add(out: Path, part: str, status: int, seconds: float, limit: int, log: Path) -> None:
-    """Add the result of a part; if it failed, with the end of its log; for the tests, with their last line."""
+    """Add the result of a part; if it failed, with the end of its log; for the tests, with how many passed."""
     path = out / "summary.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     about, files = PARTS[part]
     entry: dict[str, Any] = {
         "what": about,
-        "status": "ok" if status == 0 else "timeout" if status in TIMED_OUT else "failed",
+        "status": "ok" if status == 0 else ENDED.get(status, "failed"),
         "exit": status,
         "wall_s": round(seconds, 1),
         "limit_s": limit,
         "files": [name for name in files if (out / name).is_file()],
     }
     if part == "a" and (out / "tests.txt").is_file():
-        entry["says"] = (out / "tests.txt").read_text(encoding="utf-8").strip().split("\n")[-1].strip("= ")
+        entry["says"] = _says((out / "tests.txt").read_text(encoding="utf-8"), entry["status"])
     if status:
-        entry["log"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:]
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        entry["log"] = [line for line in lines if line.strip() and not _BAR.search(line)][-_LINES:]
     found["parts"] = dict(sorted({**found["parts"], part: entry}.items()))
     artefact.write_json(path, found)
+
+
+def _says(tests: str, status: str) -> str:
+    """The last line of a whole run of pytest; of one that was ended, what it had seen."""
+    last = tests.strip().split("\n")[-1].strip("= ")
+    if status in ("ok", "failed"):
+        return last
+    seen = {word: re.findall(rf"::(\S+) {word}", tests) for word in ("PASSED", "FAILED")}
+    found = re.search(r"collected (\d+)", tests)
+    failed = ", ".join(seen["FAILED"]) or "none"
+    return f"of {found[1] if found else '?'} tests {len(seen['PASSED'])} passed, failed: {failed}; ended in {last.split('::')[-1]}"
 
 
 def main() -> int:
     """Start the summary or add a part, as described above."""
     out, command, *rest = sys.argv[1:]
     if command == "start":
-        return start(Path(out), "--tiny" in rest)
+        return start(Path(out), "--tiny" in rest, [part for part in rest if part != "--tiny"])
     status, seconds, limit, log = rest
     add(Path(out), command, int(status), float(seconds), int(limit), Path(log))
     return 0

@@ -42,7 +42,7 @@ from memdec.harness.scores import ScoreStore, TokenScores, request_key
 from memdec.harness.scoring import score_labels, score_stream, score_words
 from memdec.inference.systems import Parts, System
 from memdec.inference.wrapper import Which
-from memdec.maths import mixing
+from memdec.maths import weighing
 from memdec.maths.windows import windows
 from memdec.models import loading, rope
 from memdec.models.loading import model_identity
@@ -102,7 +102,7 @@ class WrappedLM(HFLM):
         scores: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.system, self.weight = system, mixing.check_weight(weight)
+        self.system, self.weight = system, weighing.check_weight(weight)
         self.n_cut = 0  # requests that were cut on the left
         self._encoded: dict[Any, list[int]] = {}
         self._given, scores = kwargs, arguments.folder("scores", scores)
@@ -478,7 +478,10 @@ class WrappedLM(HFLM):
             for key, read, scored in group:
                 self.model.check_labels(scored)
                 span = slice(len(read) - len(scored) - (longest - keep), len(read) - (longest - keep))
-                yield key, self._labelled([None if each is None else each[row, span] for each in (base, memory)], scored)
+                yield (
+                    key,
+                    self._labelled([None if each is None else each[row, span] for each in (base, memory)], scored),
+                )
 
     def _last(
         self, ids: torch.Tensor, keep: int, cache: Any | None = None
@@ -558,11 +561,8 @@ class WrappedLM(HFLM):
 
     def token_scores(self, text: str, *, disable_tqdm: bool = False) -> TokenScores:
         """Scores of every token of a text, from the store or from the models, with sliding windows (`windows`)."""
-        stream = np.asarray(self.tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64)
-        if not len(stream):
-            raise ConfigError("loglikelihood_rolling: expected a text with at least one token, found an empty one")
-        key = request_key("rolling", stream, [self.context, self.stride, self.prefix_token_id])
-        scores = self._known(key)
+        stream = self.stream(text)
+        scores = self._known(self._stream_key(stream))
         if scores is None:
             size = self.batch_size_per_gpu if isinstance(self.batch_size_per_gpu, int) else 8
             parts = windows(len(stream), self.context, self.stride)
@@ -572,10 +572,28 @@ class WrappedLM(HFLM):
                 scores = score_stream(
                     self.model, stream, parts, self.prefix_token_id, which=self._which, batch_size=size, quiet=quiet
                 )
-            self._keep(key, scores)
-            if self.store is not None:
-                self.store.flush()
+            self.keep(stream, scores)
         return scores
+
+    def stream(self, text: str) -> NDArray[np.int64]:
+        """The token ids of a text.
+
+        Raises:
+            ConfigError: It has no token.
+        """
+        stream = np.asarray(self.tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64)
+        if not len(stream):
+            raise ConfigError("loglikelihood_rolling: expected a text with at least one token, found an empty one")
+        return stream
+
+    def keep(self, stream: NDArray[np.int64], scores: TokenScores) -> None:
+        """Put the scores of a token stream into the score store, if there is one."""
+        self._keep(self._stream_key(stream), scores)
+        if self.store is not None:
+            self.store.flush()
+
+    def _stream_key(self, stream: NDArray[np.int64]) -> bytes:
+        return request_key("rolling", stream, [self.context, self.stride, self.prefix_token_id])
 
     @one_line_errors()
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -655,7 +673,7 @@ class WrappedLM(HFLM):
         """
         if weight and self.system.weight is None:
             raise ConfigError(f"{self.system.name}: expected no weight, found {weight}: nothing is mixed")
-        self.weight = mixing.check_weight(weight)
+        self.weight = weighing.check_weight(weight)
         if self._load_base is None:
             self._model.set_weight(self.weight)
         self._use_own_answers()

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from memdec.artefacts import artefact
-from memdec.maths import mixing
+from memdec.maths import weighing
 
 FORMAT = 3
 _FLUSH = 1_000_000  # tokens in memory before a part is written
@@ -45,7 +45,7 @@ class TokenScores:
 
     def log_p(self, alpha: float) -> NDArray[np.float64]:
         """log-probability of each token under the mixture."""
-        return mixing.mix_scores(self.base, self.base if self.memory is None else self.memory, alpha)
+        return weighing.mix_scores(self.base, self.base if self.memory is None else self.memory, alpha)
 
     def is_greedy(self, alpha: float) -> bool:
         """Whether greedy decoding of the mixture gives these tokens."""

@@ -163,16 +163,17 @@ def _system(parts: Parts) -> SystemName:
 
 def _weighted(
     system: SystemName, parts: Parts, suite: Suite, name: str, evaluation: Path | None
-) -> tuple[Parts, float | None]:
-    """The parts with lambda, tau and so on as the suite says; and alpha, None for each task's own."""
+) -> tuple[Parts, float | str | None]:
+    """The parts with lambda, tau and so on as the suite says; and alpha, None and `tune` for each task's own."""
     needs = suite.alpha == "valid" and SYSTEMS[system].weight is not None
     if needs and evaluation is None:
         raise ConfigError(
             f"memdec harness: expected --evaluation with the weight of {system} that was tuned on valid text (alpha: valid), "
             "found none; give the folder that `memdec evaluate` made, or another alpha"
         )
+    alpha = None if suite.alpha in ("paper", "valid") else suite.alpha
     if evaluation is None:
-        return parts, suite.alpha if isinstance(suite.alpha, float) else None
+        return parts, alpha
     manifest = artefact.read(evaluation, "evaluation")
     _check_evaluation(evaluation, manifest, parts)
     tuned = _tuned(evaluation, system, name if system == "MemDec" else None) if SYSTEMS[system].weight else {}
@@ -185,7 +186,7 @@ def _weighted(
         parts = replace(parts, retrieval=RetrievalSettings(**said))
     if system == "MemDec" and suite.alpha == "valid":
         return parts, float(tuned["alpha"])
-    return parts, suite.alpha if isinstance(suite.alpha, float) else None
+    return parts, alpha
 
 
 def _check_evaluation(folder: Path, manifest: artefact.Manifest, parts: Parts) -> None:
@@ -275,7 +276,9 @@ def _evaluated(
     model: WrappedLM, parts: Parts, tasks: dict[str, RowsTask], suite: Suite, out: Path
 ) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
     """Results and samples of lm-eval, which are also written as its command line writes them."""
-    named = {"pretrained": str(parts.base)} | {part: str(parts.of(part)) for part in model.system.needs if part != "base"}
+    named = {"pretrained": str(parts.base)} | {
+        part: str(parts.of(part)) for part in model.system.needs if part != "base"
+    }
     tracker = EvaluationTracker(output_path=str(out / "results.json"))
     manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False)
     found = simple_evaluate(
@@ -344,6 +347,7 @@ def _records(task: RowsTask, results: dict[str, Any], samples: Sequence[Sample],
         if higher is None or value is None:
             continue
         low, high = interval(task.aggregation()[metric], [sample[metric] for sample in samples], seed)
+        chosen_by = None if metric.startswith("acc_") else labels  # acc_sum and the like choose other labels
         found.append(
             {
                 "task": name,
@@ -353,8 +357,8 @@ def _records(task: RowsTask, results: dict[str, Any], samples: Sequence[Sample],
                 "high": high,
                 "n": len(samples),
                 "higher_is_better": bool(higher),
-                "labels": labels,
-                "constant": labels is not None and len(samples) > 1 and max(labels.values()) == len(samples),
+                "labels": chosen_by,
+                "constant": chosen_by is not None and len(samples) > 1 and max(chosen_by.values()) == len(samples),
             }
         )
     return found

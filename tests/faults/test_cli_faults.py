@@ -224,7 +224,7 @@ def test_json_where_a_program_may_read_it(tmp_path: Path, capsys: pytest.Capture
     code, out, err = run_memdec(capsys, "validate", str(tmp_path / "a.yaml"), "--json")
     assert (code, json.loads(out)["valid"], err.count("\n")) == (2, False, 1)
     table, base = folder / "table3.csv", tmp_path / "base.json"
-    code, _, err = run_memdec(capsys, "check", str(table), "--baseline", str(base), "--write")
+    code, _, err = run_memdec(capsys, "check", str(table), "--baseline", str(base), "--update", "--reason", "first")
     assert code == 0, err
     assert f"wrote {base}. Next: memdec check" in err
     code, out, _ = run_memdec(capsys, "check", str(table), "--baseline", str(base), "--json")

@@ -20,6 +20,7 @@ ORDER = [
     ["settings"],
     ["maths"],
     ["artefacts"],
+    ["references"],
     ["config"],
     ["text"],
     ["models", "tasks"],

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -98,6 +99,40 @@ def test_a_failed_part_stops_nothing(tmp_path: Path) -> None:
     assert not parts["e"]["files"]
 
 
+def test_a_signal_leaves_a_summary(tmp_path: Path) -> None:
+    """What ends the script ends its part, and the summary says so of this part and of the next."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        f'#!/bin/sh\ncase "$*" in "-m pytest "*) echo begun; exec sleep 60;; esac\nexec {sys.executable} "$@"\n'
+    )
+    stand_in.chmod(0o755)
+    out = tmp_path / "out"
+    environment = {**os.environ, "WORK": str(tmp_path / "work"), "PYTHON": str(stand_in)}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(out), "--tiny", "a", "b"]
+    (out / "gpu.csv").parent.mkdir()
+    (out / "gpu.csv").write_text("of an earlier visit")
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as run:
+        tests = out / "tests.txt"
+        until = time.monotonic() + 60
+        while not (tests.is_file() and tests.read_text()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        run.terminate()
+        assert run.wait(timeout=30) == 1
+    parts = json.loads((out / "summary.json").read_text())["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == {"a": "stopped", "b": "unfinished"}
+    assert parts["a"]["wall_s"] < 30
+    assert not (out / "gpu.csv").exists()
+
+
+def test_what_a_part_that_was_ended_had_seen() -> None:
+    tests = (
+        "collecting ... collected 22 items\n\nt.py::test_a[1] PASSED [ 4%]\nt.py::test_b FAILED [ 9%]\nt.py::test_c "
+    )
+    assert summary._says(tests, "timeout") == "of 22 tests 1 passed, failed: test_b; ended in test_c"
+    assert summary._says("...\n=== 22 passed in 3 s ===\n", "ok") == "22 passed in 3 s"
+
+
 def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
     assert "No GPU has been measured yet" in "\n".join(report._gpu(tmp_path))
     row = dict.fromkeys(gpu.COLUMNS, "") | {
@@ -115,6 +150,38 @@ def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
     lines = [re.sub(" +", " ", line) for line in report._gpu(tmp_path)]
     assert any("| 61 | ≥ 50 |" in line for line in lines)
     assert any("| out of memory | | ≥ 5 |" in line for line in lines)
+    pd.DataFrame([row | {"ratio": "0.5"}]).to_csv(tmp_path / "gpu.csv", index=False)
+    lines = report._gpu(tmp_path)
+    assert "- Slower than its twin: search: 0.5." in lines
+    assert "- Below its goal: search: 0.5." in lines
+
+
+def test_the_page_says_what_did_not_run(tmp_path: Path) -> None:
+    part = {"what": "latency", "status": "timeout", "wall_s": 9.0, "limit_s": 9, "files": ["latency.csv"]}
+    about = {
+        "device": "D",
+        "cuda": "13",
+        "machine": "M",
+        "commit": "c",
+        "versions": dict.fromkeys(summary.versions(), "1"),
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(about | {"parts": {"c": part}}))
+    row = {
+        "system": "MemDec", "phase": "total", "prompt_tokens": "128", "n_tokens": "48", "tokens_per_s": "9",
+        "ratio_to_base": "1.5", "ratio_low": "1.4", "ratio_high": "1.6", "paper_ratio": "1.28", "device": "D", "turns": "3",
+        "machine": "M",
+    }  # fmt: skip
+    pd.DataFrame([row]).to_csv(tmp_path / "latency.csv", index=False)
+    lines = report._gpu(tmp_path)
+    assert any(re.search(r"\| c +\| latency +\| timeout", line) for line in lines)
+    assert "- Not measured: prompts of 1,024 tokens." in lines
+    assert "- MemDec misses its goal: 1.50 (total, prompt of 128)." in lines
+
+
+def test_what_is_published_names_no_folder() -> None:
+    files = list((ROOT / "results" / "reference" / "gpu").iterdir())
+    assert len(files) == sum(len(names) for _, names in summary.PARTS.values()) + 1
+    assert not re.search("/(root|opt|home|tmp|work)/", "".join(path.read_text() for path in files))
 
 
 def test_a_twin_that_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

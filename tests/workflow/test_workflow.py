@@ -54,56 +54,108 @@ def planned(text: str) -> dict[str, int]:
     return {rule: n for rule, n in counts.items() if rule not in ("all", "default", "total", "resolved_config")}
 
 
-# Jobs per domain of what all of these have: 4 models of one tokenizer, one memory.
-SMALL = {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 4, "finetune": 3, "datastore": 3, "index": 3, "targets": 6}
-SMALL |= {"train": 3, "lora": 12, "evaluate": 12, "evaluate_systems": 12}
-# With the kNN-LM every model has keys of its own too.
-ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
+# Jobs of Table 3 at the default scale: 4 bases of one tokenizer; in each of 3 domains a memory, the DAPT of its start as a
+# control, and the memory of the next domain as another.
+TABLE3 = {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 4, "finetune": 3, "datastore": 3, "index": 3, "targets": 6}
+TABLE3 |= {"train": 3, "dapt": 3, "lora": 12, "evaluate": 36, "evaluate_systems": 24, "table": 1}
+# Of what has one domain: its text and a general one.
+ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
 
 
 @pytest.mark.parametrize(
     ("files", "targets", "expected"),
     [
-        (["mini"], [], SMALL | {"table": 1}),
-        # 18 more memories that are trained and one that is not, with one base; one teacher for both of its memories
+        (["mini"], [], TABLE3),
+        # Figure 2 is drawn from Table 3, and Table 7 is made of the same scores
+        (["mini"], ["figure2", "table7"], TABLE3 | {"table": 2, "figure": 1}),
+        # 1 domain, 3 bases, every system; both controls, for which the next domain has a memory, too
         (
-            ["mini", "objectives"],
-            ["memories"],
-            ALL
-            | {"model": 2, "train": 57, "evaluate": 60, "teacher": 3, "dapt": 6, "lora": 3, "evaluate_systems": 3}
+            ["mini"],
+            ["table1"],
+            ONE
+            | {"tokens": 3, "model": 3, "finetune": 2, "datastore": 5, "index": 5, "targets": 4, "train": 2}
+            | {"passages": 1, "dapt": 3, "lora": 3, "evaluate": 9, "evaluate_systems": 15},
+        ),
+        # the two parts of the objective beside both, over 3 seeds: no other objective, no other table
+        (
+            ["mini"],
+            ["table9"],
+            ONE
+            | {"model": 3, "finetune": 3, "datastore": 3, "index": 3, "targets": 6, "train": 9, "evaluate": 27}
+            | {"evaluate_systems": 9},
+        ),
+        # 18 more memories that are trained and one that is not, with one base in 3 domains; one teacher for both of its
+        # memories. The kNN-LM has keys of the base itself.
+        (
+            ["mini"],
+            ["objectives"],
+            TABLE3
+            | {"model": 2, "train": 57, "evaluate": 60, "teacher": 3, "dapt": 6, "lora": 3, "evaluate_systems": 12}
             | {"datastore": 6, "index": 6},
         ),
-        # 3 seeds, 3 bases: 2 memories with each of them, 2 with one
+        # the fidelity of the same memories to their targets in one domain
         (
-            ["mini", "interpolation"],
-            ["memories"],
-            {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 9, "datastore": 9, "index": 9}
-            | {"targets": 18, "train": 27, "dapt": 27, "evaluate": 72, "evaluate_systems": 27, "table": 1},
-        ),
-        # 2 sizes of the memory and 5 other key models, each with all bases; 2 more models are fine-tuned. Untuned keys of
-        # three models serve the kNN-LM, too.
-        (
-            ["mini", "sizes"],
-            ["memories"],
-            ALL | {"finetune": 9, "datastore": 21, "index": 21, "targets": 36, "train": 24, "evaluate": 96},
-        ),
-        # 2 models of another tokenizer with one memory, keys of their own
-        (
-            ["mini", "vocabulary"],
-            ["table3", "table4", "memories"],
-            ALL
+            ["mini"],
+            ["fidelity"],
+            ONE
             | {
-                "tokenizer": 2,
-                "tokens": 8,
-                "model": 6,
-                "finetune": 6,
-                "dapt": 18,
-                "lora": 18,
-                "datastore": 24,
-                "index": 24,
+                "model": 2,
+                "finetune": 1,
+                "datastore": 1,
+                "index": 1,
+                "targets": 2,
+                "teacher": 1,
+                "train": 19,
+                "dapt": 1,
             }
-            | {"targets": 12, "adapt": 3, "train": 6, "evaluate": 18, "evaluate_systems": 18}
-            | {"table": 3},
+            | {"fidelity": 20, "figure": 1, "table": 0},
+        ),
+        # 2 sizes of the memory beside the default one, and DAPT
+        (
+            ["mini"],
+            ["table8"],
+            ONE
+            | {
+                "model": 3,
+                "finetune": 1,
+                "datastore": 1,
+                "index": 1,
+                "targets": 2,
+                "train": 3,
+                "dapt": 3,
+                "evaluate": 9,
+            }
+            | {"evaluate_systems": 6},
+        ),
+        # 2 other key models, which are fine-tuned
+        (
+            ["mini"],
+            ["table19"],
+            ONE
+            | {"model": 3, "finetune": 3, "datastore": 3, "index": 3, "targets": 6, "train": 3, "evaluate": 9}
+            | {"evaluate_systems": 3},
+        ),
+        # 2 models of another tokenizer with one memory that is moved to it, keys of their own
+        (
+            ["mini"],
+            ["table4"],
+            TABLE3
+            | {"tokenizer": 2, "tokens": 8, "finetune": 6, "datastore": 12, "index": 12, "targets": 12, "adapt": 3}
+            | {"train": 6, "dapt": 6, "lora": 6, "evaluate": 6, "evaluate_systems": 24},
+        ),
+        # one memory of one domain
+        (
+            ["mini"],
+            ["table6"],
+            ONE | {"model": 2, "finetune": 1, "datastore": 1, "index": 1, "targets": 2, "train": 1, "cases": 1},
+        ),
+        # a corpus, a key model and a memory that only the questions have
+        (
+            ["mini"],
+            ["table5", "table13"],
+            {"corpus": 5, "tokenizer": 1, "tokens": 2, "model": 2, "finetune": 1, "datastore": 2, "index": 2}
+            | {"targets": 2, "train": 1, "harness_base": 1, "harness": 1, "harness_system": 1, "evaluate_systems": 1}
+            | {"table": 2},
         ),
         # 4 domains, 3 seeds, 2 of 3 models, 2 memories; no LoRA
         (
@@ -111,37 +163,21 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
             ["memories"],
             {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 24, "datastore": 36}
             | {"index": 36, "targets": 12, "train": 24, "evaluate": 48}
-            | {"evaluate_systems": 24, "table": 1},
+            | {"evaluate_systems": 72, "table": 1},
         ),
-        # 1 domain, 3 models, every system
+        # Table 1 of one model and one domain, without retrieval, so with one control
         (
-            ["mini", "table1"],
-            ["table1"],
-            {
-                "corpus": 4,
-                "tokenizer": 1,
-                "tokens": 2,
-                "model": 3,
-                "finetune": 1,
-                "datastore": 4,
-                "index": 4,
-                "targets": 2,
-            }
-            | {"train": 1, "passages": 1, "dapt": 3, "lora": 3, "evaluate": 3, "evaluate_systems": 3, "table": 1},
-        ),
-        # the same of one model, without retrieval
-        (
-            ["mini", "table1", "gpu-tiny"],
+            ["mini", "gpu-tiny"],
             ["table1"],
             {"corpus": 2, "tokenizer": 1, "tokens": 2, "model": 1, "finetune": 1, "datastore": 1, "index": 1}
-            | {"targets": 1, "train": 1, "dapt": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 1, "table": 1},
+            | {"targets": 1, "train": 1, "dapt": 1, "lora": 1, "evaluate": 2, "evaluate_systems": 3, "table": 1},
         ),
         # of a pretrained model: no pretraining
         (
             ["smol", "smol-domains", "gpu-run"],
             ["table1"],
             {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 1, "finetune": 1, "datastore": 2, "index": 2}
-            | {"targets": 1, "train": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 1, "table": 1},
+            | {"targets": 1, "train": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 4, "table": 1},
         ),
         # a pretrained model that is base, key model and memory; 3 domains, 3 more memories
         (
@@ -149,7 +185,7 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
             ["memories"],
             {"corpus": 3, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
             | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "evaluate": 12}
-            | {"evaluate_systems": 3, "table": 1},
+            | {"evaluate_systems": 15, "table": 1},
         ),
         # 1 domain; the memories start from the first layers
         (
@@ -157,7 +193,14 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
             ["memories", "table1"],
             {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 2, "finetune": 1, "datastore": 2, "index": 2}
             | {"targets": 1, "teacher": 1, "train": 4, "passages": 1, "lora": 1, "evaluate": 4}
-            | {"evaluate_systems": 1, "table": 2},
+            | {"evaluate_systems": 5, "table": 2},
+        ),
+        # its tasks: one suite of DCPMI tasks, three of domain tasks; base, DAPT, LoRA, MemDec
+        (
+            ["smol", "smol-cpu"],
+            ["table2", "table14", "table15", "table16"],
+            {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 2, "finetune": 1, "datastore": 1, "index": 1}
+            | {"targets": 1, "train": 1, "lora": 1, "harness_base": 4, "harness_system": 8, "harness": 4, "table": 4},
         ),
         # other domains, and a general corpus to see what is forgotten
         (
@@ -165,24 +208,51 @@ ALL = SMALL | {"dapt": 12, "datastore": 15, "index": 15, "table": 1}
             ["memories", "forgetting"],
             {"corpus": 4, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
             | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "evaluate": 12}
-            | {"evaluate_systems": 3, "table": 2},
-        ),
-        # one memory of one domain
-        (
-            ["mini", "table6"],
-            ["table6"],
-            {"corpus": 4, "tokenizer": 1, "tokens": 2, "model": 2, "finetune": 1, "datastore": 1, "index": 1}
-            | {"targets": 2, "train": 1, "cases": 1, "table": 1},
+            | {"evaluate_systems": 15, "table": 2},
         ),
     ],
 )
 def test_dry_run_of_every_config(
     files: list[str], targets: list[str], expected: dict[str, int], tmp_path: Path
 ) -> None:
-    assert len(list((ROOT / "config").glob("*.yaml"))) == 14  # config.yaml is mini.yaml
+    assert len(list((ROOT / "config").glob("*.yaml"))) == 8  # config.yaml is mini.yaml
     configs = ["--configfile", *(str(ROOT / "config" / f"{name}.yaml") for name in files)]
     text = snakemake(tmp_path, *(f"results/{name}.csv" for name in targets), "-n", "--cores", "8", *configs)
-    assert planned(text) == expected
+    assert planned(text) == {rule: n for rule, n in expected.items() if n}
+
+
+def test_the_control_of_another_domain_takes_the_memory_of_the_next(tmp_path: Path) -> None:
+    for domain, memory in (("torch", "pandas"), ("sklearn", "torch")):
+        target = f"results/mini/{domain}/seed0/evaluation/other/gpt2-L/manifest.json"
+        text = snakemake(tmp_path, target, "-n", "-p", "--cores", "1")
+        assert planned(text)["train"] == 1
+        (command,) = re.findall(r"^.*memdec evaluate .*--memory .*$", text, re.MULTILINE)
+        assert f"--memory results/mini/{memory}/seed0/memory/memdec " in command
+        assert "--control" in command
+
+
+def test_figures_are_made_of_their_parts(tmp_path: Path) -> None:
+    names = [f"results/{name}.svg" for name in ("figure2", "figure4", "figure5", "figure6", "fidelity")]
+    seed = "results/mini/torch/seed0"
+    text = snakemake(tmp_path, *names, f"{seed}/fidelity/other/manifest.json", "-n", "-p", "--cores", "2")
+    counts = planned(text)
+    assert {rule: counts[rule] for rule in ("figure", "table", "fidelity", "shapes", "latency")} == {
+        "figure": 5, "table": 1, "fidelity": 21, "shapes": 3, "latency": 1
+    }  # fmt: skip
+    (command,) = re.findall(r"^.*memdec figure .*--name figure2 .*$", text, re.MULTILINE)
+    assert "--table results/table3.cells.csv" in command
+    found = re.findall(r"^(.*memdec (\w+) .*--name (\S+) .*)$", text, re.MULTILINE)
+    of = {(stage, name): command for command, stage, name in found}
+    assert f"--memory {seed}/memory/ce --targets {seed}/keys/gpt2-L/targets/1-of-2" in of["fidelity", "ce"]
+    assert f"--targets {seed}/keys/gpt2-L/targets/2-of-2" in of["fidelity", "teacher"]
+    assert "--memory results/mini/pandas/seed0/memory/memdec" in of["fidelity", "other"]
+    assert "--control" in of["fidelity", "other"]
+    assert f"--model {seed}/finetuned/gpt2-S" in of["shapes", "keys-S"]
+    assert f"--targets {seed}/keys/gpt2-S/targets/1-of-2" in of["shapes", "keys-S"]
+    (command,) = re.findall(r"^.*memdec latency .*$", text, re.MULTILINE)
+    keys = f"{seed}/keys/gpt2-L-untuned"
+    assert f"--knn {keys}/datastore/1-of-1:{keys}/index" in command
+    assert "--datastore" not in command
 
 
 @pytest.mark.slow

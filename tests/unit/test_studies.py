@@ -1,0 +1,134 @@
+"""Studies: overlays of one config, the tables that they fill, and which artefacts they share."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from memdec import config as cfg
+from memdec.errors import ConfigError
+
+MINI = Path(__file__).resolve().parents[2] / "config" / "mini.yaml"
+
+
+def with_studies(**studies: Any) -> dict[str, Any]:
+    """The default config with these studies in the place of its own."""
+    common: dict[str, Any] = yaml.safe_load(MINI.read_text())
+    return {**common, "studies": studies}
+
+
+def checked(**studies: Any) -> cfg.Config:
+    return cfg.checked(with_studies(**studies), "c")
+
+
+def test_a_study_is_laid_over_the_common_part() -> None:
+    config = checked(
+        small={
+            "tables": ["table9", "figure2"],
+            "evaluated": ["gpt2-S"],
+            "memory": {"epochs": 3},
+            "memories": {"kl": {"train": {"objective": "kl"}}},
+            "dapt": None,
+        },
+        other={"tables": ["table8"]},
+    )
+    small = config.study("small")
+    assert (small.study_name, small.studies, small.evaluated) == ("small", {}, ["gpt2-S"])
+    assert small.memory.epochs == 3
+    assert small.memory.learning_rate == config.memory.learning_rate  # joined key by key
+    assert small.variant("kl").train.epochs == 3
+    assert small.dapt is None
+    assert config.study_for("figure2") == small
+    assert config.study_for("table8").study_name == "other"
+    common = config.study_for("table3")  # no study names it
+    assert (common.study_name, common.studies, common.memory) == (None, {}, config.memory)
+    assert cfg.checked(small.model_dump(mode="json", exclude_unset=True), "again") == small
+
+
+def test_a_config_without_studies_fills_every_table_itself() -> None:
+    config = cfg.checked({key: value for key, value in with_studies().items() if key != "studies"}, "c")
+    assert config.study_for("table9") is config
+    assert config.study_for("no table") is config
+
+
+def test_studies_share_what_they_make_with_the_same_settings() -> None:
+    config = checked(
+        first={"tables": ["table9"], "memories": {"kl": {"train": {"objective": "kl"}}}},
+        flat={"tables": ["table8"], "targets": {"temperature": 64}},
+        same={"tables": ["table17"], "targets": {"temperature": 64}, "evaluated": ["gpt2-S"]},
+        tuned={"tables": ["table1"], "finetune": {"epochs": 9}, "evaluate": {"alphas": [0.5]}},
+        large={"tables": ["table19"], "memory_model": "gpt2-L", "lora": {"rank": 3}},
+    )
+    studies = config.every_study()
+    owners = {
+        (study, kind): cfg.owner(studies, study, kind)
+        for study in config.studies
+        for kind in ("finetuned", "datastore", "targets", "memory", "lora", "evaluation")
+    }
+    own = {
+        ("flat", "targets"): "flat",
+        ("flat", "memory"): "flat",
+        ("same", "targets"): "flat",
+        ("same", "memory"): "flat",
+        ("tuned", "finetuned"): "tuned",
+        ("tuned", "datastore"): "tuned",
+        ("tuned", "targets"): "tuned",
+        ("tuned", "memory"): "tuned",
+        ("tuned", "evaluation"): "tuned",
+        ("large", "memory"): "large",
+        ("large", "lora"): "large",
+    }
+    assert owners == dict.fromkeys(owners) | own
+    assert cfg.owner(studies, "flat", "finetuned", "evaluation") is None
+    assert cfg.owner(studies, "same", "memory", "evaluation") == "flat"
+
+
+def test_the_bases_of_a_memory_that_watches_them_make_another_memory() -> None:
+    watching = {"memory": {"keep_best": True}}
+    one = {"tables": ["table8"], **watching}
+    studies = checked(one=one, two={"tables": ["table9"], "evaluated": ["gpt2-S"], **watching}).every_study()
+    assert cfg.owner(studies, "two", "memory") == "two"
+    assert cfg.owner(studies, "one", "memory") == "one"
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ({}, "studies.b.tables: Field required"),
+        ({"tables": []}, "studies.b.tables: .* at least 1 item"),
+        ({"tables": ["table20"]}, "studies.b.tables.0: .* found 'table20'"),
+        ({"tables": ["table9"]}, "studies.b.tables: expected tables that no other study fills, found table9 of a; leave"),
+        ({"domains": ["torhc"]}, "studies.b.domains: expected one of .*, found torhc; did you mean torch?"),
+        ({"evaluated": ["gpt3"]}, "studies.b.evaluated: expected one of .*, found gpt3"),
+        ({"memories": {"x": {"key_model": "no"}}}, "studies.b.memories.x.key_model: expected one of .*, found no"),
+        ({"memories": {"x": {"adapt": "no"}}}, "studies.b.memories.x.adapt: expected one of memdec, x, found no"),
+        (
+            {"memories": {"x": {"train": {"objective": "KL"}}}},
+            "studies.b.memories.x.train: objective: .* found 'KL'; did you mean kl?",
+        ),
+        ({"memories": {"kl": {"train": {"objective": "ce"}}}}, "studies.b.memories.kl: expected the memory of a, .*rename"),
+        ({"tasks": {"torch": ["nine"]}}, "studies.b.tasks.torch: expected one of none defined, found nine"),
+        ({"tasks": {"law": []}}, "studies.b.tasks: expected one of .*, found law"),
+        ({"finetune": {"epochs": 0}}, "studies.b.finetune.epochs: .* found 0"),
+        ({"datastore": {"shards": 2}}, "studies.b.datastore.shards: expected it in the common part only, found 2; move"),
+        ({"datastore": {"stored": False}}, "studies.b.index.kind: expected ivfpq or ivfflat"),
+        ({"context": 64}, "studies.b.context: unknown key"),
+    ],
+)  # fmt: skip
+def test_a_study_with_a_fault_names_its_place(study: dict[str, Any], message: str) -> None:
+    first = {"tables": ["table9"], "memories": {"kl": {"train": {"objective": "kl"}}}}
+    with pytest.raises(ConfigError, match=message) as caught:
+        checked(a=first, b={"tables": ["table8"], **study} if study else study)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fault_of_the_common_part_is_said_once() -> None:
+    data = with_studies(a={"tables": ["table9"]}, b={"tables": ["table8"], "domains": ["x"]}) | {"key_model": "no"}
+    assert [line.split(":")[0] for line in cfg.check(data)] == ["key_model", "studies.b.domains"]
+
+
+def test_a_memory_of_another_domain_is_another_one_where_the_domains_are_others() -> None:
+    wrong = {"memories": {"far": {"other_domain": True}}}
+    with pytest.raises(ConfigError, match="studies.b.memories.far: expected the memory of a"):
+        checked(a={"tables": ["table9"], **wrong}, b={"tables": ["table8"], "domains": ["torch", "sklearn"], **wrong})
