@@ -47,7 +47,18 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(base: Path, out: Path, tasks: list[str] = FEW, alpha: Any = "paper", **more: Any) -> list[dict[str, Any]]:
     limit = more.pop("limit", None)
     harness.run(str(base), Suite(tasks=tasks, alpha=alpha, limit=limit, batch_size=4), out, seed=3, **more)
-    return harness.records(out)
+    return records_of(out)
+
+
+def records_of(out: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((out / "records.json").read_text())
+    return found
+
+
+def rows_of(out: Path, task: str, metric: str) -> tuple[list[str], list[Any]]:
+    """What the samples say about each row: its hash, and what a metric keeps of it."""
+    samples = compare.read_samples(compare.read_run(out)[task].file).values()
+    return [each.document for each in samples], [each.values[f"{metric},none"] for each in samples]
 
 
 def values(records: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
@@ -57,7 +68,9 @@ def values(records: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
 def write_evaluation(out: Path, base: Path, records: list[dict[str, Any]], **inputs: str) -> Path:
     """An evaluation with the tuned weights of some systems, without running one."""
     settings = EvaluateSettings(neighbours=5, nprobe=2, query=7, every=2).model_dump(mode="json")
-    with artefact.building(out, "evaluation", settings, {"base": artefact.read(base, "model").recipe, **inputs}) as build:
+    with artefact.building(
+        out, "evaluation", settings, {"base": artefact.read(base, "model").recipe, **inputs}
+    ) as build:
         assert build is not None
         artefact.write_json(out / "records.json", records)
     return out
@@ -103,11 +116,13 @@ def test_results_and_samples_are_those_of_stock_lm_eval(
             }
         if thinned:  # the words once, and what is the same in every row in the first row
             assert [row["resps"][0] for row in rows] == [row["resps"][0] for row in others]
-            assert rows[0]["resps"] == others[0]["resps"] and rows[1]["resps"][1:] == [[], []]
+            assert rows[0]["resps"] == others[0]["resps"]
+            assert rows[1]["resps"][1:] == [[], []]
             words = found["configs"][task]["metadata"]["scored_words"]
             assert words == others[0]["arguments"]["gen_args_0"]["arg_1"]
     table = compare.compare(tmp_path / "run", tmp_path / "stock")
-    assert set(table["task"]) == set(TASKS) and not table["difference"].any()
+    assert set(table["task"]) == set(TASKS)
+    assert not table["difference"].any()
 
 
 def test_records_have_all_that_a_table_prints(
@@ -123,13 +138,17 @@ def test_records_have_all_that_a_table_prints(
     assert wanted <= by_metric.keys()
     for each in records:
         assert (each["method"], each["memory"], each["seed"], each["limit"]) == ("MemDec", "mine", 3, 10)
-        assert each["n"] == (6 if each["task"] == "memdec_nq" else 10) and each["low"] <= each["high"]
-        assert each["lambda"] is None and each["higher_is_better"] and each["model"] == base_folder.name
+        assert each["n"] == (6 if each["task"] == "memdec_nq" else 10)
+        assert each["low"] <= each["high"]
+        assert each["lambda"] is None
+        assert each["higher_is_better"]
+        assert each["model"] == base_folder.name
     # The paper's alpha for a task that has one, else 0.6.
     assert by_metric["dcpmi_cb_kl", "acc"]["alpha"] == 0.3
     assert by_metric["memdec_fpb", "acc"]["alpha"] == by_metric["memdec_nq", "f1"]["alpha"] == 0.6
     labels = by_metric["dcpmi_cb_kl", "acc"]["labels"]
-    assert list(labels) == ["entailment", "contradiction", "neutral"] and sum(labels.values()) == 10
+    assert list(labels) == ["entailment", "contradiction", "neutral"]
+    assert sum(labels.values()) == 10
     assert list(by_metric["memdec_fpb", "acc"]["labels"]) == ["returns", "scales the window of size 4", "shifts it"]
     assert list(by_metric["memdec_usmle", "acc"]["labels"]) == ["option 1", "option 2", "option 3"]
     assert by_metric["memdec_nq", "f1"]["labels"] is None
@@ -145,19 +164,18 @@ def test_rows_of_a_metric_average_to_its_value(
     run(base_folder, tmp_path / "base", tasks)
     for task in tasks:
         metric = "f1" if task == "memdec_nq" else "acc"
-        rows, items = harness.row_scores(tmp_path / "run", task, metric)
-        assert np.mean(items) == pytest.approx(found[task, metric], abs=1e-12) and len(set(rows)) == len(rows)
-        assert harness.row_scores(tmp_path / "base", task, metric)[0] == rows
-    _, pairs = harness.row_scores(tmp_path / "run", "memdec_scotus", "macro_f1")
+        rows, items = rows_of(tmp_path / "run", task, metric)
+        assert np.mean(items) == pytest.approx(found[task, metric], abs=1e-12)
+        assert len(set(rows)) == len(rows)
+        assert rows_of(tmp_path / "base", task, metric)[0] == rows
+    _, pairs = rows_of(tmp_path / "run", "memdec_scotus", "macro_f1")
     assert domain_metrics.macro_f1(pairs) == pytest.approx(found["memdec_scotus", "macro_f1"], abs=1e-12)
-    for task, metric, what in (("memdec_fpb", "acc", "samples of memdec_fpb"), ("memdec_nq", "f2", "the metric f2")):
-        with pytest.raises(MemDecError, match=f"expected {what}"):
-            harness.row_scores(tmp_path / "run", task, metric)
 
 
 # --- systems ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
 def test_every_system_is_the_model_that_its_name_says(
     data: Path, base_folder: Path, small_folder: Path, dapt_folder: Path, token_folder: Path, tmp_path: Path
@@ -165,18 +183,21 @@ def test_every_system_is_the_model_that_its_name_says(
     base = run(base_folder, tmp_path / "base")
     assert {(each["method"], each["alpha"], each["lambda"]) for each in base} == {("base", None, None)}
     zero = run(base_folder, tmp_path / "zero", alpha=0.0, memory=str(small_folder))
-    assert values(zero) == values(base) and {each["alpha"] for each in zero} == {0.0}
+    assert values(zero) == values(base)
+    assert {each["alpha"] for each in zero} == {0.0}
     tuned = run(base_folder, tmp_path / "dapt", dapt=dapt_folder)
     assert {each["method"] for each in tuned} == {"DAPT"}
-    _, of_dapt = harness.row_scores(tmp_path / "dapt", "memdec_fpb", "acc")
+    _, of_dapt = rows_of(tmp_path / "dapt", "memdec_fpb", "acc")
     run(dapt_folder, tmp_path / "alone")
-    assert of_dapt == harness.row_scores(tmp_path / "alone", "memdec_fpb", "acc")[1]
+    assert of_dapt == rows_of(tmp_path / "alone", "memdec_fpb", "acc")[1]
 
     settings = LoraSettings(epochs=0.2, rank=2)
     stages.run_lora(base_folder, token_folder, tmp_path / "adapter", settings, context=CONTEXT, seed=0)
     assert {each["method"] for each in run(base_folder, tmp_path / "lora", lora=tmp_path / "adapter")} == {"LoRA"}
     passages.run(token_folder, tmp_path / "passages", PassageSettings(passage=12))
-    evaluation = write_evaluation(tmp_path / "rag evaluation", base_folder, [])
+    evaluation = write_evaluation(
+        tmp_path / "rag evaluation", base_folder, [{"method": "In-Context RAG", "memory": None}]
+    )
     rag = run(base_folder, tmp_path / "rag", passages=tmp_path / "passages", evaluation=evaluation)
     assert {each["method"] for each in rag} == {"In-Context RAG"}
     assert artefact.read(tmp_path / "rag", "harness").settings["numbers"] == {"query": 7, "every": 2}
@@ -205,10 +226,34 @@ def test_alpha_of_an_evaluation_is_used_and_must_be_of_these_models(
     assert {each["alpha"] for each in found} == {0.35}
     with pytest.raises(MemDecError, match="expected one record of MemDec with the memory other, found 0"):
         run(base_folder, tmp_path / "other", alpha="valid", name="other", **given)
+    with pytest.raises(MemDecError, match="expected one record of In-Context RAG, found 0"):
+        run(base_folder, tmp_path / "other", passages=tmp_path, evaluation=evaluation)
     with pytest.raises(MemDecError, match="found one of another base"):
         run(dapt_folder, tmp_path / "other", alpha="valid", name="mine", **given)
     with pytest.raises(MemDecError, match="expected --evaluation with the weight of MemDec"):
         run(base_folder, tmp_path / "other", alpha="valid", memory=str(small_folder))
+
+
+def test_alpha_is_tuned_on_rows_that_are_not_scored(
+    data: Path, base_folder: Path, small_folder: Path, tmp_path: Path
+) -> None:
+    memory = {"memory": str(small_folder)}
+    with pytest.raises(
+        MemDecError, match=r"found none of dcpmi_cb_kl \(validation\); run `memdec data fetch --task cb`"
+    ):
+        run(base_folder, tmp_path / "run", ["dcpmi_cb_kl"], alpha="tune", **memory)
+    file = data / "cb" / "validation.jsonl"
+    rows = (data / "cb" / "test.jsonl").read_text().splitlines()[::-1]
+    file.write_text("\n".join(rows) + "\n")
+    found = run(base_folder, tmp_path / "run", ["dcpmi_cb_kl"], alpha="tune", **memory)
+    (results,) = (tmp_path / "run").glob("results_*.json")
+    chosen = json.loads(results.read_text())["config"]["alphas"]["dcpmi_cb_kl"]
+    assert chosen["source"] == "tuned on validation"
+    assert {each["alpha"] for each in found} == {chosen["alpha"]}
+    recipe = artefact.read(tmp_path / "run", "harness").recipe
+    file.write_text("\n".join(rows[1:]) + "\n")
+    run(base_folder, tmp_path / "run", ["dcpmi_cb_kl"], alpha="tune", **memory)
+    assert artefact.read(tmp_path / "run", "harness").recipe != recipe
 
 
 # --- resuming, and changed rows ---------------------------------------------------------------------------------------
@@ -301,10 +346,14 @@ def test_an_interval_is_the_same_by_counts_and_by_the_tasks_own_function(monkeyp
 
     fast = harness.interval(domain_metrics.macro_f1, pairs, 0)
     assert fast == pytest.approx(harness.interval(slow, pairs, 1), abs=0.03)
-    assert fast[0] is not None and fast[1] is not None and fast[0] < slow(pairs) < fast[1]
+    assert fast[0] is not None
+    assert fast[1] is not None
+    assert fast[0] < slow(pairs) < fast[1]
     triples = [(number % 4, *pair) for number, pair in enumerate(pairs)]
     low, high = harness.interval(domain_metrics.headline_f1, triples, 0)
-    assert low is not None and high is not None and low < domain_metrics.headline_f1(triples) < high
+    assert low is not None
+    assert high is not None
+    assert low < domain_metrics.headline_f1(triples) < high
     assert harness.interval(slow, pairs[:1], 0) == (None, None)
 
 
@@ -330,7 +379,7 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
     missing = said(*(word for name in names for word in ("--tasks", name)))
     assert "found none of dcpmi_rte_kl, memdec_rct, dcpmi_sst2_kl; run" in missing
     assert "memdec data fetch --task rte --task rct --task" in missing
-    assert "found 'memdec_fbp'; did you mean memdec_fpb" in said("--tasks", "memdec_fbp")
+    assert "found memdec_fbp; did you mean memdec_fpb?" in said("--tasks", "memdec_fbp")
     assert "arc_easy" in said("--tasks", "arc_easy")
     twice = said("--tasks", "memdec_fpb", "--memory", small_folder, "--dapt", dapt_folder)
     assert "expected the parts of one system, found --dapt, --memory" in twice
@@ -344,13 +393,16 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_options_say_what_a_spec_says(data: Path, base_folder: Path, small_folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_options_say_what_a_spec_says(
+    data: Path, base_folder: Path, small_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
     common = ("harness", "--base", base_folder, "--memory", small_folder, "--device", "cpu", "--seed", 1)
     spec = '{"tasks": ["memdec_fpb"], "alpha": 0.3, "limit": 4}'
     code, _, err = run_memdec(capsys, *common, "--out", tmp_path / "a", "--spec", spec)
-    assert code == 0 and "Next: memdec compare" in err
+    assert code == 0
+    assert "Next: memdec compare" in err
     options = ("--tasks", "memdec_fpb", "--alpha", "0.3", "--limit", "4")
     assert run_memdec(capsys, *common, "--out", tmp_path / "b", *options)[0] == 0
-    assert harness.records(tmp_path / "a") == harness.records(tmp_path / "b")
+    assert records_of(tmp_path / "a") == records_of(tmp_path / "b")
     recipes = {artefact.read(tmp_path / name, "harness").recipe for name in ("a", "b")}
     assert len(recipes) == 1
