@@ -80,7 +80,8 @@ def _of_latency(made: Figure, cells: Sequence[Cell], _tables: Sequence[Path]) ->
     if more:
         raise ConfigError(f"{made.name}: expected one --cell, found {len(cells)}")
     table = pd.DataFrame(_json(folder / "records.json"))
-    ratios = [_printed(made, {"method": kind or name}, "overhead") for kind, name in table[["kind", "system"]].values]
+    methods = table["kind"].fillna(table["system"])
+    ratios = [_printed(made, {"method": method}, "overhead") for method in methods]
     return table.assign(paper_ratio=ratios)[table["phase"] == "total"].reset_index(drop=True)
 
 
