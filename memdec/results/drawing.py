@@ -56,8 +56,7 @@ def _of_table3(made: Figure, _cells: Sequence[Cell], tables: Sequence[Path]) -> 
     domain, config = made.config.domains[0], made.config
     wanted = {base: memory.name for base in config.bases if (memory := config.memory_for(base)) is not None}
     lines = [
-        {"domain": domain, "family": cell.family, "model": cell.model, "method": cell.method}
-        | {"value": cell.value, "low": cell.low, "high": cell.high, "n": cell.n, "seeds": cell.seeds}
+        cell.model_dump(include={"domain", "family", "model", "method", "value", "low", "high", "n", "seeds"})
         for cell in lines_of_tables.read(tables[0])
         if cell.domain == domain and cell.method in _BARS and cell.value is not None
         if cell.method != "MemDec" or cell.memory in (None, wanted.get(cell.model or ""))
@@ -66,7 +65,7 @@ def _of_table3(made: Figure, _cells: Sequence[Cell], tables: Sequence[Path]) -> 
         raise ArtifactError(
             f"{tables[0]}: expected perplexities of {', '.join(_BARS)} on {domain}, found none; make Table 3 of this config"
         )
-    table = pd.DataFrame(lines)
+    table = pd.DataFrame(lines, columns=["domain", "family", "model", "method", "value", "low", "high", "n", "seeds"])
     if twice := table[table.duplicated(["model", "method"])]["model"].tolist():
         raise ArtifactError(
             f"{tables[0]}: expected one cell for a model and method, found two for {twice[0]}; make it again"

@@ -448,7 +448,9 @@ def _weight_curves(config: Config, scale: Path) -> list[Group]:
             name = "lambda" if record.get("lambda") is not None else "alpha"
             key = (home, str(record["on"]), str(record.get("memory") or record["method"]), name)
             x, y = zip(*points, strict=True)
-            found.setdefault(key, []).append(Line(model, x, y, _place(bases, model), chosen=record[name]))
+            found.setdefault(key, []).append(
+                Line(model, x, y, _place(bases, model), chosen=record[name], seed=_seed(folder))
+            )
     groups: dict[str, list[Chart]] = {}
     order = sorted(found, key=lambda key: (_place(memories, key[2]), _place(config.domains, key[1]), key))
     for number, (home, on, which, name) in enumerate(order):
@@ -477,7 +479,7 @@ def _loss_curves(config: Config, scale: Path) -> list[Group]:
         for points, dashed in ((losses, True), (valid, False)):
             if points:
                 x, y = zip(*points, strict=True)
-                lines.append(Line(folder.name, x, y, 0, dashed))
+                lines.append(Line(folder.name, x, y, 0, dashed, seed=_seed(folder)))
     groups: dict[str, list[Chart]] = {stage: [] for stage in _FOLDERS}
     order = sorted(found, key=lambda key: (_place(config.domains, key[1].split("/")[-1]), key))
     for number, (stage, home) in enumerate(order):
@@ -514,9 +516,19 @@ def _few(lines: Sequence[Line]) -> Iterable[list[Line]]:
 
 def _chart(title: str, svg: str, lines: Sequence[Line], header: list[str]) -> Chart:
     legend = list(dict.fromkeys((line.label, line.look % PER_CHART) for line in lines))
-    rows = [[line.label, f"{x:g}", f"{y:.4g}"] for line in lines for x, y in zip(line.x, line.y, strict=True)]
+    several = len({line.seed for line in lines}) > 1
+    rows = [
+        [f"{line.label}, {line.seed}" if several else line.label, f"{x:g}", f"{y:.4g}"]
+        for line in lines
+        for x, y in zip(line.x, line.y, strict=True)
+    ]
     says = f"{header[1]} against {header[0].lower()}; the numbers are below."
     return Chart(title, Markup(svg), says, legend, Plain(["Name", *header], rows, caption=title))
+
+
+def _seed(folder: Path) -> str:
+    """The seed in a path, or ""."""
+    return next((part for part in reversed(folder.parts) if re.fullmatch(r"seed\d+", part)), "")
 
 
 def _home(scale: Path, folder: Path) -> str:

@@ -30,7 +30,9 @@ MEMORIES = {
 
 
 def config(**changes: object) -> Config:
-    return cfg.checked(yaml.safe_load(MINI.read_text()) | {"memories": MEMORIES} | changes, "test")
+    """The common part of mini with the memories above, and no studies."""
+    plain = {name: value for name, value in yaml.safe_load(MINI.read_text()).items() if name != "studies"}
+    return cfg.checked(plain | {"memories": MEMORIES} | changes, "test")
 
 
 def cell(model: str, method: str, value: float | None, domain: str = "torch", **more: Any) -> Cell:

@@ -25,7 +25,7 @@ from memdec import config as cfg
 from memdec.errors import ArtifactError, ConfigError
 from memdec.results import curves, report
 
-MINI = cfg.load(cfg.DEFAULT)
+MINI = cfg.load(cfg.DEFAULT).model_copy(update={"studies": {}, "cases": []})
 EVIL = "</style><script>alert(1)</script>&\u202e$x$"  # ends the style, runs, turns the text, and is a formula
 VOID = {"meta", "input", "br"}
 
@@ -308,3 +308,13 @@ def test_more_lines_than_colours_go_to_a_second_chart(tmp_path: Path) -> None:
         write_training(tmp_path / "mini" / "torch" / "seed0" / "memory" / f"m{number}", "memory", 10, 3.0)
     charts = re.findall(r"Memories: torch</b></figcaption>.*?</ul>", made(tmp_path), re.S)
     assert [chart.count("<li>") for chart in charts] == [7, 2]
+
+
+def test_seeds_share_a_chart_and_a_legend(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        home = tmp_path / "mini" / "parts" / "torch" / f"seed{seed}"
+        write_evaluation(home / "evaluation" / "memdec" / "gpt2-S", "torch", "memdec", 0.6, 80 + seed)
+    page = made(tmp_path)
+    (chart,) = re.findall(r"memdec, torch \(parts/torch\)</b></figcaption>.*?</details>", page, re.S)
+    assert chart.count("<li>") == 1
+    assert chart.count("gpt2-S, seed0") == chart.count("gpt2-S, seed1") == 5

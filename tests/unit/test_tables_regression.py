@@ -90,7 +90,7 @@ def test_markdown_and_latex(records: list[dict[str, Any]]) -> None:
 def variants() -> cfg.Config:
     """Two memories beside the default one, of which one is for another tokenizer."""
     data = CONFIG.model_dump(mode="json", exclude_unset=True)
-    data["tokenizers"]["other"] = data["tokenizers"]["bpe1k"]
+    data["tokenizers"]["other"] = data["tokenizers"]["bpe2k"]
     data["models"]["n"] = {**data["models"]["gpt2-S"], "tokenizer": "other"}
     data["systems"] = ["base", "kNN-LM", "MemDec"]
     data["memories"] = {"kl": {"train": {"objective": "kl"}, "models": ["gpt2-S"]}}
