@@ -81,7 +81,7 @@ def _of_latency(made: Figure, cells: Sequence[Cell], _tables: Sequence[Path]) ->
         raise ConfigError(f"{made.name}: expected one --cell, found {len(cells)}")
     table = pd.DataFrame(_json(folder / "records.json"))
     methods = table["kind"].fillna(table["system"])
-    ratios = [_printed(made, {"method": method}, "overhead") for method in methods]
+    ratios = methods.map(lambda method: _printed(made, {"method": method}, "overhead")).astype(float)
     return table.assign(paper_ratio=ratios)[table["phase"] == "total"].reset_index(drop=True)
 
 
