@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 
 from memdec.artefacts import artefact
-from memdec.results import cells, figures
-from memdec.results.report import CLAIM_COLUMNS
+from memdec.results import cells, claims, figures
 
 LATENCY = Path(__file__).resolve().parents[1] / "results" / "reference" / "latency.csv"
 
@@ -24,7 +23,7 @@ def cell(**given: Any) -> dict[str, Any]:
 
 def claim(**given: Any) -> dict[str, Any]:
     """One line of `claims.csv`."""
-    return dict.fromkeys(CLAIM_COLUMNS, "") | {"source": "arXiv v2", "version": "v1 and v2", "table": "table3"} | given
+    return dict.fromkeys(claims.COLUMNS, "") | {"source": "arXiv v2", "version": "v1 and v2", "table": "table3"} | given
 
 
 def write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -79,7 +78,13 @@ def write_latency(folder: Path) -> None:
     with artefact.building(folder, "latency", {}, {}) as build:
         assert build is not None
         artefact.write_text(folder / "latency.csv", LATENCY.read_text(encoding="utf-8"))
-        figures.save(figures.latency(pd.read_csv(LATENCY)), folder / "latency")
+
+
+def write_figure(results: Path, name: str) -> None:
+    """The published measurement of latency as the figure of this name."""
+    numbers = pd.read_csv(LATENCY)
+    figures.save(figures.latency(numbers), results / name)
+    numbers.to_csv(results / f"{name}.csv", index=False)
 
 
 def write_benchmark(scale: Path, name: str, wall: float, cpu: float, memory: float) -> None:

@@ -82,35 +82,6 @@ def ratios(a: ArrayLike, b: ArrayLike, counts: ArrayLike, of: Callable[[Floats],
     return Paired(value_a, value_b, one, other, gap, p, "sign flips")
 
 
-def crossed(a: ArrayLike, b: ArrayLike, counts: ArrayLike, of: Callable[[Floats], Floats]) -> Paired:
-    """Compare a monotonic function of sum / count of two systems that were trained with the same S seeds.
-
-    Intervals are over seeds and items. The test is over items alone: it compares the means over seeds, so it says
-    nothing about other seeds.
-
-    Args:
-        a: Sum of each item at each seed under A, (S, N); one row for a system without a seed, such as the base.
-        b: The same under B.
-        counts: Tokens of each item, or ones, (N,).
-        of: Elementwise function from the ratio sum / count to the value.
-
-    Raises:
-        ValueError: The systems have other items, or other numbers of seeds.
-    """
-    first, second, units = np.atleast_2d(np.asarray(a, np.float64)), np.atleast_2d(np.asarray(b, np.float64)), counts
-    if first.shape[1] != second.shape[1] or len({len(first), len(second)} - {1}) > 1:
-        raise ValueError(
-            f"expected the same seeds and items of both systems, found arrays of shape {first.shape} and {second.shape}"
-        )
-    size = float(np.sum(units, dtype=np.float64))
-    value_a, value_b = (float(of(each.sum(1) / size).mean()) for each in (first, second))
-    drawn_a, drawn_b = (over_seeds(ratios_by_item(each, units, of, seed=0), seed=0) for each in (first, second))
-    by_item = first.mean(0), second.mean(0)
-    binary = len(first) == len(second) == 1 and all(map(statistics.is_binary, by_item))
-    p = statistics.mcnemar(*by_item) if binary else statistics.sign_flips(*by_item)
-    return Paired(value_a, value_b, *_intervals(drawn_a, drawn_b), p, "McNemar" if binary else "sign flips")
-
-
 def ratios_by_item(
     sums: ArrayLike, counts: ArrayLike, of: Callable[[Floats], Floats], *, seed: int, n_resamples: int = N_RESAMPLES
 ) -> Floats:

@@ -35,7 +35,7 @@ from memdec.artefacts import artefact, markdown
 from memdec.config import Config, Memory
 from memdec.errors import ArtifactError, ConfigError, IncomparableError, outside
 from memdec.maths import paired, statistics
-from memdec.results import catalogue, cells, items
+from memdec.results import catalogue, cells, figure_catalogue, items
 from memdec.results.cells import Cell
 from memdec.results.items import Items
 from memdec.results.layout import Derived, Measured
@@ -340,7 +340,7 @@ class Roles:
     def of(cls, study: Config, name: str, cells: Iterable[Cell]) -> "Roles":
         """The roles of a table."""
         columns, rows = _derived(study, name)
-        return cls(study, [cell for cell in cells if cell.column not in columns and cell.row not in rows])
+        return cls(study, _with_metric([cell for cell in cells if cell.column not in columns and cell.row not in rows]))
 
     @cached_property
     def _families(self) -> dict[str | None, list[str]]:
@@ -424,6 +424,21 @@ _SIZES: dict[str, tuple[str, set[str]]] = {
     "size": ("memory_model", {"learning_rate", "epochs", "batch_size", "warmup"}),
     "keys": ("key_model", set()),
 }
+
+
+def _with_metric(found: Sequence[Cell]) -> list[Cell]:
+    """Cells that were not run have no metric; they get the only one of their column, or else of the table."""
+    of_column: dict[str, set[str]] = {}
+    for cell in found:
+        if cell.metric is not None:
+            of_column.setdefault(cell.column, set()).add(cell.metric)
+    of_table = set().union(*of_column.values())
+    return [
+        cell.model_copy(update={"metric": next(iter(known))})
+        if cell.metric is None and len(known := of_column.get(cell.column, of_table)) == 1
+        else cell
+        for cell in found
+    ]
 
 
 def _derived(study: Config, name: str) -> tuple[set[str], set[str]]:
@@ -588,20 +603,18 @@ class Draws:
     def _by_item(self, cell: Cell, measured: Sequence[Items]) -> Floats:
         """Replicates over items, a column for each `Items`. Cells of the same task or text draw the same items."""
         if cell.place not in self._known:
-            first = measured[0]
-            lengths = {len(each) for each in measured}
-            if len(lengths) > 1 or any(not np.array_equal(each.counts, first.counts) for each in measured):
+            kinds: dict[bytes, list[int]] = {}
+            for number, each in enumerate(measured):
+                kinds.setdefault(repr(len(each)).encode() + each.counts.tobytes(), []).append(number)
+            if len(kinds) > 1 and cell.model is not None:  # a mean over models can have several tokenizers
                 raise ArtifactError(
                     f"{cell.table}: row {cell.row}, column {cell.column}: expected the same items at every seed, found "
-                    f"{' and '.join(map(str, sorted(lengths)))} of them; evaluate all seeds on the same text"
+                    f"{' and '.join(str(len(each)) for each in measured)}; evaluate all seeds on the same text"
                 )
-            number = zlib.crc32(repr((cell.domain, cell.task, len(first))).encode() + first.counts.tobytes())
-            labels = [each.labels for each in measured if each.labels is not None]
-            if labels:
-                drawn = paired.f1_by_item(labels, first.averages, seed=number)
-            else:
-                of = np.exp if first.kind == "perplexity" else np.asarray
-                drawn = paired.ratios_by_item([each.sums for each in measured], first.counts, of, seed=number)
+            drawn = np.empty((paired.N_RESAMPLES, len(measured)))
+            for kind, places in kinds.items():
+                seed = zlib.crc32(repr((cell.domain, cell.task)).encode() + kind)
+                drawn[:, places] = _resampled([measured[place] for place in places], seed)
             self._known[cell.place] = drawn
         return self._known[cell.place]
 
@@ -615,6 +628,16 @@ class Draws:
         rng = np.random.default_rng(zlib.crc32(repr(cell.place).encode()))
         normal = rng.standard_normal(paired.N_RESAMPLES) / 1.96
         return cell.value + np.where(normal < 0, normal * (cell.value - cell.low), normal * (cell.high - cell.value))
+
+
+def _resampled(measured: Sequence[Items], seed: int) -> Floats:
+    """Replicates over the same items of each, (R, S)."""
+    first = measured[0]
+    labels = [each.labels for each in measured if each.labels is not None]
+    if labels:
+        return paired.f1_by_item(labels, first.averages, seed=seed)
+    of = np.exp if first.kind == "perplexity" else np.asarray
+    return paired.ratios_by_item([each.sums for each in measured], first.counts, of, seed=seed)
 
 
 def _combined(one: Quantity, other: Quantity, ratio: bool) -> Quantity:
@@ -697,7 +720,8 @@ def judge(claim: Claim, roles: Roles, draws: Draws) -> Verdict:
     """The verdict on a claim by the cells of its table."""
     for side in filter(None, (claim.left, claim.right, claim.left.other(), claim.right and claim.right.other())):
         if not roles.select(side):
-            return _not_run(f"{claim.table} of this config has no cell for: {side}")
+            ranked = "; smallest and largest take two base models of a family" if side.model in RANKS else ""
+            return _not_run(f"{claim.table} of this config has no cell for: {side}{ranked}")
     groups = comparisons(claim, roles)
     if not groups:
         return _not_run(f"{claim.table} of this config has no two cells of {claim.left} and {claim.right} that differ")
@@ -801,7 +825,7 @@ def _whole(claim: Claim, several: list[Judged], lacking: Sequence[Cell], scale: 
     if worst.n and len(worst.seeds) < 2:
         parts.append("one seed, so items alone are drawn")
     if lacking:
-        parts.append(f"not run: {len(lacking)} cells, {lacking[0].note}")
+        parts.append(f"{len(lacking)} cells have no value, such as {lacking[0].row}: {lacking[0].note}")
     if worst.word != "holds" and scale != "paper" and claim.small:
         parts.append(f"at this scale: {claim.small}")
     low, high = worst.interval if worst.interval is not None else (None, None)
@@ -837,7 +861,8 @@ def run(config: Config, paths: Sequence[Path], out: Path, file: Path = FILE) -> 
 
 def _not_made(table: str, config: Config) -> Verdict:
     try:
-        catalogue.table(config.study_for(table), table)
+        made = figure_catalogue.figure if table in figure_catalogue.FIGURES else catalogue.table
+        made(config.study_for(table), table)
     except ConfigError as error:
         return _not_run(str(error))
     return _not_run(f"{table} was not given; snakemake results/{table}.csv makes it")

@@ -26,6 +26,7 @@ SIGNS = ("●", "■", "▲", "◆", "▼", "✚", "✖")  # `figures.MARKERS` a
 PER_CHART = len(COLOURS)  # most lines in a chart: each has its own colour and marker
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "{http://www.w3.org/1999/xlink}href"
+_NARROW = 450  # CSS pixels; what is not wider is made to fit a phone, the rest is moved sideways
 _FAR = 6.0  # a y axis is logarithmic if the largest value is at least this many times the smallest
 _KEPT = {  # elements of shapes and text
     *("svg", "g", "path", "use", "defs", "clipPath", "rect", "text", "tspan"),
@@ -63,6 +64,7 @@ class Line:
         look: Number of its colour and marker.
         dashed: Draw it dashed and without markers.
         chosen: Position to mark with a ring.
+        seed: Which of several lines of one name it is.
     """
 
     label: str
@@ -71,6 +73,7 @@ class Line:
     look: int
     dashed: bool = False
     chosen: float | None = None
+    seed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +95,11 @@ def lines(found: Sequence[Line], x: str, y: str, name: str) -> str:
         axes = figure.subplots()
         for line in found:
             look = _look(line.look)
-            shape = {"linestyle": "--", "linewidth": 1} if line.dashed else {"marker": look["marker"]}
+            shape: dict[str, Any] = {"linestyle": "--", "linewidth": 1} if line.dashed else {"marker": look["marker"]}
             axes.plot(line.x, line.y, color=look["color"], **shape)
             if line.chosen is not None and line.chosen in line.x:
                 place = list(line.x).index(line.chosen)
-                ring = {"marker": "o", "markersize": 10, "fillstyle": "none"}
+                ring: dict[str, Any] = {"marker": "o", "markersize": 10, "fillstyle": "none"}
                 axes.plot([line.chosen], [line.y[place]], color=look["color"], **ring)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
@@ -182,7 +185,11 @@ def adaptive(svg: str, name: str, where: object) -> str:
     root.attrib = {
         key: value for key, value in root.attrib.items() if key == "viewBox"
     }  # the page gives it its size and its name
-    root.attrib |= {"class": "chart", "aria-hidden": "true", "focusable": "false"}
+    root.attrib |= {
+        "class": "chart" if width > _NARROW else "chart narrow",
+        "aria-hidden": "true",
+        "focusable": "false",
+    }
     root.attrib |= {"style": f"width:{width:.0f}px", "stroke-linejoin": "round", "stroke-linecap": "butt"}
     text = ElementTree.tostring(root, encoding="unicode")
     text = re.sub(r"<(/?)(?:\w+:)?(?=[a-zA-Z])", r"<\1", text)  # HTML knows these names without a namespace

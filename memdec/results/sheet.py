@@ -162,12 +162,11 @@ class Sheet:
         return self._known[pair]
 
     def items(self) -> dict[tuple[str, str], list[Items]]:
-        """The items of the measured numbers that have some, by row and column: an entry for each seed."""
+        """The items of the measured numbers that have some, by row and column: an entry for each seed and model."""
         found = {}
         for place, row in enumerate(self.numbers):
             for heading, number in row.items():
-                one_model = len({record["model"] for record in number.records}) == 1
-                if one_model and number.value is not None and number.group is not None:
+                if number.value is not None and number.group is not None:
                     found[self.row_name(place), heading] = _items(number.records)
         return {place: known for place, known in found.items() if all(map(len, known))}
 

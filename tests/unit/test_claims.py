@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from making import run_memdec
 
 from memdec import config as cfg
 from memdec.errors import ArtifactError, ConfigError, IncomparableError
@@ -358,13 +359,17 @@ def test_a_cell_without_a_value_says_why_the_claim_was_not_run() -> None:
     assert found == (None, None, None, None, "", "not run", "not run: no memory for gpt2-S")
     some = two(-0.1).add("base", "gpt2-M", windows(0.0)).add("MemDec", "gpt2-M", note="not run")
     assert some.judge(claim()).verdict == "holds"
-    assert "not run: 1 cells, not run" in some.judge(claim()).reason
+    assert "1 cells have no value, such as MemDec: not run" in some.judge(claim()).reason
+    unknown = Made().add("base", "gpt2-S", windows(0.0)).add("MemDec", "gpt2-S", metric=None, note="not run: why")
+    assert unknown.judge(claim()).reason == "not run: why"
 
 
 def test_a_table_without_the_cells_of_a_claim_says_what_is_missing() -> None:
     assert "no cell for: DAPT" in two(-0.1).judge(claim(right={"method": "DAPT"})).reason
     largest = claim(right={"method": "base", "model": "largest"})  # one model is neither smallest nor largest
-    assert two(-0.1).judge(largest).reason == "table1 of this config has no cell for: base, model largest"
+    assert two(-0.1).judge(largest).reason == (
+        "table1 of this config has no cell for: base, model largest; smallest and largest take two base models of a family"
+    )
     same = two(-0.1).judge(claim(right={"method": "MemDec"}))
     assert (same.verdict, "that differ" in same.reason) == ("not run", True)
 
@@ -519,6 +524,24 @@ def test_figures_are_read_as_cells(tmp_path: Path) -> None:
     assert found["f6-larger-sharper"].verdict == "holds"
     assert found["f5-knn-sharper"].verdict == "holds"
     assert found["f6-67-percent"].verdict == "holds"
+
+
+def test_the_command_prints_a_line_for_every_claim(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(MINI.model_dump(mode="json", exclude_unset=True)))
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps([GOOD, GOOD | {"id": "b", "relation": ">"}]))
+    made, out = two(-0.3).write(tmp_path), tmp_path / "claims.csv"
+    code, text, said = run_memdec(capsys, "claims", made, "--config", config, "--claims", mine, "--out", out)
+    assert code == 0
+    assert [line[:10].strip() for line in text.splitlines()] == ["holds", "fails", "2 claims:"]
+    assert f"wrote {out}" in said
+    assert [line["claim"] for line in csv.DictReader(io.StringIO(out.read_text()))] == ["a", "b"]
+    made.write_text(made.read_text().replace("gpt2-S,base", "gpt9,base"))
+    code, text, said = run_memdec(capsys, "claims", made, "--config", config, "--claims", mine, "--out", out)
+    assert (code, text) == (2, "")
+    assert "expected a model of the config" in said
+    assert said.count("\n") == 1
 
 
 def damaged(path: Path, old: str, new: str) -> Path:

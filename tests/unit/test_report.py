@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from report_making import (
     write_benchmark,
     write_csv,
     write_evaluation,
+    write_figure,
     write_latency,
     write_table,
     write_training,
@@ -24,7 +26,7 @@ from memdec import config as cfg
 from memdec.errors import ArtifactError, ConfigError
 from memdec.results import curves, report
 
-MINI = cfg.load(cfg.DEFAULT)
+MINI = cfg.load(cfg.DEFAULT).model_copy(update={"studies": {}, "cases": []})
 EVIL = "</style><script>alert(1)</script>&\u202e$x$"  # ends the style, runs, turns the text, and is a formula
 VOID = {"meta", "input", "br"}
 
@@ -94,6 +96,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     results = tmp_path_factory.mktemp("run") / "results"
     fill(results)
     write_latency(results / "mini" / "latency" / "gpt2-S")
+    write_figure(results, "figure4")
     return made(results)
 
 
@@ -121,7 +124,7 @@ def test_claims_and_values_with_all_that_is_known_about_them(page: str) -> None:
 def test_curves_latency_cost_and_origin(page: str) -> None:
     parsed = Parsed(page)
     text = " ".join(parsed.text.split())
-    for title in ("gpt2-S, torch", "Memories: torch", "Latency of gpt2-S", "60 new tokens after 64"):
+    for title in ("gpt2-S, torch", "Memories: torch", "latency/gpt2-S: 60 new tokens after 64"):
         assert title in text
     assert "train116.112.516.1300" in text.replace(" ", "")  # 1 job, 16.1 s, 12.5 s, longest 16.1 s, 300 MB
     assert "Allrules216.612.916.1300" in text.replace(" ", "")
@@ -189,17 +192,23 @@ def test_names_are_text(tmp_path: Path) -> None:
 
 def test_what_is_not_there_says_why(tmp_path: Path) -> None:
     text = " ".join(Parsed(made(tmp_path)).text.split())
-    for what in ("Claims not run", "Table 3 not run", "Figure 2 not run", "Curves of alpha not run", "Latency not run"):
+    for what in (
+        "Claims not run",
+        "Table 3make it with",
+        "Figure 2 not run",
+        "Curves of alpha not run",
+        "Latency not run",
+    ):
         assert what in text
     assert "Cost not run: this run has no benchmark files" in text
-    assert "Table 6 not run: expected marked words in 'cases' of the config, found none" in text
-    assert "snakemake --cores 8 --configfile config/mini.yaml -- " + f"{tmp_path}/table3.csv" in text
+    assert "Table 6expected marked words in 'cases' of the config, found none" in text
+    assert f"snakemake --cores 8 --configfile config/mini.yaml -- {tmp_path}/table3.csv" in text
 
 
 def test_a_table_without_a_value_names_each_reason_once(tmp_path: Path) -> None:
     notes = ["no study has NQ", "no study has HotpotQA", "no study has NQ"]
     write_table(tmp_path, "table5", [cell(row=f"r{i}", column="NQ", note=note) for i, note in enumerate(notes)])
-    assert "Table 5 not run: no study has NQ; no study has HotpotQA" in " ".join(Parsed(made(tmp_path)).text.split())
+    assert "Table 5no study has NQ; no study has HotpotQA" in " ".join(Parsed(made(tmp_path)).text.split())
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -300,3 +309,21 @@ def test_more_lines_than_colours_go_to_a_second_chart(tmp_path: Path) -> None:
         write_training(tmp_path / "mini" / "torch" / "seed0" / "memory" / f"m{number}", "memory", 10, 3.0)
     charts = re.findall(r"Memories: torch</b></figcaption>.*?</ul>", made(tmp_path), re.S)
     assert [chart.count("<li>") for chart in charts] == [7, 2]
+
+
+def test_a_record_with_nan(tmp_path: Path) -> None:
+    write_evaluation(
+        tmp_path / "mini" / "torch" / "seed0" / "evaluation" / "memdec" / "gpt2-S", "torch", "m", 0.6, math.nan
+    )
+    with pytest.raises(ArtifactError, match=r"records.json: expected finite perplexities in valid_sweep, found .*nan"):
+        made(tmp_path)
+
+
+def test_seeds_share_a_chart_and_a_legend(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        home = tmp_path / "mini" / "parts" / "torch" / f"seed{seed}"
+        write_evaluation(home / "evaluation" / "memdec" / "gpt2-S", "torch", "memdec", 0.6, 80 + seed)
+    page = made(tmp_path)
+    (chart,) = re.findall(r"memdec, torch \(parts/torch\)</b></figcaption>.*?</details>", page, re.S)
+    assert chart.count("<li>") == 1
+    assert chart.count("gpt2-S, seed0") == chart.count("gpt2-S, seed1") == 5

@@ -19,12 +19,23 @@ def test_replicates_are_those_of_a_plain_loop() -> None:
         assert row == pytest.approx(np.exp(SUMS[:, drawn].sum(1) / COUNTS[drawn].sum()))
 
 
+def value(sums: np.ndarray) -> np.ndarray:
+    """Replicates of the mean over seeds of a perplexity, (R,)."""
+    return paired.over_seeds(paired.ratios_by_item(sums, COUNTS, np.exp, seed=0), seed=0)
+
+
+def interval(replicates: np.ndarray) -> tuple[float, float]:
+    low, high = statistics.percentiles(replicates, 0.95)
+    return float(low), float(high)
+
+
 def test_with_one_seed_the_interval_is_that_of_windows() -> None:
-    log_p = -np.repeat(SUMS[0] / COUNTS, 20)  # windows of equal length
-    found = paired.crossed(20 * SUMS[0] / COUNTS, 20 * SUMS[1] / COUNTS, np.full(30, 20), np.exp)
-    plain = statistics.bootstrap_perplexity(log_p, 20, 10_000, seed=1)
-    assert found.a == pytest.approx(statistics.perplexity(log_p))
-    assert found.a_interval == pytest.approx(plain, rel=0.005)
+    log_p = -np.repeat(SUMS[0] / COUNTS, COUNTS)
+    equal = paired.ratios_by_item(20 * SUMS[0] / COUNTS, np.full(30, 20), np.exp, seed=0)
+    plain = statistics.bootstrap_perplexity(-np.repeat(SUMS[0] / COUNTS, 20), 20, 10_000, seed=1)
+    assert interval(paired.over_seeds(equal, seed=0)) == pytest.approx(plain, rel=0.005)
+    low, high = interval(value(SUMS[0]))
+    assert low < statistics.perplexity(log_p) < high
 
 
 def test_draws_do_not_depend_on_the_number_of_seeds_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,23 +46,19 @@ def test_draws_do_not_depend_on_the_number_of_seeds_and_blocks(monkeypatch: pyte
 
 
 def test_a_difference_that_is_the_same_on_every_item_has_a_narrow_interval() -> None:
-    found = paired.crossed(SUMS, SUMS + 0.01 * COUNTS, COUNTS, np.exp)
-    width = found.interval[1] - found.interval[0]
-    assert found.interval[0] > 0
-    assert width < 0.05 * (found.a_interval[1] - found.a_interval[0])
-    assert found.p < 0.001
-    mirror = paired.crossed(SUMS + 0.01 * COUNTS, SUMS, COUNTS, np.exp)
-    assert mirror.interval == pytest.approx([-each for each in found.interval[::-1]])
+    one, other = value(SUMS), value(SUMS + 0.01 * COUNTS)
+    low, high = interval(other - one)
+    assert low > 0
+    assert high - low < 0.05 * np.subtract(*interval(one)[::-1])
 
 
 def test_seeds_that_differ_widen_the_interval() -> None:
     """Three seeds that move by 10 % around no difference: items alone would call it certain, seeds do not."""
-    base = np.tile(SUMS[0], (3, 1))
+    base = SUMS[:1]
     moved = base + np.array([[-0.05], [0.1], [0.05]]) * COUNTS
-    one = paired.crossed(base[1], moved[1], COUNTS, np.exp)
-    three = paired.crossed(base, moved, COUNTS, np.exp)
-    assert one.interval[0] > 0
-    assert three.interval[0] < 0 < three.interval[1]
+    assert interval(value(moved[1]) - value(base))[0] > 0
+    low, high = interval(value(moved) - value(base))
+    assert low < 0 < high
 
 
 def test_the_spread_over_seeds_is_that_of_a_mean_over_seeds() -> None:
@@ -62,21 +69,9 @@ def test_the_spread_over_seeds_is_that_of_a_mean_over_seeds() -> None:
     assert found.var() == pytest.approx(values.var(ddof=1) / 4, rel=0.05)
 
 
-def test_a_system_without_a_seed_stands_beside_several() -> None:
-    repeated = paired.crossed(np.tile(SUMS[0], (3, 1)), SUMS, COUNTS, np.exp)
-    assert paired.crossed(SUMS[0], SUMS, COUNTS, np.exp).interval == pytest.approx(repeated.interval)
-    with pytest.raises(ValueError, match="same seeds and items"):
-        paired.crossed(SUMS[:2], SUMS, COUNTS, np.exp)
-    with pytest.raises(ValueError, match="same seeds and items"):
-        paired.crossed(SUMS[:, :5], SUMS, COUNTS, np.exp)
-
-
-def test_outcomes_of_one_seed_have_the_exact_test() -> None:
-    a, b = RNG.integers(2, size=(2, 40)).astype(float)
-    found = paired.crossed(a, b, np.ones(40), lambda mean: mean)
-    assert (found.test, found.p) == ("McNemar", statistics.mcnemar(a, b))
-    assert found.interval == pytest.approx(statistics.mean_interval(b - a), abs=0.03)
-    assert paired.crossed(np.stack([a, b]), np.stack([b, a]), np.ones(40), lambda mean: mean).test == "sign flips"
+def test_the_value_of_one_seed_is_drawn_over_items_alone() -> None:
+    alone = paired.ratios_by_item(SUMS[:1], COUNTS, np.exp, seed=0)
+    assert np.array_equal(paired.over_seeds(alone, seed=0), alone[:, 0])
 
 
 @pytest.mark.parametrize("groups", [False, True])

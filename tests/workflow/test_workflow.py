@@ -222,15 +222,37 @@ def test_dry_run_of_every_config(
 
 
 def test_the_control_of_another_domain_takes_the_memory_of_the_next(tmp_path: Path) -> None:
-    (tmp_path / "my.yaml").write_text("memories: {other: {other_domain: true}}")
-    configs = ["--configfile", str(ROOT / "config" / "mini.yaml"), str(tmp_path / "my.yaml")]
     for domain, memory in (("torch", "pandas"), ("sklearn", "torch")):
         target = f"results/mini/{domain}/seed0/evaluation/other/gpt2-L/manifest.json"
-        text = snakemake(tmp_path, target, "-n", "-p", "--cores", "1", *configs)
+        text = snakemake(tmp_path, target, "-n", "-p", "--cores", "1")
         assert planned(text)["train"] == 1
-        (command,) = re.findall(r"^.*memdec evaluate .*$", text, re.MULTILINE)
+        (command,) = re.findall(r"^.*memdec evaluate .*--memory .*$", text, re.MULTILINE)
         assert f"--memory results/mini/{memory}/seed0/memory/memdec " in command
         assert "--control" in command
+
+
+def test_figures_are_made_of_their_parts(tmp_path: Path) -> None:
+    names = [f"results/{name}.svg" for name in ("figure2", "figure4", "figure5", "figure6", "fidelity")]
+    seed = "results/mini/torch/seed0"
+    text = snakemake(tmp_path, *names, f"{seed}/fidelity/other/manifest.json", "-n", "-p", "--cores", "2")
+    counts = planned(text)
+    assert {rule: counts[rule] for rule in ("figure", "table", "fidelity", "shapes", "latency")} == {
+        "figure": 5, "table": 1, "fidelity": 21, "shapes": 3, "latency": 1
+    }  # fmt: skip
+    (command,) = re.findall(r"^.*memdec figure .*--name figure2 .*$", text, re.MULTILINE)
+    assert "--table results/table3.cells.csv" in command
+    found = re.findall(r"^(.*memdec (\w+) .*--name (\S+) .*)$", text, re.MULTILINE)
+    of = {(stage, name): command for command, stage, name in found}
+    assert f"--memory {seed}/memory/ce --targets {seed}/keys/gpt2-L/targets/1-of-2" in of["fidelity", "ce"]
+    assert f"--targets {seed}/keys/gpt2-L/targets/2-of-2" in of["fidelity", "teacher"]
+    assert "--memory results/mini/pandas/seed0/memory/memdec" in of["fidelity", "other"]
+    assert "--control" in of["fidelity", "other"]
+    assert f"--model {seed}/finetuned/gpt2-S" in of["shapes", "keys-S"]
+    assert f"--targets {seed}/keys/gpt2-S/targets/1-of-2" in of["shapes", "keys-S"]
+    (command,) = re.findall(r"^.*memdec latency .*$", text, re.MULTILINE)
+    keys = f"{seed}/keys/gpt2-L-untuned"
+    assert f"--knn {keys}/datastore/1-of-1:{keys}/index" in command
+    assert "--datastore" not in command
 
 
 @pytest.mark.slow

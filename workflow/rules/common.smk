@@ -40,7 +40,8 @@ wildcard_constraints:
     seed="[0-9]+",
     system="|".join(system.slug for system in SYSTEMS.values()),
     suite="[^/]+",
-    table="[^./]+",  # `results/table3.cells.csv` is a file of table3
+    # `results/table3.cells.csv` is a file of table3; claims and figures have rules of their own.
+    table=f"(?!({'|'.join(['claims', *figure_catalogue.FIGURES])})\\.)[^./]+",
 
 
 # Each shard of a stage is a folder i-of-n; `--set-scatter targets=8` overrides the number in the config.

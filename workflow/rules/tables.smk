@@ -27,7 +27,7 @@ rule table:
             labels={"table": "{table}"},
         ),
         cells="results/{table}.cells.csv",
-        paired="results/{table}.items.npz",
+        item_sums="results/{table}.items.npz",
         markdown="results/{table}.md",
         latex="results/{table}.tex",
         provenance="results/{table}.provenance.json",
