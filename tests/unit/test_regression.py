@@ -139,6 +139,15 @@ def test_another_build_of_a_version_is_the_same(tmp_path: Path) -> None:
     assert not regression.compare([other], tmp_path / "base.json")[1]
 
 
+def test_the_committed_baseline_is_one_with_both_kinds_of_numbers() -> None:
+    known = regression._read(Path(__file__).resolve().parents[1] / "regression" / "reduced.json")
+    assert known.scale == "reduced"
+    assert {cell.unit for cell in known.cells.values()} == {"perplexity", "percent"}
+    assert known.noise
+    assert known.rows.keys() == {"dcpmi_rte_kp", "memdec_usmle"}
+    assert all(0 < cell.tolerance < max(cell.value, 20) / 3 for cell in known.cells.values())
+
+
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
