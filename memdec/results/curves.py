@@ -95,11 +95,11 @@ def lines(found: Sequence[Line], x: str, y: str, name: str) -> str:
         axes = figure.subplots()
         for line in found:
             look = _look(line.look)
-            shape = {"linestyle": "--", "linewidth": 1} if line.dashed else {"marker": look["marker"]}
+            shape: dict[str, Any] = {"linestyle": "--", "linewidth": 1} if line.dashed else {"marker": look["marker"]}
             axes.plot(line.x, line.y, color=look["color"], **shape)
             if line.chosen is not None and line.chosen in line.x:
                 place = list(line.x).index(line.chosen)
-                ring = {"marker": "o", "markersize": 10, "fillstyle": "none"}
+                ring: dict[str, Any] = {"marker": "o", "markersize": 10, "fillstyle": "none"}
                 axes.plot([line.chosen], [line.y[place]], color=look["color"], **ring)
         axes.set_xlabel(x)
         axes.set_ylabel(y)

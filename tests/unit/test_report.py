@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -308,6 +309,14 @@ def test_more_lines_than_colours_go_to_a_second_chart(tmp_path: Path) -> None:
         write_training(tmp_path / "mini" / "torch" / "seed0" / "memory" / f"m{number}", "memory", 10, 3.0)
     charts = re.findall(r"Memories: torch</b></figcaption>.*?</ul>", made(tmp_path), re.S)
     assert [chart.count("<li>") for chart in charts] == [7, 2]
+
+
+def test_a_record_with_nan(tmp_path: Path) -> None:
+    write_evaluation(
+        tmp_path / "mini" / "torch" / "seed0" / "evaluation" / "memdec" / "gpt2-S", "torch", "m", 0.6, math.nan
+    )
+    with pytest.raises(ArtifactError, match=r"records.json: expected finite perplexities in valid_sweep, found .*nan"):
+        made(tmp_path)
 
 
 def test_seeds_share_a_chart_and_a_legend(tmp_path: Path) -> None:
