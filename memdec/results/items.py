@@ -219,12 +219,14 @@ def write(path: Path, cells: Mapping[Place, Sequence[Items]]) -> None:
         }
         for (row, column), each in found
     ]
-    arrays = {
+    arrays: dict[str, list[NDArray[Any]]] = {
         "sums": [each.sums for _, each in found],
         "counts": [each.counts for _, each in found],
         "labels": [each.labels.ravel() for _, each in found if each.labels is not None],
     }
-    whole = {name: np.concatenate([np.empty(0, kind), *arrays[name]]).astype(kind) for name, kind in _ARRAYS.items()}
+    whole: dict[str, Any] = {
+        name: np.concatenate([np.empty(0, kind), *arrays[name]]).astype(kind) for name, kind in _ARRAYS.items()
+    }
     data = io.BytesIO()
     np.savez_compressed(data, index=np.frombuffer(json.dumps(index).encode(), np.uint8), **whole)
     artefact.write_bytes(path, data.getvalue())

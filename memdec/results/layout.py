@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from memdec.config import Config
+from memdec.inference.systems import SYSTEMS
 from memdec.settings import WITHOUT_MEMORY, SystemName
 
 Kind = Literal["evaluation", "harness", "corpus", "cases", "latency", "shapes", "fidelity"]
@@ -32,8 +33,7 @@ class Part(NamedTuple):
     @property
     def name(self) -> str:
         """Folder of its system inside that of the kind, or of the suite: that of the memory, or `systems`/slug."""
-        slug = self.system.lower().replace(" ", "-")
-        return self.memory or f"{WITHOUT_MEMORY}/{slug}"
+        return self.memory or f"{WITHOUT_MEMORY}/{SYSTEMS[self.system].slug}"
 
 
 @dataclass(frozen=True, slots=True)

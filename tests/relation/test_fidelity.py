@@ -137,6 +137,7 @@ def test_a_group_without_positions_has_no_value() -> None:
     assert none == {"value": None, "low": None, "high": None, "n": 0, "windows": 0}
 
 
+@pytest.mark.slow
 def test_shapes_equal_a_loop_over_all_positions(
     shards: list[Path], base_folder: Path, small_folder: Path, token_folder: Path, tmp_path: Path
 ) -> None:

@@ -2,11 +2,17 @@ TABLES = expand("results/{table}.cells.csv", table=wanted("table"))
 FIGURES = expand("results/{figure}.svg", figure=wanted("figure"))
 
 
-# Every claim of the paper that the tables of this scale can speak about.
+# Every claim of the paper that the tables and figures of this scale can speak about.
 use rule table as claims with:
     input:
         config=CONFIG_FILE,
         tables=TABLES,
+        figures=expand(
+            "results/{figure}.csv",
+            figure=[
+                name for name in wanted("figure") if name in ("figure4", "figure6")
+            ],
+        ),
     output:
         csv=report(
             "results/claims.csv",
@@ -19,9 +25,9 @@ use rule table as claims with:
         f"{BENCHMARK}/claims.tsv"
     params:
         command="claims",
-        options=lambda w, input: words(*input.tables),
+        options=lambda w, input: words(*input.tables, *input.figures),
         caption="What the tables say about each claim of the paper.",
-        version=VERSIONS.get("claims"),
+        version=VERSIONS["claims"],
 
 
 use rule table as report_page with:
