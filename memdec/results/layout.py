@@ -12,6 +12,7 @@ from memdec.config import Config
 from memdec.inference.systems import SYSTEMS
 from memdec.settings import WITHOUT_MEMORY, SystemName
 
+PERPLEXITY = "Test perplexity per token (lower is better)"
 Kind = Literal["evaluation", "harness", "corpus", "cases", "latency", "shapes", "fidelity"]
 How = Literal["mean", "best", "difference", "sum", "relative"]
 
@@ -129,7 +130,7 @@ class Measured(Table):
     extra: tuple[str, ...] = ()
     records: str = "records.json"
     alphas: tuple[float, ...] = ()
-    what: str = "Test perplexity per token (lower is better)"
+    what: str = PERPLEXITY
     gaps: dict[tuple[int, str], str] = field(default_factory=dict)
 
     @property

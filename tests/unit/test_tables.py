@@ -59,7 +59,10 @@ def test_every_table_of_the_paper_is_there() -> None:
             "table5",
             r"table5: expected a domain with a suite that has memdec_nq, memdec_hotpotqa, found sklearn with nine",
         ),
-        ("table8", r"table8: expected a memory that start from another model .*, found none; add one under 'memories'"),
+        (
+            "table8",
+            r"table8: expected a memory that starts from another model .*, found none; add one under 'memories'",
+        ),
         ("table9", r"table9: expected a memory with the objectives kl and ce beside hybrid, .* \(train.objective\)"),
         ("table11", r"table11: expected a suite of sklearn with alpha tune, found nine with other ones"),
         ("table14", r"table14: expected a domain with a suite that has memdec_chemprot, memdec_mqp, pubmedqa \.\.\."),
