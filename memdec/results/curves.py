@@ -29,7 +29,7 @@ _XLINK = "{http://www.w3.org/1999/xlink}href"
 _NARROW = 450  # CSS pixels; what is not wider is made to fit a phone, the rest is moved sideways
 _FAR = 6.0  # a y axis is logarithmic if the largest value is at least this many times the smallest
 _KEPT = {  # elements of shapes and text
-    *("svg", "g", "path", "use", "defs", "clipPath", "rect", "text", "tspan"),
+    *("svg", "g", "path", "use", "defs", "clipPath", "pattern", "rect", "text", "tspan"),
     *("circle", "ellipse", "line", "polyline", "polygon", "title", "desc"),
 }
 _STYLE: dict[str, Any] = {

@@ -69,13 +69,16 @@ def manifests(scale: Path, *kinds: str) -> Iterable[tuple[Path, artefact.Manifes
 def headline(cells: dict[str, list[Cell]]) -> Chart | None:
     """Every system on every model: the mean over the domains in Table 3, else what Table 1 or another table has."""
     for name in dict.fromkeys(["table3", "table1", *cells]):
-        run_ = [each for each in cells.get(name, []) if each.value is not None and each.model and each.method]
+        run_ = [
+            each for each in cells.get(name, []) if each.value is not None and each.model and each.method in SYSTEMS
+        ]
         if not run_:
             continue
         by_model = all(each.column == each.model for each in run_)
         columns = [each.column for each in run_]
         column = "Avg" if "Avg" in columns else columns[0]
-        alike = [each for each in run_ if each.metric == run_[0].metric and (by_model or each.column == column)]
+        at_column = [each for each in run_ if by_model or each.column == column]
+        alike = [each for each in at_column if each.metric == at_column[0].metric]
         shown = list({(each.model, each.method): each for each in reversed(alike)}.values())[::-1]  # the first memory
         methods = [each for each in SYSTEMS if any(each == cell.method for cell in shown)]
         dots = [

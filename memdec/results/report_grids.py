@@ -80,12 +80,13 @@ def grid(config: Config, name: str, cells: Sequence[Cell], command: str) -> Grid
         notes = "; ".join(dict.fromkeys(cell.note for cell in cells)) or cannot
         return Grid(name, title, caption, [], [], [], [], 0, len(cells), notes, "" if notes else command)
     heads = {_column(cell): cell for cell in cells}
-    metrics = {metric(cell) for cell in heads.values()}
-    one = metrics.pop() if len(metrics) == 1 else ""
+    measured = {metric(cell) for cell in heads.values() if cell.metric}  # a mean of columns has no metric of its own
+    alike = len(measured) == 1 and len({(cell.unit, cell.lower_is_better) for cell in heads.values()}) == 1
+    one = measured.pop() if alike else ""
     rows: dict[str, dict[tuple[str, str | None], Cell]] = {}
     for cell in cells:
         rows.setdefault(cell.row, {})[_column(cell)] = cell
-    digits = {key: _digits([cell.value for cell in run_ if _column(cell) == key]) for key in heads}
+    digits = {key: _digits([n for c in cells if _column(c) == key for n in (c.value, c.paper)]) for key in heads}
     (names, labels, common), best = _labels(list(rows), headings), _best(run_)
     shown = [
         (

@@ -374,6 +374,25 @@ def test_means_of_rows_and_f1_are_compared_item_by_item() -> None:
     assert "not paired" not in made.judge(better).reason
 
 
+def test_a_mean_over_models_is_paired_although_they_have_several_tokenizers() -> None:
+    """Table 7: a cell has the items of every model, here 40 and 20 windows, and the two alphas differ by 1 %."""
+    made = Made("table7")
+    for alpha, shift in (("0.4", 0.01), ("0.6", 0.0)):
+        first = windows(shift, noise=0)[0]
+        half = Items(0, first.value, first.sums.reshape(20, 2).sum(1), first.counts.reshape(20, 2).sum(1), "perplexity")
+        fields = {"row": alpha, "column": "torch", "alpha": alpha, "memory": None, "value": first.value}
+        made.add("MemDec", "gpt2-S", **fields)
+        made.cells[-1] = made.cells[-1].model_copy(update={"model": None, "family": None})
+        made.items[alpha, "torch"] = [first, half]
+    flat = claim(table="table7", left={"alpha": [0.4, 0.8]}, right={"pick": "best"}, relation="<= 1.025")
+    found = made.judge(flat)
+    assert found.verdict == "holds"
+    assert (found.effect, found.low, found.high) == pytest.approx([np.exp(0.01)] * 3)
+    made.cells[0] = made.cells[0].model_copy(update={"model": "gpt2-S"})
+    with pytest.raises(ArtifactError, match="expected the same items at every seed, found 40 and 20"):
+        made.judge(claim(table="table7", left={"model": "gpt2-S"}, right=None, relation="< 9"))
+
+
 def test_a_cell_without_a_value_says_why_the_claim_was_not_run() -> None:
     made = Made().add("base", "gpt2-S", windows(0.0)).add("MemDec", "gpt2-S", note="not run: no memory for gpt2-S")
     found = made.judge(claim())
