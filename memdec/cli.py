@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -109,13 +110,13 @@ NEXT = {
 
 
 def stage(
-    settings: type[BaseModel] | None = None, entry: Any = None
+    settings: type[BaseModel] | None = None, entry: Any = None, torch: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command whose options are its parameters and the fields of `settings`.
 
     The function gets the fields as one object, its parameter `settings`. A parameter `compute` gets the options of
     `settings.Compute` in the same way. A command with `--out` also has `--overwrite`; without it, what was made there
-    with other settings is kept. With `entry`, a kind of entry of the config, the function gets a parameter `entry`: a
+    with other settings is kept. A stage that needs no torch is spared its import, which takes a second. With `entry`, a kind of entry of the config, the function gets a parameter `entry`: a
     function that makes it of the options given and of fields that the command fills in.
     """
 
@@ -128,10 +129,11 @@ def stage(
         of_entry = [] if entry is None else options.of_entry(entry, LEFT_OUT)
 
         def command(**values: Any) -> None:
-            from memdec.artefacts import artefact, devices
+            from memdec.artefacts import artefact
 
             begin = time.time()
-            _limit_threads()
+            if torch:
+                _limit_threads()
             replaces = values.pop("overwrite", False)
             arguments = {p.name: values.pop(p.name) for p in own}
             _check_numbers(arguments)
@@ -143,12 +145,7 @@ def stage(
                 arguments["entry"] = lambda **known: options.entry(
                     entry, given, spec, known, f"memdec {name}", LEFT_OUT
                 )
-            if "compute" in arguments:
-                devices.pick(arguments["compute"])  # a missing GPU is reported before anything is read
-            with (
-                artefact.waiting() if replaces else artefact.keeping(),
-                devices.one_line_when_full(f"memdec {name}", arguments.get("settings")),
-            ):
+            with artefact.waiting() if replaces else artefact.keeping(), _on_device(name, arguments, torch):
                 function(**arguments)
             if name in NEXT and "out" in arguments:
                 options.wrote(arguments["out"], NEXT[name], begin)
@@ -161,6 +158,17 @@ def stage(
         return function
 
     return register
+
+
+def _on_device(name: str, arguments: dict[str, Any], torch: bool) -> AbstractContextManager[None]:
+    """The context of a stage that may use a GPU: a missing one is reported at once, and a full one in one line."""
+    if not torch:
+        return nullcontext()
+    from memdec.artefacts import devices
+
+    if "compute" in arguments:
+        devices.pick(arguments["compute"])
+    return devices.one_line_when_full(f"memdec {name}", arguments.get("settings"))
 
 
 def _check_numbers(arguments: dict[str, Any]) -> None:
@@ -201,7 +209,7 @@ def _picked(device: str) -> Any:
     return devices.pick(parse(Compute, {"device": device}, "--device"))
 
 
-@stage(entry=CorpusSpec)
+@stage(entry=CorpusSpec, torch=False)
 def corpus(
     entry: Callable[..., CorpusSpec],
     out: Out,
@@ -214,7 +222,7 @@ def corpus(
     corpora.run(entry(), out, against)
 
 
-@stage(entry=TokenizerSpec)
+@stage(entry=TokenizerSpec, torch=False)
 def tokenizer(
     entry: Callable[..., TokenizerSpec],
     out: Out,
@@ -230,7 +238,7 @@ def tokenizer(
     tokens.run_tokenizer(entry(**known), out, corpus)
 
 
-@stage()
+@stage(torch=False)
 def tokens(tokenizer: Tokenizer, corpus: Corpus, out: Out) -> None:
     """Tokenize a corpus."""
     from memdec.text import tokens as stage_tokens
@@ -357,7 +365,7 @@ def targets(
     stage_targets.run(datastore, index, tokens, out, settings, shard=shard, queries=queries, device=picked)
 
 
-@stage(PassageSettings)
+@stage(PassageSettings, torch=False)
 def passages(tokens: Tokens, out: Out, settings: PassageSettings) -> None:
     """Cut the training text into passages and index them with BM25, for In-Context RAG."""
     from memdec.datastore import passages as stage_passages

@@ -149,7 +149,7 @@ def over_seeds(replicates: Floats, *, seed: int) -> Floats:
         (R,).
     """
     n_seeds = replicates.shape[1]
-    centre = replicates.mean(1)
+    centre: Floats = replicates.mean(1)
     if n_seeds == 1:
         return centre
     drawn = np.random.default_rng([seed, 1]).integers(n_seeds, size=replicates.shape)

@@ -18,7 +18,7 @@ from memdec.config import Config
 from memdec.errors import ConfigError
 from memdec.inference.systems import SYSTEMS
 from memdec.results import task_tables
-from memdec.results.layout import Column, Derived, Measured, Part, Row, Table
+from memdec.results.layout import PERPLEXITY, Column, Derived, Measured, Part, Row, Table
 from memdec.results.task_tables import memory_of
 from memdec.settings import DEFAULT_MEMORY, FORGETTING, SystemName, near
 
@@ -153,7 +153,7 @@ def table8(config: Config) -> Measured:
     order = list(config.models)
     memories.sort(key=lambda name: order.index(config.variant(name).memory_model))
     if len(memories) < 2 or "MemDec" not in config.systems:
-        raise ConfigError(_no_memories("table8", "that start from another model than the default one", "memory_model"))
+        raise ConfigError(_no_memories("table8", "that starts from another model than the default one", "memory_model"))
     rows = [Row({"method": name}, {"method": name}, {"method": name}) for name in systems]
     for name in memories:
         start = config.variant(name).memory_model
@@ -173,7 +173,8 @@ def table8(config: Config) -> Measured:
 
 def table9(config: Config) -> Measured:
     """Make Table 9: the two parts of the objective alone, on the first domain and the models that have all three."""
-    domain, chosen = config.domains[0], {}
+    domain = config.domains[0]
+    chosen: dict[str, str] = {}
     for name in _differing(config, "train.objective"):
         chosen.setdefault(config.variant(name).train.objective, name)
     chosen = {objective: chosen[objective] for objective in _OBJECTIVES if objective in chosen}
@@ -315,7 +316,7 @@ def _all_memories(
     caption: str,
     columns: dict[str, Column] | None = None,
     records: str = "records.json",
-    what: str = Measured.what,
+    what: str = PERPLEXITY,
 ) -> Measured:
     return Measured(
         name=name,
@@ -443,7 +444,7 @@ def _controls(config: Config) -> dict[str, str]:
     """Memories of the config that are controls, by the label of their row."""
     if "MemDec" not in config.systems:
         return {}
-    found = {}
+    found: dict[str, str] = {}
     default = config.variant(DEFAULT_MEMORY)
     for memory in (config.variant(name) for name in config.memories):
         if memory.dapt and memory.memory_model == default.memory_model:

@@ -29,7 +29,7 @@ _XLINK = "{http://www.w3.org/1999/xlink}href"
 _NARROW = 450  # CSS pixels; what is not wider is made to fit a phone, the rest is moved sideways
 _FAR = 6.0  # a y axis is logarithmic if the largest value is at least this many times the smallest
 _KEPT = {  # elements of shapes and text
-    *("svg", "g", "path", "use", "defs", "clipPath", "rect", "text", "tspan"),
+    *("svg", "g", "path", "use", "defs", "clipPath", "pattern", "rect", "text", "tspan"),
     *("circle", "ellipse", "line", "polyline", "polygon", "title", "desc"),
 }
 _STYLE: dict[str, Any] = {
@@ -95,11 +95,11 @@ def lines(found: Sequence[Line], x: str, y: str, name: str) -> str:
         axes = figure.subplots()
         for line in found:
             look = _look(line.look)
-            shape = {"linestyle": "--", "linewidth": 1} if line.dashed else {"marker": look["marker"]}
+            shape: dict[str, Any] = {"linestyle": "--", "linewidth": 1} if line.dashed else {"marker": look["marker"]}
             axes.plot(line.x, line.y, color=look["color"], **shape)
             if line.chosen is not None and line.chosen in line.x:
                 place = list(line.x).index(line.chosen)
-                ring = {"marker": "o", "markersize": 10, "fillstyle": "none"}
+                ring: dict[str, Any] = {"marker": "o", "markersize": 10, "fillstyle": "none"}
                 axes.plot([line.chosen], [line.y[place]], color=look["color"], **ring)
         axes.set_xlabel(x)
         axes.set_ylabel(y)

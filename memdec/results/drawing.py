@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Drawing
 from memdec.artefacts import artefact, provenance
 from memdec.errors import ArtifactError, ConfigError, outside
 from memdec.results import cells as lines_of_tables
-from memdec.results import figures
+from memdec.results import figures, paper
 from memdec.results.figure_catalogue import Figure
 
 Cell = tuple[str, str, int, Path]  # domain, model, seed, folder
@@ -55,8 +55,9 @@ def _of_table3(made: Figure, _cells: Sequence[Cell], tables: Sequence[Path]) -> 
     """A line per model and method: value, interval, tokens."""
     domain, config = made.config.domains[0], made.config
     wanted = {base: memory.name for base in config.bases if (memory := config.memory_for(base)) is not None}
+    names = ["domain", "family", "model", "method", "value", "low", "high", "n", "seeds", "paper"]
     lines = [
-        cell.model_dump(include={"domain", "family", "model", "method", "value", "low", "high", "n", "seeds"})
+        cell.model_dump(include=set(names))
         for cell in lines_of_tables.read(tables[0])
         if cell.domain == domain and cell.method in _BARS and cell.value is not None
         if cell.method != "MemDec" or cell.memory in (None, wanted.get(cell.model or ""))
@@ -65,7 +66,7 @@ def _of_table3(made: Figure, _cells: Sequence[Cell], tables: Sequence[Path]) -> 
         raise ArtifactError(
             f"{tables[0]}: expected perplexities of {', '.join(_BARS)} on {domain}, found none; make Table 3 of this config"
         )
-    table = pd.DataFrame(lines, columns=["domain", "family", "model", "method", "value", "low", "high", "n", "seeds"])
+    table = pd.DataFrame(lines, columns=names)
     if twice := table[table.duplicated(["model", "method"])]["model"].tolist():
         raise ArtifactError(
             f"{tables[0]}: expected one cell for a model and method, found two for {twice[0]}; make it again"
@@ -79,7 +80,9 @@ def _of_latency(made: Figure, cells: Sequence[Cell], _tables: Sequence[Path]) ->
     if more:
         raise ConfigError(f"{made.name}: expected one --cell, found {len(cells)}")
     table = pd.DataFrame(_json(folder / "records.json"))
-    return table[table["phase"] == "total"].reset_index(drop=True)
+    methods = table["kind"].fillna(table["system"])
+    ratios = methods.map(lambda method: _printed(made, {"method": method}, "overhead")).astype(float)
+    return table.assign(paper_ratio=ratios)[table["phase"] == "total"].reset_index(drop=True)
 
 
 def _of_examples(made: Figure, cells: Sequence[Cell], _tables: Sequence[Path]) -> pd.DataFrame:
@@ -107,6 +110,9 @@ def _of_shapes(made: Figure, cells: Sequence[Cell], _tables: Sequence[Path]) -> 
     table["parameters"] = table["model"].map({m: each.facts["parameters"]["p_LM"] for m, each in manifests.items()})
     table["floor"] = floors.pop()
     found = _over_seeds(table, ["model", "parameters", "memory", "distribution", "metric", "floor"])
+    is_top = (found["distribution"] == "p_kNN") & (found["metric"] == "top1")
+    percent = found["model"].map(lambda model: _printed(made, {"model": model, "method": "kNN"}, "top1_probability"))
+    found["paper"] = (percent.astype(float) / 100).where(is_top)
     return found.sort_values("parameters", kind="stable", ignore_index=True)
 
 
@@ -163,6 +169,12 @@ def _over_seeds(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     found = groups[["value", "low", "high"]].mean()
     found["sd"], found["seeds"], found["n"] = groups["value"].std(), groups.size(), groups["n"].min()
     return found.reset_index()
+
+
+def _printed(made: Figure, row: dict[str, str], column: str) -> float | None:
+    """The number that the paper prints for this figure, if it prints one."""
+    found = paper.printed(made.name, row, column) if paper.FOLDER.is_dir() else []
+    return next((each.value for each in found if each.value is not None), None)
 
 
 def _json(file: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 
 from memdec import HARNESS_TASKS
 from memdec.artefacts import artefact, devices
-from memdec.errors import ArtifactError, ConfigError, CorpusError, ResourceError, RowsMissingError
+from memdec.errors import ArtifactError, ConfigError, ResourceError, RowsMissingError
 from memdec.harness.base_lm import WrappedLM
 from memdec.harness.baselines import of_system
 from memdec.inference.systems import SYSTEMS, Parts
@@ -40,11 +40,12 @@ from memdec.settings import (
     Compute,
     KnnLMSettings,
     RetrievalSettings,
+    SearchSettings,
     Suite,
     SystemName,
 )
-from memdec.tasks import rows
-from memdec.tasks.task import RowsTask, check_names
+from memdec.tasks import needed, rows
+from memdec.tasks.task import RowsTask
 
 log = logging.getLogger(__name__)
 RESAMPLES = 2000  # of rows, for an interval
@@ -99,8 +100,7 @@ def run(
     system = SYSTEMS[_system(parts)]
     parts, alpha = _weighted(system.name, parts, suite, name, evaluation)
     system.check_parts(parts)
-    tasks = _load_tasks(suite, base)
-    read = {task: _rows_hash(each, suite.limit) for task, each in tasks.items()}
+    tasks, hashes = _all_tasks(suite, base)
     settings = {
         **suite.model_dump(mode="json", exclude={"batch_size"}),
         "versions": {task: each.VERSION for task, each in tasks.items()},
@@ -111,7 +111,7 @@ def run(
         "precision": parts.dtype,
     }
     inputs = {part: _identity(parts.of(part)) for part in {"base", *system.needs} if part != "datastore"}
-    with artefact.building(out, "harness", settings, inputs | {f"rows {task}": read[task] for task in tasks}) as build:
+    with artefact.building(out, "harness", settings, inputs | hashes) as build:
         if build is None:
             return
         for old in [*out.glob("results_*.json"), *out.glob("samples_*.jsonl")]:
@@ -134,7 +134,7 @@ def run(
             used = _weight_of(model, task)
             about = {"alpha": None, "lambda": None} | ({system.weight: used} if system.weight is not None else {})
             records += [
-                record | common | about | {"rows": read[task]}
+                record | common | about | {"rows": hashes[f"rows {task}"]}
                 for record in _records(each, results, samples[task], seed)
             ]
         artefact.write_json(out / RECORDS, records)
@@ -164,9 +164,9 @@ def _system(parts: Parts) -> SystemName:
 def _weighted(
     system: SystemName, parts: Parts, suite: Suite, name: str, evaluation: Path | None
 ) -> tuple[Parts, float | str | None]:
-    """The parts with lambda, tau and so on as the suite says; and alpha, None and `tune` for each task's own."""
-    needs = suite.alpha == "valid" and SYSTEMS[system].weight is not None
-    if needs and evaluation is None:
+    """The parts with lambda, tau and so on as the suite says; and alpha as `MemDecInterp` takes it."""
+    valid = suite.alpha == "valid"
+    if valid and SYSTEMS[system].weight is not None and evaluation is None:
         raise ConfigError(
             f"memdec harness: expected --evaluation with the weight of {system} that was tuned on valid text (alpha: valid), "
             "found none; give the folder that `memdec evaluate` made, or another alpha"
@@ -176,17 +176,15 @@ def _weighted(
         return parts, alpha
     manifest = artefact.read(evaluation, "evaluation")
     _check_evaluation(evaluation, manifest, parts)
-    tuned = _tuned(evaluation, system, name if system == "MemDec" else None) if SYSTEMS[system].weight else {}
+    tuned = _tuned(evaluation, system, name if system == "MemDec" else None)
     if system == "kNN-LM":
-        weight = tuned["lambda"] if suite.alpha == "valid" else KnnLMSettings().weight
-        said = {field: manifest.settings[field] for field in ("neighbours", "nprobe")}
+        said = {field: manifest.settings[field] for field in SearchSettings.model_fields}
+        weight = tuned["lambda"] if valid else KnnLMSettings().weight
         parts = replace(parts, knn_lm=KnnLMSettings(weight=weight, temperature=tuned["temperature"], **said))
     if system == "In-Context RAG":
         said = {field: manifest.settings[field] for field in RetrievalSettings.model_fields}
         parts = replace(parts, retrieval=RetrievalSettings(**said))
-    if system == "MemDec" and suite.alpha == "valid":
-        return parts, float(tuned["alpha"])
-    return parts, alpha
+    return parts, float(tuned["alpha"]) if valid and system == "MemDec" else alpha
 
 
 def _check_evaluation(folder: Path, manifest: artefact.Manifest, parts: Parts) -> None:
@@ -224,41 +222,60 @@ def _identity(part: Any) -> str:
 # --- tasks and rows -------------------------------------------------------------------------------------------------
 
 
-def _load_tasks(suite: Suite, base: str) -> dict[str, RowsTask]:
-    """Load the tasks of a suite by name, with all of their rows.
+def load_tasks(
+    names: Sequence[str], base: str, split: str | None = None
+) -> tuple[dict[str, RowsTask], dict[str, RowsMissingError]]:
+    """Load tasks and the tasks of groups, with all of their rows.
+
+    Args:
+        names: Tasks and groups.
+        base: Folder or Hub id of the model whose tokenizer counts tokens.
+        split: Another split than the scored one.
+
+    Returns:
+        The tasks; and for those whose rows are neither in MEMDEC_DATA nor on the Hub, the error.
 
     Raises:
         ConfigError: A name is no task or group of ours.
-        RowsMissingError: Rows are neither in MEMDEC_DATA nor on the Hub; the message names all of these tasks.
         CorpusError: Rows are damaged.
     """
+    metadata = {"pretrained": base} | ({} if split is None else {"split": split})
     # lm-eval's own 14,000 task files take ten seconds to index, and none of them is needed.
-    manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata={"pretrained": base})
-    check_names(suite.tasks, manager.all_tasks)
-    names = dict.fromkeys(leaf for name in suite.tasks for leaf in _leaves(manager, name))
+    manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=metadata)
     found: dict[str, RowsTask] = {}
     missing: dict[str, RowsMissingError] = {}
-    for name in names:
+    for name in needed.leaves(names):
         try:
             with rows.without_hub() if missing else nullcontext():
                 found[name] = manager.load([name])["tasks"][name]
         except RowsMissingError as error:
             missing[name] = error
+    return found, missing
+
+
+def _all_tasks(suite: Suite, base: str) -> tuple[dict[str, RowsTask], dict[str, str]]:
+    """The tasks of a suite, and hashes of the rows that they read: those that are scored, and those that alpha is tuned on.
+
+    Raises:
+        RowsMissingError: Rows of some tasks are missing; the message names all of these tasks.
+    """
+    tasks, missing = load_tasks(suite.tasks, base)
+    hashes = {f"rows {name}": _rows_hash(task, suite.limit) for name, task in tasks.items()}
+    by_split: dict[str, list[str]] = {}
+    for name, task in tasks.items() if suite.alpha == "tune" else ():
+        if task.config.metadata.get("tune_split"):
+            by_split.setdefault(task.config.metadata["tune_split"], []).append(name)
+    for split, names in by_split.items():
+        others, lost = load_tasks(names, base, split)
+        missing |= {f"{name} ({split})": error for name, error in lost.items()}
+        hashes |= {f"{split} rows {name}": _rows_hash(task, None) for name, task in others.items()}
     if missing:
         folders = " ".join(f"--task {folder}" for folder in dict.fromkeys(error.task for error in missing.values()))
         raise RowsMissingError(
             f"memdec harness: expected rows of every task in MEMDEC_DATA or on the Hub, found none of {', '.join(missing)}; run "
             f"`memdec data fetch {folders}`, or leave these tasks out of the suite"
         )
-    return found
-
-
-def _leaves(manager: TaskManager, name: str) -> list[str]:
-    """The tasks of a group, at any depth; of a task, itself."""
-    if name not in manager.all_groups:
-        return [name]
-    children = (manager.task_index[name].cfg or {})["task"]
-    return [leaf for child in children for leaf in _leaves(manager, child)]
+    return tasks, hashes
 
 
 def _rows_hash(task: RowsTask, limit: int | None) -> str:
@@ -393,37 +410,3 @@ def interval(
         replicates = np.array([aggregation([items[i] for i in draw]) for draw in drawn.tolist()])
     low, high = statistics.percentiles(replicates, 0.95)
     return float(low), float(high)
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """The records of a finished run; the artefact is checked first.
-
-    Raises:
-        ArtifactError: There is no finished run in the folder.
-    """
-    artefact.read(folder, "harness")
-    found: list[dict[str, Any]] = json.loads((folder / RECORDS).read_text(encoding="utf-8"))
-    return found
-
-
-def row_scores(folder: Path, task: str, metric: str) -> tuple[list[str], list[Any]]:
-    """What a metric is made of, row by row: a number where it is a mean over rows, else (correct, predicted) or the like.
-
-    Returns:
-        A hash of the content of each row, the same for all systems and tokenizers; and its scores in the same order.
-
-    Raises:
-        CorpusError: There is no such task or metric in the run.
-    """
-    artefact.read(folder, "harness")
-    found = compare.read_run(folder)
-    if task not in found:
-        raise CorpusError(f"{folder}: expected samples of {task}, found {', '.join(found)}; run the suite again")
-    samples = compare.read_samples(found[task].file).values()
-    if any(f"{metric},none" not in sample.values for sample in samples):
-        known = sorted({name.partition(",")[0] for sample in samples for name in sample.values})
-        raise CorpusError(f"{found[task].file}: expected the metric {metric}, found {', '.join(known)}; check its name")
-    return [sample.document for sample in samples], [sample.values[f"{metric},none"] for sample in samples]

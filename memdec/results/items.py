@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from memdec.artefacts import artefact
 from memdec.errors import ArtifactError, outside
+from memdec.harness.scores import TokenScores
 from memdec.maths import paired, statistics
 from memdec.maths.paired import Average
 from memdec.results import compare, scores
@@ -103,7 +104,7 @@ def of_evaluation(folder: Path, record: Mapping[str, Any], weight: float | None 
 
 
 @lru_cache(maxsize=256)
-def _scored(folder: Path, on: str) -> tuple[scores.TokenScores, int] | None:
+def _scored(folder: Path, on: str) -> tuple[TokenScores, int] | None:
     """Scores of a text and the stride; None in an evaluation of an earlier version, which has none."""
     if not any((folder / "scores").glob("test*.safetensors")):
         return None
@@ -185,13 +186,18 @@ def _p_of_f1(a: Sequence[Items], b: Sequence[Items]) -> float | None:
     labels = [(one.labels, other.labels) for one, other in zip(first, second, strict=False)]
     if len(first) != len(second) or any(one is None or other is None for one, other in labels):
         return None
-    gold, by_a, by_b, groups = [], [], [], []
+    gold: list[int] = []
+    by_a: list[int] = []
+    by_b: list[int] = []
+    groups: list[tuple[int, ...]] = []
     for seed, (one, other) in enumerate(labels):
         assert one is not None
         assert other is not None
         if one.shape != other.shape or (one[:, :-1] != other[:, :-1]).any():
             return None
-        gold, by_a, by_b = [*gold, *one[:, -2]], [*by_a, *one[:, -1]], [*by_b, *other[:, -1]]
+        gold += one[:, -2].tolist()
+        by_a += one[:, -1].tolist()
+        by_b += other[:, -1].tolist()
         groups += [(seed, *row) for row in one[:, :-2].tolist()]
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     return paired.f1(gold, by_a, by_b, a[0].averages, [numbers[group] for group in groups]).p
@@ -219,12 +225,14 @@ def write(path: Path, cells: Mapping[Place, Sequence[Items]]) -> None:
         }
         for (row, column), each in found
     ]
-    arrays = {
+    arrays: dict[str, list[NDArray[Any]]] = {
         "sums": [each.sums for _, each in found],
         "counts": [each.counts for _, each in found],
         "labels": [each.labels.ravel() for _, each in found if each.labels is not None],
     }
-    whole = {name: np.concatenate([np.empty(0, kind), *arrays[name]]).astype(kind) for name, kind in _ARRAYS.items()}
+    whole: dict[str, Any] = {
+        name: np.concatenate([np.empty(0, kind), *arrays[name]]).astype(kind) for name, kind in _ARRAYS.items()
+    }
     data = io.BytesIO()
     np.savez_compressed(data, index=np.frombuffer(json.dumps(index).encode(), np.uint8), **whole)
     artefact.write_bytes(path, data.getvalue())

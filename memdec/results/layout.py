@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from memdec.config import Config
+from memdec.inference.systems import SYSTEMS
 from memdec.settings import WITHOUT_MEMORY, SystemName
 
+PERPLEXITY = "Test perplexity per token (lower is better)"
 Kind = Literal["evaluation", "harness", "corpus", "cases", "latency", "shapes", "fidelity"]
 How = Literal["mean", "best", "difference", "sum", "relative"]
 
@@ -32,8 +34,7 @@ class Part(NamedTuple):
     @property
     def name(self) -> str:
         """Folder of its system inside that of the kind, or of the suite: that of the memory, or `systems`/slug."""
-        slug = self.system.lower().replace(" ", "-")
-        return self.memory or f"{WITHOUT_MEMORY}/{slug}"
+        return self.memory or f"{WITHOUT_MEMORY}/{SYSTEMS[self.system].slug}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Measured(Table):
     extra: tuple[str, ...] = ()
     records: str = "records.json"
     alphas: tuple[float, ...] = ()
-    what: str = "Test perplexity per token (lower is better)"
+    what: str = PERPLEXITY
     gaps: dict[tuple[int, str], str] = field(default_factory=dict)
 
     @property

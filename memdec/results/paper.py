@@ -96,7 +96,7 @@ def printed(name: str, row: Mapping[str, str], column: str) -> list[Printed]:
         chosen = chosen[chosen[label] == text] if len(chosen) else chosen
     if len(chosen[known].drop_duplicates()) > 1:
         raise ConfigError(f"{name}: expected the labels of one row, found {dict(row)}; give more of {', '.join(known)}")
-    return [_printed(line) for line in chosen.to_dict("records")]
+    return [_printed({str(name): str(text) for name, text in line.items()}) for line in chosen.to_dict("records")]
 
 
 def _printed(line: Mapping[str, str]) -> Printed:

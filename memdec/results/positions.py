@@ -161,7 +161,7 @@ def sample(parts: Sequence[Window], stride: int, most: int, seed: int) -> list[W
     """
     if sum(part.n_scored for part in parts) <= most:
         return list(parts)
-    n = min(len(parts), max(1, most // stride))
+    n = max(1, (most - parts[0].n_scored) // stride + 1)  # the first window scores more than a stride
     start = np.random.default_rng(seed).random()
     return [parts[int((i + start) * len(parts) / n)] for i in range(n)]
 

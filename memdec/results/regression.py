@@ -153,7 +153,9 @@ def update(results: Sequence[Path], baseline: Path, reason: str, noise: Sequence
         sample = [each.value, *(values[name].value for _, values in others if name in values)]
         old = before.cells.get(name) if before is not None else None
         sd = _noise(each, sample, old.sd if old is not None else None)
-        known[name] = Known(value=each.value, unit=each.unit, sd=sd, tolerance=_tolerance(each, sd))
+        plain = {"value": each.value, "sd": sd, "tolerance": _tolerance(each, sd)}
+        rounded = {field: None if number is None else round(number, 6) for field, number in plain.items()}
+        known[name] = Known(unit=each.unit, **rounded)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     commit = provenance.git_commit(Path(__file__).parent)
     made = Baseline(
@@ -181,7 +183,7 @@ def _noise(value: Value, sample: Sequence[float], before: float | None) -> float
 def _tolerance(value: Value, sd: float | None) -> float:
     """The larger of the noise and what rounding on another processor may do."""
     one_row = WHOLE[value.unit] / value.n if value.unit in WHOLE and value.n else 0.0
-    return max(NOISE_FACTOR * (sd or 0.0), FLOOR * abs(value.value), one_row * (1 + 1e-6), 1e-6)
+    return max(NOISE_FACTOR * (sd or 0.0), FLOOR * abs(value.value), one_row) + 1e-5  # numbers are rounded in the file
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

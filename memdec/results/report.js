@@ -42,7 +42,7 @@ for (const head of document.querySelectorAll("table.sortable thead th")) {
   const mark = document.createElement("span");
   mark.className = "mark";
   mark.setAttribute("aria-hidden", "true");
-  button.append(mark);
+  button.insertBefore(mark, button.querySelector("small"));
   button.addEventListener("click", () => sort(head));
   head.append(button);
   show(head, "none");

@@ -261,8 +261,8 @@ def _measured(records: list[Record], column: Column, gap: str) -> Number:
         return number
     number.n = None if records[0].get("n") is None else int(records[0]["n"])
     number.group = tuple(_listed(record.get(name) for record in records) for name in _ONE_GROUP)
-    ends = [[record.get(name) for record in records] for name in ("low", "high")]
-    if None not in ends[0] + ends[1]:
+    ends = [[float(r[name]) for r in records if r.get(name) is not None] for name in ("low", "high")]
+    if all(len(each) == len(records) for each in ends):
         number.low, number.high = (column.factor * _mean(each) for each in ends)
     elif records[0].get("weight") is not None:
         _interval(number, resampled(number))

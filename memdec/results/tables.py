@@ -317,11 +317,20 @@ def note(sheet: Sheet) -> str:
     if any(number.p_best is not None or number.p_base is not None for number in numbers):
         sentences.append("Paired tests against the base and against the best other system are in the CSV, too.")
     gaps = [number.note.removeprefix("not run: ") for number in numbers if number.value is None and not number.group]
-    gaps = [gap for gap in dict.fromkeys(gaps) if not gap.startswith("a number that")]
+    gaps = _joined(gap for gap in gaps if not gap.startswith("a number that"))
     if gaps:
         more = [f"{len(gaps) - _GAPS} more, see the cells"] if len(gaps) > _GAPS else []
         sentences.append(f"– Not run: {'; '.join([*gaps[:_GAPS], *more])}.")
     return " ".join(sentences)
+
+
+def _joined(gaps: Iterable[str]) -> list[str]:
+    """Reasons, each once; those that differ in their last word only are one."""
+    found: dict[str, dict[str, None]] = {}
+    for gap in gaps:
+        same, _, last = gap.rpartition(" ")
+        found.setdefault(same, {})[last] = None
+    return [f"{same} {', '.join(last)}" for same, last in found.items()]
 
 
 def _counted(sheet: Sheet, records: Sequence[Record], is_text: bool) -> list[str]:

@@ -14,10 +14,12 @@ from making import run_memdec
 
 from memdec import config as cfg
 from memdec.errors import ArtifactError, ConfigError, IncomparableError
-from memdec.results import cells, claims, items, paper
+from memdec.results import catalogue, cells, claims, items, paper
 from memdec.results.cells import Cell
 from memdec.results.claims import Claim, Draws, Roles, Table
 from memdec.results.items import Items
+from memdec.results.layout import Measured
+from memdec.results.sheet import Sheet
 
 CLAIMS = claims.load()
 
@@ -167,9 +169,28 @@ def test_there_are_enough_claims_and_those_of_v1_alone_say_so() -> None:
     assert {"t3-smallest-with-memory-beats-largest", "t7-alpha-flat", "t1-memdec-dapt-15-percent"} <= only_v1
 
 
+MINI_FILE = Path(__file__).resolve().parents[2] / "config" / "mini.yaml"
+
+
+def test_every_claim_finds_its_cells_in_the_tables_of_the_default_config() -> None:
+    config, found = cfg.load(MINI_FILE), 0
+    empty = {}
+    for name in dict.fromkeys(claim.table for claim in CLAIMS):
+        made = catalogue.table(config, name) if name in catalogue.TABLES else None
+        if isinstance(made, Measured) and not made.alphas:  # the alphas of Table 7 stand in its records
+            empty[name] = Roles.of(config.study_for(name), name, Sheet(made, []).cells())
+    for claim in CLAIMS:
+        if claim.table in empty:
+            found += 1
+            assert claims.comparisons(claim, empty[claim.table]), claim.id
+            reason = claims.judge(claim, empty[claim.table], Draws({})).reason
+            assert reason.startswith("not run: "), (claim.id, reason)
+    assert found >= 60
+
+
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
-MINI = cfg.load(Path(__file__).resolve().parents[2] / "config" / "mini.yaml").study(None)
+MINI = cfg.load(MINI_FILE).study(None)
 N = 40
 RNG = np.random.default_rng(3)
 COUNTS = np.full(N, 50)
@@ -351,6 +372,25 @@ def test_means_of_rows_and_f1_are_compared_item_by_item() -> None:
         made.items[method, "t"] = made.items.pop((method, "gpt2-S"))
     assert made.judge(better).verdict == "holds"
     assert "not paired" not in made.judge(better).reason
+
+
+def test_a_mean_over_models_is_paired_although_they_have_several_tokenizers() -> None:
+    """Table 7: a cell has the items of every model, here 40 and 20 windows, and the two alphas differ by 1 %."""
+    made = Made("table7")
+    for alpha, shift in (("0.4", 0.01), ("0.6", 0.0)):
+        first = windows(shift, noise=0)[0]
+        half = Items(0, first.value, first.sums.reshape(20, 2).sum(1), first.counts.reshape(20, 2).sum(1), "perplexity")
+        fields = {"row": alpha, "column": "torch", "alpha": alpha, "memory": None, "value": first.value}
+        made.add("MemDec", "gpt2-S", **fields)
+        made.cells[-1] = made.cells[-1].model_copy(update={"model": None, "family": None})
+        made.items[alpha, "torch"] = [first, half]
+    flat = claim(table="table7", left={"alpha": [0.4, 0.8]}, right={"pick": "best"}, relation="<= 1.025")
+    found = made.judge(flat)
+    assert found.verdict == "holds"
+    assert (found.effect, found.low, found.high) == pytest.approx([np.exp(0.01)] * 3)
+    made.cells[0] = made.cells[0].model_copy(update={"model": "gpt2-S"})
+    with pytest.raises(ArtifactError, match="expected the same items at every seed, found 40 and 20"):
+        made.judge(claim(table="table7", left={"model": "gpt2-S"}, right=None, relation="< 9"))
 
 
 def test_a_cell_without_a_value_says_why_the_claim_was_not_run() -> None:

@@ -38,7 +38,7 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"domains": ["torhc"]}, "domains: expected one of general, pandas, scipy, sklearn, torch, found torhc"),
+        ({"domains": ["torhc"]}, r"domains: expected one of general, pandas, .*torch, found torhc"),
         ({"key_model": "x"}, "key_model: expected one of"),
         ({"stride": 500}, r"stride: expected at most context \(128\), found 500"),
         ({"corpora": {"a": {"source": "files"}}}, "either 'path' .* or 'paths'"),
@@ -72,7 +72,7 @@ def test_messages(tmp_path: Path, change: dict[str, object], message: str) -> No
 
 
 def test_the_control_of_a_domain_is_the_default_memory_of_the_next(tmp_path: Path) -> None:
-    config = cfg.load(changed(tmp_path, memories={"other": {"other_domain": True}}))
+    config = cfg.load(changed(tmp_path, memories={"other": {"other_domain": True}}, studies={}))
     assert [config.next_domain(domain) for domain in ("torch", "pandas", "sklearn")] == ["pandas", "sklearn", "torch"]
     other, own = config.variant("other"), config.variant("memdec")
     assert (other.trained, own.trained) == (False, True)

@@ -138,6 +138,9 @@ def test_figure_6_has_the_models_by_size_and_the_mean_over_seeds(tmp_path: Path)
     assert top["high"].to_dict() == pytest.approx({"gpt2-S": 0.8, "gpt2-L": 0.8})
     assert top["seeds"].to_dict() == {"gpt2-S": 1, "gpt2-L": 2}
     assert top.loc["gpt2-L", "sd"] == pytest.approx(np.std([0.5, 0.7], ddof=1))
+    named = [("torch", "GPT2-large", 0, tmp_path / "a")]  # as the paper calls it
+    drawn = drawing.DRAWN["figure6"][0](made, named, []).set_index(["distribution", "metric"])["paper"]
+    assert drawn.dropna().to_dict() == {("p_kNN", "top1"): pytest.approx(0.9348)}
     with pytest.raises(ArtifactError, match="expected records of seed 1, found seed 0"):
         drawing.run(made, [("torch", "gpt2-L", 1, tmp_path / "a")], [], tmp_path / "x.csv")
     with pytest.raises(ArtifactError, match=r"expected one number for each of .*, found two for memdec, top1, seed 0"):
@@ -148,6 +151,30 @@ def test_figure_6_has_the_models_by_size_and_the_mean_over_seeds(tmp_path: Path)
     broken = shapes(tmp_path / "e", "memdec", 0, 900, float("nan"))
     with pytest.raises(ArtifactError, match="expected finite numbers, found NaN in top1"):
         drawing.run(made, [("torch", "gpt2-L", 0, broken)], [], tmp_path / "x.csv")
+
+
+def test_figure_4_is_the_whole_time_beside_the_printed_ratio(tmp_path: Path) -> None:
+    systems = [("base", None, 1.0), ("MemDec", None, 2.0), ("kNN-LM, 9 keys", "kNN-LM", 4.0)]
+    records = [
+        {"system": name, "kind": kind, "size": None, "phase": phase, "n_tokens": n, "seconds": n * ratio}
+        | {"seconds_low": n * ratio, "seconds_high": n * ratio, "ratio_to_base": ratio, "ratio_low": ratio}
+        | {"ratio_high": ratio}
+        for name, kind, ratio in systems
+        for phase in ("decode", "total")
+        for n in (2, 4)
+    ]
+    with artefact.building(tmp_path / "l", "latency", {}, {}) as build:
+        assert build is not None
+        artefact.write_json(tmp_path / "l" / "records.json", records)
+    made, cells = figure_catalogue.figure(config(), "figure4"), [("torch", "gpt2-L", 0, tmp_path / "l")]
+    drawing.run(made, cells, [], tmp_path / "figure4.csv")
+    drawn = pd.read_csv(tmp_path / "figure4.csv")
+    assert set(drawn["phase"]) == {"total"}
+    assert drawn.groupby("system")["paper_ratio"].first().to_dict() == {
+        "base": 1.0, "MemDec": 1.28, "kNN-LM, 9 keys": 2.17
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="figure4: expected one --cell, found 2"):
+        drawing.run(made, cells * 2, [], tmp_path / "figure4.csv")
 
 
 def cut(figure: Figure) -> list[str]:

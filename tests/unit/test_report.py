@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -282,10 +283,10 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 FOREIGN = """<?xml version="1.0"?><!DOCTYPE svg PUBLIC "x" "http://example.org/x.dtd">
 <svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="72pt" viewBox="0 0 72 36" onload="a()">
 <style>*{display:none}</style><script>alert(1)</script><foreignObject><p xmlns="http://www.w3.org/1999/xhtml">x</p></foreignObject>
-<defs><clipPath id="p1"><rect width="1.23456" height="9"/></clipPath></defs>
+<defs><pattern id="h1"><path d="M 1 1"/></pattern><clipPath id="p1"><rect width="1.23456" height="9"/></clipPath></defs>
 <g id="unused" transform="scale(0.015625)" onclick="a()"><path d="M 0 0" style="fill: #0072b2; stroke: #000000" clip-path="url(#p1)"/></g>
 <use xlink:href="#p1"/><use xlink:href="http://example.org/#p1"/><a href="http://example.org"><text>linked</text></a>
-<rect style="fill: url(http://example.org/x)"/><text style="font: 9px 'DejaVu Sans', sans-serif; fill: #e4e4e4">a &lt; b</text></svg>"""
+<rect style="fill: url(http://example.org/x)"/><rect style="fill: url(#h1)"/><text style="font: 9px 'DejaVu Sans', sans-serif; fill: #e4e4e4">a &lt; b</text></svg>"""
 
 
 def test_an_svg_becomes_part_of_the_page() -> None:
@@ -297,6 +298,8 @@ def test_an_svg_becomes_part_of_the_page() -> None:
     assert "fill: var(--c1); stroke: currentColor" in svg
     assert "font-size: 9px; fill: var(--grid)" in svg
     assert "a &lt; b" in svg
+    assert 'pattern id="f-h1"' in svg
+    assert "fill: url(#f-h1)" in svg
     assert "scale(0.015625)" in svg
     assert 'width="1.23"' in svg
     assert 'viewBox="0 0 72 36"' in svg
@@ -308,6 +311,14 @@ def test_more_lines_than_colours_go_to_a_second_chart(tmp_path: Path) -> None:
         write_training(tmp_path / "mini" / "torch" / "seed0" / "memory" / f"m{number}", "memory", 10, 3.0)
     charts = re.findall(r"Memories: torch</b></figcaption>.*?</ul>", made(tmp_path), re.S)
     assert [chart.count("<li>") for chart in charts] == [7, 2]
+
+
+def test_a_record_with_nan(tmp_path: Path) -> None:
+    write_evaluation(
+        tmp_path / "mini" / "torch" / "seed0" / "evaluation" / "memdec" / "gpt2-S", "torch", "m", 0.6, math.nan
+    )
+    with pytest.raises(ArtifactError, match=r"records.json: expected finite perplexities in valid_sweep, found .*nan"):
+        made(tmp_path)
 
 
 def test_seeds_share_a_chart_and_a_legend(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from memdec import config as cfg
 from memdec.artefacts import artefact
 from memdec.errors import ArtifactError, ConfigError
 from memdec.harness.scores import TokenScores
+from memdec.maths import statistics
 from memdec.results import catalogue, cells, items, scores, tables, task_tables
 from memdec.results.cells import Cell
 from memdec.results.layout import Measured
@@ -20,12 +21,12 @@ from memdec.results.sheet import Sheet
 from memdec.settings import parse
 
 REDUCED = cfg.load(Path(__file__).resolve().parents[2] / "tests" / "regression" / "reduced.yaml")
-NINE = list(task_tables.NINE.values())
+NINE = [f"dcpmi_{name.lower()}_kp" for name in task_tables.NINE]
 
 
 def config(**more: Any) -> cfg.Config:
     """Two base models and two domains, with a suite of tasks for the first, and these changes."""
-    data = REDUCED.model_dump(mode="json", exclude_unset=True)
+    data = REDUCED.model_dump(mode="json", exclude_unset=True, exclude={"studies"})
     data |= {"domains": ["sklearn", "general"], "systems": ["base", "DAPT", "MemDec"]}
     data |= {"suites": {"nine": {"tasks": ["memdec_dcpmi"]}}, "tasks": {"sklearn": ["nine"]}}
     made: cfg.Config = parse(cfg.Config, data | more, "c")
@@ -58,7 +59,10 @@ def test_every_table_of_the_paper_is_there() -> None:
             "table5",
             r"table5: expected a domain with a suite that has memdec_nq, memdec_hotpotqa, found sklearn with nine",
         ),
-        ("table8", r"table8: expected a memory that start from another model .*, found none; add one under 'memories'"),
+        (
+            "table8",
+            r"table8: expected a memory that starts from another model .*, found none; add one under 'memories'",
+        ),
         ("table9", r"table9: expected a memory with the objectives kl and ce beside hybrid, .* \(train.objective\)"),
         ("table11", r"table11: expected a suite of sklearn with alpha tune, found nine with other ones"),
         ("table14", r"table14: expected a domain with a suite that has memdec_chemprot, memdec_mqp, pubmedqa \.\.\."),
@@ -224,7 +228,7 @@ def test_table_2_has_numbers_tests_labels_and_reasons(given: list[tables.Given],
     assert shown["MemDec"]["Avg"] == "–"
     for said in (
         "Rows: SST2 8, HYP 4.", "Only the first 4 rows of a task were run (`limit`).", "† One label was predicted",
-        "Alpha as the paper has it for each task: 0.3.", "– Not run: no suite of sklearn has dcpmi_mr_kp;",
+        "Alpha as the paper has it for each task: 0.3.", "– Not run: no suite of sklearn has dcpmi_mr_kp, dcpmi_cr_kp, ",
     ):  # fmt: skip
         assert said in text
     assert r"25.00\textdagger{}" in (tmp_path / "table2.tex").read_text()
@@ -353,6 +357,56 @@ def test_the_alpha_curve_is_the_mean_of_all_models_from_their_stored_scores(tmp_
     assert relative[best] == 1.0
     assert relative["0"] == pytest.approx((curve["0"] or 0) / (curve[best] or 1))
     assert f"| {best} " in (tmp_path / "table7.md").read_text()
+
+
+def test_perplexities_are_tested_window_by_window_from_the_stored_scores(tmp_path: Path) -> None:
+    given = [write_evaluation(tmp_path / str(seed), "gpt2-S", seed) for seed in (0, 1)]
+    made = config(domains=["sklearn"], tasks={}, seeds=[0, 1], evaluated=["gpt2-S"], systems=["base", "MemDec"])
+    tables.run(measured(made, "table1"), given, tmp_path / "table1.csv")
+    base, memdec = cells.read(tmp_path / "table1.cells.csv")
+    sums = []
+    for *_, folder in given:
+        stored, _ = scores.token_scores(folder)
+        assert stored.memory is not None
+        mixed = np.log(0.6 * np.exp(stored.memory) + 0.4 * np.exp(stored.base))
+        sums.append([-part.reshape(10, 4).sum(1) for part in (stored.base, mixed)])
+    one, other = np.mean(sums, axis=0)  # of each window, the mean over seeds
+    assert memdec.p_base == memdec.p_best == base.p_best == pytest.approx(statistics.sign_flips(one, other))
+    assert (base.p_base, base.best_other, memdec.best_other) == (None, "MemDec", "base")
+    stored_items = items.read(tmp_path / "table1.items.npz")["MemDec", "gpt2-S"]
+    assert [each.sums.tolist() for each in stored_items] == [pytest.approx(mixed) for _, mixed in sums]
+
+
+def test_at_the_scale_of_the_paper_a_cell_has_a_verdict() -> None:
+    data = config(systems=["base", "LoRA", "MemDec"], domains=["sklearn"], tasks={}).model_dump(
+        mode="json", exclude_unset=True
+    )
+    data["models"] = {"GPT2-small": data["models"]["gpt2-S"], "GPT2-xl": data["models"]["gpt2-M"]}
+    data |= {"scale": "paper", "evaluated": None, "key_model": "GPT2-xl", "memory_model": "GPT2-small", "budget": None}
+    made: cfg.Config = parse(cfg.Config, data, "c")
+    plain = {"domain": "sklearn", "on": "sklearn", "metric": "token_perplexity", "seed": 0, "n": 9, "memory": None}
+    plain |= {"model": "GPT2-small", "alpha": None, "lambda": None}
+    records = [
+        plain | {"method": "base", "value": 25.0, "low": 24.0, "high": 26.0},
+        plain | {"method": "MemDec", "memory": "memdec", "value": 10.0, "low": 9.9, "high": 10.1},
+    ]
+    found = Sheet(measured(made, "table1"), records).cells()
+    assert [
+        (of(found, row, "GPT2-small").paper, of(found, row, "GPT2-small").verdict) for row in ("base", "MemDec")
+    ] == [
+        (24.89, "match"),
+        (13.36, "better"),
+    ]
+    empty = of(found, "LoRA", "GPT2-xl")
+    assert (empty.paper, empty.verdict) == (10.67, "not run")
+    assert empty.note == "not run: no record of LoRA with GPT2-xl on sklearn among the given folders"
+    assert of(found, "base", "Avg").paper is None  # the paper's Table 1 has no mean
+
+
+def test_the_nine_tasks_may_be_those_for_small_tokenizers() -> None:
+    made = config(suites={"nine": {"tasks": ["memdec_dcpmi_kl"]}})
+    tasks = [column.where["task"] for column in measured(made, "table2").measured.values()]
+    assert tasks == [name.replace("_kp", "_kl") for name in NINE]
 
 
 def test_the_gap_of_table_17_and_its_average(tmp_path: Path) -> None:

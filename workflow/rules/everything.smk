@@ -7,7 +7,7 @@ MEASURED = expand(
 )
 
 
-# Every claim of the paper that the tables of this scale can speak about.
+# Every claim of the paper that the tables and figures of this scale can speak about.
 use rule table as claims with:
     input:
         config=CONFIG_FILE,
@@ -27,7 +27,7 @@ use rule table as claims with:
         command="claims",
         options=lambda w, input: words(*input.tables, *input.figures),
         caption="What the tables say about each claim of the paper.",
-        version=VERSIONS.get("claims"),
+        version=VERSIONS["claims"],
 
 
 use rule table as report_page with:
