@@ -162,7 +162,8 @@ def test_every_value_is_that_of_the_samples(run_folder: Path) -> None:
     checked = set()
     for task, reported in results["results"].items():
         samples = file.with_name(f"samples_{task}_{file.stem.partition('_')[2]}.jsonl")
-        rows = [json.loads(line) for line in samples.read_text().splitlines()]
+        with samples.open(encoding="utf-8") as lines:  # `splitlines` would cut at line ends inside the texts
+            rows = [json.loads(line) for line in lines]
         metadata = results["configs"][task]["metadata"]
         for record in (each for each in records if each["task"] == task):
             metric = record["metric"]
