@@ -46,7 +46,7 @@ use rule table as report_page with:
         command="report",
         options="",
         caption="",
-        version=VERSIONS.get("report"),
+        version=1,
 
 
 # The whole paper, as far as the studies of the config go.
