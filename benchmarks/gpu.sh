@@ -56,7 +56,7 @@ part_c() {
 
 part_d() {
   local configs=(config/smol.yaml config/smol-domains.yaml config/gpu-run.yaml) file
-  ((${#tiny[@]})) && configs=(config/mini.yaml config/table1.yaml config/gpu-tiny.yaml)
+  ((${#tiny[@]})) && configs=(config/mini.yaml config/gpu-tiny.yaml)
   # A lock is what a run leaves that a time limit has ended. Three jobs share the GPU: the models are small, and half of
   # the time goes into the starts of processes.
   "$python" -m snakemake --snakefile Snakefile --directory "$work/table" --nolock --cores "$(nproc)" --resources gpu=3 \

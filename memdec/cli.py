@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -36,7 +37,10 @@ from memdec.settings import (
     MemorySettings,
     ModelSpec,
     PassageSettings,
+    SampleSettings,
+    ShapesSettings,
     Split,
+    Suite,
     TargetSettings,
     TeacherSettings,
     TokenizerSpec,
@@ -97,19 +101,22 @@ NEXT = {
     "train": "memdec evaluate --memory {out} --base ... --out ..., or lm_eval --model memdec-interp",
     "adapt-vocab": "memdec train --model {out} --tokens ... --out ...",
     "evaluate": "memdec table --name table3 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...",
+    "harness": "memdec compare {out}, or memdec compare {out} ... for the difference of two systems",
     "sweep": "lm_eval --model memdec-interp with the best alpha of the table",
+    "fidelity": "cat {out}/records.json",
+    "shapes": "memdec figure --name figure5 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...",
     "latency": "docs/evaluate.md says how to read it",
 }
 
 
 def stage(
-    settings: type[BaseModel] | None = None, entry: Any = None
+    settings: type[BaseModel] | None = None, entry: Any = None, torch: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command whose options are its parameters and the fields of `settings`.
 
     The function gets the fields as one object, its parameter `settings`. A parameter `compute` gets the options of
     `settings.Compute` in the same way. A command with `--out` also has `--overwrite`; without it, what was made there
-    with other settings is kept. With `entry`, a kind of entry of the config, the function gets a parameter `entry`: a
+    with other settings is kept. A stage that needs no torch is spared its import, which takes a second. With `entry`, a kind of entry of the config, the function gets a parameter `entry`: a
     function that makes it of the options given and of fields that the command fills in.
     """
 
@@ -122,10 +129,11 @@ def stage(
         of_entry = [] if entry is None else options.of_entry(entry, LEFT_OUT)
 
         def command(**values: Any) -> None:
-            from memdec.artefacts import artefact, devices
+            from memdec.artefacts import artefact
 
             begin = time.time()
-            _limit_threads()
+            if torch:
+                _limit_threads()
             replaces = values.pop("overwrite", False)
             arguments = {p.name: values.pop(p.name) for p in own}
             _check_numbers(arguments)
@@ -137,12 +145,7 @@ def stage(
                 arguments["entry"] = lambda **known: options.entry(
                     entry, given, spec, known, f"memdec {name}", LEFT_OUT
                 )
-            if "compute" in arguments:
-                devices.pick(arguments["compute"])  # a missing GPU is reported before anything is read
-            with (
-                artefact.waiting() if replaces else artefact.keeping(),
-                devices.one_line_when_full(f"memdec {name}", arguments.get("settings")),
-            ):
+            with artefact.waiting() if replaces else artefact.keeping(), _on_device(name, arguments, torch):
                 function(**arguments)
             if name in NEXT and "out" in arguments:
                 options.wrote(arguments["out"], NEXT[name], begin)
@@ -155,6 +158,17 @@ def stage(
         return function
 
     return register
+
+
+def _on_device(name: str, arguments: dict[str, Any], torch: bool) -> AbstractContextManager[None]:
+    """The context of a stage that may use a GPU: a missing one is reported at once, and a full one in one line."""
+    if not torch:
+        return nullcontext()
+    from memdec.artefacts import devices
+
+    if "compute" in arguments:
+        devices.pick(arguments["compute"])
+    return devices.one_line_when_full(f"memdec {name}", arguments.get("settings"))
 
 
 def _check_numbers(arguments: dict[str, Any]) -> None:
@@ -195,7 +209,7 @@ def _picked(device: str) -> Any:
     return devices.pick(parse(Compute, {"device": device}, "--device"))
 
 
-@stage(entry=CorpusSpec)
+@stage(entry=CorpusSpec, torch=False)
 def corpus(
     entry: Callable[..., CorpusSpec],
     out: Out,
@@ -208,7 +222,7 @@ def corpus(
     corpora.run(entry(), out, against)
 
 
-@stage(entry=TokenizerSpec)
+@stage(entry=TokenizerSpec, torch=False)
 def tokenizer(
     entry: Callable[..., TokenizerSpec],
     out: Out,
@@ -224,7 +238,7 @@ def tokenizer(
     tokens.run_tokenizer(entry(**known), out, corpus)
 
 
-@stage()
+@stage(torch=False)
 def tokens(tokenizer: Tokenizer, corpus: Corpus, out: Out) -> None:
     """Tokenize a corpus."""
     from memdec.text import tokens as stage_tokens
@@ -351,7 +365,7 @@ def targets(
     stage_targets.run(datastore, index, tokens, out, settings, shard=shard, queries=queries, device=picked)
 
 
-@stage(PassageSettings)
+@stage(PassageSettings, torch=False)
 def passages(tokens: Tokens, out: Out, settings: PassageSettings) -> None:
     """Cut the training text into passages and index them with BM25, for In-Context RAG."""
     from memdec.datastore import passages as stage_passages
@@ -432,18 +446,24 @@ def evaluate(
     settings: EvaluateSettings,
     memory: Annotated[Path | None, typer.Option(help="memory folder, or a model after DAPT to mix in")] = None,
     name: Annotated[str, typer.Option(help="name of the memory in the tables")] = DEFAULT_MEMORY,
+    control: Annotated[
+        bool, typer.Option("--control", help="negative control: --memory is one of another corpus than --corpus")
+    ] = False,
     lora: Annotated[Path | None, typer.Option(help="LoRA folder")] = None,
     dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
     datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
-    index: Annotated[Path | None, typer.Option(help="index over --datastore; both together add the kNN-LM")] = None,
+    index: Annotated[Path | None, typer.Option(help="index over --datastore; both together are the kNN-LM")] = None,
     passages: Annotated[Path | None, typer.Option(help="passages of the corpus, for In-Context RAG")] = None,
     also: Annotated[
         list[Path], typer.Option(help="general corpus to measure on too, with the weights tuned on --corpus; repeat")
     ] = [],
+    base_evaluation: Annotated[
+        Path | None, typer.Option(help="with --memory: the base's own evaluation, so that the base is not run again")
+    ] = None,
     seed: Seed = 0,
     compute: Compute = AUTO,
 ) -> None:
-    """Measure perplexity with and without memory through lm-eval; valid tunes alpha, or the kNN-LM's lambda and tau."""
+    """Measure the perplexity of a base alone, or of one system; valid tunes alpha, or the kNN-LM's lambda and tau."""
     from memdec.results import evaluate as stage_evaluate
 
     stage_evaluate.run(
@@ -456,12 +476,99 @@ def evaluate(
         seed=seed,
         memory=memory,
         name=name,
+        control=control,
         lora=lora,
         dapt=dapt,
         datastore=datastore,
         index=index,
         passages=passages,
         also=also,
+        base_evaluation=base_evaluation,
+        compute=compute,
+    )
+
+
+Targets = Annotated[list[Path], typer.Option(help="folder of kNN targets; repeat for every shard")]
+MemoryLabel = Annotated[str, typer.Option(help="name of the memory in the tables and figures")]
+
+
+@stage(SampleSettings)
+def fidelity(
+    memory: Annotated[Path, typer.Option(help="memory folder, or a model that is mixed in as one")],
+    targets: Targets,
+    tokens: Tokens,
+    out: Out,
+    context: Context,
+    stride: Stride,
+    settings: SampleSettings,
+    name: MemoryLabel = DEFAULT_MEMORY,
+    control: Annotated[
+        bool, typer.Option("--control", help="negative control: --memory is one of another text than --tokens")
+    ] = False,
+    compute: Compute = AUTO,
+) -> None:
+    """Measure how well a memory imitates its kNN targets: top-token match, KL, total variation, Pearson correlation."""
+    from memdec.results import fidelity as stage_fidelity
+
+    what: dict[str, Any] = {"context": context, "stride": stride, "name": name, "compute": compute}
+    stage_fidelity.run(memory, targets, tokens, out, settings, control=control, **what)
+
+
+@stage(ShapesSettings)
+def shapes(
+    model: Annotated[Path, typer.Option(help="model that gives the keys of the targets")],
+    memory: Annotated[Path, typer.Option(help="memory folder, or a model that is mixed in as one")],
+    targets: Targets,
+    tokens: Tokens,
+    out: Out,
+    context: Context,
+    stride: Stride,
+    settings: ShapesSettings,
+    name: MemoryLabel = DEFAULT_MEMORY,
+    compute: Compute = AUTO,
+) -> None:
+    """Measure the shapes of p_kNN, the model's and the memory's distribution on the same positions (Figures 5, 6)."""
+    from memdec.results import shapes as stage_shapes
+
+    what: dict[str, Any] = {"context": context, "stride": stride, "name": name, "compute": compute}
+    stage_shapes.run(model, memory, targets, tokens, out, settings, **what)
+
+
+@stage(entry=Suite)
+def harness(
+    entry: Callable[..., Suite],
+    base: BaseName,
+    out: Out,
+    spec: Spec = None,
+    memory: Annotated[str | None, typer.Option(help="memory, or a model after DAPT to mix in: MemDec")] = None,
+    name: Annotated[str, typer.Option(help="name of the memory in the tables")] = DEFAULT_MEMORY,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="evaluation of the system, which tuned alpha, or lambda and tau, on valid text")
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA folder: LoRA")] = None,
+    dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT: DAPT")] = None,
+    datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
+    index: Annotated[Path | None, typer.Option(help="index over --datastore; both together: kNN-LM")] = None,
+    passages: Annotated[Path | None, typer.Option(help="passages of the corpus: In-Context RAG")] = None,
+    seed: Seed = 0,
+    compute: Compute = AUTO,
+) -> None:
+    """Run one system over lm-eval tasks, in lm-eval's own format, with an interval for every metric."""
+    from memdec.results import harness as stage_harness
+
+    stage_harness.run(
+        base,
+        entry(),
+        out,
+        seed=seed,
+        memory=memory,
+        name=name,
+        evaluation=evaluation,
+        lora=lora,
+        dapt=dapt,
+        datastore=datastore,
+        index=index,
+        passages=passages,
         compute=compute,
     )
 
@@ -600,8 +707,13 @@ def _read(file: Path) -> str:
 
 
 RunConfig = Annotated[Path, typer.Option(help="config of the run, YAML or JSON")]
-Cells = Annotated[list[str], typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of an evaluation (Table 6: cases); repeat")]
-TableFile = Annotated[Path, typer.Option(help="CSV file; .md, .tex and .provenance.json are written beside it")]
+Cells = Annotated[
+    list[str],
+    typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of an evaluation or harness run (Table 6: cases; 13: corpus); repeat"),
+]
+TableFile = Annotated[
+    Path, typer.Option(help="CSV file; .cells.csv, .items.npz, .md, .tex and .provenance.json are written beside it")
+]
 
 
 def _cells(texts: list[str]) -> list[tuple[str, str, int, Path]]:
@@ -616,16 +728,53 @@ def _cells(texts: list[str]) -> list[tuple[str, str, int, Path]]:
 
 @app.command()
 def table(
-    name: Annotated[str, typer.Option(help="table1, table3, table4, table6, memories or forgetting")],
+    name: Annotated[str, typer.Option(help="table1 to table19, memories, objectives or forgetting (docs/tables.md)")],
     config: RunConfig,
     cell: Cells,
     out: TableFile,
 ) -> None:
-    """Make a table from evaluations, or Table 6 from `memdec cases`."""
+    """Make a table from evaluations, harness runs, marked words or corpora."""
     from memdec.results import catalogue, tables
 
     tables.run(catalogue.table(cfg.load(config), name), _cells(cell), out)
     options.wrote(out, f"cat {shlex.quote(str(out.with_suffix('.md')))}")
+
+
+@app.command()
+def figure(
+    name: Annotated[str, typer.Option(help="figure2, figure4, figure5, figure6 or fidelity")],
+    config: RunConfig,
+    out: Annotated[Path, typer.Option(help="CSV file; .svg, .png and .provenance.json are written beside it")],
+    cell: Annotated[
+        list[str],
+        typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of shapes, fidelity or latency, as the figure needs; repeat"),
+    ] = [],
+    table: Annotated[list[Path], typer.Option(help="cells of a table (.cells.csv), for Figure 2")] = [],
+) -> None:
+    """Draw a figure from `memdec shapes`, `fidelity` or `latency`, or Figure 2 from the cells of Table 3."""
+    from memdec.results import drawing, figure_catalogue
+
+    drawing.run(figure_catalogue.figure(cfg.load(config), name), _cells(cell), table, out)
+    options.wrote(out, f"open {shlex.quote(str(out.with_suffix('.svg')))}")
+
+
+@app.command()
+def claims(
+    config: RunConfig,
+    out: Annotated[Path, typer.Option(help="CSV file, a line for each claim")],
+    tables: Annotated[
+        list[Path], typer.Argument(help="tables of the run: <table>.cells.csv, figure4.csv, figure6.csv")
+    ] = [],
+    claims: Annotated[
+        Path | None, typer.Option(help="YAML file with claims (default: those of the paper, in the package)")
+    ] = None,
+) -> None:
+    """Judge every claim of the paper by the tables of a run: holds, fails, undecided or not run, with the effect."""
+    from memdec.results import claims as stage_claims
+
+    found = stage_claims.run(cfg.load(config), tables, out, claims or stage_claims.FILE)
+    print(stage_claims.shown(found))
+    options.wrote(out, "memdec report, or read it with docs/claims.md")
 
 
 @stage()
@@ -640,35 +789,53 @@ def cases(
     """Compute p(marked word) under memory, kNN and base for the texts of the config (Table 6)."""
     from memdec.results import table6 as stage_cases
 
-    stage_cases.run(cfg.load(config), base, memory, datastore, index, out)
+    stage_cases.run(cfg.load(config).study_for("table6"), base, memory, datastore, index, out)
     options.wrote(out, "memdec table --name table6 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...")
 
 
 @app.command()
+def report(
+    config: Annotated[
+        list[Path], typer.Option(help="config of the run; repeat for overlays (default: config/mini.yaml)")
+    ] = [],
+    results: Annotated[Path, typer.Option(help="folder with the tables and the folder of the scale")] = Path("results"),
+    out: Annotated[Path, typer.Option(help="HTML file")] = Path("results/report.html"),
+) -> None:
+    """Write all results of a run as one HTML page: claims, tables, curves, cost, versions and commands."""
+    from memdec.results import report as stage_report
+
+    stage_report.run(cfg.load(*cfg.with_default(config or [cfg.DEFAULT])), config, results, out)
+    options.wrote(out, "open it in a browser")
+
+
+@app.command()
 def check(
-    results: Annotated[Path, typer.Argument(help="a table3.csv with its .provenance.json beside it")],
+    results: Annotated[list[Path], typer.Argument(help="tables (.csv), each with its .provenance.json beside it")],
     baseline: Annotated[Path, typer.Option(help="tests/regression/<scale>.json")],
-    write: Annotated[bool, typer.Option("--write", help="make the baseline from these results")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="write these results into the baseline; needs --reason")
+    ] = False,
+    reason: Annotated[str, typer.Option(help="with --update: why the numbers changed; the baseline keeps it")] = "",
     noise: Annotated[
-        list[Path], typer.Option(help="with --write: tables of other seeds, to measure the tolerance")
+        list[Path], typer.Option(help="with --update: a table of other seeds, to measure the tolerance; repeat")
     ] = [],
     as_json: AsJson = False,
 ) -> None:
-    """Compare perplexities with a baseline; exit 1 beyond the tolerance, 3 if they cannot be compared."""
+    """Compare the numbers of tables with a baseline; exit 1 beyond the tolerance, 3 if they cannot be compared."""
     from memdec.results import regression
 
-    if write:
-        regression.write(results, noise, baseline)
-        options.wrote(baseline, f"memdec check --baseline {{out}} {shlex.quote(str(results))}")
+    shown = " ".join(shlex.quote(str(table)) for table in results)
+    if update:
+        regression.update(results, baseline, reason, noise)
+        options.wrote(baseline, f"memdec check --baseline {{out}} {shown}")
         return
     lines, moved = regression.compare(results, baseline)
-    _print("\n".join(lines), {"moved": bool(moved), "cells": lines} if as_json else None)
+    cells = [line._asdict() for line in lines]
+    _print("\n".join(str(line) for line in lines), {"moved": moved, "cells": cells} if as_json else None)
     if moved:
-        _say(
-            f"moved: at least one cell of {results}. Next: find the change, or make a baseline with --write and say why"
-        )
+        _say(f"moved: at least one cell of {shown}. Next: find the change, or take it over with --update --reason TEXT")
         raise SystemExit(1)
-    _say(f"unmoved: all cells of {results} against {baseline}. Next: nothing to do")
+    _say(f"unmoved: all cells of {shown} against {baseline}. Next: nothing to do")
 
 
 @app.command()
@@ -767,12 +934,16 @@ def compare(
 @app.command()
 def schema(
     out: Annotated[Path, typer.Argument(help="file to write, e.g. workflow/schemas/config.schema.json")],
+    of: Annotated[
+        Literal["config", "cells"], typer.Option(help="config: a config file; cells: a line of a table's .cells.csv")
+    ] = "config",
 ) -> None:
-    """Write the JSON schema of the configuration."""
+    """Write the JSON schema of the configuration, or of the lines of a table's .cells.csv."""
     from memdec.artefacts import artefact
+    from memdec.results import cells
 
-    artefact.write_json(out, cfg.json_schema())
-    options.wrote(out, "memdec validate config/mini.yaml")
+    artefact.write_json(out, cfg.json_schema() if of == "config" else cells.json_schema())
+    options.wrote(out, "memdec validate config/mini.yaml" if of == "config" else "see docs/tables.md")
 
 
 @app.command()

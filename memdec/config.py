@@ -10,8 +10,7 @@ import glob
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterable, Sequence
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,10 +26,10 @@ from pydantic import (
 
 from memdec import plain
 from memdec.errors import ConfigError, on_one_line
+from memdec.references import references
 from memdec.settings import (
     DEFAULT_MEMORY,
     UNTUNED,
-    WITHOUT_MEMORY,
     AdaptSettings,
     Case,
     Compute,
@@ -40,15 +39,20 @@ from memdec.settings import (
     EvaluateSettings,
     FileCorpus,
     IndexSettings,
+    LatencySettings,
     LoraSettings,
     MemorySettings,
     ModelSpec,
     Name,
     Names,
     PassageSettings,
+    SampleSettings,
     Seeds,
     Settings,
+    ShapesSettings,
+    Suite,
     SystemName,
+    TableName,
     TargetSettings,
     TeacherSettings,
     TokenizerSpec,
@@ -56,7 +60,6 @@ from memdec.settings import (
     WheelFile,
     each_once,
     locate,
-    near,
     parse,
     problems,
 )
@@ -92,6 +95,11 @@ class MemoryVariant(Settings):
         False,
         description="do not train a memory: mix in the memory model after DAPT (paper, DAPT interpolation)",
     )
+    other_domain: bool = Field(
+        False,
+        description="do not train a memory: mix in the default memory of the next of 'domains', after the last one that "
+        "of the first (negative control, ours); with one domain there is none",
+    )
     adapt: Name | None = Field(
         None,
         description="start from this other memory, adapted to the key model's tokenizer; 'memdec': the default memory",
@@ -106,11 +114,12 @@ class MemoryVariant(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        useless = self.model_fields_set - {"dapt", "memory_model", "models"} if self.dapt else set()
-        if useless:
-            raise ValueError(
-                f"expected only memory_model and models beside dapt true, found {', '.join(sorted(useless))}"
-            )
+        for field, fitting in (("dapt", ["memory_model", "models"]), ("other_domain", ["models"])):
+            useless = self.model_fields_set - {field, *fitting} if getattr(self, field) else set()
+            if useless:
+                raise ValueError(
+                    f"expected only {' and '.join(fitting)} beside {field} true, found {', '.join(sorted(useless))}"
+                )
         useless = self.model_fields_set & {"memory_model", "tuned_start"} if self.adapt is not None else set()
         if useless:
             raise ValueError(f"expected no other starting model beside adapt, found {', '.join(sorted(useless))}")
@@ -127,6 +136,7 @@ class Memory(Settings):
     tuned_start: bool
     targets: Literal["knn", "teacher", "none"]
     dapt: bool
+    other_domain: bool
     adapt: Name | None
     share: float
     train: MemorySettings
@@ -134,18 +144,95 @@ class Memory(Settings):
     tokenizer: Name
 
     @property
+    def trained(self) -> bool:
+        """Whether it is a memory of its own, and no other model or memory that is mixed in."""
+        return not self.dapt and not self.other_domain
+
+    @property
     def keys(self) -> str:
         """Folder name of the artefacts that its key model makes."""
         return self.key_model + ("" if self.tuned else UNTUNED)
+
+    @property
+    def watches(self) -> bool:
+        """Whether its training evaluates mixtures with the base models."""
+        return self.train.keep_best or self.train.evaluate_every is not None
+
+
+# --- studies --------------------------------------------------------------------------------------------------------
+
+Section = dict[str, Any]  # settings that differ from those of the common part; checked when they are laid over it
+
+
+class Study(Settings):
+    """One question to the whole scale: the tables that it fills, and what differs from the common part of the config.
+
+    What it gives is laid over the common part: mappings are joined key by key, everything else replaces. Corpora,
+    tokenizers, models, suites, context, stride and numbers of shards are the same for all studies.
+    """
+
+    tables: Annotated[list[TableName], AfterValidator(each_once)] = Field(
+        min_length=1, description="tables and figures that it fills; no other study may fill them"
+    )
+    seeds: Seeds | None = Field(None, min_length=1)
+    evaluated: Names | None = Field(None, min_length=1)
+    domains: Names | None = Field(None, min_length=1)
+    forgetting: Names | None = None
+    systems: Annotated[list[SystemName], AfterValidator(each_once)] | None = Field(None, min_length=1)
+    key_model: Name | None = None
+    memory_model: Name | None = None
+    memories: dict[Name, MemoryVariant] = Field(default_factory=dict)
+    finetune: Section = Field(default_factory=dict)
+    dapt: Section | None = Field(default_factory=dict, description="null: as finetune")
+    datastore: Section = Field(default_factory=dict)
+    index: Section = Field(default_factory=dict)
+    targets: Section = Field(default_factory=dict)
+    teacher: Section = Field(default_factory=dict)
+    memory: Section = Field(default_factory=dict)
+    adapt: Section = Field(default_factory=dict)
+    lora: Section = Field(default_factory=dict)
+    budget: Section | None = Field(default_factory=dict, description="null: no limit")
+    evaluate: Section = Field(default_factory=dict)
+    latency: Section = Field(default_factory=dict)
+    fidelity: Section = Field(default_factory=dict)
+    shapes: Section = Field(default_factory=dict)
+    cases: list[Case] = Field(default_factory=list)
+    tasks: dict[Name, Names] = Field(default_factory=dict)
+
+
+# Settings of which artefacts of each kind are made, besides the common part, their domain, seed and names. Studies that
+# agree on them share the artefacts.
+_KEYS = ("finetune", "datastore")
+_TARGETS = (*_KEYS, "index", "targets")
+MADE_OF: dict[str, tuple[str, ...]] = {
+    "finetuned": ("finetune",),
+    "dapt": ("finetune", "dapt", "budget"),
+    "lora": ("lora", "budget", "memory_model"),
+    "datastore": _KEYS,
+    "index": (*_KEYS, "index"),
+    "targets": _TARGETS,
+    "teacher": ("finetune", "teacher"),
+    "memory": (*_TARGETS, "teacher", "memory", "adapt", "budget", "key_model", "memory_model", "watched"),
+    "evaluation": ("evaluate", "forgetting"),
+    "cases": ("cases",),
+    "latency": ("latency",),
+    "fidelity": ("fidelity",),
+    "shapes": ("shapes",),
+}
 
 
 # --- the method ---------------------------------------------------------------------------------------------------
 
 
 class Config(Settings):
-    """The config of a whole run; `config/mini.yaml` is the default."""
+    """The config of a whole run; `config/mini.yaml` is the default.
+
+    With `studies` the fields beside it are the common part, which is itself the study of all tables that no study names.
+    `study` and `study_for` give a study as a config of its own; tables and rules use nothing else.
+    """
 
     scale: Name
+    study_name: Name | None = Field(None, description="the study that this config is; `Config.study` sets it")
     seeds: Seeds = Field(default=[0], min_length=1, description="each seed runs all stages after pretraining")
     context: PositiveInt = Field(1024, description="most tokens that a model sees at once (paper: 1024)")
     stride: PositiveInt = Field(512, description="tokens scored per window (paper: 512)")
@@ -181,7 +268,17 @@ class Config(Settings):
         None, description="FLOP limit of memories, LoRA and DAPT, not of the key model (paper)"
     )
     evaluate: EvaluateSettings = EvaluateSettings()
+    latency: LatencySettings = LatencySettings()
+    fidelity: SampleSettings = SampleSettings()
+    shapes: ShapesSettings = ShapesSettings()
     cases: list[Case] = Field(default=[], description="rows of Table 6, measured on the first domain")
+    suites: dict[Name, Suite] = Field(default_factory=dict, description="tasks of lm-eval that are run together")
+    tasks: dict[Name, Names] = Field(
+        default_factory=dict, description="for a domain: the suites that are run with everything made for it"
+    )
+    studies: dict[Name, Study] = Field(
+        default_factory=dict, description="named overlays, each with the tables and figures that it fills"
+    )
 
     @property
     def bases(self) -> list[str]:
@@ -202,22 +299,63 @@ class Config(Settings):
         start = self.variant(given.adapt).memory_model if given.adapt else given.memory_model or self.memory_model
         key_model = given.key_model or self.key_model
         tokenizer = self.models[start if given.dapt else key_model].tokenizer
+        fitting = [base for base in self.bases if self.models[base].tokenizer == tokenizer]
+        alone = given.other_domain and len(self.domains) == 1
         return Memory(
-            **given.model_dump(include={"tuned", "tuned_start", "dapt", "adapt", "share"}),
+            **given.model_dump(include={"tuned", "tuned_start", "dapt", "other_domain", "adapt", "share"}),
             name=name,
             memory_model=start,
             key_model=key_model,
             targets="none" if given.dapt or train.objective == "ce" else given.targets,
             train=train,
-            models=given.models or [base for base in self.bases if self.models[base].tokenizer == tokenizer],
+            models=[] if alone else given.models or fitting,
             tokenizer=tokenizer,
         )
 
     def memory_for(self, model: str) -> Memory | None:
         """The first trained memory with the tokenizer of a model, which is the model's row in Table 3 or 4."""
         memories = (self.variant(name) for name in self.memory_names)
-        fitting = (m for m in memories if not m.dapt and m.tokenizer == self.models[model].tokenizer)
+        fitting = (m for m in memories if m.trained and m.tokenizer == self.models[model].tokenizer)
         return next(fitting, None)
+
+    def next_domain(self, domain: str) -> str:
+        """The domain whose default memory is the negative control of this one: the next, after the last the first."""
+        return self.domains[(self.domains.index(domain) + 1) % len(self.domains)]
+
+    @property
+    def watched(self) -> list[str]:
+        """Base models whose mixtures are evaluated during the training of the default memory."""
+        memory = self.variant(DEFAULT_MEMORY)
+        return memory.models if memory.watches else []
+
+    def study(self, name: str | None) -> "Config":
+        """A study laid over the common part, as a config without studies; None: the common part alone.
+
+        Raises:
+            ConfigError: There is no such study.
+        """
+        if name is None and not self.studies:
+            return self
+        if name is not None and name not in self.studies:
+            raise ConfigError(f"studies: expected one of {', '.join(self.studies) or 'none defined'}, found {name}")
+        study: Config = parse(Config, self._laid(name), "config" if name is None else f"studies.{name}")
+        return study
+
+    def study_for(self, table: str) -> "Config":
+        """The study that fills a table or figure, as `study` gives it; the common part if none names the table."""
+        return self.study(next((name for name, study in self.studies.items() if table in study.tables), None))
+
+    def every_study(self) -> dict[str | None, "Config"]:
+        """The common part, under None, and all studies, as `study` gives them."""
+        return {name: self.study(name) for name in (None, *self.studies)}
+
+    def _laid(self, study: str | None) -> dict[str, Any]:
+        """The plain data of the common part, with a study laid over it if it is named."""
+        below = self.model_dump(exclude_unset=True, exclude={"studies"})
+        if study is None:
+            return below
+        above = self.studies[study].model_dump(exclude_unset=True, exclude={"tables"})
+        return {**plain.merged(below, above), "study_name": study}
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> "Config":
@@ -234,9 +372,54 @@ class Config(Settings):
             wrong.append(f"stride: expected at most context ({self.context}), found {self.stride}")
         wrong += self._search()
         wrong += [line for name in self.memories for line in self._train(name)]
-        if not wrong and not references(self.model_dump(exclude_unset=True)):
+        names = references(self.model_dump(exclude_unset=True))
+        if not wrong and not names:
             wrong = [line for name in self.memory_names for line in self._memory(name)] or self._without_memory()
-        return wrong
+        return wrong + self._studies({*wrong, *names})
+
+    def _studies(self, known: set[str]) -> list[str]:
+        """Faults of the studies, without those that are `known` of the common part."""
+        wrong = []
+        filled: dict[str, str] = {}
+        for name, study in self.studies.items():
+            where = f"studies.{name}"
+            for table in study.tables:
+                if filled.setdefault(table, name) != name:
+                    wrong.append(
+                        f"{where}.tables: expected tables that no other study fills, found {table} of {filled[table]}; "
+                        "leave it to one of them"
+                    )
+            for section in ("datastore", "targets", "teacher"):
+                if "shards" in getattr(study, section):
+                    wrong.append(
+                        f"{where}.{section}.shards: expected it in the common part only, found "
+                        f"{getattr(study, section)['shards']}; move it there"
+                    )
+            for line in faults(self._laid(name))[0]:
+                if line not in known:
+                    mine = line.split(".")[0].split(":")[0] in Study.model_fields
+                    wrong.append(f"{where}{'.' if mine else ': '}{line}")
+        return wrong if wrong or known else list(self._two_trainings())
+
+    def _two_trainings(self) -> Iterator[str]:
+        """Memories whose name means two trainings in one folder."""
+        seen: dict[tuple[str | None, str, str], tuple[str, Memory, str]] = {}
+        studies = self.every_study()
+        for study, config in studies.items():
+            home = owner(studies, study, "memory")
+            for domain, name in itertools.product(config.domains, config.memories):
+                memory = config.variant(name)
+                if memory.other_domain and not memory.models:
+                    continue
+                train = memory.model_copy(update={"models": memory.models if memory.watches else []})
+                other = config.next_domain(domain) if memory.other_domain else ""
+                first = seen.setdefault((home, domain, name), (study or "the common part", train, other))
+                if first[1:] != (train, other):
+                    yield (
+                        f"studies.{study}.memories.{name}: expected the memory of {first[0]}, which shares the folder of "
+                        f"{domain}, found another one of this name; rename it"
+                    )
+                    break
 
     def _train(self, name: str) -> list[str]:
         """Faults in the training settings of one memory."""
@@ -257,8 +440,9 @@ class Config(Settings):
         wrong, other = [], self.models[memory.memory_model].tokenizer
         if memory.adapt is not None:
             source = self.variant(memory.adapt)
-            if source.dapt:
-                wrong.append(f"{where}adapt: expected a memory that is trained, found {memory.adapt} with dapt true")
+            if not source.trained:
+                which = "dapt" if source.dapt else "other_domain"
+                wrong.append(f"{where}adapt: expected a memory that is trained, found {memory.adapt} with {which} true")
             if source.tokenizer == memory.tokenizer:
                 wrong.append(
                     f"{where}key_model: expected a model with another tokenizer than {memory.adapt} ({source.tokenizer}), "
@@ -321,99 +505,21 @@ class Config(Settings):
         return wrong
 
 
+def owner(studies: Mapping[str | None, Config], study: str | None, *kinds: str) -> str | None:
+    """The first of the studies that makes artefacts of these kinds with the same settings as `study`; None: the common part.
+
+    Args:
+        studies: All of them, as `Config.every_study` gives them.
+        study: The study that needs the artefacts.
+        kinds: Kinds of artefacts, keys of `MADE_OF`.
+    """
+    fields = [field for kind in kinds for field in MADE_OF[kind]]
+    wanted = [getattr(studies[study], field) for field in fields]
+    return next(name for name, each in studies.items() if [getattr(each, field) for field in fields] == wanted)
+
+
 DEFAULT = Path(__file__).resolve().parent.parent / "config" / "mini.yaml"  # where the package is checked out
 _FIELDS_ONLY = {"fields": "only"}  # validation context: without what concerns several sections
-
-
-# --- names that a config refers to --------------------------------------------------------------------------------
-
-
-def references(data: dict[str, Any]) -> list[str]:
-    """Names that nothing has, names that are taken, and circles, one line each.
-
-    It reads plain data, and passes over what is no name at all. So a config with other faults gets all of its messages.
-    """
-    corpora, models, tokenizers = (_entries(data, kind) for kind in ("corpora", "models", "tokenizers"))
-    memories = _entries(data, "memories")
-    evaluated = _texts(data.get("evaluated")) or list(models)
-    asked: list[tuple[str, object, Iterable[str]]] = [
-        ("domains", data.get("domains"), corpora),
-        ("forgetting", data.get("forgetting"), corpora),
-        ("evaluated", data.get("evaluated"), models),
-        ("key_model", data.get("key_model"), models),
-        ("memory_model", data.get("memory_model"), models),
-        ("budget.model", _entry(data.get("budget")).get("model"), models),
-    ]
-    for name, tokenizer in tokenizers.items():
-        asked.append((f"tokenizers.{name}.train_on", tokenizer.get("train_on"), corpora))
-    for name, corpus in corpora.items():
-        asked.append((f"corpora.{name}.disjoint_from", corpus.get("disjoint_from"), corpora))
-    for name, model in models.items():
-        asked.append((f"models.{name}.tokenizer", model.get("tokenizer"), tokenizers))
-        asked.append((f"models.{name}.corpus", model.get("corpus"), corpora))
-    for name, memory in memories.items():
-        where = f"memories.{name}"
-        asked.append((f"{where}.memory_model", memory.get("memory_model"), models))
-        asked.append((f"{where}.key_model", memory.get("key_model"), models))
-        asked.append((f"{where}.models", memory.get("models"), evaluated))
-        asked.append((f"{where}.adapt", memory.get("adapt"), [DEFAULT_MEMORY, *memories]))
-    wrong = [line for where, names, known in asked for line in _unknown(where, _texts(names), list(known))]
-    wrong += [
-        f"models.{name}: expected a name without {UNTUNED}, which means keys of a plain model"
-        for name in models
-        if name.endswith(UNTUNED)
-    ]
-    wrong += [
-        f"memories.{name}: expected a name that is not taken, found {name}"
-        for name in memories
-        if name in (DEFAULT_MEMORY, WITHOUT_MEMORY)
-    ]
-    if circle := _circle({name: _texts(entry.get("disjoint_from")) for name, entry in corpora.items()}):
-        wrong.append(
-            f"corpora.{circle[0]}.disjoint_from: expected corpora that do not need this one, found {_chain(circle)}"
-        )
-    if circle := _circle({name: _texts(entry.get("adapt")) for name, entry in memories.items()}):
-        wrong.append(
-            f"memories.{circle[0]}.adapt: expected a memory that does not start from this one, found {_chain(circle)}"
-        )
-    return wrong
-
-
-def _entry(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _entries(data: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
-    """The entries of a section by name; one that is no mapping is empty."""
-    return {str(name): _entry(entry) for name, entry in _entry(data.get(kind)).items()}
-
-
-def _texts(value: object) -> list[str]:
-    """The names in a field that has one, several or none."""
-    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
-
-
-def _circle(needs: dict[str, list[str]]) -> list[str]:
-    """Names of which each needs the next, from the first in the config and back to it; empty if there is no circle."""
-    try:
-        TopologicalSorter(needs).prepare()
-    except CycleError as error:
-        names = list(reversed(error.args[1]))[1:]
-        first = names.index(min(names, key=list(needs).index))
-        return [*names[first:], *names[:first], names[first]]
-    return []
-
-
-def _chain(names: list[str]) -> str:
-    return " > ".join(names)
-
-
-def _unknown(where: str, names: list[str], known: list[str]) -> list[str]:
-    return [
-        f"{where}: expected one of {', '.join(known) or 'none defined'}, found {name}{near(name, known)}"
-        for name in names
-        if name not in known
-    ]
 
 
 # --- a whole config -----------------------------------------------------------------------------------------------
@@ -469,8 +575,10 @@ def faults(data: object) -> tuple[list[str], Config | None]:
         if not isinstance(data, dict):
             return found, None
         parts = _sound(data, error)
+        if parts is not None and any(item["loc"][:1] != ("studies",) for item in error.errors()):
+            parts = parts.model_copy(update={"studies": {}})  # what a study lacks may be what was left out
         return [*found, *references(data), *(parts.contradictions() if parts is not None else [])], parts
-    return [*references(_entry(data)), *config.contradictions()], config
+    return [*references(data), *config.contradictions()], config
 
 
 def check(data: object) -> list[str]:

@@ -31,6 +31,14 @@ class CorpusError(MemDecError):
     """A corpus that is empty, unreadable, too small, or lacks the requested field."""
 
 
+class RowsMissingError(CorpusError):
+    """Rows of a task that are neither under MEMDEC_DATA nor on the Hub; `task` is their folder in `memdec data fetch`."""
+
+    def __init__(self, message: object = "", task: str = "") -> None:
+        super().__init__(message)
+        self.task = task
+
+
 class ModelError(MemDecError):
     """A model or tokenizer that is missing, unsupported, or does not fit the other models."""
 

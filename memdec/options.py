@@ -108,6 +108,9 @@ def _members(kind: Any) -> list[type[BaseModel]]:
 def _without_none(kind: Any) -> Any:
     if get_origin(kind) is dict or get_origin(kind) is list or get_origin(kind) is Literal:
         return kind
+    members = [each for each in get_args(kind) if each is not type(None)]
+    if len(members) > 1 and any(get_origin(each) is Literal for each in members):
+        return str  # one of some words, or a number: `parse` reads it
     bare = _plain_kind(kind)
     return next(each for each in get_args(bare) if each is not type(None)) if get_args(bare) else bare
 

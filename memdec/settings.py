@@ -40,6 +40,13 @@ SystemName = Literal[
     "base", "In-Context RAG", "kNN-LM", "DAPT", "LoRA", "MemDec"
 ]  # the systems that are compared; made in `inference.systems`
 
+# The tables and figures that a study can fill, in the numbers of arXiv v1; `results.catalogue` makes them.
+TableName = Literal[
+    "table1", "table2", "table3", "table4", "table5", "table6", "table7", "table8", "table9", "table10", "table11",
+    "table12", "table13", "table14", "table15", "table16", "table17", "table18", "table19",
+    "objectives", "memories", "forgetting", "figure2", "figure4", "figure5", "figure6", "fidelity",
+]  # fmt: skip
+
 
 def _expanded(text: str) -> str:
     """Replace `${NAME}` by the environment variable NAME."""
@@ -489,6 +496,28 @@ class LatencySettings(SearchSettings):
     resamples: PositiveInt = Field(2000, description="number of bootstrap resamples for the 95 % intervals over rounds")
 
 
+class SampleSettings(Settings):
+    """A sample of the training positions on which models are compared with their targets (ours)."""
+
+    floor: float = Field(
+        0.001, ge=0, lt=1, description="tokens of at least this probability are counted (about one neighbour of 1024)"
+    )
+    most: PositiveInt = Field(32768, description="most positions to use; they come in whole windows, evenly spread")
+    batch_size: PositiveInt = Field(16, description="windows per forward pass")
+    resamples: PositiveInt = Field(2000, description="number of bootstrap resamples for the 95 % interval over windows")
+    seed: Seed = Field(0, description="seed of the sample and of the bootstrap")
+
+
+class ShapesSettings(SampleSettings):
+    """The shapes of p_kNN, of the model that gives the keys, and of the memory (paper, Figures 5 and 6)."""
+
+    bins: int = Field(20, ge=2, description="bars of a histogram")
+    examples: PositiveInt = Field(3, description="positions whose distributions are drawn as examples")
+    shown: int = Field(
+        6, ge=2, description="tokens of an example: the one that follows and the most likely ones of the distributions"
+    )
+
+
 class ExplainSettings(KnnSettings):
     """The next-token distributions of the models at every token of a text (paper, Table 6)."""
 
@@ -499,6 +528,19 @@ class ExplainSettings(KnnSettings):
     stride: PositiveInt | None = Field(
         None, description="tokens scored per window (default: half of the context, as in the paper)"
     )
+
+
+class Suite(Settings):
+    """Tasks of lm-eval that are run together around one base model, with models that are loaded once."""
+
+    tasks: Names = Field(min_length=1, description="names of tasks or groups under 'harness_tasks'")
+    alpha: Literal["paper", "valid", "tune"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "paper",
+        description="weight of the memory; paper: each task's own, as printed; tune: the best on rows of the task that are "
+        "not scored; valid: the one tuned on the domain's valid text; or a number",
+    )
+    limit: PositiveInt | None = Field(None, description="first rows of each task (default: all)")
+    batch_size: PositiveInt = Field(16, description="requests per forward pass")
 
 
 class Case(Settings):

@@ -168,3 +168,44 @@ def launch(n_processes: int, *arguments: object, **environment: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=plain)
     assert done.returncode == 0, done.stderr
     return done.stderr
+
+
+def write_task_rows(folder: Path) -> Path:
+    """A folder for MEMDEC_DATA with a few made rows of every kind of task: labels, options, prompts, free answers."""
+    rng = random.Random(0)
+    nouns = ["matrix", "window", "token", "model", "sample", "kernel"]
+
+    def line() -> str:
+        return f"The {rng.choice(nouns)} {rng.randrange(99)} reads the {rng.choice(nouns)}."
+
+    options = ["returns", "scales the window of size 4", "shifts it"]
+
+    def choices(number: int) -> dict[str, Any]:
+        return {"input": f"{line()}\nThe token {number}", "options": options, "gold_index": number * number % 3}
+
+    rows: dict[str, list[dict[str, Any]]] = {
+        "cb/test.jsonl": [{"premise": line(), "hypothesis": line(), "label": i % 3} for i in range(12)],
+        "rte/test.jsonl": [{"premise": line(), "hypothesis": line(), "label": i % 2} for i in range(12)],
+        "fpb/adaptllm_schema.jsonl": [choices(i) for i in range(12)],
+        "scotus/adaptllm_schema.jsonl": [choices(i) for i in range(12)],
+        "usmle/adaptllm_schema.jsonl": [
+            choices(i) | {"options": [f"{option} {i}" for option in options]} for i in range(12)
+        ],
+        "headline/adaptllm_schema.jsonl": [choices(i) | {"class_id": i % 4} for i in range(24)],
+        "unfair_tos/adaptllm_schema.jsonl": [choices(i) | {"gold_index": sorted({i % 2, i % 3})} for i in range(12)],
+        "casehold/adaptllm_schema.jsonl": [
+            {"input_options": [f"The index {i} writes (holding that {option}" for option in options],
+             "output": f") and reads the token {i}.", "gold_index": i * i % 3} for i in range(12)
+        ],
+        "nq/validation.jsonl": [{"question": f"what reads the {noun}", "answer": ["The window", noun]} for noun in nouns],
+    }  # fmt: skip
+    for file, listed in rows.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in listed))
+    return folder
+
+
+TASKS = [
+    "dcpmi_cb_kl", "dcpmi_rte_kl", "memdec_fpb", "memdec_scotus", "memdec_usmle", "memdec_headline",
+    "memdec_unfair_tos", "memdec_casehold", "memdec_nq",
+]  # fmt: skip

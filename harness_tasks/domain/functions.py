@@ -1,6 +1,7 @@
 """Functions for the YAML files of this folder; their code is in `memdec.tasks.domain` and `memdec.tasks.rows`."""
 
 from memdec.tasks.domain import (
+    ChoiceTask,
     entity_results,
     headline_results,
     load_casehold,
@@ -18,6 +19,7 @@ from memdec.tasks.domain_metrics import headline_f1, macro_f1, micro_f1, micro_m
 from memdec.tasks.task import RowsTask
 
 __all__ = [
+    "ChoiceTask",
     "RowsTask",
     "entity_results",
     "headline_f1",

@@ -62,11 +62,17 @@ VERSIONS = {
     "targets": 2,
     "teacher": 1,
     "passages": 1,
-    "evaluation": 4,
+    "evaluation": 5,
+    "harness": 1,
     "cases": 1,
     "latency": 2,
     "sweep": 2,
-    "table": 3,  # a table is a file, not an artefact folder: only the Snakemake rules use this number
+    "fidelity": 1,
+    "shapes": 1,
+    "table": 4,  # tables and figures are files, not artefact folders: only the Snakemake rules use these numbers
+    "figure": 1,
+    "claims": 1,
+    "report": 1,
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from memdec.errors import ConfigError
-from memdec.maths import mixing
+from memdec.maths import weighing
 from memdec.tasks.task import Declared, TaskSplit, declared
 
 log = logging.getLogger("lm_eval.models.memdec.alpha")  # the `lm_eval` command only shows loggers below lm_eval
@@ -73,9 +73,9 @@ def tuned(name: str, says: Declared, answer: Answer) -> dict[str, Any]:
     found = {alpha: split.value(answer(split.requests, alpha)) for alpha in ALPHAS}
     metric, _, higher = found[ALPHAS[0]]
     values = {alpha: value for alpha, (_, value, _) in found.items()}
-    best = mixing.best_weight(values, higher=higher)
+    best = weighing.best_weight(values, higher=higher)
     log.info("%s: alpha %g, %s %.4g on %s", name, best, metric, values[best], says.tune_split)
-    warning = mixing.at_end(f"{name}: alpha", best, ALPHAS)
+    warning = weighing.at_end(f"{name}: alpha", best, ALPHAS)
     if warning is not None:
         log.warning(warning)
     return {

@@ -3,7 +3,8 @@
 It is a subclass of lm-eval's `hf` model, so all features of `hf` work (batching, chat templates, peft, `parallelize`,
 `accelerate launch`). It differs in five ways:
 - The logits are those of the mixture.
-- Logits are computed only for the positions that a continuation needs.
+- Logits are computed only for the positions that a continuation needs, and a long context is read once for all of its
+  continuations.
 - `loglikelihood_rolling` uses the paper's sliding windows.
 - `label_word_probs` gives the probabilities of many next words from one pass.
 - A score store keeps the scores of both distributions, so a run at another weight loads no model.
@@ -16,11 +17,11 @@ are added.
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -41,7 +42,7 @@ from memdec.harness.scores import ScoreStore, TokenScores, request_key
 from memdec.harness.scoring import score_labels, score_stream, score_words
 from memdec.inference.systems import Parts, System
 from memdec.inference.wrapper import Which
-from memdec.maths import mixing
+from memdec.maths import weighing
 from memdec.maths.windows import windows
 from memdec.models import loading, rope
 from memdec.models.loading import model_identity
@@ -61,12 +62,15 @@ _NO_NUMBERS = {
 _ELSEWHERE = (
     "parallelize", "tp_plan", "subfolder", "gguf_file", "autogptq", "gptqmodel", "load_in_4bit", "load_in_8bit", "trust_remote_code",
 )  # fmt: skip
+_SAVED = 512  # tokens of a context that need not be read again, from which on its items share one pass
+_TEXTS = 32  # texts whose tokens are remembered
 _LOGITS = 1 << 27  # most log-probabilities of one model in memory at a time (1 GiB in float64)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
 Item = tuple[bytes, list[int], list[int]]  # key, input of the model, labels of its last positions
 WordItem = tuple[bytes, tuple[int, ...], torch.Tensor]  # key, input of the model, candidates for the next token
 AnyItem = TypeVar("AnyItem", Item, WordItem)
+Family = tuple[tuple[int, ...], list[Item]]  # a context, and the items that begin with it
 
 
 class WrappedLM(HFLM):
@@ -98,8 +102,9 @@ class WrappedLM(HFLM):
         scores: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.system, self.weight = system, mixing.check_weight(weight)
+        self.system, self.weight = system, weighing.check_weight(weight)
         self.n_cut = 0  # requests that were cut on the left
+        self._encoded: dict[Any, list[int]] = {}
         self._given, scores = kwargs, arguments.folder("scores", scores)
         arguments.check_types({"context": context, "stride": stride, **kwargs})
         if kwargs.get("revision") is not None:
@@ -313,8 +318,13 @@ class WrappedLM(HFLM):
         items = [self._item(context, continuation) for _, context, continuation in requests]
 
         def score(missing: list[Item]) -> Iterator[tuple[bytes, TokenScores]]:
-            for batch in self._request_batches(missing, override_bs):
-                yield from self._score_batch(batch)
+            families, others = self._families(missing)
+            size = override_bs or (self._rows_at_once(families[0][0], families[0][1][0][2]) if families else 0)
+            for _, same in groupby(families, key=lambda family: len(family[0])):  # so that nothing is padded
+                for batch in _parts(same, size):
+                    yield from self._score_families(batch, size)
+            for rows in self._request_batches(others, override_bs):
+                yield from self._score_batch(rows)
 
         found = self._scores(items, score, disable_tqdm)
         answers = []
@@ -365,6 +375,55 @@ class WrappedLM(HFLM):
         whole = (context + continuation)[-(self.max_length + 1) :]
         labels = whole[-len(continuation) :]
         return request_key("pair", whole, [len(labels)]), whole[:-1], labels
+
+    def _families(self, items: list[Item]) -> tuple[list[Family], list[Item]]:
+        """Items that share a long context, longest first, and the other items.
+
+        The models read the context of a family once and keep it in their cache. Two passes for one context take longer
+        than one pass for all of its texts if these are short.
+        """
+        groups: dict[tuple[int, ...], list[Item]] = {}
+        for item in items:
+            groups.setdefault(_context(item), []).append(item)
+        families, others = [], []
+        for context, group in groups.items():
+            longest = max(len(read) for _, read, _ in group)
+            classes = {rope.lengths_class(self._configs, n) for n in (len(context), longest)}
+            saved = (len({tuple(read) for _, read, _ in group}) - 1) * len(context)
+            shares = saved >= _SAVED and len(classes) == 1 and self.model.reads_on
+            families += [(context, group)] if shares else []
+            others += [] if shares else group
+        return sorted(families, key=lambda family: (-len(family[0]), family[0])), others
+
+    @torch.no_grad()
+    def _score_families(self, batch: list[Family], size: int) -> Iterator[tuple[bytes, TokenScores]]:
+        """Scores of the items of families whose contexts have one length, from a cache of the contexts."""
+        cache = self.model.new_cache()
+        first = self._last(torch.tensor([context for context, _ in batch]), 1, cache)
+        rows = [(number, item) for number, (_, items) in enumerate(batch) for item in items]
+        for number, (key, _, scored) in rows:
+            self.model.check_labels(scored)
+            if len(scored) == 1:
+                yield key, self._labelled([None if each is None else each[number] for each in first], scored)
+        longer = sorted((row for row in rows if len(row[1][2]) > 1), key=lambda row: len(row[1][2]))
+        most = max(1, _LOGITS // (len(longer[-1][1][2]) * self._n_logits)) if longer else 1
+        for part in _parts(longer, min(size, most)):
+            steps = len(part[-1][1][2]) - 1
+            ids = torch.zeros(len(part), steps, dtype=torch.long)  # right padding changes no earlier logits
+            for row, (_, (_, _, scored)) in zip(ids, part, strict=True):
+                row[: len(scored) - 1] = torch.tensor(scored[:-1])
+            numbers = torch.tensor([number for number, _ in part])
+            after = self._last(ids, steps, self.model.taken(cache, numbers))
+            for row, (number, (key, _, scored)) in enumerate(part):
+                log_p = [
+                    None if begin is None or rest is None else torch.cat([begin[number], rest[row, : len(scored) - 1]])
+                    for begin, rest in zip(first, after, strict=True)
+                ]
+                yield key, self._labelled(log_p, scored)
+
+    def _labelled(self, log_p: Sequence[torch.Tensor | None], scored: list[int]) -> TokenScores:
+        base, memory = log_p
+        return score_labels(base, memory, torch.tensor(scored, device=self.model.device))
 
     def _request_batches(self, items: list[Item], size: int | None) -> Iterator[list[list[Item]]]:
         """Batches of groups, longest inputs first; the items of a group have the same input but different labels.
@@ -419,15 +478,20 @@ class WrappedLM(HFLM):
             for key, read, scored in group:
                 self.model.check_labels(scored)
                 span = slice(len(read) - len(scored) - (longest - keep), len(read) - (longest - keep))
-                parts = [None if each is None else each[row, span] for each in (base, memory)]
-                yield key, score_labels(parts[0], parts[1], torch.tensor(scored, device=self.model.device))
+                yield (
+                    key,
+                    self._labelled([None if each is None else each[row, span] for each in (base, memory)], scored),
+                )
 
-    def _last(self, ids: torch.Tensor, keep: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(log p_base, log p_mem) of the last positions of a batch, each (B, keep, V)."""
+    def _last(
+        self, ids: torch.Tensor, keep: int, cache: Any | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(log p_base, log p_mem) of the last positions of a batch, each (B, keep, V), after the text in a cache."""
         found: tuple[torch.Tensor | None, torch.Tensor | None]
         wide = torch.float32 if self.model.device.type == "mps" else torch.float64  # mps has no float64
+        read = {} if cache is None else {"cache": cache}
         with self._precision():
-            found = self.model.log_probs(ids, which=self._which, logits_to_keep=keep, dtype=wide)
+            found = self.model.log_probs(ids, which=self._which, logits_to_keep=keep, dtype=wide, **read)
         return found
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -497,11 +561,8 @@ class WrappedLM(HFLM):
 
     def token_scores(self, text: str, *, disable_tqdm: bool = False) -> TokenScores:
         """Scores of every token of a text, from the store or from the models, with sliding windows (`windows`)."""
-        stream = np.asarray(self.tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64)
-        if not len(stream):
-            raise ConfigError("loglikelihood_rolling: expected a text with at least one token, found an empty one")
-        key = request_key("rolling", stream, [self.context, self.stride, self.prefix_token_id])
-        scores = self._known(key)
+        stream = self.stream(text)
+        scores = self._known(self._stream_key(stream))
         if scores is None:
             size = self.batch_size_per_gpu if isinstance(self.batch_size_per_gpu, int) else 8
             parts = windows(len(stream), self.context, self.stride)
@@ -511,16 +572,47 @@ class WrappedLM(HFLM):
                 scores = score_stream(
                     self.model, stream, parts, self.prefix_token_id, which=self._which, batch_size=size, quiet=quiet
                 )
-            self._keep(key, scores)
-            if self.store is not None:
-                self.store.flush()
+            self.keep(stream, scores)
         return scores
+
+    def stream(self, text: str) -> NDArray[np.int64]:
+        """The token ids of a text.
+
+        Raises:
+            ConfigError: It has no token.
+        """
+        stream = np.asarray(self.tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64)
+        if not len(stream):
+            raise ConfigError("loglikelihood_rolling: expected a text with at least one token, found an empty one")
+        return stream
+
+    def keep(self, stream: NDArray[np.int64], scores: TokenScores) -> None:
+        """Put the scores of a token stream into the score store, if there is one."""
+        self._keep(self._stream_key(stream), scores)
+        if self.store is not None:
+            self.store.flush()
+
+    def _stream_key(self, stream: NDArray[np.int64]) -> bytes:
+        return request_key("rolling", stream, [self.context, self.stride, self.prefix_token_id])
 
     @one_line_errors()
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As in `hf`."""
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
         return found
+
+    def tok_encode(self, string: Any, *args: Any, **kwargs: Any) -> list[int]:
+        """As in `hf`; the last texts are remembered, because a context comes again with each of its continuations."""
+        ids: list[int]
+        if not isinstance(string, str):
+            ids = super().tok_encode(string, *args, **kwargs)
+            return ids
+        key = string, args, tuple(kwargs.items())
+        if key not in self._encoded:
+            self._encoded[key] = super().tok_encode(string, *args, **kwargs)
+            if len(self._encoded) > _TEXTS:
+                del self._encoded[next(iter(self._encoded))]
+        return list(self._encoded[key])
 
     @one_line_errors()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -581,7 +673,7 @@ class WrappedLM(HFLM):
         """
         if weight and self.system.weight is None:
             raise ConfigError(f"{self.system.name}: expected no weight, found {weight}: nothing is mixed")
-        self.weight = mixing.check_weight(weight)
+        self.weight = weighing.check_weight(weight)
         if self._load_base is None:
             self._model.set_weight(self.weight)
         self._use_own_answers()
@@ -635,6 +727,19 @@ def _in_subfolder(base: str, kwargs: dict[str, Any]) -> str:
 
 def _loading(name: str) -> AbstractContextManager[None]:
     return sources.reading(name, "a causal LM")
+
+
+def _parts(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Consecutive lists of at most `size` values."""
+    left = iter(values)
+    while part := list(islice(left, size)):
+        yield part
+
+
+def _context(item: Item) -> tuple[int, ...]:
+    """The tokens of an input up to the first one that is scored."""
+    _, read, scored = item
+    return tuple(read[: len(read) - len(scored) + 1])
 
 
 def _kept(batch: list[list[Item]]) -> int:

@@ -70,7 +70,7 @@ class MemDecIcRag(WrappedLM):
 
 
 def of_system(name: SystemName, parts: Parts, **kwargs: Any) -> WrappedLM:
-    """Make an lm-eval model of a system; dtype and device are those of the parts, `kwargs` as for `WrappedLM`."""
+    """Make an lm-eval model of a system; dtype and device are those of the parts, `kwargs` as for its class."""
     base = str(parts.base)
     kwargs = {"dtype": parts.dtype, "device": parts.device, **kwargs}
     if name == "kNN-LM":
@@ -84,4 +84,4 @@ def of_system(name: SystemName, parts: Parts, **kwargs: Any) -> WrappedLM:
         "LoRA": {"peft": str(parts.lora)},
         "MemDec": {"memory": str(parts.memory), "alpha": parts.alpha},
     }
-    return MemDecInterp(**{"pretrained": base, **more[name]}, **kwargs)
+    return MemDecInterp(**{"pretrained": base, **more[name], **kwargs})

@@ -16,7 +16,7 @@ from memdec.errors import ConfigError, one_line_errors
 from memdec.harness.alphas import TUNE, Mode, TaskAlphas
 from memdec.harness.base_lm import WrappedLM, log
 from memdec.inference.systems import SYSTEMS, Parts
-from memdec.maths import mixing
+from memdec.maths import weighing
 from memdec.settings import DEFAULT_ALPHA, PAPER_BASE, PAPER_MEMORY
 
 
@@ -47,7 +47,7 @@ class MemDecInterp(WrappedLM):
     ) -> None:
         if pretrained is None:
             pretrained, memory = _paper_pair(memory)
-        usual = mixing.check_weight(_usual(alpha, memory))
+        usual = weighing.check_weight(_usual(alpha, memory))
         if memory is None and (usual or alpha == TUNE):
             raise ConfigError(
                 f"alpha: expected a number from 0 to 1 with memory=<memory decoder>, found {alpha} without one; add it to "
@@ -65,7 +65,7 @@ class MemDecInterp(WrappedLM):
 
     def set_weight(self, weight: float) -> None:
         """Set one alpha for all tasks."""
-        self._alphas = TaskAlphas("given", mixing.check_weight(weight))
+        self._alphas = TaskAlphas("given", weighing.check_weight(weight))
         super().set_weight(weight)
 
     def get_model_info(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ store: its scores are made again.
 
 import hashlib
 import re
+import time
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,10 +25,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from memdec.artefacts import artefact
-from memdec.maths import mixing
+from memdec.maths import weighing
 
 FORMAT = 3
 _FLUSH = 1_000_000  # tokens in memory before a part is written
+_MOST_LOST = 60.0  # seconds of work that a killed run may lose
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class TokenScores:
 
     def log_p(self, alpha: float) -> NDArray[np.float64]:
         """log-probability of each token under the mixture."""
-        return mixing.mix_scores(self.base, self.base if self.memory is None else self.memory, alpha)
+        return weighing.mix_scores(self.base, self.base if self.memory is None else self.memory, alpha)
 
     def is_greedy(self, alpha: float) -> bool:
         """Whether greedy decoding of the mixture gives these tokens."""
@@ -72,6 +74,7 @@ class ScoreStore:
         self.setting = dict(setting)
         self._known: dict[bytes, TokenScores] = {}
         self._new: dict[bytes, TokenScores] = {}
+        self._n_new, self._flushed = 0, time.monotonic()
         self.folder = None if folder is None else folder / artefact.digest([FORMAT, self.setting])
         if self.folder is None:
             return
@@ -91,7 +94,8 @@ class ScoreStore:
         if self.folder is None:
             return
         self._new[key] = scores
-        if sum(len(each.base) for each in self._new.values()) >= _FLUSH:
+        self._n_new += len(scores.base)
+        if self._n_new >= _FLUSH or time.monotonic() - self._flushed >= _MOST_LOST:
             self.flush()
 
     def flush(self) -> None:
@@ -102,7 +106,7 @@ class ScoreStore:
         # The manifest is first, as a store with all of its parts never writes again.
         artefact.write_json(self.folder / "manifest.json", {"format": FORMAT, "setting": self.setting})
         artefact.write_bytes(self.folder / self._name(data), data)
-        self._new = {}
+        self._new, self._n_new, self._flushed = {}, 0, time.monotonic()
 
     def _name(self, data: bytes) -> str:
         assert self.folder is not None

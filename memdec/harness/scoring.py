@@ -1,6 +1,7 @@
 """Compute the scores of given tokens from the distributions of base and memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from memdec.maths.windows import Window
 _ROWS = 64  # positions whose normaliser is computed at a time: 64 x 50,257 float64 numbers are 26 MB
 
 
-@torch.no_grad()
 def score_stream(
     model: Any,
     stream: Int[np.ndarray, " N"],
@@ -40,12 +40,32 @@ def score_stream(
         batch_size: Windows per forward pass.
         quiet: No progress bar.
     """
-    scores: dict[int, NDArray[np.float64]] = {}  # by model: 0 is the base, 1 the memory
+    log_probs = partial(model.log_probs, which=which)
+    scores = score_streams(log_probs, stream, parts, prefix, batch_size=batch_size, quiet=quiet)
+    return _both(scores.get(0), scores.get(1))
+
+
+@torch.no_grad()
+def score_streams(
+    log_probs: Callable[..., Iterable[Float[Tensor, "B K V"] | None]],
+    stream: Int[np.ndarray, " N"],
+    parts: Sequence[Window],
+    prefix: int,
+    *,
+    batch_size: int = 8,
+    quiet: bool = False,
+) -> dict[int, NDArray[np.float64]]:
+    """Score a stream as `score_stream`, under each distribution of `log_probs(ids, logits_to_keep=)` that is not None.
+
+    Returns:
+        log-probabilities (nats) of the true tokens, (N,), by the number of the distribution.
+    """
+    scores: dict[int, NDArray[np.float64]] = {}
     bar = tqdm(total=len(parts), desc="score windows", unit="window", disable=quiet, mininterval=2)
     for batch in _batches(parts, batch_size):
         ids = np.stack([part.inputs(stream, prefix) for part in batch])
         keep = batch[0].n_scored
-        log_p = model.log_probs(torch.from_numpy(ids), which=which, logits_to_keep=keep)
+        log_p = log_probs(torch.from_numpy(ids), logits_to_keep=keep)
         labels = torch.from_numpy(np.stack([stream[part.end - keep : part.end] for part in batch]).astype(np.int64))
         for i, rows in enumerate(log_p):
             if rows is None:
@@ -55,7 +75,7 @@ def score_stream(
                 out[part.first : part.end] = row
         bar.update(len(batch))
     bar.close()
-    return _both(scores.get(0), scores.get(1))
+    return scores
 
 
 def _normalised(log_p: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:

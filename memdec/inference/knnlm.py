@@ -8,7 +8,8 @@ depend only on hidden states, so the base's KV cache can be used.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.artefacts import artefact
@@ -23,7 +25,7 @@ from memdec.datastore import search
 from memdec.datastore.keys import Datastore
 from memdec.errors import ArtifactError, NumericsError
 from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, kept_positions, last_positions, shared_vocabulary
-from memdec.maths import kernels, mixing
+from memdec.maths import kernels, mixing, weighing
 from memdec.models import loading
 from memdec.models.keypoints import KeyPoint
 from memdec.settings import KnnLMSettings, parse
@@ -85,10 +87,20 @@ class KnnLMForCausalLM(Wrapper):
         Raises:
             ConfigError: It is not a number from 0 to 1.
         """
-        self.weight = mixing.check_weight(weight)
+        self.weight = weighing.check_weight(weight)
+
+    @cached_property
+    def reads_on(self) -> bool:
+        return self._all_attend()
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
+        self,
+        input_ids: Tensor,
+        *,
+        which: Which = "both",
+        logits_to_keep: int = 0,
+        dtype: torch.dtype = torch.float32,
+        cache: Cache | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p_base, log p_kNN) of a batch without left padding, each (B, T or logits_to_keep, V) in `dtype`.
 
@@ -97,12 +109,31 @@ class KnnLMForCausalLM(Wrapper):
             which: "base", "memory" (p_kNN) or "both".
             logits_to_keep: Number of last positions to return; 0 means all.
             dtype: float32, or float64 where many log-probabilities are added.
+            cache: Keys and values of the text before `input_ids`, to which those of `input_ids` are added.
+        """
+        at = [self.temperature] if which != "base" else []
+        base, *found = self.log_probs_at(at, input_ids, logits_to_keep=logits_to_keep, dtype=dtype, cache=cache)
+        return base if which != "memory" else None, found[0] if found else None
+
+    def log_probs_at(
+        self,
+        temperatures: Sequence[float],
+        input_ids: Tensor,
+        *,
+        logits_to_keep: int = 0,
+        dtype: torch.dtype = torch.float32,
+        cache: Cache | None = None,
+    ) -> Iterator[Tensor]:
+        """log p_base, then log p_kNN at each temperature, from one pass and one search; arguments as for `log_probs`.
+
+        They are made one after the other, so that one p_kNN is in memory at a time.
         """
         self.check_inputs(input_ids)
-        kept = last_positions(input_ids.shape[1], logits_to_keep)
-        read = {"input_ids": input_ids.to(self.device)}
-        _, base, found = self._run(which != "base", read, None, logits_to_keep=kept, use_cache=False, dtype=dtype)
-        return base if which != "memory" else None, found
+        kept, cached = last_positions(input_ids.shape[1], logits_to_keep), cache is not None
+        read = self._inputs([0], None, cache, input_ids=input_ids.to(self.device), position_ids=None)[0]
+        _, base, found = self._run(temperatures, read, None, logits_to_keep=kept, use_cache=cached, dtype=dtype)
+        yield base
+        yield from found
 
     def forward(
         self,
@@ -125,9 +156,11 @@ class KnnLMForCausalLM(Wrapper):
         self.check_length(input_ids, past_key_values)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         read = self._inputs([0], prepared, past_key_values, **inputs)[0]
-        logits, base, found = self._run(
-            self.weight > 0, read, attention_mask, use_cache=bool(use_cache), logits_to_keep=logits_to_keep
+        at = [self.temperature] if self.weight > 0 else []
+        logits, base, at_each = self._run(
+            at, read, attention_mask, use_cache=bool(use_cache), logits_to_keep=logits_to_keep
         )
+        found = next(at_each, None)
         mixed = mixing.mix(base, [found], [self.weight])
         if prepared is not None:
             mixed = logits.float() if found is None else mixed + mixing.log_z(logits, base)
@@ -135,41 +168,54 @@ class KnnLMForCausalLM(Wrapper):
 
     def _run(
         self,
-        search: bool,
+        temperatures: Sequence[float],
         read: Mapping[str, Any],
         attention_mask: Int[Tensor, "B past+T"] | None,
         *,
         logits_to_keep: int | Tensor,
         use_cache: bool,
         dtype: torch.dtype = torch.float32,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(the base's logits, log p_base, log p_kNN or None) of the kept positions; log p_base also at padding."""
+    ) -> tuple[Tensor, Tensor, Iterator[Tensor]]:
+        """(the base's logits, log p_base, log p_kNN at each temperature) of the kept positions; log p_base at padding.
+
+        Without temperatures nothing is searched.
+        """
         with self._point.capture() as seen:
             logits = self.readers[0].logits(read, use_cache=use_cache, logits_to_keep=logits_to_keep)
         logits = logits[..., : self.n_vocab].to(self.device)
         log_p_base = mixing.log_softmax(logits, dtype=dtype)
-        if not search:
-            return logits, log_p_base, None
+        if not temperatures:
+            return logits, log_p_base, iter(())
         input_ids, kept = read["input_ids"], kept_positions(logits_to_keep)
         (hidden,) = seen
         there = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         there = there[:, kept].to(self.device).bool()
         vectors = hidden.reshape(*input_ids.shape, -1)[:, kept][there.to(hidden.device)]
-        log_p = self._log_p_knn(vectors, input_ids[:, kept][there], there, dtype)
-        return logits, log_p_base, log_p.where(there[..., None], log_p_base)
+        near = self._near(vectors, input_ids[:, kept][there], there)
+        found = (self._log_p_knn(near, there, temperature, dtype) for temperature in temperatures)
+        return logits, log_p_base, (log_p.where(there[..., None], log_p_base) for log_p in found)
 
-    def _log_p_knn(
-        self, vectors: Float[Tensor, "N D"], inputs: Int[Tensor, " N"], there: Bool[Tensor, "B K"], dtype: torch.dtype
-    ) -> Float[Tensor, "B K V"]:
-        """log p_kNN of the N positions that are not padding; -inf for a token that no neighbour has."""
+    def _near(
+        self, vectors: Float[Tensor, "N D"], inputs: Int[Tensor, " N"], there: Bool[Tensor, "B K"]
+    ) -> list[tuple[Float[Tensor, "n K"], Int[Tensor, "n K"]]]:
+        """Squared distances and positions of the neighbours of the N positions that are not padding, in parts."""
         queries, read = self._queries(vectors, there), inputs.cpu().numpy()
-        log_p = torch.full((there.numel(), self.n_vocab), -math.inf, dtype=dtype, device=self.device)
-        rows = there.flatten().nonzero()[:, 0]
+        near = []
         for first in range(0, len(queries), _QUERIES):
             part = slice(first, first + _QUERIES)
             sq_dist, ids = self._searcher.search(queries[part], self.neighbours, inputs=read[part])
-            near = torch.from_numpy(sq_dist), torch.from_numpy(ids)
-            counts, found, probs = self._searcher.rows(*near, self.temperature)
+            near.append((torch.from_numpy(sq_dist), torch.from_numpy(ids)))
+        return near
+
+    def _log_p_knn(
+        self, near: Sequence[tuple[Tensor, Tensor]], there: Bool[Tensor, "B K"], temperature: float, dtype: torch.dtype
+    ) -> Float[Tensor, "B K V"]:
+        """log p_kNN of the N positions that are not padding; -inf for a token that no neighbour has."""
+        log_p = torch.full((there.numel(), self.n_vocab), -math.inf, dtype=dtype, device=self.device)
+        rows = there.flatten().nonzero()[:, 0]
+        for number, (sq_dist, ids) in enumerate(near):
+            part = slice(number * _QUERIES, (number + 1) * _QUERIES)
+            counts, found, probs = self._searcher.rows(sq_dist, ids, temperature)
             at = rows[part].repeat_interleave(counts.to(self.device))
             log_p[at, found.to(self.device)] = probs.log().to(self.device, dtype)
         return log_p.view(*there.shape, -1)

@@ -13,13 +13,13 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.errors import ModelError
@@ -217,7 +217,13 @@ class MemDecForCausalLM(Wrapper):
     # --- running --------------------------------------------------------------------------------------------------
 
     def log_probs(
-        self, input_ids: Tensor, *, which: Which = "both", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32
+        self,
+        input_ids: Tensor,
+        *,
+        which: Which = "both",
+        logits_to_keep: int = 0,
+        dtype: torch.dtype = torch.float32,
+        cache: Cache | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(log p_base, log p_mem) of a batch without left padding, each (B, T or logits_to_keep, V) in `dtype`.
 
@@ -228,17 +234,22 @@ class MemDecForCausalLM(Wrapper):
             which: "base", "memory" or "both".
             logits_to_keep: Number of last positions to return; 0 means all.
             dtype: float32, or float64 where many log-probabilities are added.
+            cache: Keys and values of the text before `input_ids`, to which those of `input_ids` are added.
         """
         total = math.fsum(self.config.weights)
         shares = [w / total if total else 1 / len(self.memories) for w in self.config.weights]
         running = [0] if which != "memory" else []
         running += [i for i, share in enumerate(shares, 1) if share and which != "base"]
         self.check_inputs(input_ids)
-        read = self._inputs(running, None, None, input_ids=input_ids, position_ids=None)
+        read = self._inputs(running, None, cache, input_ids=input_ids, position_ids=None)
         kept = last_positions(input_ids.shape[1], logits_to_keep)
-        found = self._run(read, partial(self._log_p, dtype=dtype), use_cache=False, logits_to_keep=kept)
+        found = self._run(read, partial(self._log_p, dtype=dtype), use_cache=cache is not None, logits_to_keep=kept)
         memories = [found.get(i) for i in range(1, len(shares) + 1)]
         return found.get(0), mixing.mix(None, memories, shares) if which != "base" and shares else None
+
+    @cached_property
+    def reads_on(self) -> bool:
+        return self._all_attend()
 
     @property
     def running(self) -> list[int]:

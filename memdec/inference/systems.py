@@ -88,6 +88,11 @@ class System:
     load: Callable[[Parts], Any]
     wrap: Callable[[Any, Parts, int], Any]
 
+    @property
+    def slug(self) -> str:
+        """Its name in paths."""
+        return self.name.lower().replace(" ", "-")
+
     def given(self, parts: Parts) -> bool:
         """Whether all parts that it needs are given."""
         return all(getattr(parts, name) for name in self.needs)

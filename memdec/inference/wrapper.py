@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -25,6 +26,7 @@ from transformers import (
     StaticCache,
     StaticLayer,
 )
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.errors import ConfigError, ModelError
@@ -213,6 +215,33 @@ class Wrapper(PreTrainedModel, GenerationMixin):
     def running(self) -> list[int]:
         """Numbers of the models that `forward` runs; 0 is the base."""
         return [0]
+
+    @property
+    def reads_on(self) -> bool:
+        """Whether `log_probs` takes a cache, so that several texts can go on from one beginning that is read once."""
+        return False
+
+    def new_cache(self) -> Cache:
+        """An empty cache of all models, for `log_probs`."""
+        return self._joint(None)
+
+    def taken(self, cache: Cache, rows: Int[Tensor, " B"]) -> Cache:
+        """A copy of a cache with these rows of its batch, each as often as it is named; the cache stays as it is."""
+        found = copy.copy(cache)
+        found.layers = [copy.copy(layer) for layer in cache.layers]
+        for layer in found.layers:
+            if layer.is_initialized:
+                layer.batch_select_indices(rows.to(layer.keys.device))
+        return found
+
+    def _all_attend(self) -> bool:
+        """Whether all layers of all models are attention whose cache can be copied for another text."""
+        return all(
+            reader.can_cache
+            and reader.cache_name == "past_key_values"
+            and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in reader.new_layers())
+            for reader in self.readers
+        )
 
     @property
     def _is_stateful(self) -> bool:

@@ -3,9 +3,14 @@
 Intervals are bootstrap intervals over items; the results of both systems on an item are drawn together. The tests
 assume that the systems are exchangeable on every item. Means of 0/1 outcomes use the exact McNemar test, other means
 and ratios use sign flips, and F1 exchanges the predictions of both systems at random.
+
+Where a system was trained with several seeds, its value is the mean over seeds, and the bootstrap draws seeds as well
+as items (`ratios_by_item`, `f1_by_item`, `over_seeds`). Every seed is measured on the same items, so both are drawn
+independently, and the same items for all seeds.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +25,7 @@ Average = Literal["micro", "macro", "weighted"]
 
 N_RESAMPLES = 10_000
 LEVEL = 0.95
+_HELD = 1 << 22  # drawn items in memory at a time (32 MiB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,92 @@ def ratios(a: ArrayLike, b: ArrayLike, counts: ArrayLike, of: Callable[[Floats],
     p = statistics.sign_flips(*sums)  # a test of the sums is enough, because `of` is monotonic
     one, other, gap = zip(low.tolist(), high.tolist(), strict=True)
     return Paired(value_a, value_b, one, other, gap, p, "sign flips")
+
+
+def ratios_by_item(
+    sums: ArrayLike, counts: ArrayLike, of: Callable[[Floats], Floats], *, seed: int, n_resamples: int = N_RESAMPLES
+) -> Floats:
+    """Bootstrap replicates, over items, of a function of sum / count.
+
+    Arrays with the same N and `seed` are resampled with the same items, so their replicates are paired.
+
+    Args:
+        sums: Sum of each of N items at each of S seeds, (S, N).
+        counts: Tokens of each item, or ones, (N,).
+        of: Elementwise function from the ratio to the value.
+        seed: Of the draws.
+        n_resamples: R.
+
+    Returns:
+        (R, S).
+    """
+    above, below = np.atleast_2d(np.asarray(sums, np.float64)), np.asarray(counts, np.float64)
+    blocks = [of(drawn @ above.T / (drawn @ below)[:, None]) for drawn in _draws(len(below), seed, n_resamples)]
+    return np.concatenate(blocks)
+
+
+def f1_by_item(
+    labels: Sequence[NDArray[np.int64]], averages: Sequence[Average], *, seed: int, n_resamples: int = N_RESAMPLES
+) -> Floats:
+    """Bootstrap replicates, over items, of F1: the mean of `averages`, and with groups the mean of that over groups.
+
+    The items that are drawn are those of `ratios_by_item` with the same N and `seed`.
+
+    Args:
+        labels: For each of S seeds, the columns group (if there are groups), right label and prediction of N items.
+        averages: Values of scikit-learn's `average`.
+        seed: Of the draws.
+        n_resamples: R.
+
+    Returns:
+        (R, S).
+    """
+    kinds = [np.unique(each, axis=0, return_inverse=True) for each in labels]
+    of_kind = [np.eye(len(kind))[place.ravel()] for kind, place in kinds]  # (N, C), 1 where an item is of a kind
+    blocks = []
+    for drawn in _draws(len(labels[0]), seed, n_resamples):
+        columns = []
+        for (kind, _), member in zip(kinds, of_kind, strict=True):
+            counts = np.rint(drawn @ member).astype(np.int64)
+            group = kind[:, 0] if kind.shape[1] == 3 else np.zeros(len(kind), np.int64)
+            found = [grouped_f1(counts, kind[:, -2], kind[:, -1], average, group) for average in averages]
+            columns.append(np.mean(found, axis=0))
+        blocks.append(np.stack(columns, axis=1))
+    return np.concatenate(blocks)
+
+
+def over_seeds(replicates: Floats, *, seed: int) -> Floats:
+    """Replicates of the mean over seeds: the seeds are drawn too, if there are several.
+
+    With S seeds the mean of drawn seeds varies by (S - 1) / S of the variance of a mean over S seeds, which for two or
+    three seeds is far too little; its deviation is widened by the root of the inverse (Davison and Hinkley 1997,
+    Bootstrap Methods and their Application, ch. 2.3).
+
+    Args:
+        replicates: For each draw of items the value at each seed, (R, S).
+        seed: Of the draws; the same S and `seed` give the same seeds.
+
+    Returns:
+        (R,).
+    """
+    n_seeds = replicates.shape[1]
+    centre: Floats = replicates.mean(1)
+    if n_seeds == 1:
+        return centre
+    drawn = np.random.default_rng([seed, 1]).integers(n_seeds, size=replicates.shape)
+    moved = np.take_along_axis(replicates, drawn, axis=1).mean(1)
+    widened: Floats = centre + math.sqrt(n_seeds / (n_seeds - 1)) * (moved - centre)
+    return widened
+
+
+def _draws(n_items: int, seed: int, n_resamples: int) -> Iterator[Floats]:
+    """How often each of N items is drawn in each resample, (block, N), until there are R of them."""
+    rng = np.random.default_rng([seed, 0])
+    step = max(1, _HELD // n_items)
+    for begin in range(0, n_resamples, step):
+        size = min(step, n_resamples - begin)
+        drawn = rng.integers(n_items, size=(size, n_items)) + n_items * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * n_items).reshape(size, n_items).astype(np.float64)
 
 
 def f1(

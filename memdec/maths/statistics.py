@@ -18,7 +18,9 @@ _HELD = 1 << 22  # random numbers in memory at a time (32 MiB)
 def bootstrap(
     statistic: Callable[..., Any], *items: NDArray[Any], n_resamples: int, seed: int, level: float = 0.95
 ) -> tuple[Any, Any]:
-    """Percentile bootstrap interval of a statistic of N items (`scipy.stats.bootstrap`).
+    """Percentile bootstrap interval of a statistic of N items, with the draws of `scipy.stats.bootstrap`.
+
+    scipy takes a second to import, which every evaluation would pay for these lines.
 
     Args:
         statistic: Function of arrays like `items` that reduces the axis `axis`; may return several values, (..., R).
@@ -30,17 +32,12 @@ def bootstrap(
     Returns:
         Lower and upper end of the interval, each with the shape of the statistic.
     """
-    if items[0].shape[-1] == 1:  # every resample is that one item; scipy raises an error
-        value = statistic(*items, axis=-1)
-        return value, value
-    from scipy import stats  # takes a second to import
-
-    batch = max(1, _HELD // max(each.size for each in items))
-    found = stats.bootstrap(
-        items, statistic, n_resamples=n_resamples, batch=batch, vectorized=True, paired=len(items) > 1,
-        axis=-1, method="percentile", rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    return percentiles(found.bootstrap_distribution, level)
+    n, batch = items[0].shape[-1], max(1, _HELD // max(each.size for each in items))
+    rng, replicates = np.random.default_rng(seed), []
+    for first in range(0, n_resamples, batch):
+        drawn = rng.integers(0, n, (min(batch, n_resamples - first), n))
+        replicates.append(statistic(*(each[..., drawn] for each in items), axis=-1))
+    return percentiles(np.concatenate(replicates, axis=-1), level)
 
 
 def percentiles(replicates: NDArray[np.float64], level: float) -> tuple[Any, Any]:

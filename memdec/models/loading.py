@@ -181,6 +181,11 @@ def on_meta(name: str | Path, revision: str | None = None, **where: Any) -> Any:
         )
 
 
+def n_rows(name: str | Path) -> int:
+    """Rows of a model's output head; loads no weights."""
+    return int(on_meta(name).get_output_embeddings().weight.shape[0])
+
+
 def n_bytes(name: str | Path, dtype: str, revision: str | None = None, **where: Any) -> int:
     """Size in bytes of a model's weights in the type `dtype` (`auto`: that of its configuration); loads no weights.
 

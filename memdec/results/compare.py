@@ -27,7 +27,7 @@ COLUMNS = (
 )  # fmt: skip
 
 # Aggregation functions that compute F1 from rows (correct, predicted) or (question, correct, predicted).
-_F1: dict[str, tuple[Average, ...]] = {
+F1: dict[str, tuple[Average, ...]] = {
     "weighted_f1": ("weighted",),
     "micro_f1": ("micro",),
     "macro_f1": ("macro",),
@@ -345,9 +345,9 @@ def _paired(aggregation: str, a: list[Any], b: list[Any]) -> Paired | None:
         first, second = np.asarray(a, np.float64).T, np.asarray(b, np.float64).T
         if aggregation in _RATIOS and (first[1] == second[1]).all() and (first[1] > 0).all():
             return paired.ratios(first[0], second[0], first[1], _RATIOS[aggregation])
-        if aggregation in _F1 and (first[:-1] == second[:-1]).all():
+        if aggregation in F1 and (first[:-1] == second[:-1]).all():
             *groups, gold = first[:-1]
-            return paired.f1(gold, first[-1], second[-1], _F1[aggregation], *groups)
+            return paired.f1(gold, first[-1], second[-1], F1[aggregation], *groups)
     except (ValueError, IndexError):  # rows with different numbers of values
         pass
     return None

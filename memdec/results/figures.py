@@ -1,5 +1,10 @@
-"""Draw figures for print in one style, as PNG and SVG; the colours suit colour-blind readers (Okabe and Ito 2008)."""
+"""Draw figures in one style, as PNG and SVG; the colours suit colour-blind readers (Okabe and Ito 2008).
 
+Figures are at most `WIDTH` wide, so that they can be read on a phone (390 px) without scaling. Several panels stand
+below each other.
+"""
+
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 # The base is black; the others follow in this order. Each has its own marker, for print without colour.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+WIDTH = 4.0  # inches; an SVG has 96 px per inch
 _FAR = 6.0  # axes are logarithmic if the largest value is at least this many times the smallest
 _STYLE: dict[str, Any] = {
     "font.size": 8,
@@ -48,26 +54,26 @@ def latency(table: pd.DataFrame) -> Figure:
         table: Rows of `memdec.results.latency.records`; if a kind has several sizes, only the largest is drawn.
     """
     with style.context(_STYLE):
-        figure = Figure(figsize=(6.3, 2.5))
-        left, right = figure.subplots(1, 2)
+        figure = Figure(figsize=(WIDTH, 4.6))
+        top, bottom = figure.subplots(2, 1)
         total = table[table["phase"] == "total"]
         scale, unit = (1000, "ms") if total["seconds"].max() < 1 else (1, "s")
         for number, name in enumerate(_shown(table)):
             rows = total[total["system"] == name]
-            _line(left, rows, "n_tokens", ("seconds", "seconds_low", "seconds_high"), number, name, scale)
-            _line(right, rows, "n_tokens", ("ratio_to_base", "ratio_low", "ratio_high"), number, name)
+            _line(top, rows, "n_tokens", ("seconds", "seconds_low", "seconds_high"), number, name, scale)
+            _line(bottom, rows, "n_tokens", ("ratio_to_base", "ratio_low", "ratio_high"), number, name)
         spread = total["ratio_to_base"].max() / total["ratio_to_base"].min()
-        for axes in (left, right):
+        for axes in (top, bottom):
             axes.set_xlabel("Generated tokens")
             axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 4, 8, 10], integer=True))
             if _scale(axes, float(spread)):
                 axes.set_xscale("log")  # so that a time proportional to the tokens is a straight line
                 axes.set_xticks(sorted(set(total["n_tokens"])), sorted(set(total["n_tokens"])), minor=False)
                 axes.xaxis.set_minor_locator(NullLocator())
-        left.set_ylabel(f"Latency ({unit})")
-        right.set_ylabel("Latency relative to base")
-        handles, names = left.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
+        top.set_ylabel(f"Latency ({unit})")
+        bottom.set_ylabel("Latency, ratio to base")
+        handles, names = top.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=2)
         return figure
 
 
@@ -97,6 +103,171 @@ def growth(table: pd.DataFrame) -> Figure:
         _scale(axes, float(decode["ratio_to_base"].max() / decode["ratio_to_base"].min()))
         figure.legend(loc="outside upper center", ncols=2)
         return figure
+
+
+def bars(table: pd.DataFrame) -> Figure:
+    """Perplexity of every model in every system, with intervals: a group of bars per model, a bar per system.
+
+    Args:
+        table: Columns model, method, value, low, high, and domain.
+    """
+    models, methods = (list(table[name].drop_duplicates()) for name in ("model", "method"))
+    with style.context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 0.8 + 0.17 * len(models) * (len(methods) + 0.8)))
+        axes = figure.subplots()
+        thick, most = 0.85 / len(methods), float(table["high"].fillna(table["value"]).max())
+        for number, method in enumerate(methods):
+            rows = table[table["method"] == method]
+            places = [models.index(model) + (number - (len(methods) - 1) / 2) * thick for model in rows["model"]]
+            values = rows["value"].to_numpy(float)
+            ends = [(values - rows["low"]).fillna(0), (rows["high"] - values).fillna(0)]
+            axes.barh(places, values, thick, label=method, xerr=ends, **_bar(number))
+            for place, value, high in zip(places, values, rows["high"].fillna(rows["value"]), strict=True):
+                axes.text(high + 0.012 * most, place, f"{value:.2f}", va="center", fontsize=7)
+        _names(axes, [textwrap.fill(model, _LONGEST) for model in models])
+        axes.set_xlim(0, 1.2 * most)
+        axes.set_xlabel(f"Perplexity per token, {_plain(table['domain'].iloc[0])} (lower is better)")
+        axes.set_ylabel("Base model")
+        figure.legend(loc="outside upper center", ncols=len(methods))
+        return figure
+
+
+def examples(table: pd.DataFrame) -> Figure:
+    """The three distributions at some positions, a panel each; the token that follows in the text is marked.
+
+    Args:
+        table: Columns example, before, next, token, and one per distribution (`DISTRIBUTIONS`).
+    """
+    panels, most = list(table.groupby("example", sort=True)), float(table[list(DISTRIBUTIONS)].to_numpy().max())
+    tall = [0.55 + 0.36 * len(rows) for _, rows in panels]
+    with style.context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 0.5 + sum(tall)))
+        many = figure.subplots(len(panels), 1, squeeze=False, height_ratios=tall)[:, 0]
+        for axes, (_, rows) in zip(many, panels, strict=True):
+            labels = [_quoted(token) + (" ←" if token == rows["next"].iloc[0] else "") for token in rows["token"]]
+            for number, name in enumerate(DISTRIBUTIONS):
+                places = [place + (number - 1) * 0.27 for place in range(len(rows))]
+                axes.barh(places, rows[name].to_numpy(float), 0.27, label=DISTRIBUTIONS[name], **_bar(number))
+            _names(axes, labels)
+            axes.set_xlim(0, min(1.0, 1.05 * most))
+            axes.set_title(_tail(f"…{rows['before'].iloc[0]}", 58), fontsize=7, loc="right", parse_math=False)
+            axes.set_ylabel("Next token")
+        many[-1].set_xlabel("Probability (← the token that follows)")
+        handles, names = many[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=3)
+        return figure
+
+
+def shapes(table: pd.DataFrame) -> Figure:
+    """Shape of the three distributions by the size of the model that gives the keys, a panel per measure.
+
+    Args:
+        table: Columns model, parameters, distribution, metric, floor, value, low, high; models in the order of their size.
+    """
+    floor = table["floor"].iloc[0]
+    models = table[["model", "parameters"]].drop_duplicates()
+    names = [f"{_plain(model)}\n{_count(size)}" for model, size in models.itertuples(index=False)]
+    at = {model: place for place, model in enumerate(models["model"])}
+    titles = {"top1": "Highest probability", "entries": f"Tokens with p ≥ {floor:g}", "entropy": "Entropy (nats)"}
+    with style.context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 5.6))
+        for axes, (metric, title) in zip(figure.subplots(3, 1, sharex=True), titles.items(), strict=True):
+            shown = table[table["metric"] == metric].assign(place=lambda rows: rows["model"].map(at))
+            for number, name in enumerate(DISTRIBUTIONS):
+                rows = shown[shown["distribution"] == name]
+                _line(axes, rows, "place", ("value", "low", "high"), number, DISTRIBUTIONS[name])
+            axes.set_ylabel(title)
+            if metric == "top1":
+                axes.set_ylim(0, 1)
+            else:
+                _scale(axes, float(shown["value"].max() / max(shown["value"].min(), 1e-9)))
+        axes.set_xticks(range(len(names)), names, fontsize=7)
+        axes.set_xlim(-0.4, len(names) - 0.6)
+        axes.set_xlabel("Model that gives the keys, parameters")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3)
+        return figure
+
+
+def fidelity(table: pd.DataFrame) -> Figure:
+    """How well every memory imitates p_kNN: a panel per measure, a line per memory, a mark per group of positions.
+
+    Args:
+        table: Columns memory, metric, rows, value, low, high.
+    """
+    memories, groups = (list(table[name].drop_duplicates()) for name in ("memory", "rows"))
+    titles = {
+        "match": "Top token matches",
+        "kl": "KL (nats)",
+        "total_variation": "Total variation",
+        "pearson": "Pearson r",
+    }
+    with style.context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 1.3 + 2 * (0.55 + 0.17 * len(memories))))
+        panels = figure.subplots(2, 2, sharey=True).ravel()
+        for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+            for number, group in enumerate(groups):
+                rows = table[(table["metric"] == metric) & (table["rows"] == group)].dropna(subset=["value"])
+                places = [memories.index(memory) + (number - 1) * 0.22 for memory in rows["memory"]]
+                value, low, high = (rows[name].to_numpy(float) for name in ("value", "low", "high"))
+                look: dict[str, Any] = {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": "none"}
+                axes.errorbar(value, places, xerr=[value - low, high - value], label=group, elinewidth=0.8, **look)
+            _names(axes, [_short(memory) for memory in memories])
+            axes.set_xlabel(title)
+            ends = table[table["metric"] == metric]
+            least, most = min(0.0, float(ends["low"].min())), float(ends["high"].max())
+            axes.set_xlim(least - 0.06 * (most - least), most + 0.06 * (most - least))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        for axes in panels[::2]:
+            axes.set_ylabel("Memory")
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=3, title="Positions by the tokens of p_kNN")
+        return figure
+
+
+# Columns of the distributions of Figures 5 and 6, and their names in the legend.
+DISTRIBUTIONS = {"p_kNN": "kNN", "p_LM": "LM of the keys", "p_mem": "memory"}
+_LONGEST = 18  # characters of a name beside an axis
+
+
+def _bar(number: int) -> dict[str, Any]:
+    """Style of the bars of system `number`; none is black, so that intervals can be seen."""
+    return {"color": COLOURS[(6, 2, 1)[number % 3]], "error_kw": {"elinewidth": 0.8, "ecolor": "black"}}
+
+
+def _names(axes: Axes, names: list[str]) -> None:
+    """Label the groups of a horizontal chart, the first at the top."""
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+
+
+def _quoted(token: str) -> str:
+    """A token as it can be seen: with its spaces, line ends and other signs."""
+    shown = repr(token)[1:-1].replace(" ", "␣") if token.strip() != token or not token else token
+    return _short(shown)
+
+
+def _short(name: str) -> str:
+    """The first characters of a long name."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+
+
+def _tail(text: str, most: int) -> str:
+    """The end of a text on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"…{line[-most + 1 :]}"
+
+
+def _plain(text: object) -> str:
+    """Text without a meaning for matplotlib, which reads formulas between dollar signs."""
+    return str(text).replace("$", r"\$")
+
+
+def _count(n: float) -> str:
+    """A number of parameters: 44 k, 124 M, 1.5 B."""
+    size, unit = next(((size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if n >= size), (1, ""))
+    return f"{n / size:.3g} {unit}".strip()
 
 
 def _line(

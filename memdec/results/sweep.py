@@ -19,7 +19,7 @@ from memdec.artefacts import artefact, markdown
 from memdec.errors import ConfigError
 from memdec.harness.alphas import ALPHAS
 from memdec.harness.models import MemDecInterp
-from memdec.maths import mixing
+from memdec.maths import weighing
 from memdec.models.loading import model_identity
 from memdec.settings import Split
 from memdec.tasks.task import FEWSHOT_SEED, check_names
@@ -54,7 +54,7 @@ def run(
         limit: Use only the first N rows of each task.
         model_args: As for `memdec-interp` (dtype, device, batch_size ...).
     """
-    weights = sorted({mixing.check_weight(alpha) for alpha in alphas})
+    weights = sorted({weighing.check_weight(alpha) for alpha in alphas})
     if not weights or not tasks:
         raise ConfigError("sweep: expected at least one task and one alpha, found none; give --task and --alpha")
     plain = {"tasks": list(tasks), "alphas": weights, "corpus": str(corpus), "split": split, "limit": limit}
@@ -84,17 +84,17 @@ def tune(
     **model_args: Any,
 ) -> dict[float, float]:
     """Measure the perplexity of a corpus at every alpha; sorted, lowest first."""
-    weights = sorted({mixing.check_weight(alpha) for alpha in alphas})
+    weights = sorted({weighing.check_weight(alpha) for alpha in alphas})
     model = MemDecInterp(pretrained=base, memory=memory, alpha=0.5, **model_args)
     scores = model.token_scores(corpora.joined_split(corpus, split, model.tokenizer.eos_token))
     assert scores.memory is not None
-    found = mixing.perplexities(scores.base, scores.memory, weights)
-    _warn_at_end(f"{corpus.name}, {split}", mixing.best_weight(found), weights)
+    found = weighing.perplexities(scores.base, scores.memory, weights)
+    _warn_at_end(f"{corpus.name}, {split}", weighing.best_weight(found), weights)
     return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
 
 def _warn_at_end(what: str, best: float, weights: Sequence[float]) -> None:
-    warning = mixing.at_end(f"{what}: alpha", best, weights)
+    warning = weighing.at_end(f"{what}: alpha", best, weights)
     if warning is not None:
         log.warning("warning: %s", warning)
 
@@ -160,7 +160,7 @@ def _best(rows: Sequence[dict[str, Any]], row: dict[str, Any], better: dict[tupl
     key = row["task"], row["metric"]
     same = {each["alpha"]: each for each in rows if (each["task"], each["metric"]) == key}
     values = {alpha: each["value"] for alpha, each in same.items()}
-    return same[mixing.best_weight(values, higher=better[key])]
+    return same[weighing.best_weight(values, higher=better[key])]
 
 
 def _first(better: Mapping[tuple[str, str], bool]) -> dict[str, str]:

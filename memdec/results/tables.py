@@ -1,12 +1,13 @@
-"""Write tables from evaluation records as CSV, Markdown and LaTeX, with a provenance file beside them.
+"""Write tables as CSV, cells, Markdown and LaTeX, with a provenance file beside them.
 
-`catalogue` defines the tables. The CSV is the full table. It adds to each column the number of test tokens, the tuned
-weights, the 95 % bootstrap interval over test windows and, in some tables, the standard deviation over seeds.
+`catalogue` defines the tables, `sheet` computes their numbers. The wide CSV has a line per row and for each column the
+number and `<column>_<extra>`; `<table>.cells.csv` has a line per cell (`cells`). docs/tables.md explains both.
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,17 @@ from memdec.artefacts.markdown import escaped
 from memdec.artefacts.markdown import table as write_markdown
 from memdec.config import Config
 from memdec.errors import ArtifactError, ConfigError, outside
-from memdec.maths import mixing
-from memdec.results import catalogue
-from memdec.results.catalogue import Perplexities, Row, Table
-from memdec.settings import FORGETTING, portable
+from memdec.maths import weighing
+from memdec.results import catalogue, cells, items
+from memdec.results.layout import Column, Measured, Table
+from memdec.results.sheet import Number, Record, Sheet, select
+from memdec.settings import portable
 
-Cell = tuple[str, str, int, Path]  # domain, model, seed, evaluation folder
+Given = tuple[str, str, int, Path]  # domain (or corpus), model, seed, folder
+CONSTANT = "\u2020"  # beside the number of a system that predicts one label for every row
+# Extra columns that every table of several systems has in the wide CSV, after all others.
+_TESTS = ("p_base", "p_best")
+_GAPS = 6  # reasons for empty cells in the text below a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,47 +41,71 @@ class Grid:
     rows: list[list[str]]
 
 
-def run(table: Table, cells: Sequence[Cell], out: Path) -> None:
+def run(table: Table, given: Sequence[Given], out: Path) -> None:
     """Stage `table`: make a table from the folders of its parts.
 
-    It writes `out` (.csv) and, beside it, .md, .tex and .provenance.json.
+    It writes `out` (.csv) and, beside it, .cells.csv, .items.npz, .md, .tex and .provenance.json.
     """
-    if isinstance(table, Perplexities):
-        _perplexities(table, cells, out)
-    else:
-        _marked_words(table, cells, out)
+    if not isinstance(table, Measured):
+        _marked_words(table, given, out)
+        return
+    records = load_records(table.config, given, table.records)
+    sheet = Sheet(table, records)
+    sheet.test()
+    cells.write(out.with_suffix(".cells.csv"), sheet.cells())
+    items.write(out.with_suffix(".items.npz"), sheet.items())
+    facts = _facts(given) | {"rows_sha256": {each["task"]: each["rows"] for each in records if each.get("rows")}}
+    write(out, wide(sheet), grid(sheet), note(sheet), table.name, table.config, facts)
 
 
-def _perplexities(table: Perplexities, cells: Sequence[Cell], out: Path) -> None:
-    records = load_records(table.config, cells, table.records)
-    manifests = [artefact.read(folder, table.kind) for *_, folder in cells]
-    facts = {
-        "corpora_sha256": {name: sha for m in manifests for name, sha in m.facts["corpora_sha256"].items()},
-        "evaluations": {
-            f"{domain}/{model}/{seed}/{manifest.settings['memory'] or 'systems'}": manifest.recipe
-            for (domain, model, seed, _), manifest in zip(cells, manifests, strict=True)
-        },
-    }
-    write(out, pivot(table, records), grid(table, records), note(table, records), table.name, table.config, facts)
+def _facts(given: Sequence[Given]) -> dict[str, Any]:
+    """Recipes of the folders and hashes of the corpora, for the provenance file.
+
+    Raises:
+        ArtifactError: Two folders know a corpus of one name with other text.
+    """
+    corpora: dict[str, str] = {}
+    parts = {}
+    for domain, model, seed, folder in given:
+        manifest = _manifest(folder)
+        said = manifest.facts.get("corpora_sha256", {})
+        if manifest.kind == "corpus":
+            said = {domain: manifest.facts["sha256"]}
+        for name, sha in said.items():
+            if corpora.setdefault(name, sha) != sha:
+                raise ArtifactError(
+                    f"{folder}: expected one text of {name} in all folders, found another; run it again"
+                )
+        what = manifest.settings.get("memory") or manifest.settings.get("system") or manifest.kind
+        parts[f"{domain}/{model}/{seed}/{what}"] = manifest.recipe
+    return {"corpora_sha256": corpora, "evaluations": parts}
 
 
-def _marked_words(table: Table, cells: Sequence[Cell], out: Path) -> None:
+def _manifest(folder: Path) -> artefact.Manifest:
+    """The manifest of a part, after a check of its files."""
+    kind = artefact.kind_of(folder)
+    return artefact.read(folder, kind if kind in ("harness", "corpus") else "evaluation")
+
+
+def _marked_words(table: Table, given: Sequence[Given], out: Path) -> None:
     """Write Table 6; the highest probability of each row is bold."""
     from memdec.results.explain import percent  # imports torch, which takes seconds and which no other table needs
 
-    if len(cells) != 1:
-        raise ConfigError(f"{table.name}: expected one --cell with a folder of kind {table.kind}, found {len(cells)}")
-    *_, folder = cells[0]
-    manifest = artefact.read(folder, table.kind)
+    if len(given) != 1:
+        raise ConfigError(f"{table.name}: expected one --cell with a folder of kind cases, found {len(given)}")
+    *_, folder = given[0]
+    manifest = artefact.read(folder, "cases")
     frame = pd.DataFrame(_records(folder / "records.json"))
     systems = [name for name in frame.columns if name not in ("group", "text", "target", "tokens")]
-    rows = []
+    rows, lines = [], []
     for _, row in frame.iterrows():
         numbers = [row[system] for system in systems]
         text = str(row["text"]).replace("[[", "[").replace("]]", "]")
         best = numbers.index(max(numbers))
         shown = [f"**{percent(p / 100)}**" if i == best else percent(p / 100) for i, p in enumerate(numbers)]
         rows.append([str(row["group"]), text, *shown])
+        lines += [_word(table, row, system) for system in systems]
+    cells.write(out.with_suffix(".cells.csv"), lines)
     below = (
         f"Probability in percent of the word in brackets, scale `{table.config.scale}`: memory, kNN distribution that it "
         f"was trained on ({manifest.facts['keys']:,} keys, k {manifest.settings['neighbours']}, temperature "
@@ -83,6 +113,13 @@ def _marked_words(table: Table, cells: Sequence[Cell], out: Path) -> None:
         "product of their probabilities."
     )
     write(out, frame, Grid(["Group", "Text", *systems], 2, rows), below, table.name, table.config, manifest.inputs)
+
+
+def _word(table: Table, row: Any, system: str) -> cells.Cell:
+    """A line for programs of the probability of a marked word under one distribution."""
+    about = {"row": f"{row['group']} / {row['text']}", "column": system, "metric": "probability", "unit": "percent"}
+    at = {"study": table.config.study_name, "domain": table.config.domains[0], "model": table.config.key_model}
+    return cells.Cell.model_validate({"table": table.name, "value": float(row[system]), "n": 1, **about, **at})
 
 
 def write(
@@ -116,140 +153,250 @@ def write(
     artefact.write_json(out.with_suffix(".provenance.json"), provenance_)
 
 
-def load_records(config: Config, cells: Sequence[Cell], file: str = "records.json") -> pd.DataFrame:
-    """Load the records, one row per measured number; the base, which every evaluation has, appears once."""
-    rows: list[dict[str, Any]] = []
-    for domain, model, seed, folder in cells:
-        artefact.read(folder, "evaluation")
-        for record in _records(folder / file):
-            if record.get("seed") != seed:
+def load_records(config: Config, given: Sequence[Given], file: str = "records.json") -> list[Record]:
+    """Load the records, one for each measured number; the base, which several folders have, once.
+
+    Raises:
+        ArtifactError: A record is of another seed, has no finite number, or is there twice with other numbers; or the
+            rows of a task are not the same in all folders.
+    """
+    found: dict[tuple[Any, ...], Record] = {}
+    rows: dict[str, tuple[str, Path]] = {}
+    for domain, model, seed, folder in given:
+        kind = _manifest(folder).kind
+        for record in _sizes(folder) if kind == "corpus" else _records(folder / file):
+            if record.get("seed") != seed and not (kind == "harness" and record["method"] == "base"):
                 raise ArtifactError(
                     f"{folder}: expected records of seed {seed}, found seed {record.get('seed')}; run it again"
                 )
-            rows.append({"domain": domain, "family": config.models[model].family, "model": model, **record})
-    return pd.DataFrame(rows).drop_duplicates(["domain", "model", "method", "memory", "seed", "on"])
+            family = config.models[model].family if model in config.models else None
+            record = {**record, "domain": domain, "family": family, "model": model, "folder": folder}
+            _check_number(record)
+            _check_rows(record, rows)
+            key = tuple(record.get(name) for name in _CELL)
+            first = found.setdefault(key, record)
+            same = first["method"] == "base" and math.isclose(first["value"], record["value"], rel_tol=1e-6)
+            if first is not record and not same:
+                raise ArtifactError(
+                    f"{folder}: expected one record of {record['method']} with {model} on {domain}, seed {seed}, found "
+                    f"another one in {first['folder']}; give one of them, or run it again"
+                )
+    return list(found.values())
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
-    with outside(ArtifactError, file, "records in JSON", "run the evaluation again"):
+_CELL = ("domain", "model", "method", "memory", "seed", "on", "task", "metric")  # what no two records have in common
+
+
+def _records(file: Path) -> list[Record]:
+    with outside(ArtifactError, file, "records in JSON", "run the stage that made the folder again"):
         return [dict(record) for record in json.loads(file.read_text(encoding="utf-8"))]
 
 
-def pivot(table: Perplexities, records: pd.DataFrame) -> pd.DataFrame:
-    """Make the CSV table: means over seeds; a cell without a run is empty, and the column `note` says so."""
-    return pd.DataFrame([_line(table, row, records) for row in table.rows])
+def _sizes(folder: Path) -> list[Record]:
+    """The sizes of a corpus, as records."""
+    splits = artefact.read(folder, "corpus").facts["splits"]
+    sizes = {f"{name} bytes": said["bytes"] for name, said in splits.items()}
+    sizes["documents"] = sum(said["documents"] for said in splits.values())
+    return [{"method": "corpus", "seed": 0, "metric": name, "value": float(size)} for name, size in sizes.items()]
 
 
-def _line(table: Perplexities, row: Row, records: pd.DataFrame) -> dict[str, Any]:
-    chosen = _where(records, row.where)
-    cells = {column: _where(chosen, where) for column, where in table.columns.items()}
-    missing = [column for column, cell in cells.items() if cell.empty]
-    line: dict[str, Any] = dict(row.labels)
-    for column, cell in cells.items():
-        line[column] = cell["value"].mean() if len(cell) else None
-    if _has_average(table):
-        line["Avg"] = None if missing else sum(line[column] for column in cells) / len(cells)
-    for column, cell in cells.items():
-        line |= {f"{column}_{extra}": _extra(extra, cell) for extra in table.extra}
-    line["seeds"] = " ".join(str(seed) for seed in sorted(set(chosen["seed"])))
+def _check_number(record: Record) -> None:
+    for name in ("value", "low", "high"):
+        number = record.get(name)
+        known = isinstance(number, int | float) and math.isfinite(number)
+        if not known and (name == "value" or number is not None):
+            raise ArtifactError(
+                f"{record['folder']}: expected a finite {name} of {record.get('metric')} for {record.get('method')}, found "
+                f"{number}; run it again"
+            )
+
+
+def _check_rows(record: Record, known: dict[str, tuple[str, Path]]) -> None:
+    """Check that a task has the same rows as in the folders before."""
+    if record.get("rows") is None:
+        return
+    sha, folder = known.setdefault(str(record["task"]), (str(record["rows"]), record["folder"]))
+    if sha != record["rows"]:
+        raise ArtifactError(
+            f"{record['folder']}: expected the rows of {record['task']} as in {folder}, found other ones; the rows changed "
+            "since, or 'limit' differs: run the older one again"
+        )
+
+
+# --- the wide CSV -----------------------------------------------------------------------------------------------------
+
+
+def wide(sheet: Sheet) -> pd.DataFrame:
+    """The wide CSV: means over seeds; a cell without a run is empty, and the column `note` says so."""
+    return pd.DataFrame([_line(sheet, place) for place in range(len(sheet.numbers))])
+
+
+def _line(sheet: Sheet, place: int) -> dict[str, Any]:
+    numbers, measured = sheet.numbers[place], sheet.table.measured
+    line: dict[str, Any] = {
+        **sheet.table.rows[place].labels,
+        **{heading: number.value for heading, number in numbers.items()},
+    }
+    for heading in measured:
+        line |= {f"{heading}_{extra}": _extra(extra, numbers[heading]) for extra in sheet.table.extra}
+    seeds = {record["seed"] for heading in measured for record in numbers[heading].records}
+    missing = [heading for heading in measured if numbers[heading].value is None]
+    line["seeds"] = " ".join(str(seed) for seed in sorted(seeds))
     line["note"] = f"not run: {', '.join(missing)}" if missing else ""
-    return line
+    tested = [heading for heading, column in measured.items() if column.lower_is_better is not None]
+    tested = [] if sheet.table.alphas else tested
+    return line | {f"{heading}_{test}": getattr(numbers[heading], test) for heading in tested for test in _TESTS}
 
 
-def _has_average(table: Perplexities) -> bool:
-    """Whether a table has the column Avg; the mean of one column would only repeat it."""
-    return len(table.columns) > 1
-
-
-def _where(records: pd.DataFrame, where: dict[str, str]) -> pd.DataFrame:
-    """Records whose fields have these values."""
-    for field, value in where.items():
-        records = records[records[field] == value]
-    return records
-
-
-def _extra(name: str, cell: pd.DataFrame) -> Any:
-    """Value of an extra CSV column of one cell; `cell` has a record per seed."""
+def _extra(name: str, number: Number) -> Any:
+    """Value of an extra column of the wide CSV for one cell."""
     if name in ("alpha", "lambda"):
-        return _join(cell[name].dropna())
-    if name == "sd":
-        return cell["value"].std() if len(cell) > 1 else None
-    if cell.empty:
-        return None
-    return int(cell["n"].iloc[0]) if name == "n" else cell[name].mean()
+        return number.weights.get(name, "")
+    if name == "labels":
+        return None if number.labels is None else json.dumps(number.labels, ensure_ascii=False)
+    return getattr(number, name)
 
 
-def _join(values: Sequence[float] | Any) -> str:
-    return " ".join(dict.fromkeys(f"{value:g}" for value in values))
+# --- the visible table ------------------------------------------------------------------------------------------------
 
 
-def grid(table: Perplexities, records: pd.DataFrame) -> Grid:
+def grid(sheet: Sheet) -> Grid:
     """Make the visible table; the best value of each group and column is bold."""
-    frame, columns = pivot(table, records), [*table.columns, *(["Avg"] if _has_average(table) else [])]
-    group = frame[table.best_of] if table.best_of else pd.Series("", index=frame.index)
-    best = frame[columns].astype(float).groupby(group).transform("min")
-    labels = list(table.rows[0].labels)
+    table = sheet.table
+    labels = list(dict.fromkeys(label for row in table.rows for label in row.labels))
+    shown = [
+        heading
+        for heading, column in table.columns.items()
+        if isinstance(column, Column) and column.of == "alpha" and any(map(_has_paper(sheet, heading), _places(sheet)))
+    ]
+    header = [label.capitalize() for label in labels]
+    for heading in table.columns:
+        header += [heading, f"{heading}, paper"] if heading in shown else [heading]
     rows = []
-    for (_, row), (_, least) in zip(frame.iterrows(), best.iterrows(), strict=True):
-        numbers = [(row[column], row[column] == least[column]) for column in columns]
-        rows.append([*(str(row[label]) for label in labels), *(cell(*number) for number in numbers)])
-    return Grid([*(label.capitalize() for label in labels), *columns], len(labels), rows)
+    for place, numbers in enumerate(sheet.numbers):
+        line = [table.rows[place].labels.get(label, "") for label in labels]
+        for heading, number in numbers.items():
+            line.append(cell(number, sheet.best(number)))
+            if heading in shown:
+                printed = sheet.paper(place, heading)
+                line.append("–" if printed is None else f"{printed:.{number.decimals}f}")
+        rows.append(line)
+    return Grid(header, len(labels), rows)
 
 
-def cell(value: float | None, best: bool) -> str:
+def _places(sheet: Sheet) -> Iterable[int]:
+    return range(len(sheet.numbers))
+
+
+def _has_paper(sheet: Sheet, heading: str) -> Any:
+    return lambda place: sheet.paper(place, heading) is not None
+
+
+def cell(number: Number, best: bool) -> str:
     """Format a number for the visible table."""
-    if pd.isna(value):
+    if number.value is None:
         return "–"
-    return f"**{value:.2f}**" if best else f"{value:.2f}"
+    text = f"{number.value:z,.{number.decimals}f}" + (CONSTANT if number.constant else "")
+    return f"**{text}**" if best else text
 
 
-def note(table: Perplexities, records: pd.DataFrame) -> str:
+def note(sheet: Sheet) -> str:
     """The text below the table."""
-    config, shown = table.config, records[_shown(table, records)]
+    table, config = sheet.table, sheet.table.config
+    numbers = [number for row in sheet.numbers for number in row.values()]
+    records = [record for number in numbers for record in number.records]
+    is_text = not any(record.get("task") for record in records)
     seeds = ", ".join(str(seed) for seed in config.seeds)
-    counts = {domain: shown[shown["domain"] == domain]["n"] for domain in config.domains}
-    n = ", ".join(f"{domain} {_counts(counts[domain])}" for domain in config.domains if len(counts[domain]))
-    width = ((shown["high"] - shown["low"]) / 2 / shown["value"]).max()
-    what = f"Test perplexity on {', '.join(config.forgetting)}" if table.records == FORGETTING else "Test perplexity"
-    return (
-        f"{what} per token (lower is better), scale `{config.scale}`, seed {seeds}. "
-        f"Test tokens: {n}. {_chosen(shown, config)}"
-        f"95 % bootstrap intervals over test windows are within ±{100 * width:.1f} % of each value; they are in the "
-        f"{'CSV' if 'low' in table.extra else 'records'}."
-    )
+    sentences = [f"{table.what}, scale `{config.scale}`, seed {seeds}."]
+    if any(number.n is not None for number in numbers):
+        sentences += _counted(sheet, records, is_text)
+        sentences += _chosen(records, config) if is_text and not table.alphas else _of_suites(sheet, records)
+        sentences += _intervals(table, numbers, is_text)
+    if any(number.constant for number in numbers):
+        sentences.append(f"{CONSTANT} One label was predicted for every row, at one seed or more.")
+    if any(number.p_best is not None or number.p_base is not None for number in numbers):
+        sentences.append("Paired tests against the base and against the best other system are in the CSV, too.")
+    gaps = [number.note.removeprefix("not run: ") for number in numbers if number.value is None and not number.group]
+    gaps = _joined(gap for gap in gaps if not gap.startswith("a number that"))
+    if gaps:
+        more = [f"{len(gaps) - _GAPS} more, see the cells"] if len(gaps) > _GAPS else []
+        sentences.append(f"– Not run: {'; '.join([*gaps[:_GAPS], *more])}.")
+    return " ".join(sentences)
 
 
-def _chosen(shown: pd.DataFrame, config: Config) -> str:
+def _joined(gaps: Iterable[str]) -> list[str]:
+    """Reasons, each once; those that differ in their last word only are one."""
+    found: dict[str, dict[str, None]] = {}
+    for gap in gaps:
+        same, _, last = gap.rpartition(" ")
+        found.setdefault(same, {})[last] = None
+    return [f"{same} {', '.join(last)}" for same, last in found.items()]
+
+
+def _counted(sheet: Sheet, records: Sequence[Record], is_text: bool) -> list[str]:
+    """Sentences with the numbers of test tokens or rows."""
+    if is_text:
+        by = {domain: select(records, {"domain": domain}) for domain in sheet.table.config.domains}
+        what = "Test tokens"
+    else:
+        by = {heading: [r for row in sheet.numbers for r in row[heading].records] for heading in sheet.table.measured}
+        what = "Rows"
+    listed = ", ".join(f"{name} {_counts(r['n'] for r in some)}" for name, some in by.items() if some)
+    limits = {record["limit"] for record in records if record.get("limit") is not None}
+    limited = [f"Only the first {_counts(limits)} rows of a task were run (`limit`)."] if limits else []
+    return [f"{what}: {listed}.", *limited]
+
+
+def _chosen(records: Sequence[Record], config: Config) -> list[str]:
     """Sentences that say which weights were chosen, and which of them are the end of their grid."""
     grids = {"alpha": config.evaluate.alphas, "lambda": config.evaluate.lambdas}
     sentences = []
     for name in catalogue.weights(config):
-        values = sorted({float(value) for value in shown[name].dropna()})
+        values = sorted({float(record[name]) for record in records if record.get(name) is not None})
         if not values:
             continue
-        sentences.append(
-            f"{name.capitalize()} tuned on valid (chosen: {', '.join(f'{value:g}' for value in values)}). "
-        )
-        ends = [f"{value:g}" for value in values if mixing.at_end(name, value, grids[name]) is not None]
+        sentences.append(f"{name.capitalize()} tuned on valid (chosen: {', '.join(f'{value:g}' for value in values)}).")
+        ends = [f"{value:g}" for value in values if weighing.at_end(name, value, grids[name]) is not None]
         if ends:
-            sentences.append(
-                f"{name.capitalize()} {' and '.join(ends)} {'is' if len(ends) == 1 else 'are'} at the end of the grid. "
-            )
-    return "".join(sentences)
+            is_are = "is" if len(ends) == 1 else "are"
+            sentences.append(f"{name.capitalize()} {' and '.join(ends)} {is_are} at the end of the grid.")
+    return sentences
 
 
-def _shown(table: Perplexities, records: pd.DataFrame) -> pd.Series:
-    """Whether each record is in a cell of the table."""
-    shown = pd.Series(False, index=records.index)
-    for row in table.rows:
-        for where in table.columns.values():
-            shown[_where(records, row.where | where).index] = True
-    return shown
+def _of_suites(sheet: Sheet, records: Sequence[Record]) -> list[str]:
+    """A sentence with the weights of the memory in a table of tasks."""
+    values = sorted({float(record["alpha"]) for record in records if record.get("alpha") is not None})
+    suites = {part.suite for part in sheet.table.parts if part.suite is not None}
+    how = {sheet.table.config.suites[name].alpha for name in suites if name in sheet.table.config.suites}
+    said = {"paper": "as the paper has it for each task", "valid": "tuned on the valid text", "tune": "tuned on rows"}
+    if not values or not suites:
+        return []
+    ways = " or ".join(sorted(said.get(str(each), "given") for each in how))
+    return [f"Alpha {ways}: {', '.join(f'{value:g}' for value in values)}."]
 
 
-def _counts(values: Sequence[int] | Any) -> str:
-    """Format the numbers of test tokens; each tokenizer has one."""
-    return " or ".join(f"{value:,}" for value in sorted({int(value) for value in values}))
+def _intervals(table: Measured, numbers: Sequence[Number], is_text: bool) -> list[str]:
+    """A sentence with the width of the intervals."""
+    known = [(n, n.high - n.low) for n in numbers if n.records and n.low is not None and n.high is not None]
+    if not known:
+        return []
+    where = "the CSV" if "low" in table.extra else "the records"
+    if is_text:
+        widest = max(width / 2 / number.value for number, width in known if number.value)
+        return [
+            f"95 % bootstrap intervals over test windows are within ±{100 * widest:.1f} % of each value; they are in {where}."
+        ]
+    widest = max(width / 2 for _, width in known)
+    return [f"95 % bootstrap intervals over rows are within ±{widest:.3g} {_points(known[0][0])}; they are in {where}."]
+
+
+def _points(number: Number) -> str:
+    return "points" if number.unit == "percent" else "of each value"
+
+
+def _counts(values: Iterable[Any]) -> str:
+    """Format numbers of tokens or rows; each tokenizer has one."""
+    return " or ".join(f"{value:,}" for value in sorted({int(value) for value in values if value is not None}))
 
 
 def markdown(shown: Grid) -> str:
@@ -260,7 +407,9 @@ def markdown(shown: Grid) -> str:
 
 
 # What pandas leaves as it is, although LaTeX's standard fonts show other characters for it.
-_LATEX = str.maketrans({"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--"})
+_LATEX = str.maketrans(
+    {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", CONSTANT: r"\textdagger{}"}
+)
 
 
 def latex(shown: Grid) -> str:

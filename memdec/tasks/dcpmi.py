@@ -145,7 +145,11 @@ class DcpmiTask(RowsTask):
     def _words(self, tokenizer: Any) -> LabelWords:
         metadata = self.config.metadata
         words = label_words(self._verbalizer, metadata["canonical"], metadata["word_rule"], tokenizer)
-        metadata["n_words"] = {name: len(label) for name, label in zip(metadata["labels"], words.labels, strict=True)}
+        by_label = dict(zip(metadata["labels"], words.labels, strict=True))
+        metadata["n_words"] = {name: len(label) for name, label in by_label.items()}
+        # The answer to a request is one number for each of these; the labels' words are places in this list.
+        metadata["scored_words"] = list(words.texts)
+        metadata["label_words"] = {name: label.tolist() for name, label in by_label.items()}
         none = [str(name) for name, n_words in metadata["n_words"].items() if not n_words]
         if none:
             raise ConfigError(
@@ -182,6 +186,11 @@ class DcpmiTask(RowsTask):
         names = enumerate(self.config.metadata["labels"])
         chosen = metrics["predicted_majority_rate"]
         return metrics | {f"predicted_{name}": float(number == chosen) for number, name in names}
+
+    def predictions(self, samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+        """All labels, and the label of each row that `acc` predicts."""
+        labels = [str(name) for name in self.config.metadata["labels"]]
+        return labels, [labels[int(sample["predicted_majority_rate"])] for sample in samples]
 
 
 def label_word_probs(lm: Any, requests: list[Instance]) -> list[list[float]]:

@@ -5,7 +5,7 @@ same columns. `memdec.tasks.domain_metrics` has the metrics. `harness_tasks/doma
 sources and the differences from AdaptLLM's own code.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from memdec.errors import CorpusError
 from memdec.tasks import domain_metrics, rows, task
 from memdec.tasks.rows import HubRows, Rows
+from memdec.tasks.task import RowsTask
 from memdec.text.reading import shown
 
 HEADLINE_QUESTIONS = 9
@@ -177,6 +178,19 @@ def _completed(train: Rows, shots: int) -> list[str]:
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+class ChoiceTask(RowsTask):
+    """lm-eval task of rows with options, one of which is predicted."""
+
+    def predictions(self, samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+        """The options and what `acc` predicts; where rows have different options, their places ("option 1")."""
+        chosen = [_predictions(sample["doc"], sample["filtered_resps"])[0] for sample in samples]
+        options = [sample["doc"].get("options") or sample["doc"]["input_options"] for sample in samples]
+        if all(sorted(each) == sorted(options[0]) for each in options):
+            return options[0], [each[number] for each, number in zip(options, chosen, strict=True)]
+        places = [f"option {number + 1}" for number in range(max(map(len, options)))]
+        return places, [places[number] for number in chosen]
 
 
 def token_mean_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from memdec.artefacts import artefact
-from memdec.errors import ConfigError, CorpusError, reason
+from memdec.errors import ConfigError, CorpusError, RowsMissingError, reason
 from memdec.settings import SPLITS
 from memdec.tasks import rows, task
 from memdec.tasks.rows import HubRows, Rows
@@ -63,7 +63,10 @@ def load_wikitext(**metadata: Any) -> dict[str, Rows]:
         lines, source = _lines(file), str(file)
     else:
         hub = WIKITEXT[split]
-        lines, source = list(rows.hub_rows(hub)["text"]), str(hub)
+        try:
+            lines, source = list(rows.hub_rows(hub)["text"]), str(hub)
+        except CorpusError as error:
+            raise RowsMissingError(str(error), rows.folder_of(WIKITEXT_FOLDER)) from None
     rows.log.info("memdec_wikitext: %d lines of %s", len(lines), source)
     return _one_row("".join(lines), task.tokenizer(metadata), source=source)
 

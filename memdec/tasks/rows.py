@@ -8,18 +8,18 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 
 from memdec.artefacts import artefact
-from memdec.errors import CorpusError, outside, reason
+from memdec.errors import CorpusError, RowsMissingError, outside, reason
 from memdec.text import reading
 from memdec.text.reading import shown
 
@@ -117,7 +117,8 @@ def load(task: str, file: str, hub: HubRows | None = None, *, adapt: Callable[[A
         adapt: Converts a row of the Hub to the columns of the file (`Dataset.map`); other columns stay.
 
     Raises:
-        CorpusError: Both are missing, the file is not in JSON lines format, or there are no rows.
+        RowsMissingError: Both are missing.
+        CorpusError: The file is not in JSON lines format, or there are no rows.
     """
     path = local_file(file)
     if path is not None:
@@ -127,19 +128,39 @@ def load(task: str, file: str, hub: HubRows | None = None, *, adapt: Callable[[A
             hub = pinned(hub)
             found = hub_rows(hub)
         except CorpusError as error:
-            raise CorpusError(
-                f"{task}: expected rows in MEMDEC_DATA/{file} or on the Hub, found neither; {error}"
+            raise RowsMissingError(
+                f"{task}: expected rows in MEMDEC_DATA/{file} or on the Hub, found neither; {error}", folder_of(file)
             ) from None
         rows = Rows(found.map(adapt, desc=task) if adapt is not None else found, str(hub))
     else:
-        raise CorpusError(
+        raise RowsMissingError(
             f"{task}: expected rows in MEMDEC_DATA/{file}, found no such file; set MEMDEC_DATA to a folder that has it "
-            "(harness_tasks/README.md says where it comes from)"
+            "(harness_tasks/README.md says where it comes from)",
+            folder_of(file),
         )
     if not len(rows.rows):
         raise CorpusError(f"{task}: expected rows in {rows.source}, found none; get the file again")
     log.info("%s: %d rows of %s", task, len(rows.rows), rows.source)
     return rows
+
+
+def folder_of(file: str) -> str:
+    """The first folder of a file under MEMDEC_DATA, which is its name in `memdec data fetch --task`."""
+    return file.partition("/")[0]
+
+
+@contextmanager
+def without_hub() -> Iterator[None]:
+    """Use only what the Hub's cache has, as HF_HUB_OFFLINE=1 does.
+
+    Where the Hub cannot be reached, its clients try for 23 seconds, for every data set again.
+    """
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _read(path: Path) -> datasets.Dataset:

@@ -127,6 +127,14 @@ class RowsTask(ConfigurableTask):
         for request in self.instances:
             request.declared = says
 
+    def predictions(self, samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]] | None:
+        """All labels of a classification task, and the predicted label of each row; None for other tasks.
+
+        Args:
+            samples: Rows as lm-eval logs them, with `doc`, `filtered_resps` and the metrics of each.
+        """
+        return None
+
     def dump_config(self) -> dict[str, Any]:
         """The config as lm-eval writes it, with demonstrations inside the rows counted in `num_fewshot`."""
         config: dict[str, Any] = super().dump_config()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memdec.errors import CorpusError
+from memdec.errors import CorpusError, RowsMissingError
 from memdec.tasks import rows
 from memdec.text import reading
 
@@ -59,9 +59,10 @@ def read_verbalizer(metadata: Mapping[str, Any]) -> list[list[str]]:
     name = str(metadata["verbalizer"])
     path = rows.local_file(f"verbalizers/{name}.json")
     if path is None:
-        raise CorpusError(
+        raise RowsMissingError(
             f"verbalizer {name}: expected MEMDEC_DATA/verbalizers/{name}.json, found no such file; run `memdec data fetch "
-            "--task verbalizers`"
+            "--task verbalizers`",
+            "verbalizers",
         )
     words = read_words(path)
     found = fingerprint(words)

@@ -6,6 +6,7 @@ file per split (columns `text`, `source`).
 """
 
 import ast
+import gc
 import glob
 import gzip
 import hashlib
@@ -191,13 +192,24 @@ def _docstring_documents(spec: DocstringCorpus) -> Iterator[Document]:
         try:
             with warnings.catch_warnings():  # such as invalid escapes in the packages' source
                 warnings.simplefilter("ignore")
-                tree = ast.parse(file.read_bytes())
+                tree = _parsed(file.read_bytes())
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue  # templates, files for other Python versions, and tests of deep nesting
         for line, text in sorted(_documentation(tree, file.stem)):
             text = _clean(text)
             if len(text) >= spec.min_chars:
                 yield Document(text, unit, f"{unit}:{line}")
+
+
+def _parsed(source: bytes) -> ast.Module:
+    """A syntax tree. Meanwhile no garbage is collected: a tree has no cycles, and looking for some takes a third of it."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(source)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _package_files(name: str) -> list[tuple[Path, Path]]:
@@ -216,17 +228,25 @@ def _package_files(name: str) -> list[tuple[Path, Path]]:
     return [(root, file) for file in sorted(files)]
 
 
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_STATEMENTS = ("body", "orelse", "finalbody", "handlers", "cases")  # fields of a node that hold statements
+
+
 def _documentation(tree: ast.Module, stem: str) -> list[tuple[int, str]]:
     """(line, text) of a module's docstrings, or of all strings in documentation modules (`_torch_docs`, `topics`)."""
     if stem.endswith("_docs") or stem == "topics":
         strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
         return [(node.lineno, str(node.value)) for node in strings]
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    found, todo = [], [tree]
+    while todo:
+        node: Any = todo.pop()
+        if isinstance(node, _DOCUMENTED):
             text = ast.get_docstring(node, clean=False)
             if text is not None:
                 found.append((getattr(node, "lineno", 0), text))
+        # No definition is inside of an expression, and most nodes are expressions.
+        for part in _STATEMENTS:
+            todo += getattr(node, part, ())
     return found
 
 

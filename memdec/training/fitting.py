@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from memdec.artefacts import devices
 from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, NumericsError
-from memdec.maths import mixing, objectives, statistics
+from memdec.maths import objectives, statistics, weighing
 from memdec.maths.losses import IGNORED, fused_loss, token_log_probs
 from memdec.models import flops, loading
 from memdec.settings import AUTO, Compute, MemorySettings, TrainSettings
@@ -171,8 +171,8 @@ class LossTrainer(Trainer):
         found = {"loss": -float(log_p.mean()), "perplexity": statistics.perplexity(log_p)}
         mixed = []
         for name, base in self.base_scores.items():
-            sweep = mixing.perplexities(base, log_p, self.alphas)
-            best = mixing.best_weight(sweep)
+            sweep = weighing.perplexities(base, log_p, self.alphas)
+            best = weighing.best_weight(sweep)
             found |= {f"alpha_{name}": best, f"mixed_{name}": sweep[best]}
             mixed.append(math.log(sweep[best]))
         return found | {"score": sum(mixed) / len(mixed) if mixed else found["loss"]}
@@ -342,6 +342,7 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
         if "eval_loss" in entry
     ]
     evaluations.append({**final, "step": trainer.state.best_global_step if settings.keep_best else done})
+    losses = [{"loss": entry["loss"], "step": entry["step"]} for entry in trainer.state.log_history if "loss" in entry]
     facts: dict[str, Any] = {
         "train_loss": result.training_loss,
         "valid_perplexity": final["perplexity"],
@@ -351,6 +352,7 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
         "trained_tokens": round(len(train.stream) * done / rounds),
         "flops": cost * done,
         "flops_ceiling": task.ceiling,
+        "losses": losses,  # each is the mean since the one before
         "evaluations": [dict(sorted(entry.items())) for entry in evaluations],  # the log in a checkpoint is sorted
     }
     return facts, trainer

@@ -182,7 +182,7 @@ def write_results(world: Path) -> None:
         record | {"method": "base", "memory": None, "value": 41.5, "alpha": None},
         record | {"method": "MemDec", "memory": "memdec", "value": 37.25, "alpha": 0.6},
     ]
-    with artefact.building(world / "evaluation", "evaluation", {"memory": "memdec"}, {}) as build:
+    with artefact.building(world / "evaluation", "evaluation", {"memory": "memdec", "system": "MemDec"}, {}) as build:
         if build is not None:
             artefact.write_json(world / "evaluation" / "records.json", records)
             build.facts.update(corpora_sha256={"corpus": "ab"})

@@ -188,7 +188,7 @@ def stages(home: Path) -> dict[str, list[str]]:
         "adapt-vocab": ["adapt-vocab", "--memory", made("train"), "--tokenizer", made("other-tokenizer"), "--seed", "0"],
         "evaluate": [
             "evaluate", "--base", made("model"), "--corpus", made("corpus"), *windows, "--memory", made("train"),
-            "--lora", made("lora"), "--resamples", "20",
+            "--resamples", "20",
         ],
     }  # fmt: skip
 

@@ -562,8 +562,9 @@ def test_rules_declare_manifests_only() -> None:
     outputs = re.findall(r"\n    output:\n((?:        .*\n)+)", text)
     assert len(outputs) > 15
     files = {file for block in outputs for file in re.findall(r"[\w{}]+\.\w+(?=\")", block)}
-    tables = {"{table}.csv", "{table}.md", "{table}.tex", "provenance.json", "table.rst"}
-    assert files == {"manifest.json", "config.json"} | tables
+    tables = {"{table}.csv", "cells.csv", "items.npz", "{table}.md", "{table}.tex", "provenance.json", "table.rst"}
+    figures = {"{figure}.csv", "{figure}.svg", "{figure}.png"}
+    assert files == {"manifest.json", "claims.csv", "report.html"} | tables | figures
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -224,7 +224,7 @@ def test_json_where_a_program_may_read_it(tmp_path: Path, capsys: pytest.Capture
     code, out, err = run_memdec(capsys, "validate", str(tmp_path / "a.yaml"), "--json")
     assert (code, json.loads(out)["valid"], err.count("\n")) == (2, False, 1)
     table, base = folder / "table3.csv", tmp_path / "base.json"
-    code, _, err = run_memdec(capsys, "check", str(table), "--baseline", str(base), "--write")
+    code, _, err = run_memdec(capsys, "check", str(table), "--baseline", str(base), "--update", "--reason", "first")
     assert code == 0, err
     assert f"wrote {base}. Next: memdec check" in err
     code, out, _ = run_memdec(capsys, "check", str(table), "--baseline", str(base), "--json")
@@ -291,7 +291,7 @@ def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
     ("text", "n_problems"),
     [
         ("snakemake --cores all --configfile my.yaml results/table3.csv", 1),
-        ("snakemake --configfiles config/mini.yaml config/table1.yaml results/table1.csv results/memories.csv", 2),
+        ("snakemake --configfiles config/mini.yaml config/gpu-tiny.yaml results/table1.csv results/memories.csv", 2),
         ("snakemake --cores all --configfile config/mini.yaml -- results/table3.csv", 0),
         ("snakemake results/table3.csv --configfile config/mini.yaml", 0),
         ("snakemake --configfile config/mini.yaml --cores 8 results/table3.csv", 0),

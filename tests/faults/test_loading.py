@@ -678,8 +678,9 @@ def test_a_plain_folder_is_taken_where_a_model_folder_is(
     assert store.forward.model_folder == base.resolve()
     teacher.run(base, token_folder, tmp_path / "teacher", TeacherSettings(top=4), **window)
     settings = EvaluateSettings(alphas=[0.5], resamples=10)
-    evaluate.run(base, corpus_folder, tmp_path / "e", settings, seed=0, memory=small, lora=tmp_path / "lora", **window)
-    ours = evaluate_records(tmp_path / "e")
+    for name, part in (("e", {"memory": small}), ("l", {"lora": tmp_path / "lora"})):
+        evaluate.run(base, corpus_folder, tmp_path / name, settings, seed=0, **part, **window)
+    ours = evaluate_records(tmp_path / "e") | evaluate_records(tmp_path / "l")
     artefacts = base_folder, corpus_folder, tmp_path / "theirs", settings
     evaluate.run(*artefacts, seed=0, memory=small_folder, **window)
     theirs = evaluate_records(tmp_path / "theirs")

@@ -23,11 +23,12 @@ from memdec.errors import IncomparableError
 from memdec.harness import alphas
 from memdec.harness.models import MemDecInterp
 from memdec.inference.token_reports import Guess, Prediction, TokenReport
-from memdec.maths import mixing, statistics
+from memdec.maths import statistics, weighing
 from memdec.maths.windows import windows
 from memdec.models import cards
 from memdec.results import catalogue, compare, evaluate, explain, latency, sweep, tables
 from memdec.results.latency import Entry, Timings
+from memdec.results.sheet import Sheet
 from memdec.settings import EvaluateSettings, LatencySettings
 from memdec.tasks.task import Declared
 from memdec.text import corpora
@@ -164,7 +165,7 @@ def test_no_count_of_any_task_has_an_arrow() -> None:
 def test_a_weight_at_the_end_of_its_grid(
     chosen: float, candidates: list[float], limits: tuple[float, float], said: str | None
 ) -> None:
-    assert mixing.at_end("w", chosen, candidates, limits) == said
+    assert weighing.at_end("w", chosen, candidates, limits) == said
 
 
 def ends(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -200,7 +201,7 @@ def test_alpha_tuned_by_task_warns_of_it(monkeypatch: pytest.MonkeyPatch, caplog
 
 def test_the_note_of_a_table_names_weights_at_the_end() -> None:
     rows = [record("gpt2-S", "base", 90.0), record("gpt2-S", "MemDec", 60.0, alpha=0.9)]
-    note = tables.note(catalogue.table3(REDUCED), pd.DataFrame(rows))
+    note = tables.note(Sheet(catalogue.table3(REDUCED), rows))
     assert "Alpha tuned on valid (chosen: 0.9). Alpha 0.9 is at the end of the grid." in note
 
 
@@ -284,12 +285,12 @@ def test_decimal_points_of_a_comparison_stand_below_each_other() -> None:
 
 
 def test_one_column_has_no_average() -> None:
-    records = pd.DataFrame([record("gpt2-S", "base", 90.0), record("gpt2-S", "MemDec", 60.0)])
+    records = [record("gpt2-S", "base", 90.0), record("gpt2-S", "MemDec", 60.0)]
     for table in (catalogue.table3(REDUCED), catalogue.memories(REDUCED)):
-        assert "Avg" not in tables.grid(table, records).header
-        assert "Avg" not in tables.pivot(table, records).columns
+        assert "Avg" not in tables.grid(Sheet(table, records)).header
+        assert "Avg" not in tables.wide(Sheet(table, records)).columns
     both = catalogue.table1(REDUCED)  # a column per model, and there are two
-    assert tables.grid(both, records).header[-1] == "Avg"
+    assert tables.grid(Sheet(both, records)).header[-1] == "Avg"
 
 
 NAMES = [

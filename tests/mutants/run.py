@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-COPIED = ("memdec", "memdec_hook.py", "harness_tasks", "tests", "config", "workflow", "pyproject.toml")
+COPIED = ("memdec", "memdec_hook.py", "harness_tasks", "tests", "config", "workflow", "results", "pyproject.toml")
 KILLER = "Killed-by: "
 AT_ONCE = 2
 _OUTCOMES = {

@@ -9,17 +9,21 @@ import numpy as np
 import pytest
 import torch
 from making import CONTEXT, made_text, plain_scores
+from transformers import AutoModelForCausalLM
 
 from memdec.artefacts import artefact
 from memdec.datastore import index, passages, targets
 from memdec.datastore import keys as datastore
 from memdec.errors import ArtifactError, ConfigError
 from memdec.inference.systems import SYSTEMS, Parts
-from memdec.maths import mixing, statistics
+from memdec.maths import statistics, weighing
 from memdec.maths.windows import windows
+from memdec.models import loading
 from memdec.results import evaluate
+from memdec.results.scores import token_scores
 from memdec.settings import (
     FORGETTING,
+    SPLITS,
     DatastoreSettings,
     EvaluateSettings,
     FileCorpus,
@@ -85,8 +89,10 @@ def test_knn_lm_and_dapt_equal_plain_loops(
     home: Path, base_folder: Path, dapt_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
 ) -> None:
     keys = {"datastore": [home / "store"], "index": home / "index"}
-    found = records_of(tmp_path / "e", base_folder, corpus_folder, dapt=dapt_folder, **keys)
-    base, knn_lm, dapt = found
+    (base,) = records_of(tmp_path / "base", base_folder, corpus_folder)
+    (dapt,) = records_of(tmp_path / "dapt", base_folder, corpus_folder, dapt=dapt_folder)
+    (knn_lm,) = records_of(tmp_path / "knn", base_folder, corpus_folder, **keys)
+    found = [base, knn_lm, dapt]
     assert [record["method"] for record in found] == ["base", "kNN-LM", "DAPT"]
     assert [record["memory"] for record in found] == [None, None, None]
     for record, folder in ((base, base_folder), (dapt, dapt_folder)):
@@ -109,6 +115,12 @@ def test_knn_lm_and_dapt_equal_plain_loops(
     assert knn_lm["value"] == pytest.approx(test, rel=1e-4)
     assert knn_lm["low"] < knn_lm["value"] < knn_lm["high"]
     assert knn_lm["n"] == base["n"]
+    stored, _ = token_scores(tmp_path / "knn")
+    assert statistics.perplexity(stored.log_p(best)) == knn_lm["value"]
+    assert np.array_equal(stored.base, token_scores(tmp_path / "base")[0].base)
+    results = json.loads((tmp_path / "knn" / "results_kNN-LM_test.json").read_text())
+    assert results["results"]["memdec_ppl"]["token_perplexity,none"] == pytest.approx(knn_lm["value"], rel=1e-12)
+    assert (results["config"]["temperature"], results["config"]["lambda"]) == (tau, best)
 
 
 def test_intervals_resample_whole_windows(
@@ -126,7 +138,7 @@ def test_intervals_resample_whole_windows(
 def test_in_context_rag_is_the_model_of_that_name(
     home: Path, base_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
 ) -> None:
-    base, rag = records_of(tmp_path / "e", base_folder, corpus_folder, passages=home / "passages")
+    (rag,) = records_of(tmp_path / "e", base_folder, corpus_folder, passages=home / "passages")
     settings = RetrievalSettings(query=SETTINGS.query, every=SETTINGS.every)
     parts = Parts(base=base_folder, passages=home / "passages", retrieval=settings)
     model = SYSTEMS["In-Context RAG"].build(parts)
@@ -140,8 +152,12 @@ def test_in_context_rag_is_the_model_of_that_name(
         rows = model(input_ids=ids[None], logits_to_keep=part.n_scored).logits[0]
         total += float(rows.gather(-1, torch.tensor(stream[part.first : part.end])[:, None]).sum())
     assert rag["value"] == pytest.approx(math.exp(-total / len(stream)), rel=1e-4)
-    assert (rag["method"], rag["alpha"], rag["n"]) == ("In-Context RAG", None, base["n"])
-    assert rag["value"] != base["value"]
+    assert (rag["method"], rag["alpha"], rag["n"]) == ("In-Context RAG", None, len(stream))
+    assert rag["value"] != pytest.approx(math.exp(-plain(base_folder, token_folder, "test").mean()), rel=1e-3)
+    scores, stride = token_scores(tmp_path / "e")
+    assert (scores.memory, stride) == (None, CONTEXT // 2)
+    with pytest.raises(ArtifactError, match="expected scores of valid, found test; run memdec evaluate again"):
+        token_scores(tmp_path / "e", "valid")
 
 
 @pytest.mark.slow
@@ -157,7 +173,7 @@ def test_a_dapt_model_is_mixed_in_as_a_memory_is(
     best = {}
     for split in ("valid", "test"):
         ours, theirs = (plain(folder, token_folder, split) for folder in (small_folder, dapt_folder))
-        sweep = {w: statistics.perplexity(mixing.mix_scores(ours, theirs, w)) for w in SETTINGS.alphas}
+        sweep = {w: statistics.perplexity(weighing.mix_scores(ours, theirs, w)) for w in SETTINGS.alphas}
         best[split] = min(sweep, key=sweep.__getitem__)
         if split == "valid":
             assert {float(w): p for w, p in mixed["valid_sweep"].items()} == pytest.approx(sweep, rel=1e-5)
@@ -166,17 +182,17 @@ def test_a_dapt_model_is_mixed_in_as_a_memory_is(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_general_text_is_measured_at_the_weights_of_the_domain(
     base_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text(made_text(80, 6).upper())
     general = tmp_path / "novels"
     corpora.run(FileCorpus(source="files", path=str(tmp_path / "text.txt"), min_bytes=200), general)
-    what = {"memory": dapt_folder, "name": "dapt", "dapt": dapt_folder}
+    what: dict[str, Any] = {"memory": dapt_folder, "name": "dapt"}
     found = records_of(tmp_path / "e", base_folder, corpus_folder, also=[general], **what)
+    records_of(tmp_path / "d", base_folder, corpus_folder, also=[general], dapt=dapt_folder)
     assert {record["on"] for record in found} == {corpus_folder.name}
-    forgotten = json.loads((tmp_path / "e" / FORGETTING).read_text())
+    forgotten = [each for at in "ed" for each in json.loads((tmp_path / at / FORGETTING).read_text())]
     assert [(record["method"], record["on"]) for record in forgotten] == [
         (method, "novels") for method in ("base", "MemDec", "DAPT")
     ]
@@ -194,6 +210,107 @@ def test_general_text_is_measured_at_the_weights_of_the_domain(
     alone = records_of(tmp_path / "alone", base_folder, corpus_folder, **what)
     assert alone == found
     assert not (tmp_path / "alone" / FORGETTING).exists()
+    records_of(tmp_path / "base", base_folder, corpus_folder, also=[general])
+    given = records_of(
+        tmp_path / "given", base_folder, corpus_folder, also=[general], base_evaluation=tmp_path / "base", **what
+    )
+    assert given == found
+    assert json.loads((tmp_path / "given" / FORGETTING).read_text()) == forgotten[:2]
+    assert np.array_equal(
+        token_scores(tmp_path / "given", on="novels")[0].log_p(alpha),
+        token_scores(tmp_path / "e", on="novels")[0].log_p(alpha),
+    )
+    records_of(tmp_path / "short", base_folder, corpus_folder)
+    what["base_evaluation"] = tmp_path / "short"
+    with pytest.raises(ArtifactError, match="found another also novels; run memdec evaluate without --memory"):
+        records_of(tmp_path / "x", base_folder, corpus_folder, also=[general], **what)
+
+
+def test_the_scores_of_a_base_serve_its_memories(
+    small_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what: dict[str, Any] = {"memory": dapt_folder, "name": "dapt"}
+    both = records_of(tmp_path / "both", small_folder, corpus_folder, **what)
+    alone = records_of(tmp_path / "alone", small_folder, corpus_folder)
+    results = json.loads((tmp_path / "both" / "results_MemDec_test.json").read_text())
+    assert results["results"]["memdec_ppl"]["token_perplexity,none"] == pytest.approx(both[1]["value"], rel=1e-12)
+    assert results["config"]["alpha"] == both[1]["alpha"]
+    loaded = []
+    monkeypatch.setattr(
+        loading, "load", lambda name, load=loading.load, **how: loaded.append(name) or load(name, **how)
+    )
+    monkeypatch.setattr(evaluate._Session, "_model", None)  # no model of lm-eval
+    given = records_of(tmp_path / "given", small_folder, corpus_folder, base_evaluation=tmp_path / "alone", **what)
+    assert loaded == [str(dapt_folder)]
+    assert given == both
+    assert given[:1] == alone
+    for split in SPLITS[1:]:
+        scores, stride = token_scores(tmp_path / "given", split)
+        theirs, _ = token_scores(tmp_path / "both", split)
+        assert np.array_equal(scores.base, theirs.base)
+        assert scores.memory is not None
+        assert theirs.memory is not None
+        assert np.array_equal(scores.memory, theirs.memory)
+    assert statistics.perplexity(scores.log_p(given[1]["alpha"])) == given[1]["value"]
+    assert statistics.bootstrap_perplexity(scores.base, stride, SETTINGS.resamples, 0) == (
+        alone[0]["low"],
+        alone[0]["high"],
+    )
+    for base, folder, differ in ((dapt_folder, "alone", "base"), (small_folder, "given", "system")):
+        with pytest.raises(
+            ArtifactError, match=f"{folder}: expected the evaluation of the base alone .* another {differ};"
+        ):
+            records_of(tmp_path / "x", base, corpus_folder, base_evaluation=tmp_path / folder, **what)
+
+
+def test_a_memory_with_more_rows_than_the_base_is_normalised_over_those_of_the_base(
+    base_folder: Path, small_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    """Families pad their heads; rows that the base lacks have probability, which the mixture gives to the others."""
+    padded = tmp_path / "padded"
+    model = AutoModelForCausalLM.from_pretrained(small_folder)
+    model.resize_token_embeddings(330, mean_resizing=False)
+    model.save_pretrained(padded)
+    tokens.load_tokenizer(str(small_folder)).save_pretrained(padded)
+    records_of(tmp_path / "base", base_folder, corpus_folder)
+    records_of(tmp_path / "e", base_folder, corpus_folder, memory=padded, base_evaluation=tmp_path / "base")
+    found, _ = token_scores(tmp_path / "e")
+    records_of(tmp_path / "small", base_folder, corpus_folder, memory=small_folder, base_evaluation=tmp_path / "base")
+    expected, _ = token_scores(tmp_path / "small")
+    assert found.memory is not None
+    np.testing.assert_allclose(found.memory, expected.memory, atol=1e-6)
+    records_of(tmp_path / "alone", padded, corpus_folder)
+    assert np.abs(token_scores(tmp_path / "alone")[0].base - found.memory).max() > 0.01
+
+
+def test_one_system_is_evaluated_at_a_time(
+    home: Path, base_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    what: dict[str, Any] = {"dapt": dapt_folder, "passages": home / "passages"}
+    with pytest.raises(ConfigError, match="expected the parts of one system, found those of In-Context RAG, DAPT; "):
+        records_of(tmp_path / "e", base_folder, corpus_folder, **what)
+    with pytest.raises(ConfigError, match="expected --memory beside --base-evaluation, found the system DAPT"):
+        records_of(tmp_path / "e", base_folder, corpus_folder, dapt=dapt_folder, base_evaluation=tmp_path / "b")
+
+
+def test_a_memory_of_another_domain_is_a_control_that_must_be_asked_for(
+    small_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(made_text(250, 5))
+    other = tmp_path / "other"
+    corpora.run(FileCorpus(source="files", path=str(tmp_path / "text.txt"), min_bytes=200), other)
+    with pytest.raises(ArtifactError, match=r"dapt: expected model made from .*other, found one from other text"):
+        records_of(tmp_path / "a", small_folder, other, memory=dapt_folder)
+    with pytest.raises(
+        ArtifactError, match=r"expected with --control a model of another corpus than .*, found one of this"
+    ):
+        records_of(tmp_path / "b", small_folder, corpus_folder, memory=dapt_folder, control=True)
+    with pytest.raises(ConfigError, match="expected with --control a memory that `memdec train` made, found None"):
+        records_of(tmp_path / "c", small_folder, corpus_folder, control=True)
+    base, mixed = records_of(tmp_path / "d", small_folder, other, memory=dapt_folder, name="other", control=True)
+    assert (mixed["memory"], mixed["control"]) == ("other", "other domain")
+    assert "control" not in base
+    assert artefact.read(tmp_path / "d", "evaluation").settings["control"] == "other domain"
 
 
 def test_other_text_is_refused(

@@ -20,7 +20,7 @@ from memdec.datastore import index, targets
 from memdec.datastore import keys as datastore
 from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError
-from memdec.maths import mixing, objectives
+from memdec.maths import objectives, weighing
 from memdec.models import flops, loading
 from memdec.settings import (
     AUTO,
@@ -328,11 +328,16 @@ def test_evaluations_sweep_alpha_and_the_best_is_kept(
                 logits = model(torch.from_numpy(item["inputs"])[None]).logits[0].log_softmax(-1)
             log_p += [float(logits[t, y]) for t, y in enumerate(item["labels"]) if y != -100]
         scores.append(np.array(log_p))
-    sweep = {a: math.exp(-mixing.mix_scores(*scores, a).mean()) for a in (0.25, 0.5, 1.0)}
+    sweep = {a: math.exp(-weighing.mix_scores(*scores, a).mean()) for a in (0.25, 0.5, 1.0)}
     alpha = min(sweep, key=sweep.__getitem__)
     assert steps[-1]["alpha_base"] == alpha
     assert steps[-1]["mixed_base"] == pytest.approx(sweep[alpha], rel=1e-5)
     assert steps[-1]["perplexity"] == pytest.approx(sweep[1.0], rel=1e-5) == facts["valid_perplexity"]
+    # The losses of the training are means over the updates since the one before, so together they are its mean loss.
+    begins = [0, *(entry["step"] for entry in facts["losses"])]
+    sums = [entry["loss"] * (entry["step"] - begin) for begin, entry in zip(begins, facts["losses"], strict=False)]
+    assert begins[-1] == facts["updates"]
+    assert math.fsum(sums) / facts["updates"] == pytest.approx(facts["train_loss"], rel=1e-6)
 
 
 def test_training_stops_when_nothing_gets_better(trained: Train, tmp_path: Path) -> None:
@@ -368,7 +373,7 @@ def test_a_killed_training_that_stops_early_resumes_to_the_same_weights(
     (tmp_path / "killed" / "work" / "checkpoint-99999").mkdir()
     resumed = trained("killed", evaluate_every=0.25, **changes)
     assert farthest(straight, resumed) == 0
-    assert artefact.read(tmp_path / "killed", "memory").facts["updates"] == facts["updates"]
+    assert artefact.read(tmp_path / "killed", "memory").facts == facts
 
 
 def test_resuming_with_other_settings_names_what_changed(

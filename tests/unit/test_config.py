@@ -38,7 +38,7 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"domains": ["torhc"]}, "domains: expected one of general, pandas, sklearn, torch, found torhc"),
+        ({"domains": ["torhc"]}, r"domains: expected one of general, pandas, .*torch, found torhc"),
         ({"key_model": "x"}, "key_model: expected one of"),
         ({"stride": 500}, r"stride: expected at most context \(128\), found 500"),
         ({"corpora": {"a": {"source": "files"}}}, "either 'path' .* or 'paths'"),
@@ -55,12 +55,33 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
         ({"index": {"kind": "exact", "opq": True}}, "index.opq: expected false with index.kind exact, found true"),
         ({"index": {"seed": -1}}, "index.seed: .* found -1"),
         ({"targets": {"temperature": float("inf")}}, "targets.temperature: .* finite number, found inf"),
+        (
+            {"memories": {"other": {"other_domain": True, "dapt": True}}},
+            "expected only models beside other_domain true, found dapt|expected only memory_model and models beside dapt",
+        ),
+        (
+            {"memories": {"other": {"other_domain": True}, "moved": {"adapt": "other", "key_model": "qwen2-M"}}},
+            "moved.adapt: expected a memory that is trained, found other with other_domain true",
+        ),
         ({"evaluate": {"alphas": [1.5]}}, "alphas.0: .* found 1.5"),
     ],
 )
 def test_messages(tmp_path: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cfg.load(changed(tmp_path, **change))
+
+
+def test_the_control_of_a_domain_is_the_default_memory_of_the_next(tmp_path: Path) -> None:
+    config = cfg.load(changed(tmp_path, memories={"other": {"other_domain": True}}, studies={}))
+    assert [config.next_domain(domain) for domain in ("torch", "pandas", "sklearn")] == ["pandas", "sklearn", "torch"]
+    other, own = config.variant("other"), config.variant("memdec")
+    assert (other.trained, own.trained) == (False, True)
+    assert other.models == own.models == config.bases
+    alone = cfg.load(changed(tmp_path, memories={"other": {"other_domain": True}}, domains=["torch"]))
+    assert alone.variant("other").models == []  # no other domain, no control
+    memory = config.memory_for("gpt2-L")
+    assert memory is not None
+    assert memory.name == "memdec"
 
 
 def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:

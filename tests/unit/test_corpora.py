@@ -1,5 +1,6 @@
 """Corpora: where text comes from, how it is split, and what is refused."""
 
+import ast
 import gzip
 import json
 import lzma
@@ -50,6 +51,52 @@ def test_docstrings_are_read_without_import_split_by_module_and_deduplicated(pac
     assert "fakepkg/m_docs.py" in units["train"] | units["valid"] | units["test"]
     corpora.run(spec, tmp_path / "b")
     assert artefact.read(tmp_path / "a", "corpus").facts == artefact.read(tmp_path / "b", "corpus").facts
+
+
+NESTED = """
+'''0'''
+if a:
+    def f(): "1"
+elif b:
+    class C:
+        "2"
+        async def g(self):
+            "3"
+            def inner(): "4"
+else:
+    with w:
+        def h(): "5"
+try:
+    def f(): "6"
+except E:
+    def f(): "7"
+except F:
+    for x in y:
+        def f(): "8"
+    else:
+        def f(): "9"
+else:
+    def f(): "10"
+finally:
+    while z:
+        def f(): "11"
+match m:
+    case 1:
+        def f(): "12"
+    case _:
+        class D: "13"
+"""
+
+
+def test_docstrings_are_found_wherever_a_definition_may_stand() -> None:
+    found = corpora._documentation(ast.parse(NESTED), "module")
+    assert sorted(int(text) for _, text in found) == list(range(14))
+    for path in sorted(Path(corpora.__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_bytes())
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+        expected = [text for node in nodes if (text := ast.get_docstring(node, clean=False)) is not None]
+        assert sorted(text for _, text in corpora._documentation(tree, path.stem)) == sorted(expected)
 
 
 def test_formats_give_the_same_documents(tmp_path: Path) -> None:

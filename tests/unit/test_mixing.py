@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdec.errors import ConfigError, NumericsError
-from memdec.maths import mixing
+from memdec.maths import mixing, weighing
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -26,7 +26,7 @@ def test_fault_24_bf16_scores_are_mixed_in_float32(alpha: float) -> None:
 def test_stored_scores_mix_as_live_ones(alpha: float, pairs: list[tuple[float, float]]) -> None:
     base, memory = np.array(pairs, np.float32).T
     live = mixing.mix(torch.from_numpy(base.copy()), [torch.from_numpy(memory.copy())], [alpha])
-    stored = mixing.mix_scores(base, memory, alpha)
+    stored = weighing.mix_scores(base, memory, alpha)
     assert stored.dtype == np.float64
     np.testing.assert_allclose(live.numpy(), stored, rtol=1e-6, atol=2e-6)
     low, high = np.sort(np.stack([base, memory]).astype(np.float64), axis=0)  # in float32 the 1e-9 would round away
@@ -37,7 +37,7 @@ def test_stored_scores_mix_as_live_ones(alpha: float, pairs: list[tuple[float, f
 def test_both_models_ruling_a_token_out_leaves_it_out() -> None:
     never = torch.tensor([-math.inf])
     assert mixing.mix(never, [never], [0.5]).item() == -math.inf
-    assert mixing.mix_scores(never.numpy(), never.numpy(), 0.5).tolist() == [-math.inf]
+    assert weighing.mix_scores(never.numpy(), never.numpy(), 0.5).tolist() == [-math.inf]
 
 
 @pytest.mark.parametrize("alpha", [-1e-9, 1.0 + 1e-9, math.nan])
@@ -45,7 +45,7 @@ def test_every_way_of_mixing_refuses_a_weight_outside_0_to_1(alpha: float) -> No
     with pytest.raises(ConfigError, match="alpha"):
         mixing.mix(torch.zeros(1), [torch.zeros(1)], [alpha])
     with pytest.raises(ConfigError, match="alpha"):
-        mixing.mix_scores(np.zeros(1), np.zeros(1), alpha)
+        weighing.mix_scores(np.zeros(1), np.zeros(1), alpha)
 
 
 @pytest.mark.parametrize("row", [[math.inf, 0.0], [-math.inf, -math.inf]])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memdec.errors import ConfigError, NumericsError
-from memdec.maths import mixing, statistics
+from memdec.maths import mixing, statistics, weighing
 
 
 @given(st.floats(0, 1), st.integers(0, 1000))
@@ -20,7 +20,7 @@ def test_mixture_is_a_distribution_and_equals_plain_arithmetic(alpha: float, see
     plain = alpha * memory.exp() + (1 - alpha) * base.exp()
     assert torch.allclose(mixed.exp(), plain, atol=1e-12)
     assert torch.allclose(mixing.mix(base.float(), [memory.float()], [alpha]).exp(), plain.float(), atol=1e-6)
-    stored = mixing.mix_scores(base[0].numpy(), memory[0].numpy(), alpha)
+    stored = weighing.mix_scores(base[0].numpy(), memory[0].numpy(), alpha)
     np.testing.assert_allclose(stored, plain[0].log().numpy(), atol=1e-9)
 
 
@@ -34,7 +34,7 @@ def test_ends_are_exact_even_where_the_other_model_is_minus_infinity() -> None:
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, "x", None, math.nan])
 def test_bad_alpha(alpha: object) -> None:
     with pytest.raises(ConfigError, match="alpha: expected a number from 0"):
-        mixing.check_weight(alpha)  # type: ignore[arg-type]
+        weighing.check_weight(alpha)  # type: ignore[arg-type]
 
 
 def test_fault_24_bf16_logits_are_normalised_in_float32() -> None:

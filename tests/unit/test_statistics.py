@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from memdec.maths import statistics
 
@@ -122,3 +123,19 @@ def test_an_interval_of_several_rows_is_that_of_each() -> None:
     assert low.shape == high.shape == (2, 3)
     alone = statistics.bootstrap(np.median, rows[1, 2], n_resamples=50, seed=4)
     assert (low[1, 2], high[1, 2]) == alone
+
+
+@pytest.mark.parametrize("n_arrays", [1, 2])
+def test_intervals_are_those_of_scipy_to_the_last_bit(n_arrays: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_HELD", 100)  # several batches
+    items = tuple(np.random.default_rng(1).exponential(size=(n_arrays, 31)))
+
+    def ratio(*arrays: np.ndarray, axis: int) -> np.ndarray:
+        return np.asarray(arrays[0].sum(axis) / arrays[-1].mean(axis))
+
+    ours = statistics.bootstrap(ratio, *items, n_resamples=77, seed=5)
+    theirs = stats.bootstrap(
+        items, ratio, n_resamples=77, vectorized=True, paired=n_arrays > 1, method="percentile",
+        rng=np.random.default_rng(5),
+    )  # fmt: skip
+    assert ours == statistics.percentiles(theirs.bootstrap_distribution, 0.95)

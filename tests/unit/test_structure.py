@@ -20,6 +20,7 @@ ORDER = [
     ["settings"],
     ["maths"],
     ["artefacts"],
+    ["references"],
     ["config"],
     ["text"],
     ["models", "tasks"],
@@ -127,6 +128,40 @@ def test_the_command_line_and_the_rules_load_no_model_library() -> None:
     code = "import sys, memdec.cli, memdec.results.catalogue; print({'torch', 'transformers', 'lm_eval'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.strip() == "set()"
+
+
+HEAVY = {
+    "torch",
+    "transformers",
+    "lm_eval",
+    "datasets",
+    "peft",
+    "accelerate",
+    "scipy",
+    "sklearn",
+    "pandas",
+    "faiss",
+    "numba",
+}
+
+
+@pytest.mark.parametrize(
+    ("modules", "needed"),
+    [
+        ("results.scores", set()),
+        ("results.tables", {"pandas"}),
+        ("text.corpora", set()),
+        ("text.tokens", set()),
+        ("datastore.passages", {"scipy", "numba"}),  # of bm25s
+        # lm-eval and what it brings are loaded for a whole system, not for a memory beside stored scores of its base
+        ("results.evaluate", {"torch", "transformers", "accelerate", "scipy", "pandas"}),
+    ],
+)
+def test_what_needs_no_model_starts_without_the_libraries_of_models(modules: str, needed: set[str]) -> None:
+    """Each start of a stage would pay seconds for them, and a table has dozens."""
+    code = f"import sys, memdec.cli, memdec.{modules}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert set(ast.literal_eval(run.stdout)) <= needed
 
 
 def test_nothing_unsafe_is_loaded() -> None:

@@ -1,4 +1,4 @@
-"""Tables from records, and the regression check on them."""
+"""Tables from records."""
 
 import io
 import json
@@ -10,8 +10,9 @@ import pytest
 
 from memdec import config as cfg
 from memdec.artefacts import artefact
-from memdec.errors import ArtifactError, ConfigError, IncomparableError
-from memdec.results import catalogue, regression, tables
+from memdec.errors import ArtifactError, ConfigError
+from memdec.results import catalogue, tables
+from memdec.results.sheet import Sheet
 from memdec.settings import parse
 
 CONFIG = cfg.load(Path(__file__).resolve().parents[2] / "tests" / "regression" / "reduced.yaml")
@@ -30,6 +31,7 @@ def record(model: str, method: str, value: float, seed: int = 0, **more: Any) ->
         "metric": "token_perplexity",
         "value": value,
         "on": more.get("domain", "sklearn"),
+        "task": None,
     }
     return (
         plain
@@ -52,17 +54,16 @@ def rows_of(text: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def records() -> pd.DataFrame:
-    values = [
+def records() -> list[dict[str, Any]]:
+    return [
         record("gpt2-S", "base", 90.0),
         record("gpt2-S", "MemDec", 60.0),
         record("gpt2-S", "MemDec", 62.0, seed=1, alpha=0.8),
     ]
-    return pd.DataFrame(values)
 
 
-def test_cells_are_means_over_seeds_and_gaps_state_their_reason(records: pd.DataFrame) -> None:
-    table = tables.pivot(TABLE3, records).set_index(["model", "method"])
+def test_cells_are_means_over_seeds_and_gaps_state_their_reason(records: list[dict[str, Any]]) -> None:
+    table = tables.wide(Sheet(TABLE3, records)).set_index(["model", "method"])
     row = table.loc["gpt2-S", "MemDec"]
     assert (row["sklearn"], row["sklearn_alpha"], row["seeds"], row["sklearn_n"]) == (
         61.0,
@@ -73,13 +74,13 @@ def test_cells_are_means_over_seeds_and_gaps_state_their_reason(records: pd.Data
     empty = table.loc["gpt2-M", "LoRA"]
     assert pd.isna(empty["sklearn"])
     assert empty["note"] == "not run: sklearn"
-    again = pd.read_csv(io.StringIO(tables.pivot(TABLE3, records).to_csv(index=False)))
+    again = pd.read_csv(io.StringIO(tables.wide(Sheet(TABLE3, records)).to_csv(index=False)))
     assert list(again["method"]) == ["base", "LoRA", "MemDec"] * 2
 
 
-def test_markdown_and_latex(records: pd.DataFrame) -> None:
-    shown = tables.grid(TABLE3, records)
-    rows, text = rows_of(tables.markdown(shown)), tables.note(TABLE3, records)
+def test_markdown_and_latex(records: list[dict[str, Any]]) -> None:
+    shown = tables.grid(Sheet(TABLE3, records))
+    rows, text = rows_of(tables.markdown(shown)), tables.note(Sheet(TABLE3, records))
     assert ["GPT-2", "gpt2-S", "MemDec", "**61.00**"] in rows
     assert ["GPT-2", "gpt2-S", "LoRA", "–"] in rows
     assert "chosen: 0.6, 0.8" in text
@@ -89,7 +90,7 @@ def test_markdown_and_latex(records: pd.DataFrame) -> None:
 def variants() -> cfg.Config:
     """Two memories beside the default one, of which one is for another tokenizer."""
     data = CONFIG.model_dump(mode="json", exclude_unset=True)
-    data["tokenizers"]["other"] = data["tokenizers"]["bpe1k"]
+    data["tokenizers"]["other"] = data["tokenizers"]["bpe2k"]
     data["models"]["n"] = {**data["models"]["gpt2-S"], "tokenizer": "other"}
     data["systems"] = ["base", "kNN-LM", "MemDec"]
     data["memories"] = {"kl": {"train": {"objective": "kl"}, "models": ["gpt2-S"]}}
@@ -99,18 +100,16 @@ def variants() -> cfg.Config:
 
 
 def test_all_memories_stand_beside_the_systems_with_their_spread() -> None:
-    records = pd.DataFrame(
-        [
-            record("gpt2-S", "base", 90.0),
-            record("gpt2-S", "base", 90.0, seed=1),
-            record("gpt2-S", "MemDec", 60.0),
-            record("gpt2-S", "MemDec", 62.0, seed=1),
-            record("gpt2-S", "MemDec", 50.0, memory="kl", alpha=0.9),
-            record("n", "MemDec", 70.0, memory="moved", n=77),
-        ]
-    )
+    records = [
+        record("gpt2-S", "base", 90.0),
+        record("gpt2-S", "base", 90.0, seed=1),
+        record("gpt2-S", "MemDec", 60.0),
+        record("gpt2-S", "MemDec", 62.0, seed=1),
+        record("gpt2-S", "MemDec", 50.0, memory="kl", alpha=0.9),
+        record("n", "MemDec", 70.0, memory="moved", n=77),
+    ]
     table = catalogue.memories(variants())
-    frame = tables.pivot(table, records)
+    frame = tables.wide(Sheet(table, records))
     named = ["MemDec: memdec", "MemDec: kl", "MemDec: moved"]
     assert list(zip(frame["model"], frame["system"], strict=True)) == [
         *[("gpt2-S", system) for system in ("base", "kNN-LM", *named[:2])],
@@ -124,29 +123,29 @@ def test_all_memories_stand_beside_the_systems_with_their_spread() -> None:
     assert (one["sklearn"], one["sklearn_alpha"], one["note"]) == (50.0, "0.9", "")
     assert pd.isna(one["sklearn_sd"])
     assert cells.loc["gpt2-S", "kNN-LM"]["note"] == "not run: sklearn"
-    rows, text = rows_of(tables.markdown(tables.grid(table, records))), tables.note(table, records)
+    rows, text = rows_of(tables.markdown(tables.grid(Sheet(table, records)))), tables.note(Sheet(table, records))
     assert ["GPT-2", "gpt2-S", "MemDec: kl", "**50.00**"] in rows
     assert ["GPT-2", "gpt2-S", "MemDec: memdec", "61.00"] in rows
-    assert "Test tokens: sklearn 77 or 100." in text
+    assert text.startswith(
+        "Test perplexity per token (lower is better), scale `reduced`, seed 0. Test tokens: sklearn 77 or 100."
+    )
 
 
 def test_table_1_has_a_row_per_method_and_a_column_per_model_of_one_domain() -> None:
     table = catalogue.table1(variants())
-    records = pd.DataFrame(
-        [
-            record("gpt2-S", "base", 90.0),
-            record("gpt2-M", "base", 80.0),
-            record("gpt2-S", "kNN-LM", 60.0),
-            record("gpt2-S", "MemDec", 50.0, memory="memdec"),
-            record("gpt2-S", "MemDec", 10.0, memory="kl"),
-            record("gpt2-M", "MemDec", 40.0, memory="memdec"),
-        ]
-    )
-    frame = tables.pivot(table, records).set_index("method")
+    records = [
+        record("gpt2-S", "base", 90.0),
+        record("gpt2-M", "base", 80.0),
+        record("gpt2-S", "kNN-LM", 60.0),
+        record("gpt2-S", "MemDec", 50.0, memory="memdec"),
+        record("gpt2-S", "MemDec", 10.0, memory="kl"),
+        record("gpt2-M", "MemDec", 40.0, memory="memdec"),
+    ]
+    frame = tables.wide(Sheet(table, records)).set_index("method")
     assert list(frame.index) == ["base", "kNN-LM", "MemDec"]
     assert frame.loc["MemDec", ["gpt2-S", "gpt2-M", "Avg"]].tolist() == [50.0, 40.0, 45.0]
     assert frame.loc["kNN-LM", "note"] == "not run: gpt2-M"
-    rows = rows_of(tables.markdown(tables.grid(table, records)))
+    rows = rows_of(tables.markdown(tables.grid(Sheet(table, records))))
     assert rows == [
         ["Method", "gpt2-S", "gpt2-M", "Avg"],
         ["base", "90.00", "80.00", "85.00"],
@@ -160,14 +159,12 @@ def test_what_is_forgotten_is_a_table_of_general_text(tmp_path: Path) -> None:
     config = parse(cfg.Config, data | {"forgetting": ["general"]}, "c")
     table = catalogue.forgetting(config)
     assert list(table.columns) == ["sklearn on general"]
-    records = pd.DataFrame(
-        [record("gpt2-S", method, value, on="general") for method, value in (("base", 20.0), ("MemDec", 25.0))]
-    )
-    head, first, *rows = rows_of(tables.markdown(tables.grid(table, records)))
+    records = [record("gpt2-S", method, value, on="general") for method, value in (("base", 20.0), ("MemDec", 25.0))]
+    head, first, *rows = rows_of(tables.markdown(tables.grid(Sheet(table, records))))
     assert head == ["Family", "Model", "System", "sklearn on general"]
     assert first == ["GPT-2", "gpt2-S", "base", "**20.00**"]
     assert ["GPT-2", "gpt2-S", "MemDec: memdec", "25.00"] in rows
-    assert tables.note(table, records).startswith("Test perplexity on general per token")
+    assert tables.note(Sheet(table, records)).startswith("Test perplexity on general per token")
     with pytest.raises(ConfigError, match=r"forgetting: expected one of .*, found nowhere"):
         parse(cfg.Config, data | {"forgetting": ["nowhere"]}, "c")
 
@@ -181,14 +178,14 @@ def test_other_tokenizers_have_a_table_of_their_own() -> None:
         {"model": "n", "method": "kNN-LM"},
         {"model": "n", "method": "MemDec", "memory": "moved"},
     ]
-    records = pd.DataFrame([record("n", "MemDec", 70.0, memory="moved"), record("n", "MemDec", 7.0, memory="kl")])
-    assert tables.pivot(second, records).set_index("method").loc["MemDec", "sklearn"] == 70.0
+    records = [record("n", "MemDec", 70.0, memory="moved"), record("n", "MemDec", 7.0, memory="kl")]
+    assert tables.wide(Sheet(second, records)).set_index("method").loc["MemDec", "sklearn"] == 70.0
     assert (catalogue.main_tables(config), catalogue.main_tables(CONFIG)) == (["table3", "table4"], ["table3"])
 
 
 def test_a_table_without_anything_to_show_says_what_it_lacks() -> None:
     for name, lack in (
-        ("table9", "expected one of table1, table3, table4, table6, memories, forgetting, found 'table9'"),
+        ("table20", r"expected one of table1, table2, .*, forgetting, found 'table20'; did you mean table2"),
         ("table4", "expected a base model with another tokenizer than the key model gpt2-M, found only gpt2-S, gpt2-M"),
         ("table6", "expected marked words in 'cases'"),
         ("forgetting", "expected general corpora in 'forgetting'"),
@@ -204,17 +201,17 @@ def test_a_table_without_anything_to_show_says_what_it_lacks() -> None:
 
 def test_a_table_is_made_from_the_evaluations_that_its_rows_name() -> None:
     config = variants()
+    assert config.systems == ["base", "kNN-LM", "MemDec"]
     parts = {name: [(part.model, part.name) for part in catalogue.table(config, name).parts] for name in TABLES}
-    systems = [(model, "systems") for model in ("gpt2-S", "gpt2-M", "n")]
-    assert parts["table3"] == parts["table1"] == [*systems[:2], ("gpt2-S", "memdec"), ("gpt2-M", "memdec")]
-    assert parts["table4"] == [systems[2], ("n", "moved")]
+    two = [(model, f"systems/{slug}") for slug in ("base", "knn-lm") for model in ("gpt2-S", "gpt2-M")]
+    assert parts["table3"] == parts["table1"] == [*two, ("gpt2-S", "memdec"), ("gpt2-M", "memdec")]
+    assert parts["table4"] == [("n", "systems/base"), ("n", "systems/knn-lm"), ("n", "moved")]
+    systems = [(model, f"systems/{slug}") for slug in ("base", "knn-lm") for model in ("gpt2-S", "gpt2-M", "n")]
     memories = [("gpt2-S", "memdec"), ("gpt2-M", "memdec"), ("gpt2-S", "kl"), ("n", "moved")]
     assert parts["memories"] == [*systems, *memories]
-    only = config.model_copy(update={"systems": ["base", "MemDec"]})  # every evaluation of a memory has the base
-    assert [part.name for part in catalogue.memories(only).parts] == ["memdec", "memdec", "kl", "moved"]
     alone = config.model_copy(update={"systems": ["base"], "domains": ["sklearn", "general"], "seeds": [0, 1]})
-    assert [tuple(part) for part in catalogue.table3(alone).parts if part.model == "gpt2-S"] == [
-        (domain, "gpt2-S", seed, "systems") for domain in ("sklearn", "general") for seed in (0, 1)
+    assert [tuple(part)[:6] for part in catalogue.table3(alone).parts if part.model == "gpt2-S"] == [
+        ("evaluation", domain, "gpt2-S", seed, "base", None) for domain in ("sklearn", "general") for seed in (0, 1)
     ]
     assert {part.domain for part in catalogue.table1(alone).parts} == {"sklearn"}
 
@@ -230,7 +227,7 @@ def test_marked_words_are_a_table_of_what_was_measured_on_them(tmp_path: Path) -
     data = CONFIG.model_dump(mode="json", exclude_unset=True) | {"cases": [{"text": words[0]["text"]}]}
     config = parse(cfg.Config, data, "c")
     table = catalogue.table6(config)
-    assert [tuple(part) for part in table.parts] == [("sklearn", "gpt2-M", 0, "memdec")]
+    assert [tuple(part) for part in table.parts] == [("cases", "sklearn", "gpt2-M", 0, "MemDec", "memdec", None)]
     cell = ("sklearn", "gpt2-M", 0, tmp_path / "cases")
     tables.run(table, [cell], tmp_path / "table6.csv")
     assert pd.read_csv(tmp_path / "table6.csv").to_dict("records") == words
@@ -244,7 +241,8 @@ def test_marked_words_are_a_table_of_what_was_measured_on_them(tmp_path: Path) -
 
 
 def write_evaluation(folder: Path, memory: str | None, records: list[dict[str, Any]]) -> Path:
-    with artefact.building(folder, "evaluation", {"memory": memory}, {}) as build:
+    settings = {"memory": memory, "system": "base" if memory is None else "MemDec"}
+    with artefact.building(folder, "evaluation", settings, {}) as build:
         assert build is not None
         artefact.write_json(folder / "records.json", records)
         build.facts.update(corpora_sha256={"sklearn": "ab"})
@@ -259,59 +257,10 @@ def test_the_base_counts_once_though_every_evaluation_has_it(tmp_path: Path) -> 
         ("sklearn", "gpt2-S", 0, write_evaluation(tmp_path / "b", "memdec", [base, memory])),
         ("sklearn", "gpt2-S", 0, write_evaluation(tmp_path / "c", "kl", [base, other])),
     ]
-    assert list(tables.load_records(CONFIG, cells)["value"]) == [90.0, 60.0, 50.0]
+    assert [each["value"] for each in tables.load_records(CONFIG, cells)] == [90.0, 60.0, 50.0]
     tables.run(catalogue.memories(variants()), cells, tmp_path / "memories.csv")
     found = json.loads((tmp_path / "memories.provenance.json").read_text())
-    assert list(found["evaluations"]) == [f"sklearn/gpt2-S/0/{name}" for name in ("systems", "memdec", "kl")]
+    assert list(found["evaluations"]) == [f"sklearn/gpt2-S/0/{name}" for name in ("base", "memdec", "kl")]
     assert list(pd.read_csv(tmp_path / "memories.csv")["sklearn"].dropna()) == [90.0, 60.0, 50.0]
     with pytest.raises(ArtifactError, match="expected records of seed 1, found seed 0"):
         tables.load_records(CONFIG, [("sklearn", "gpt2-S", 1, tmp_path / "a")])
-
-
-def write_table(path: Path, records: pd.DataFrame, **provenance: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tables.pivot(TABLE3, records).to_csv(path, index=False)
-    facts = {
-        "scale": "reduced",
-        "corpora_sha256": {"sklearn": "ab"},
-        "versions": {"torch": "2.13.0+cpu", "python": "3.11.7"},
-    }
-    path.with_suffix(".provenance.json").write_text(json.dumps(facts | provenance))
-    return path
-
-
-def test_the_check_sees_what_moved_and_nothing_else(records: pd.DataFrame, tmp_path: Path) -> None:
-    table = write_table(tmp_path / "a.csv", records)
-    noisy = write_table(tmp_path / "b.csv", records.assign(value=records["value"] * 1.01))
-    baseline = tmp_path / "base.json"
-    regression.write(table, [noisy], baseline)
-    tolerance = json.loads(baseline.read_text())["cells"]["gpt2-S/base/sklearn"]["tolerance"]
-    assert tolerance == pytest.approx(3 * 0.01 / 2**0.5, abs=1e-4)
-    lines, moved = regression.compare(noisy, baseline)
-    assert not moved
-    assert all(line.startswith("ok") for line in lines)
-    far = write_table(tmp_path / "c.csv", records.assign(value=[90.0, 66.0, 66.0]))
-    lines, moved = regression.compare(far, baseline)
-    assert moved
-    assert [line[:5] for line in lines] == ["ok   ", "MOVED"]
-    gone = write_table(tmp_path / "d.csv", records[records["method"] == "base"])
-    lines, moved = regression.compare(gone, baseline)
-    assert moved
-    assert lines[1].startswith("MISSING gpt2-S/MemDec/sklearn")
-
-
-@pytest.mark.parametrize(
-    "change", [{"corpora_sha256": {"sklearn": "cd"}}, {"versions": {"torch": "2.12.0", "python": "3.11.7"}}]
-)
-def test_other_text_or_versions_are_not_compared(records: pd.DataFrame, tmp_path: Path, change: dict[str, Any]) -> None:
-    regression.write(write_table(tmp_path / "a.csv", records), [], tmp_path / "base.json")
-    with pytest.raises(IncomparableError, match="would mean nothing") as caught:
-        regression.compare(write_table(tmp_path / "b.csv", records, **change), tmp_path / "base.json")
-    assert caught.value.exit_code == 3
-    with pytest.raises(ArtifactError, match=r"expected the provenance of c\.csv"):
-        regression.compare(write_table(tmp_path / "c.csv", records).with_name("c.csv"), _without_provenance(tmp_path))
-
-
-def _without_provenance(folder: Path) -> Path:
-    (folder / "c.provenance.json").unlink()
-    return folder / "base.json"

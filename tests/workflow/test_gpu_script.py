@@ -71,7 +71,7 @@ def test_every_part_at_toy_sizes(tmp_path: Path) -> None:
     assert set(latency["paper_ratio"][latency["system"] == "MemDec"]) == {report.OVERHEAD}
 
     table = pd.read_csv(out / "table1.csv")
-    assert list(table["method"]) == ["base", "DAPT", "LoRA", "MemDec"]
+    assert list(table["method"]) == ["base", "DAPT", "LoRA", "MemDec", "control: DAPT"]
     assert "| MemDec |" in (out / "table1.md").read_text()
     tasks = pd.read_csv(out / "tasks.csv")
     assert list(tasks["task"]) == ["dcpmi_cb_kl", "memdec_scotus"]

@@ -1,4 +1,5 @@
 # Helpers of all rules. Paths are results/<scale>/...: a folder per artefact, whose manifest.json is written last.
+import functools
 import glob
 import json
 import os
@@ -8,16 +9,18 @@ import shlex
 from memdec.artefacts import resources as machine
 from memdec.artefacts.artefact import VERSIONS
 from memdec.inference.systems import SYSTEMS
-from memdec.results import catalogue
+from memdec.results import catalogue, figure_catalogue
+from memdec.tasks import needed
 
 RUN = f"results/{CONFIG.scale}"
 LOG = f"{RUN}/logs"
+CONFIG_FILE = f"{RUN}/config.json"
 BENCHMARK = f"{RUN}/benchmarks"
-HOME = f"{RUN}/{{domain}}/seed{{seed}}"
+# What is made for a domain: `home` is the domain, or STUDY/DOMAIN for a study with settings of its own (`at`).
+HOME = f"{RUN}/{{home}}/seed{{seed}}"
 MODELS = CONFIG.models
-MEMORIES = {name: CONFIG.variant(name) for name in CONFIG.memory_names}
-# Parts (fields of `Parts`) that the systems of the config need.
-NEEDED = {part for name in CONFIG.systems for part in SYSTEMS[name].needs}
+STUDIES = CONFIG.every_study()  # None is the common part
+MEMORIES = {name for study in STUDIES.values() for name in study.memory_names}
 # Whether jobs that run a model request a GPU. `auto` looks at this machine. If jobs run on other machines, set
 # `compute: {device: cuda}` in the config, or the resource in the profile: `set-resources: {train: {gpu: 1}, ...}`.
 GPU = int(
@@ -29,12 +32,16 @@ GPU = int(
 
 wildcard_constraints:
     corpus="[^/]+",
-    domain="[^/]+",
+    home=f"({'|'.join(re.escape(f'{name}/') for name in CONFIG.studies)})?[^/]+",
     key="[^/]+",
-    memory="|".join(re.escape(name) for name in MEMORIES),
+    memory="|".join(re.escape(name) for name in sorted(MEMORIES)),
     model="[^/]+",
     tokenizer="[^/]+",
     seed="[0-9]+",
+    system="|".join(system.slug for system in SYSTEMS.values()),
+    suite="[^/]+",
+    # `results/table3.cells.csv` is a file of table3; claims and figures have rules of their own.
+    table=f"(?!({'|'.join(['claims', *figure_catalogue.FIGURES])})\\.)[^./]+",
 
 
 # Each shard of a stage is a folder i-of-n; `--set-scatter targets=8` overrides the number in the config.
@@ -66,9 +73,9 @@ def options(settings, *leave):
     return words(*found)
 
 
-def section(name):
-    """What the config says in a section, as typed and checked values."""
-    found = getattr(CONFIG, name)
+def section(config, name):
+    """What a config says in a section, as typed and checked values."""
+    found = getattr(config, name)
     return {} if found is None else found.model_dump(mode="json", exclude_unset=True)
 
 
@@ -128,15 +135,11 @@ def training(wildcards, *settings):
 
 def sharded(wildcards, name):
     """Options of a stage that runs one job per shard."""
-    return f"{options(section(name), 'shards')} {shard(wildcards)}"
+    return f"{options(section(study(wildcards), name), 'shards')} {shard(wildcards)}"
 
 
 def manifest(folder):
     return f"{folder}/manifest.json"
-
-
-def home(wildcards):
-    return f"{RUN}/{wildcards.domain}/seed{wildcards.seed}"
 
 
 def tokens_of(model, domain):
@@ -145,24 +148,54 @@ def tokens_of(model, domain):
 
 CONTEXT = words("--context", CONFIG.context)
 WINDOW = words("--context", CONFIG.context, "--stride", CONFIG.stride)
-COMPUTE = options(section("compute"))
-DEVICE = options(section("compute"), "precision")
+COMPUTE = options(section(CONFIG, "compute"))
+DEVICE = options(section(CONFIG, "compute"), "precision")
+
+
+# --- studies ---------------------------------------------------------------------------------------------------------
+
+
+def domain_of(wildcards):
+    return os.path.basename(wildcards.home)
+
+
+def study_of(wildcards):
+    """Name of the study of a home; None: the common part."""
+    return os.path.dirname(wildcards.home) or None
+
+
+def study(wildcards):
+    """Config of the study of a home."""
+    return STUDIES[study_of(wildcards)]
+
+
+@functools.cache
+def home(study, domain, *kinds):
+    """The home with the artefacts of these kinds that a study needs; studies with the same settings share it."""
+    owner = configs.owner(STUDIES, study, *kinds)
+    return domain if owner is None else f"{owner}/{domain}"
+
+
+def at(wildcards, *kinds):
+    """Folder with the artefacts of these kinds for the study, domain and seed of a job."""
+    place = home(study_of(wildcards), domain_of(wildcards), *kinds)
+    return f"{RUN}/{place}/seed{wildcards.seed}"
 
 
 # --- budget ---------------------------------------------------------------------------------------------------------
 
-BUDGET = (
-    [manifest(f"{RUN}/models/{CONFIG.budget.model}")]
-    if CONFIG.budget is not None
-    else []
-)
+
+def budget_model(wildcards):
+    limit = study(wildcards).budget
+    return [] if limit is None else [manifest(f"{RUN}/models/{limit.model}")]
 
 
-def budget(share=1.0):
+def budget(wildcards, share=1.0):
     """Option with the FLOP budget, in epochs of the model in the input `budget_model`."""
-    if CONFIG.budget is None:
-        return ""
-    return words("--budget-epochs", f"{CONFIG.budget.epochs * share:g}")
+    limit = study(wildcards).budget
+    return (
+        "" if limit is None else words("--budget-epochs", f"{limit.epochs * share:g}")
+    )
 
 
 # --- keys and memories ----------------------------------------------------------------------------------------------
@@ -176,134 +209,152 @@ def key_name(wildcards):
 def key_model(wildcards):
     name = key_name(wildcards)
     return manifest(
-        f"{home(wildcards)}/finetuned/{name}"
+        f"{at(wildcards, 'finetuned')}/finetuned/{name}"
         if name == wildcards.key
         else f"{RUN}/models/{name}"
     )
 
 
 def key_tokens(wildcards):
-    return tokens_of(key_name(wildcards), wildcards.domain)
+    return tokens_of(key_name(wildcards), domain_of(wildcards))
+
+
+def datastore(wildcards, key):
+    """All shards of a datastore."""
+    shards = f"{at(wildcards, 'datastore')}/keys/{key}/datastore"
+    return gather.keys(f"{shards}/{{scatteritem}}/manifest.json")
+
+
+def index(wildcards, key):
+    return manifest(f"{at(wildcards, 'index')}/keys/{key}/index")
+
+
+def keys_and_index(wildcards, key):
+    return {"datastore": datastore(wildcards, key), "index": index(wildcards, key)}
+
+
+def memory_study(wildcards):
+    """Config of the first study that has the memory of a job, in the same home."""
+    domain = domain_of(wildcards)
+    wanted = home(study_of(wildcards), domain, "memory")
+    for name, config in STUDIES.items():
+        here = domain in config.domains and home(name, domain, "memory") == wanted
+        if here and wildcards.memory in config.memory_names:
+            return config
+    raise WorkflowError(
+        f"{wanted}: expected a memory of a study of this domain, found {wildcards.memory}; see 'memories' of the config"
+    )
+
+
+def memory(wildcards):
+    return memory_study(wildcards).variant(wildcards.memory)
 
 
 def memory_start(wildcards):
     """Model from which the training of a memory starts."""
-    memory = MEMORIES[wildcards.memory]
-    if memory.adapt is not None:
-        return manifest(f"{home(wildcards)}/adapted/{memory.name}")
-    if memory.tuned_start:
-        return manifest(f"{home(wildcards)}/finetuned/{memory.memory_model}")
-    return manifest(f"{RUN}/models/{memory.memory_model}")
+    found = memory(wildcards)
+    if found.adapt is not None:
+        return manifest(f"{at(wildcards, 'memory')}/adapted/{found.name}")
+    if found.tuned_start:
+        return manifest(f"{at(wildcards, 'finetuned')}/finetuned/{found.memory_model}")
+    return manifest(f"{RUN}/models/{found.memory_model}")
 
 
 def memory_targets(wildcards):
     """All shards of the targets that a memory is trained on."""
-    memory = MEMORIES[wildcards.memory]
-    keys = f"{home(wildcards)}/keys/{memory.keys}"
-    return {
-        "knn": gather.targets(f"{keys}/targets/{{scatteritem}}/manifest.json"),
-        "teacher": gather.teacher(f"{keys}/teacher/{{scatteritem}}/manifest.json"),
-        "none": [],
-    }[memory.targets]
+    found = memory(wildcards)
+    if found.targets == "none":
+        return []
+    kind = {"knn": "targets", "teacher": "teacher"}[found.targets]
+    shards = f"{at(wildcards, kind)}/keys/{found.keys}/{kind}"
+    return getattr(gather, kind)(f"{shards}/{{scatteritem}}/manifest.json")
 
 
 def memory_bases(wildcards):
     """Base models for evaluations during training; none if there are no such evaluations."""
-    memory = MEMORIES[wildcards.memory]
-    during = memory.train.keep_best or memory.train.evaluate_every is not None
-    return (
-        [manifest(f"{RUN}/models/{name}") for name in memory.models] if during else []
-    )
+    found = memory(wildcards)
+    names = found.models if found.watches else []
+    return [manifest(f"{RUN}/models/{name}") for name in names]
 
 
 def memory_options(wildcards):
-    return options(
-        MEMORIES[wildcards.memory].train.model_dump(mode="json", exclude_unset=True)
-    )
+    return options(memory(wildcards).train.model_dump(mode="json", exclude_unset=True))
 
 
 # --- evaluations ----------------------------------------------------------------------------------------------------
 
-# Without its own settings or a budget, DAPT is the same training as that of the key models, so its folder is reused.
-DAPT = "finetuned" if CONFIG.dapt is None and CONFIG.budget is None else "dapt"
+
+def dapt(wildcards, model):
+    """A model after DAPT. Without its own settings or a budget, DAPT is the training of the key models: one folder."""
+    config = study(wildcards)
+    kind = "finetuned" if config.dapt is None and config.budget is None else "dapt"
+    return manifest(f"{at(wildcards, kind)}/{kind}/{model}")
 
 
 def evaluated_memory(wildcards):
-    memory = MEMORIES[wildcards.memory]
-    return manifest(
-        f"{home(wildcards)}/{DAPT}/{memory.memory_model}"
-        if memory.dapt
-        else f"{home(wildcards)}/memory/{memory.name}"
-    )
+    """The memory, or the model that is mixed in as one; `control` allows one of another domain."""
+    found = memory(wildcards)
+    if found.dapt:
+        return dapt(wildcards, found.memory_model)
+    if not found.other_domain:
+        return manifest(f"{at(wildcards, 'memory')}/memory/{found.name}")
+    config = memory_study(wildcards)
+    other = home(config.study_name, config.next_domain(domain_of(wildcards)), "memory")
+    return manifest(f"{RUN}/{other}/seed{wildcards.seed}/memory/{typed.DEFAULT_MEMORY}")
 
 
-# Corpora of general text, to measure forgetting.
-GENERAL = [manifest(f"{RUN}/corpora/{name}") for name in CONFIG.forgetting]
+def control(wildcards):
+    return ["--control"] if memory(wildcards).other_domain else []
 
 
-def own_keys(wildcards):
-    """Datastore and index made with the base itself, for the kNN-LM."""
-    if "datastore" not in NEEDED:
-        return {}
-    return keys_and_index(wildcards, f"{wildcards.model}{typed.UNTUNED}")
+def general(wildcards):
+    """Corpora of general text, to measure forgetting."""
+    return [manifest(f"{RUN}/corpora/{name}") for name in study(wildcards).forgetting]
 
 
-def keys_of_memory(wildcards):
-    """Datastore and index whose targets trained a memory."""
-    return keys_and_index(wildcards, MEMORIES[wildcards.memory].keys)
+def passages(wildcards):
+    tokenizer = MODELS[wildcards.model].tokenizer
+    return manifest(f"{RUN}/passages/{tokenizer}/{domain_of(wildcards)}")
 
 
-def keys_and_index(wildcards, key):
-    keys = f"{home(wildcards)}/keys/{key}"
-    return {
-        "datastore": gather.keys(f"{keys}/datastore/{{scatteritem}}/manifest.json"),
-        "index": manifest(f"{keys}/index"),
-    }
+# Where each part of a system is (fields of `Parts`); the kNN-LM has keys made with the base itself.
+PARTS = {
+    "lora": lambda w: manifest(f"{at(w, 'lora')}/lora/{w.model}"),
+    "dapt": lambda w: dapt(w, w.model),
+    "datastore": lambda w: datastore(w, f"{w.model}{typed.UNTUNED}"),
+    "index": lambda w: index(w, f"{w.model}{typed.UNTUNED}"),
+    "passages": passages,
+}
+BY_SLUG = {system.slug: system for system in SYSTEMS.values()}
+
+
+def system_parts(wildcards):
+    """Parts of a system besides the base and a memory."""
+    needed = BY_SLUG[wildcards.system].needs
+    return {name: PARTS[name](wildcards) for name in needed if name in PARTS}
+
+
+def system_kinds(system):
+    """Kinds of the artefacts that a system is made from."""
+    return tuple(name for name in system.needs if name in configs.MADE_OF)
+
+
+def memory_kinds(memory):
+    return ("memory", "dapt") if memory.dapt else ("memory",)
+
+
+def base_evaluation(wildcards):
+    """The evaluation of the base alone, with the scores of its tokens."""
+    folder = f"{at(wildcards, 'evaluation')}/evaluation/{typed.WITHOUT_MEMORY}"
+    return manifest(f"{folder}/{SYSTEMS['base'].slug}/{wildcards.model}")
 
 
 def evaluation(wildcards):
     return " ".join(
         [
-            options(section("evaluate")),
+            options(section(study(wildcards), "evaluate")),
             WINDOW,
             words("--seed", wildcards.seed),
             COMPUTE,
         ]
     )
-
-
-def passages_of(wildcards):
-    if "passages" not in NEEDED:
-        return []
-    tokenizer = MODELS[wildcards.model].tokenizer
-    return [manifest(f"{RUN}/passages/{tokenizer}/{wildcards.domain}")]
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def table_of(wildcards):
-    """Definition of a table; an unknown name stops Snakemake with a one-line error."""
-    try:
-        return catalogue.table(CONFIG, wildcards.table)
-    except ConfigError as error:
-        raise WorkflowError(str(error)) from None
-
-
-def part_folder(kind, part):
-    return f"{RUN}/{part.domain}/seed{part.seed}/{kind}/{part.name}/{part.model}"
-
-
-def table_parts(wildcards):
-    table = table_of(wildcards)
-    return [manifest(part_folder(table.kind, part)) for part in table.parts]
-
-
-def table_cells(wildcards):
-    """Format the parts of a table as command line options."""
-    table = table_of(wildcards)
-    cells = []
-    for part in table.parts:
-        where = f"{part.domain}:{part.model}:{part.seed}"
-        cells += ["--cell", f"{where}:{part_folder(table.kind, part)}"]
-    return words(*cells)

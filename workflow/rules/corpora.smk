@@ -77,5 +77,5 @@ use rule corpus as passages with:
         f"{BENCHMARK}/passages/{{tokenizer}}-{{domain}}.tsv"
     params:
         command="passages",
-        options=lambda w: options(section("passages")),
+        options=lambda w: options(section(CONFIG, "passages")),
         version=VERSIONS["passages"],

@@ -1,53 +1,51 @@
 use rule finetune as evaluate with:
     input:
         base=f"{RUN}/models/{{model}}/manifest.json",
-        corpus=f"{RUN}/corpora/{{domain}}/manifest.json",
+        corpus=lambda w: manifest(f"{RUN}/corpora/{domain_of(w)}"),
         memory=evaluated_memory,
-        also=GENERAL,
+        base_evaluation=base_evaluation,
+        also=general,
     output:
         manifest=f"{HOME}/evaluation/{{memory}}/{{model}}/manifest.json",
     log:
-        f"{LOG}/evaluate/{{domain}}-{{seed}}-{{memory}}-{{model}}.log",
+        f"{LOG}/evaluate/{{home}}-{{seed}}-{{memory}}-{{model}}.log",
     benchmark:
-        f"{BENCHMARK}/evaluate/{{domain}}-{{seed}}-{{memory}}-{{model}}.tsv"
+        f"{BENCHMARK}/evaluate/{{home}}-{{seed}}-{{memory}}-{{model}}.tsv"
     priority: 0
     params:
         command="evaluate",
-        options=lambda w: f"{words('--name', w.memory)} {evaluation(w)}",
+        options=lambda w: f"{words('--name', w.memory, *control(w))} {evaluation(w)}",
         version=VERSIONS["evaluation"],
 
 
 use rule evaluate as evaluate_systems with:
     input:
-        unpack(own_keys),
+        unpack(system_parts),
         base=f"{RUN}/models/{{model}}/manifest.json",
-        corpus=f"{RUN}/corpora/{{domain}}/manifest.json",
-        lora=[f"{HOME}/lora/{{model}}/manifest.json"] if "lora" in NEEDED else [],
-        dapt=[f"{HOME}/{DAPT}/{{model}}/manifest.json"] if "dapt" in NEEDED else [],
-        passages=passages_of,
-        also=GENERAL,
+        corpus=lambda w: manifest(f"{RUN}/corpora/{domain_of(w)}"),
+        also=general,
     output:
-        manifest=f"{HOME}/evaluation/systems/{{model}}/manifest.json",
+        manifest=f"{HOME}/evaluation/{typed.WITHOUT_MEMORY}/{{system}}/{{model}}/manifest.json",
     log:
-        f"{LOG}/evaluate_systems/{{domain}}-{{seed}}-{{model}}.log",
+        f"{LOG}/evaluate_systems/{{home}}-{{seed}}-{{system}}-{{model}}.log",
     benchmark:
-        f"{BENCHMARK}/evaluate_systems/{{domain}}-{{seed}}-{{model}}.tsv"
+        f"{BENCHMARK}/evaluate_systems/{{home}}-{{seed}}-{{system}}-{{model}}.tsv"
     params:
         options=evaluation,
 
 
 use rule evaluate as cases with:
     input:
-        unpack(keys_of_memory),
-        config=f"{RUN}/config.json",
+        unpack(lambda w: keys_and_index(w, memory(w).keys)),
+        config=CONFIG_FILE,
         base=f"{RUN}/models/{{model}}/manifest.json",
-        memory=f"{HOME}/memory/{{memory}}/manifest.json",
+        memory=lambda w: manifest(f"{at(w, 'memory')}/memory/{w.memory}"),
     output:
         manifest=f"{HOME}/cases/{{memory}}/{{model}}/manifest.json",
     log:
-        f"{LOG}/cases/{{domain}}-{{seed}}-{{memory}}-{{model}}.log",
+        f"{LOG}/cases/{{home}}-{{seed}}-{{memory}}-{{model}}.log",
     benchmark:
-        f"{BENCHMARK}/cases/{{domain}}-{{seed}}-{{memory}}-{{model}}.tsv"
+        f"{BENCHMARK}/cases/{{home}}-{{seed}}-{{memory}}-{{model}}.tsv"
     params:
         command="cases",
         options="",

@@ -1,8 +1,3 @@
-KEYS = gather.keys(
-    f"{HOME}/keys/{{key}}/datastore/{{scatteritem}}/manifest.json", allow_missing=True
-)
-
-
 use rule finetune as datastore with:
     input:
         model=key_model,
@@ -10,9 +5,9 @@ use rule finetune as datastore with:
     output:
         manifest=f"{HOME}/keys/{{key}}/datastore/{{scatteritem}}/manifest.json",
     log:
-        f"{LOG}/datastore/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.log",
+        f"{LOG}/datastore/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
-        f"{BENCHMARK}/datastore/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
+        f"{BENCHMARK}/datastore/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     params:
         command="datastore",
         options=lambda w: f"{sharded(w, 'datastore')} {WINDOW} {COMPUTE}",
@@ -21,30 +16,30 @@ use rule finetune as datastore with:
 
 use rule finetune as index with:
     input:
-        datastore=KEYS,
+        datastore=lambda w: datastore(w, w.key),
     output:
         manifest=f"{HOME}/keys/{{key}}/index/manifest.json",
     log:
-        f"{LOG}/index/{{domain}}-{{seed}}-{{key}}.log",
+        f"{LOG}/index/{{home}}-{{seed}}-{{key}}.log",
     benchmark:
-        f"{BENCHMARK}/index/{{domain}}-{{seed}}-{{key}}.tsv"
+        f"{BENCHMARK}/index/{{home}}-{{seed}}-{{key}}.tsv"
     params:
         command="index",
-        options=lambda w: f"{options(section('index'))} {DEVICE}",
+        options=lambda w: f"{options(section(study(w), 'index'))} {DEVICE}",
         version=VERSIONS["index"],
 
 
 use rule finetune as targets with:
     input:
-        datastore=KEYS,
-        index=f"{HOME}/keys/{{key}}/index/manifest.json",
+        datastore=lambda w: datastore(w, w.key),
+        index=lambda w: index(w, w.key),
         tokens=key_tokens,
     output:
         manifest=f"{HOME}/keys/{{key}}/targets/{{scatteritem}}/manifest.json",
     log:
-        f"{LOG}/targets/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.log",
+        f"{LOG}/targets/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
-        f"{BENCHMARK}/targets/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
+        f"{BENCHMARK}/targets/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     params:
         command="targets",
         options=lambda w: f"{sharded(w, 'targets')} {DEVICE}",
@@ -58,9 +53,9 @@ use rule finetune as teacher with:
     output:
         manifest=f"{HOME}/keys/{{key}}/teacher/{{scatteritem}}/manifest.json",
     log:
-        f"{LOG}/teacher/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.log",
+        f"{LOG}/teacher/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
-        f"{BENCHMARK}/teacher/{{domain}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
+        f"{BENCHMARK}/teacher/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     params:
         command="teacher",
         options=lambda w: f"{sharded(w, 'teacher')} {WINDOW} {COMPUTE}",
@@ -69,14 +64,14 @@ use rule finetune as teacher with:
 
 use rule corpus as adapt with:
     input:
-        memory=lambda w: manifest(f"{home(w)}/memory/{MEMORIES[w.memory].adapt}"),
-        tokenizer=lambda w: manifest(f"{RUN}/tokenizers/{MEMORIES[w.memory].tokenizer}"),
+        memory=lambda w: manifest(f"{at(w, 'memory')}/memory/{memory(w).adapt}"),
+        tokenizer=lambda w: manifest(f"{RUN}/tokenizers/{memory(w).tokenizer}"),
     output:
         manifest=f"{HOME}/adapted/{{memory}}/manifest.json",
     log:
-        f"{LOG}/adapt/{{domain}}-{{seed}}-{{memory}}.log",
+        f"{LOG}/adapt/{{home}}-{{seed}}-{{memory}}.log",
     benchmark:
-        f"{BENCHMARK}/adapt/{{domain}}-{{seed}}-{{memory}}.tsv"
+        f"{BENCHMARK}/adapt/{{home}}-{{seed}}-{{memory}}.tsv"
     priority: 5
     resources:
         cpu=lambda wildcards, threads: threads,
@@ -84,28 +79,24 @@ use rule corpus as adapt with:
         runtime=600,
     params:
         command="adapt-vocab",
-        options=lambda w: f"{options(section('adapt'))} {words('--seed', w.seed)}",
+        options=lambda w: f"{options(section(study(w), 'adapt'))} {words('--seed', w.seed)}",
         version=VERSIONS["adapt-vocab"],
 
 
 use rule finetune as train with:
     input:
         model=memory_start,
-        tokens=lambda w: manifest(
-            f"{RUN}/tokens/{MEMORIES[w.memory].tokenizer}/{w.domain}"
-        ),
+        tokens=lambda w: manifest(f"{RUN}/tokens/{memory(w).tokenizer}/{domain_of(w)}"),
         targets=memory_targets,
         base=memory_bases,
-        budget_model=BUDGET,
+        budget_model=budget_model,
     output:
         manifest=f"{HOME}/memory/{{memory}}/manifest.json",
     log:
-        f"{LOG}/train/{{domain}}-{{seed}}-{{memory}}.log",
+        f"{LOG}/train/{{home}}-{{seed}}-{{memory}}.log",
     benchmark:
-        f"{BENCHMARK}/train/{{domain}}-{{seed}}-{{memory}}.tsv"
+        f"{BENCHMARK}/train/{{home}}-{{seed}}-{{memory}}.tsv"
     params:
         command="train",
-        options=lambda w: training(
-            w, memory_options(w), budget(MEMORIES[w.memory].share)
-        ),
+        options=lambda w: training(w, memory_options(w), budget(w, memory(w).share)),
         version=VERSIONS["memory"],

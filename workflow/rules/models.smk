@@ -2,13 +2,13 @@
 use rule corpus as finetune with:
     input:
         model=f"{RUN}/models/{{model}}/manifest.json",
-        tokens=lambda w: tokens_of(w.model, w.domain),
+        tokens=lambda w: tokens_of(w.model, domain_of(w)),
     output:
         manifest=f"{HOME}/finetuned/{{model}}/manifest.json",
     log:
-        f"{LOG}/finetune/{{domain}}-{{seed}}-{{model}}.log",
+        f"{LOG}/finetune/{{home}}-{{seed}}-{{model}}.log",
     benchmark:
-        f"{BENCHMARK}/finetune/{{domain}}-{{seed}}-{{model}}.tsv"
+        f"{BENCHMARK}/finetune/{{home}}-{{seed}}-{{model}}.tsv"
     priority: 5
     resources:
         cpu=lambda wildcards, threads: threads,
@@ -17,7 +17,7 @@ use rule corpus as finetune with:
         gpu=GPU,
     params:
         command="finetune",
-        options=lambda w: training(w, options(section("finetune"))),
+        options=lambda w: training(w, options(section(study(w), "finetune"))),
         version=VERSIONS["finetune"],
 
 
@@ -25,42 +25,44 @@ use rule corpus as finetune with:
 use rule finetune as dapt with:
     input:
         model=f"{RUN}/models/{{model}}/manifest.json",
-        tokens=lambda w: tokens_of(w.model, w.domain),
-        budget_model=BUDGET,
+        tokens=lambda w: tokens_of(w.model, domain_of(w)),
+        budget_model=budget_model,
     output:
         manifest=f"{HOME}/dapt/{{model}}/manifest.json",
     log:
-        f"{LOG}/dapt/{{domain}}-{{seed}}-{{model}}.log",
+        f"{LOG}/dapt/{{home}}-{{seed}}-{{model}}.log",
     benchmark:
-        f"{BENCHMARK}/dapt/{{domain}}-{{seed}}-{{model}}.tsv"
+        f"{BENCHMARK}/dapt/{{home}}-{{seed}}-{{model}}.tsv"
     params:
         options=lambda w: training(
             w,
-            options(section("finetune" if CONFIG.dapt is None else "dapt")),
-            budget(),
+            options(
+                section(study(w), "finetune" if study(w).dapt is None else "dapt")
+            ),
+            budget(w),
         ),
 
 
 use rule finetune as lora with:
     input:
         model=f"{RUN}/models/{{model}}/manifest.json",
-        tokens=lambda w: tokens_of(w.model, w.domain),
-        match=(
-            [manifest(f"{RUN}/models/{CONFIG.memory_model}")]
-            if CONFIG.lora.rank is None
+        tokens=lambda w: tokens_of(w.model, domain_of(w)),
+        match=lambda w: (
+            [manifest(f"{RUN}/models/{study(w).memory_model}")]
+            if study(w).lora.rank is None
             else []
         ),
-        budget_model=BUDGET,
+        budget_model=budget_model,
     output:
         manifest=f"{HOME}/lora/{{model}}/manifest.json",
     log:
-        f"{LOG}/lora/{{domain}}-{{seed}}-{{model}}.log",
+        f"{LOG}/lora/{{home}}-{{seed}}-{{model}}.log",
     benchmark:
-        f"{BENCHMARK}/lora/{{domain}}-{{seed}}-{{model}}.tsv"
+        f"{BENCHMARK}/lora/{{home}}-{{seed}}-{{model}}.tsv"
     priority: 0
     params:
         command="lora",
-        options=lambda w: training(w, options(section("lora")), budget()),
+        options=lambda w: training(w, options(section(study(w), "lora")), budget(w)),
         version=VERSIONS["lora"],
 
 

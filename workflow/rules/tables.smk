@@ -1,6 +1,6 @@
 rule resolved_config:
     output:
-        f"{RUN}/config.json",
+        CONFIG_FILE,
     log:
         f"{LOG}/config.log",
     localrule: True
@@ -14,15 +14,20 @@ rule resolved_config:
         "printf '%s' {params.config} > {output:q} 2> {log:q}"
 
 
-# memdec/results/catalogue.py defines the tables and their parts.
+# memdec/results/catalogue.py defines the tables and their parts. All that writes files from results reuses this rule.
 rule table:
     input:
-        config=f"{RUN}/config.json",
-        parts=table_parts,
+        config=CONFIG_FILE,
+        parts=lambda w: part_manifests(table_of(w)),
     output:
-        csv=report(
-            "results/{table}.csv", caption="../report/table.rst", category="Tables"
+        main=report(
+            "results/{table}.csv",
+            caption="../report/table.rst",
+            category="Tables",
+            labels={"table": "{table}"},
         ),
+        cells="results/{table}.cells.csv",
+        item_sums="results/{table}.items.npz",
         markdown="results/{table}.md",
         latex="results/{table}.tex",
         provenance="results/{table}.provenance.json",
@@ -38,9 +43,9 @@ rule table:
         mem_mb=500,
         runtime=10,
     params:
-        cells=table_cells,
+        command="table",
+        options=lambda w: f"{words('--name', w.table)} {part_cells(table_of(w))}",
         caption=lambda w: table_of(w).caption,
         version=VERSIONS["table"],
     shell:
-        "memdec table --name {wildcards.table:q} --config {input.config:q} {params.cells} --out {output.csv:q} "
-        "> {log:q} 2>&1"
+        "memdec {params.command} --config {input.config:q} {params.options} --out {output.main:q} > {log:q} 2>&1"

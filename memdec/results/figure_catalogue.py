@@ -1,0 +1,159 @@
+"""The list of figures: for each name, what it is drawn from, the numbers in it, and how it is drawn.
+
+- `figure2`: perplexity of every base model alone, with LoRA and with its memory, on the study's first domain.
+- `figure4`: latency of every system against the number of generated tokens.
+- `figure5`: p_kNN, p_LM and p_mem at a few positions.
+- `figure6`: highest probability, number of tokens and entropy of the three, by the size of the model that gives the keys.
+- `fidelity`: how well every memory imitates p_kNN, on the first domain.
+
+To add a figure, add an entry to `FIGURES` here and one to `DRAWN` in `memdec.results.drawing`, which makes the files.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from memdec.config import Config, Memory
+from memdec.errors import ConfigError
+from memdec.results.layout import Kind, Part
+from memdec.settings import DEFAULT_MEMORY
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """The contents of a figure.
+
+    Attributes:
+        name: Its name, also in file names.
+        config: Config of the study.
+        caption: Caption in the report.
+        kind: Kind of the artefacts that it is made from.
+        parts: These artefacts.
+        tables: Tables whose `.cells.csv` it is made from.
+    """
+
+    name: str
+    config: Config
+    caption: str
+    kind: str = ""
+    parts: list[Part] = field(default_factory=list)
+    tables: tuple[str, ...] = ()
+
+
+def figure(config: Config, name: str) -> Figure:
+    """Make a figure by its name, from the study of the config that fills it.
+
+    Raises:
+        ConfigError: There is no such figure, or the config has nothing for it.
+    """
+    if name not in FIGURES:
+        raise ConfigError(f"figure: expected one of {', '.join(FIGURES)}, found {name!r}; choose one of them")
+    return FIGURES[name](config.study_for(name))
+
+
+# --- Figure 2 -----------------------------------------------------------------------------------------------------
+
+
+def figure2(config: Config) -> Figure:
+    """Make Figure 2 from the cells of Table 3."""
+    caption = (
+        f"Perplexity of every base model alone, with a LoRA adapter and with a memory, on {config.domains[0]} (the paper's "
+        "Figure 2; the numbers are those of Table 3). Lower is better; bars with 95 % intervals over test windows."
+    )
+    return Figure("figure2", config, caption, tables=("table3",))
+
+
+# --- Figure 4 -----------------------------------------------------------------------------------------------------
+
+
+def figure4(config: Config) -> Figure:
+    """Make Figure 4 from one measurement: the key model with the default memory."""
+    _needs_memory(config, "figure4")
+    caption = (
+        f"Time to generate texts with {config.key_model}, alone and in every system, and its ratio to the model alone, "
+        "against the number of generated tokens (the paper's Figure 4). Medians with 95 % intervals over turns."
+    )
+    parts = [Part("latency", config.domains[0], config.key_model, config.seeds[0], "MemDec", DEFAULT_MEMORY)]
+    return Figure("figure4", config, caption, "latency", parts)
+
+
+# --- Figures 5 and 6 ----------------------------------------------------------------------------------------------
+
+
+def figure5(config: Config) -> Figure:
+    """Make Figure 5 from the shapes of the default memory."""
+    _needs_memory(config, "figure5")
+    caption = (
+        "The distributions of kNN, of the model that gives its keys, and of the memory at a few positions of the training "
+        f"text of {config.domains[0]} whose kNN distribution has two or three likely tokens (the paper's Figure 5). The "
+        "token that follows in the text is marked."
+    )
+    parts = [Part("shapes", config.domains[0], config.key_model, config.seeds[0], "MemDec", DEFAULT_MEMORY)]
+    return Figure("figure5", config, caption, "shapes", parts)
+
+
+def figure6(config: Config) -> Figure:
+    """Make Figure 6: for each model that gives keys, the first memory that is trained on them."""
+    _needs_memory(config, "figure6")
+    caption = (
+        "Shape of the distributions of kNN, of the model that gives its keys, and of the memory, by the size of that model "
+        f"(the paper's Figure 6), on training positions of {config.domains[0]}: highest probability, tokens with a "
+        f"probability of {config.shapes.floor:g} or more, entropy. Means with 95 % intervals over windows."
+    )
+    own = config.variant(DEFAULT_MEMORY)
+    chosen: dict[str, Memory] = {}
+    for memory in map(config.variant, config.memory_names):
+        if (
+            memory.trained
+            and memory.targets == "knn"
+            and (memory.tuned, memory.tokenizer) == (own.tuned, own.tokenizer)
+        ):
+            chosen.setdefault(memory.keys, memory)
+    return Figure("figure6", config, caption, "shapes", _parts(config, "shapes", [*chosen.values()]))
+
+
+# --- fidelity -----------------------------------------------------------------------------------------------------
+
+
+def fidelity(config: Config) -> Figure:
+    """Make the figure of every memory's fidelity to p_kNN; the paper has none, the follow-up work prints the table."""
+    _needs_memory(config, "fidelity")
+    caption = (
+        "How well every memory imitates the kNN distributions of the training text of "
+        f"{config.domains[0]}: match of the most likely token, KL, total variation and Pearson correlation, over all "
+        "positions, those whose kNN distribution has one token and those with several. Means with 95 % intervals over "
+        "windows."
+    )
+    memories = [
+        memory
+        for memory in map(config.variant, config.memory_names)
+        if memory.models and config.models[memory.key_model].tokenizer == memory.tokenizer
+    ]
+    return Figure("fidelity", config, caption, "fidelity", _parts(config, "fidelity", memories))
+
+
+FIGURES: dict[str, Callable[[Config], Figure]] = {
+    "figure2": figure2,
+    "figure4": figure4,
+    "figure5": figure5,
+    "figure6": figure6,
+    "fidelity": fidelity,
+}
+
+
+# --- shared -------------------------------------------------------------------------------------------------------
+
+
+def _needs_memory(config: Config, name: str) -> None:
+    if "MemDec" not in config.systems:
+        raise ConfigError(
+            f"{name}: expected MemDec in 'systems' of the config, found {', '.join(config.systems)}; add it"
+        )
+
+
+def _parts(config: Config, kind: Kind, memories: Sequence[Memory]) -> list[Part]:
+    """On the first domain, a part for each of the memories and seeds; the model is the one that gives the keys."""
+    return [
+        Part(kind, config.domains[0], memory.key_model, seed, "MemDec", memory.name)
+        for memory in memories
+        for seed in config.seeds
+    ]

@@ -1,0 +1,137 @@
+"""Which files under MEMDEC_DATA the tasks of a suite read. It is known without lm-eval, so that the rules can ask.
+
+A file that is not there is looked up on the Hub when the task is run, where the Hub has it. `check` says before any job
+starts what cannot be had at all.
+"""
+
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import yaml
+
+from memdec import HARNESS_TASKS
+from memdec.errors import ConfigError
+from memdec.settings import near
+
+LOCAL_ONLY = ("sst2", "mr", "cr", "hyp", "agn", "verbalizers")  # folders whose files are not on the Hub
+_FILES = {
+    "memdec_nq": "nq/validation.jsonl",
+    "memdec_hotpotqa": "hotpotqa/validation.jsonl",
+    "memdec_wikitext": "wikitext/wikitext-103-raw-v1/test.parquet",
+}
+
+
+def leaves(names: Iterable[str]) -> list[str]:
+    """The tasks of these tasks and groups, each once.
+
+    Raises:
+        ConfigError: There is no task or group of a name.
+    """
+    found = (each for name in names for each in _leaves(name))
+    return list(dict.fromkeys(found))
+
+
+def _leaves(name: str) -> Iterator[str]:
+    known = _definitions()
+    if name not in known:
+        raise ConfigError(f"suites: expected tasks or groups of harness_tasks, found {name}{near(name, known)}")
+    definition = known[name]
+    if "group" not in definition:
+        yield name
+    for each in definition["task"] if "group" in definition else ():
+        yield from _leaves(each)
+
+
+def files(names: Iterable[str]) -> list[str]:
+    """Files under MEMDEC_DATA that tasks and groups read, each once."""
+    found = (each for task in leaves(names) for each in _files(task, _definitions()[task].get("metadata", {})))
+    return list(dict.fromkeys(found))
+
+
+def _files(task: str, metadata: dict[str, Any]) -> Iterator[str]:
+    if "adaptllm_config" in metadata:
+        yield f"{metadata['adaptllm_config'].lower()}/adaptllm_schema.jsonl"
+    elif "set" in metadata:
+        yield f"{metadata['set']}/test.jsonl"
+        if "verbalizer" in metadata:
+            yield f"verbalizers/{metadata['verbalizer']}.json"
+    elif task in _FILES:
+        yield _FILES[task]
+
+
+def stamps(names: Iterable[str]) -> list[tuple[str, int, int]]:
+    """Name, size and time of the files that are there, so that other rows are noticed."""
+    paths = [(name, _folder() / name) for name in files(names)]
+    return [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in paths if path.is_file()]
+
+
+def check(names: Iterable[str]) -> None:
+    """Check that every file is there or may be had from the Hub.
+
+    Raises:
+        ConfigError: One is not; the message says how to fetch them all.
+    """
+    missing = [name for name in files(names) if not (_folder() / name).is_file()]
+    lost = [name for name in missing if name.split("/")[0] in LOCAL_ONLY or not _hub_answers()]
+    if lost:
+        where = os.environ.get("MEMDEC_DATA")
+        tasks = " ".join(f"--task {name}" for name in dict.fromkeys(name.split("/")[0] for name in lost))
+        raise ConfigError(
+            f"rows: expected {', '.join(lost)} in {where or 'MEMDEC_DATA, which is not set'}, found none; run `memdec data "
+            f"fetch --out {where or 'DATA'} {tasks}` and set MEMDEC_DATA to that folder, or leave these tasks out of the suite"
+        )
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("MEMDEC_DATA") or os.devnull)
+
+
+@cache
+def _hub_answers() -> bool:
+    """Whether the Hub can be reached; asked once."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True
+    address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        with socket.create_connection((address.hostname or "", address.port or 443), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a task's YAML; the name of a function stays text."""
+
+
+_Loader.add_multi_constructor("!function", lambda loader, _, node: loader.construct_scalar(node))
+
+
+@cache
+def _definitions() -> dict[str, dict[str, Any]]:
+    """Every task and group of `harness_tasks` by name, with what it includes."""
+    read = {path: _read(path) for path in sorted(HARNESS_TASKS.glob("**/*.yaml"))}
+
+    def whole(path: Path) -> dict[str, Any]:
+        above = read[path].get("include")
+        below = whole(path.parent / above) if above else {}
+        metadata = {**below.get("metadata", {}), **read[path].get("metadata", {})}
+        return {**below, **read[path], "metadata": metadata}
+
+    found = [whole(path) for path in read if not path.name.startswith("_")]
+    return {each.get("group") or each["task"]: each for each in found}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    loader = _Loader(path.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = loader.get_single_data()
+    finally:
+        loader.dispose()
+    return found

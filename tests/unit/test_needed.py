@@ -1,0 +1,49 @@
+"""Files that the tasks of a suite read, known without lm-eval."""
+
+from pathlib import Path
+
+import pytest
+
+from memdec.errors import ConfigError
+from memdec.tasks import dcpmi_rows, files, needed
+
+
+def test_groups_are_opened_at_any_depth() -> None:
+    assert needed.leaves(["memdec_qa", "memdec_nq"]) == ["memdec_nq", "memdec_hotpotqa"]
+    assert len(needed.leaves(["memdec_all"])) == 25
+    with pytest.raises(ConfigError, match=r"found memdec_lw; did you mean memdec_law\?"):
+        needed.leaves(["memdec_lw"])
+
+
+def test_the_files_are_those_that_data_fetch_knows() -> None:
+    found = needed.files(["memdec_all", "memdec_dcpmi_kl", "memdec_casehold_4shot"])
+    assert set(found) <= {each.file for each in files.FILES}
+    assert needed.files(["dcpmi_sst2_kp"]) == ["sst2/test.jsonl", "verbalizers/sentiment.json"]
+    assert needed.files(["pubmedqa"]) == ["pubmedqa/adaptllm_schema.jsonl"]
+
+
+def test_what_is_not_on_the_hub_is_known() -> None:
+    assert {name for name, each in dcpmi_rows.SETS.items() if not each.hub} | {"verbalizers"} == {*needed.LOCAL_ONLY}
+
+
+def test_files_that_are_missing_are_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
+    monkeypatch.setattr(needed, "_hub_answers", lambda: True)
+    with pytest.raises(
+        ConfigError,
+        match=r"expected sst2/test.jsonl, verb.*, found none; run `memdec data fetch .*--task sst2 --task verb",
+    ):
+        needed.check(["dcpmi_sst2_kl", "dcpmi_cb_kl"])  # cb may be on the Hub
+    monkeypatch.setattr(needed, "_hub_answers", lambda: False)
+    with pytest.raises(ConfigError, match=r"expected cb/test.jsonl in"):
+        needed.check(["dcpmi_cb_kl"])
+    (tmp_path / "cb").mkdir()
+    (tmp_path / "cb" / "test.jsonl").write_text("{}\n")
+    needed.check(["dcpmi_cb_kl"])
+    ((name, size, _),) = needed.stamps(["dcpmi_cb_kl"])
+    assert (name, size) == ("cb/test.jsonl", 3)
+    monkeypatch.delenv("MEMDEC_DATA")
+    with pytest.raises(
+        ConfigError, match=r"MEMDEC_DATA, which is not set, found none; run `memdec data fetch --out DATA "
+    ):
+        needed.check(["dcpmi_cb_kl"])

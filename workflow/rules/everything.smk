@@ -1,0 +1,67 @@
+TABLES = expand("results/{table}.cells.csv", table=wanted("table"))
+FIGURES = expand("results/{figure}.svg", figure=wanted("figure"))
+# Figures with numbers that no table has.
+MEASURED = expand(
+    "results/{figure}.csv",
+    figure=[name for name in wanted("figure") if name in ("figure4", "figure6")],
+)
+
+
+# Every claim of the paper that the tables and figures of this scale can speak about.
+use rule table as claims with:
+    input:
+        config=CONFIG_FILE,
+        tables=TABLES,
+        figures=MEASURED,
+    output:
+        main=report(
+            "results/claims.csv",
+            caption="../report/table.rst",
+            category="Claims",
+        ),
+    log:
+        f"{LOG}/claims.log",
+    benchmark:
+        f"{BENCHMARK}/claims.tsv"
+    params:
+        command="claims",
+        options=lambda w, input: words(*input.tables, *input.figures),
+        caption="What the tables say about each claim of the paper.",
+        version=VERSIONS["claims"],
+
+
+use rule table as report_page with:
+    input:
+        config=CONFIG_FILE,
+        tables=TABLES,
+        figures=FIGURES,
+        claims="results/claims.csv",
+    output:
+        main="results/report.html",
+    log:
+        f"{LOG}/report.log",
+    benchmark:
+        f"{BENCHMARK}/report.tsv"
+    params:
+        command="report",
+        options="",
+        caption="",
+        version=1,
+
+
+# The whole paper, as far as the studies of the config go.
+rule everything:
+    input:
+        tables=expand("results/{table}.csv", table=wanted("table")),
+        figures=FIGURES,
+        claims="results/claims.csv",
+        page="results/report.html",
+    output:
+        "results/all",
+    log:
+        f"{LOG}/all.log",
+    localrule: True
+    conda:
+        "../../environment.yml"
+    shell:
+        "printf '%s\\n' {input:q} > {output:q} 2> {log:q}"

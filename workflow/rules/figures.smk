@@ -1,0 +1,98 @@
+use rule finetune as fidelity with:
+    input:
+        memory=evaluated_memory,
+        targets=own_targets,
+        tokens=own_tokens,
+    output:
+        manifest=f"{HOME}/fidelity/{{memory}}/manifest.json",
+    log:
+        f"{LOG}/fidelity/{{home}}-{{seed}}-{{memory}}.log",
+    benchmark:
+        f"{BENCHMARK}/fidelity/{{home}}-{{seed}}-{{memory}}.tsv"
+    priority: 0
+    params:
+        command="fidelity",
+        options=lambda w: compared(w, "fidelity"),
+        version=VERSIONS["fidelity"],
+
+
+use rule fidelity as shapes with:
+    input:
+        model=own_key_model,
+        memory=evaluated_memory,
+        targets=own_targets,
+        tokens=own_tokens,
+    output:
+        manifest=f"{HOME}/shapes/{{memory}}/manifest.json",
+    log:
+        f"{LOG}/shapes/{{home}}-{{seed}}-{{memory}}.log",
+    benchmark:
+        f"{BENCHMARK}/shapes/{{home}}-{{seed}}-{{memory}}.tsv"
+    params:
+        command="shapes",
+        options=lambda w: compared(w, "shapes"),
+        version=VERSIONS["shapes"],
+
+
+# Times mean nothing while other jobs run, so it takes all processors and starts last.
+use rule finetune as latency with:
+    input:
+        base=f"{RUN}/models/{{model}}/manifest.json",
+        memory=evaluated_memory,
+        tokens=lambda w: tokens_of(w.model, domain_of(w)),
+        passages=PARTS["passages"],
+        datastore=PARTS["datastore"],
+        index=PARTS["index"],
+    output:
+        manifest=f"{HOME}/latency/{{memory}}/{{model}}/manifest.json",
+    log:
+        f"{LOG}/latency/{{home}}-{{seed}}-{{memory}}-{{model}}.log",
+    benchmark:
+        f"{BENCHMARK}/latency/{{home}}-{{seed}}-{{memory}}-{{model}}.tsv"
+    priority: -10
+    threads: workflow.cores
+    params:
+        command="latency",
+        inputs=lambda w, input: named(
+            w, {name: input[name] for name in ("base", "memory", "tokens", "passages")}
+        ),
+        options=latency_options,
+        version=VERSIONS["latency"],
+
+
+ruleorder: claims > figure > table
+
+
+# memdec/results/figure_catalogue.py defines the figures and their parts.
+use rule table as figure with:
+    input:
+        config=CONFIG_FILE,
+        parts=lambda w: part_manifests(figure_of(w)),
+        table=lambda w: [f"results/{name}.cells.csv" for name in figure_of(w).tables],
+    output:
+        main="results/{figure}.csv",
+        svg=report(
+            "results/{figure}.svg",
+            caption="../report/table.rst",
+            category="Figures",
+            labels={"figure": "{figure}"},
+        ),
+        png="results/{figure}.png",
+        provenance="results/{figure}.provenance.json",
+    log:
+        f"{LOG}/{{figure}}.log",
+    benchmark:
+        f"{BENCHMARK}/{{figure}}.tsv"
+    wildcard_constraints:
+        figure="|".join(figure_catalogue.FIGURES),
+    params:
+        command="figure",
+        options=lambda w, input: " ".join(
+            [
+                words("--name", w.figure),
+                part_cells(figure_of(w)),
+                named(w, {"table": input.table}),
+            ]
+        ),
+        caption=lambda w: figure_of(w).caption,
+        version=VERSIONS["figure"],

@@ -1,0 +1,159 @@
+# Helpers of the rules that run tasks, and that make tables and figures: which artefacts they are made from, and where.
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def tuning(system, suite):
+    """Kind of the evaluation whose weight and settings a system takes to the tasks of a suite, if it takes any."""
+    tuned = system.weight == "alpha" and CONFIG.suites[suite].alpha == "valid"
+    return ("evaluation",) if tuned or system.slug in SEARCHING else ()
+
+
+# Their temperature and queries are settings of the evaluation.
+SEARCHING = [
+    slug for slug, each in BY_SLUG.items() if {"index", "passages"} & {*each.needs}
+]
+
+
+def tuned_memory(wildcards):
+    if not tuning(SYSTEMS["MemDec"], wildcards.suite):
+        return []
+    place = at(wildcards, *memory_kinds(memory(wildcards)), "evaluation")
+    return manifest(f"{place}/evaluation/{wildcards.memory}/{wildcards.model}")
+
+
+def tuned_system(wildcards):
+    system = BY_SLUG[wildcards.system]
+    if not tuning(system, wildcards.suite):
+        return []
+    place = at(wildcards, *system_kinds(system), "evaluation")
+    folder = f"{place}/evaluation/{typed.WITHOUT_MEMORY}"
+    return manifest(f"{folder}/{wildcards.system}/{wildcards.model}")
+
+
+def suite_rows(wildcards):
+    """Files with the rows of a suite, so that Snakemake notices others. It is asked before any job starts.
+
+    Raises:
+        WorkflowError: There are none of a task.
+    """
+    tasks = CONFIG.suites[wildcards.suite].tasks
+    try:
+        needed.check(tasks)
+        return needed.stamps(tasks)
+    except ConfigError as error:
+        raise WorkflowError(f"suites.{wildcards.suite}: {error}") from None
+
+
+def tasks(wildcards):
+    """Options of a run over the tasks of a suite."""
+    seed = words("--seed", wildcards.get("seed", 0))
+    return " ".join([spec("suites", wildcards.suite), seed, COMPUTE])
+
+
+def suite_base(wildcards):
+    suite_rows(wildcards)
+    return manifest(f"{RUN}/models/{wildcards.model}")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table_of(wildcards):
+    """Definition of a table in its study; an unknown name stops Snakemake with a one-line error."""
+    try:
+        return catalogue.table(CONFIG, wildcards.table)
+    except ConfigError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def part_folder(config, part):
+    """Folder of an artefact that a table or figure of a study is made from; nothing else says where it is."""
+    if part.kind == "corpus":
+        return f"{RUN}/corpora/{part.domain}"
+    if part.kind == "harness" and part.system == "base":
+        return f"{RUN}/harness/{part.suite}/{part.model}"
+    system = SYSTEMS[part.system]
+    kinds = system_kinds(system)
+    if part.memory is not None:
+        kinds = memory_kinds(config.variant(part.memory))
+    if part.kind == "harness":
+        place = home(
+            config.study_name, part.domain, *kinds, *tuning(system, part.suite)
+        )
+        return f"{RUN}/{place}/seed{part.seed}/harness/{part.suite}/{part.name}/{part.model}"
+    place = home(config.study_name, part.domain, *kinds, part.kind)
+    folder = f"{RUN}/{place}/seed{part.seed}/{part.kind}/{part.name}"
+    around = part.kind not in ("fidelity", "shapes")  # a base model
+    return f"{folder}/{part.model}" if around else folder
+
+
+def part_cells(made):
+    """Format the parts of a table or figure as command line options."""
+    cells = []
+    for part in made.parts:
+        where = f"{part.domain}:{part.model}:{part.seed}"
+        cells += ["--cell", f"{where}:{part_folder(made.config, part)}"]
+    return words(*cells)
+
+
+def part_manifests(made):
+    return [manifest(part_folder(made.config, part)) for part in made.parts]
+
+
+def wanted(kind):
+    """Names of the tables or figures that some study fills; without studies, of all that the config can fill."""
+    known = {"table": catalogue.TABLES, "figure": figure_catalogue.FIGURES}[kind]
+    if CONFIG.studies:
+        named = [name for study in CONFIG.studies.values() for name in study.tables]
+        return sorted((name for name in named if name in known), key=[*known].index)
+    return [name for name, make in known.items() if can_be_filled(make)]
+
+
+def can_be_filled(make):
+    try:
+        make(CONFIG)
+    except ConfigError:
+        return False
+    return True
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def own_targets(wildcards):
+    """All shards of the kNN targets of the keys that belong to a memory, whatever it was trained on."""
+    keys = f"{at(wildcards, 'targets')}/keys/{memory(wildcards).keys}"
+    return gather.targets(f"{keys}/targets/{{scatteritem}}/manifest.json")
+
+
+def own_tokens(wildcards):
+    return tokens_of(memory(wildcards).key_model, domain_of(wildcards))
+
+
+def own_key_model(wildcards):
+    """The model that gives a memory's keys."""
+    found = memory(wildcards)
+    tuned = f"{at(wildcards, 'finetuned')}/finetuned"
+    return manifest(f"{tuned if found.tuned else f'{RUN}/models'}/{found.key_model}")
+
+
+def compared(wildcards, name):
+    """Options of the stages that compare a memory with its targets."""
+    who = words("--name", wildcards.memory, *control(wildcards))
+    given = options(section(study(wildcards), name), "seed")
+    return f"{who} {given} {WINDOW} {words('--seed', wildcards.seed)} {COMPUTE}"
+
+
+def latency_options(wildcards, input):
+    """Options of a measurement; a datastore and its index are one option."""
+    stores = "+".join(os.path.dirname(store) for store in input.datastore)
+    knn = words("--knn", f"{stores}:{os.path.dirname(input.index)}")
+    return f"{knn} {options(section(study(wildcards), 'latency'))} {COMPUTE}"
+
+
+def figure_of(wildcards):
+    """Definition of a figure in its study; one that cannot be stops Snakemake with a one-line error."""
+    try:
+        return figure_catalogue.figure(CONFIG, wildcards.figure)
+    except ConfigError as error:
+        raise WorkflowError(str(error)) from None
