@@ -106,6 +106,7 @@ def _marked_words(table: Table, given: Sequence[Given], out: Path) -> None:
         rows.append([str(row["group"]), text, *shown])
         lines += [_word(table, row, system) for system in systems]
     cells.write(out.with_suffix(".cells.csv"), lines)
+    items.write(out.with_suffix(".items.npz"), {})  # one word is no sample of words
     below = (
         f"Probability in percent of the word in brackets, scale `{table.config.scale}`: memory, kNN distribution that it "
         f"was trained on ({manifest.facts['keys']:,} keys, k {manifest.settings['neighbours']}, temperature "
