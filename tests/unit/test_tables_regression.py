@@ -11,7 +11,7 @@ import pytest
 from memdec import config as cfg
 from memdec.artefacts import artefact
 from memdec.errors import ArtifactError, ConfigError
-from memdec.results import catalogue, tables
+from memdec.results import catalogue, items, tables
 from memdec.results.sheet import Sheet
 from memdec.settings import parse
 
@@ -231,6 +231,7 @@ def test_marked_words_are_a_table_of_what_was_measured_on_them(tmp_path: Path) -
     cell = ("sklearn", "gpt2-M", 0, tmp_path / "cases")
     tables.run(table, [cell], tmp_path / "table6.csv")
     assert pd.read_csv(tmp_path / "table6.csv").to_dict("records") == words
+    assert items.read(tmp_path / "table6.items.npz") == {}
     text = (tmp_path / "table6.md").read_text()
     assert ["one", "Returns the [token] of it.", "**12.50**", "<0.01", "7.25"] in rows_of(text)
     assert "(1,234 keys, k 8, temperature 0.5) and base model gpt2-M." in text
