@@ -103,7 +103,7 @@ snakemake-report: $(STAMP)
 regression: $(STAMP)
 	. $(BIN)/activate && tests/regression/run.sh build/regression
 
-# Whether that check sees six planted faults; CI does it once a week. Some ten minutes on two cores.
+# Whether that check sees six planted faults; CI does it once a week.
 .PHONY: sensitivity
 sensitivity: regression
 	. $(BIN)/activate && tests/regression/sensitivity.sh build/regression

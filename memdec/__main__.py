@@ -9,7 +9,7 @@ import sys
 
 def main() -> None:
     """Run the command line."""
-    # Objects from import to exit are searched for cycles again and again: 0.9 of 4.4 CPU seconds of a start with torch.
+    # Fewer searches for cycles among what imports leave: 0.7 of 5.2 CPU seconds of a start with the training libraries.
     gc.set_threshold(50_000, 20, 20)
     try:
         from memdec import cli

@@ -335,8 +335,7 @@ def _thinned(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _check_written(file: Path, n_rows: int) -> None:
-    with file.open("rb") if file.is_file() else open("/dev/null", "rb") as lines:
-        found = sum(line.endswith(b"\n") for line in lines)
+    found = file.read_bytes().count(b"\n") if file.is_file() else 0
     if found != n_rows:
         raise ResourceError(f"{file}: expected {n_rows} rows, found {found}; check the disk and run it again")
 
