@@ -1,7 +1,7 @@
 """Run zero-shot and domain tasks with the models of a finished run: `python -m benchmarks.tasks RESULTS [--limit 12]`.
 
 RESULTS is results/<scale> of a Snakemake run with DAPT, LoRA and MemDec. The nine DCPMI tasks and the thirteen domain
-tasks run on the first rows of each, by `memdec.results.harness`, with each task's alpha of the paper, or else 0.6. A task
+tasks run on some rows of each, by `memdec.results.harness`, with each task's alpha of the paper, or else 0.6. A task
 without rows under MEMDEC_DATA gets a line that says so. An accuracy on few rows only shows that the code runs; it is not
 a result.
 """

@@ -599,7 +599,9 @@ def sweep(
     alpha: Alphas = [],
     corpus: Annotated[Path | None, typer.Option(help="corpus folder, for the task memdec_ppl")] = None,
     split: AnySplit = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="use only the first N rows of each task")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="use only N rows of each task, from all over its file")
+    ] = None,
     batch_size: BatchSize = 8,
     compute: Compute = AUTO,
 ) -> None:

@@ -539,7 +539,7 @@ class Suite(Settings):
         description="weight of the memory; paper: each task's own, as printed; tune: the best on rows of the task that are "
         "not scored; valid: the one tuned on the domain's valid text; or a number",
     )
-    limit: PositiveInt | None = Field(None, description="first rows of each task (default: all)")
+    limit: PositiveInt | None = Field(None, description="rows of each task, from all over its file (default: all)")
     batch_size: PositiveInt = Field(16, description="requests per forward pass")
 
 

@@ -63,10 +63,10 @@ VERSIONS = {
     "teacher": 1,
     "passages": 1,
     "evaluation": 5,
-    "harness": 1,
+    "harness": 2,
     "cases": 1,
     "latency": 2,
-    "sweep": 2,
+    "sweep": 3,
     "fidelity": 1,
     "shapes": 1,
     "table": 4,  # tables and figures are files, not artefact folders: only the Snakemake rules use these numbers

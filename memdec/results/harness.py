@@ -280,8 +280,7 @@ def _all_tasks(suite: Suite, base: str) -> tuple[dict[str, RowsTask], dict[str, 
 
 def _rows_hash(task: RowsTask, limit: int | None) -> str:
     """Hash of the rows that are read; numbers of tokens do not count, as they depend on the tokenizer."""
-    docs = task.eval_docs
-    docs = docs.select(range(min(limit or len(docs), len(docs))))
+    docs = task.eval_docs.select(rows.spread(len(task.eval_docs), limit))
     docs = docs.remove_columns([column for column in docs.column_names if column.endswith("_tokens")])
     return artefact.digest([json.dumps(row, default=str, sort_keys=True) for row in docs.to_list()])
 
@@ -298,8 +297,9 @@ def _evaluated(
     }
     tracker = EvaluationTracker(output_path=str(out / "results.json"))
     manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False)
+    read = {name: rows.spread(len(task.eval_docs), suite.limit) for name, task in tasks.items()}
     found = simple_evaluate(
-        model=model, model_args=named, tasks=list(tasks.values()), task_manager=manager, limit=suite.limit,
+        model=model, model_args=named, tasks=list(tasks.values()), task_manager=manager, samples=read,
         batch_size=suite.batch_size, device=parts.device, bootstrap_iters=0, log_samples=True, evaluation_tracker=tracker,
     )  # fmt: skip
     assert found is not None

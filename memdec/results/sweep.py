@@ -22,6 +22,7 @@ from memdec.harness.models import MemDecInterp
 from memdec.maths import weighing
 from memdec.models.loading import model_identity
 from memdec.settings import Split
+from memdec.tasks.rows import spread
 from memdec.tasks.task import FEWSHOT_SEED, check_names
 from memdec.text import corpora
 
@@ -51,7 +52,7 @@ def run(
         alphas: Weights of the memory.
         corpus: Corpus folder for the task `memdec_ppl`.
         split: Split of that corpus.
-        limit: Use only the first N rows of each task.
+        limit: Use only N rows of each task, from all over its file.
         model_args: As for `memdec-interp` (dtype, device, batch_size ...).
     """
     weights = sorted({weighing.check_weight(alpha) for alpha in alphas})
@@ -119,6 +120,7 @@ def _evaluate(
     manager = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata)
     check_names(tasks, manager.all_tasks)
     loaded = manager.load(list(tasks))
+    read = {name: spread(len(task.eval_docs), limit) for name, task in loaded["tasks"].items()}
     rows: list[dict[str, Any]] = []
     better: dict[tuple[str, str], bool] = {}
     for number, alpha in enumerate(alphas):
@@ -128,7 +130,7 @@ def _evaluate(
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         with _quiet(number > 0):
-            results = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+            results = evaluate(model, loaded, samples=read, bootstrap_iters=0, log_samples=False)
         assert results is not None
         for task, values in results["results"].items():
             for name, value in values.items():

@@ -344,7 +344,9 @@ def _counted(sheet: Sheet, records: Sequence[Record], is_text: bool) -> list[str
         what = "Rows"
     listed = ", ".join(f"{name} {_counts(r['n'] for r in some)}" for name, some in by.items() if some)
     limits = {record["limit"] for record in records if record.get("limit") is not None}
-    limited = [f"Only the first {_counts(limits)} rows of a task were run (`limit`)."] if limits else []
+    limited = (
+        [f"At most {_counts(limits)} rows of a task were run, from all over its file (`limit`)."] if limits else []
+    )
     return [f"{what}: {listed}.", *limited]
 
 

@@ -8,9 +8,11 @@ import hashlib
 import json
 import logging
 import os
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,18 @@ def load(task: str, file: str, hub: HubRows | None = None, *, adapt: Callable[[A
         raise CorpusError(f"{task}: expected rows in {rows.source}, found none; get the file again")
     log.info("%s: %d rows of %s", task, len(rows.rows), rows.source)
     return rows
+
+
+def spread(n_rows: int, limit: int | None) -> list[int]:
+    """Numbers of at most `limit` rows, from all over a file: one of each of `limit` equal stretches, drawn by a fixed seed.
+
+    Many files are sorted by label. Their first rows have one label, and the accuracy on them says nothing.
+    """
+    if limit is None or limit >= n_rows:
+        return list(range(n_rows))
+    draw = random.Random(0)  # its method `random` gives the same numbers in every version of Python
+    starts = [number * n_rows // limit for number in range(limit + 1)]
+    return [start + int(draw.random() * (end - start)) for start, end in pairwise(starts)]
 
 
 def folder_of(file: str) -> str:

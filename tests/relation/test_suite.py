@@ -32,6 +32,7 @@ from memdec.settings import (
     TrainSettings,
 )
 from memdec.tasks import domain_metrics
+from memdec.tasks.rows import spread
 from memdec.training import stages
 
 FEW = ["dcpmi_cb_kl", "memdec_fpb"]
@@ -154,6 +155,24 @@ def test_records_have_all_that_a_table_prints(
     assert by_metric["memdec_nq", "f1"]["labels"] is None
     for each in records:
         assert each["constant"] == (each["labels"] is not None and max(each["labels"].values()) == 10)
+
+
+def test_a_limit_takes_rows_from_all_over_a_file_that_is_sorted_by_label(
+    data: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    file = data / "fpb" / "adaptllm_schema.jsonl"
+    lines = sorted(file.read_text().splitlines(), key=lambda line: json.loads(line)["gold_index"])
+    assert {json.loads(line)["gold_index"] for line in lines[:3]} == {0}
+    file.write_text("\n".join(lines) + "\n")
+    (record,) = [each for each in run(base_folder, tmp_path / "run", limit=6) if each["metric"] == "weighted_f1"]
+    assert record["n"] == 6
+    samples = compare.read_samples(compare.read_run(tmp_path / "run")["memdec_fpb"].file)
+    read = spread(len(lines), 6)
+    assert [number for _, number in samples] == read
+    (written,) = (tmp_path / "run").glob("samples_memdec_fpb_*.jsonl")
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [row["doc"]["input"] for row in rows] == [json.loads(lines[number])["input"] for number in read]
+    assert len({row["doc"]["gold_index"] for row in rows}) == len({json.loads(line)["gold_index"] for line in lines})
 
 
 def test_rows_of_a_metric_average_to_its_value(
@@ -286,17 +305,20 @@ def test_scores_reach_the_disk_while_a_long_run_goes_on(tmp_path: Path, monkeypa
     assert len(scores.ScoreStore(tmp_path, {"base": "x"})) == 2
 
 
-def test_changed_rows_are_another_run_and_rows_beyond_the_limit_are_not(
+def test_changed_rows_are_another_run_and_rows_that_the_limit_leaves_out_are_not(
     data: Path, base_folder: Path, tmp_path: Path
 ) -> None:
     file = data / "fpb" / "adaptllm_schema.jsonl"
     lines = file.read_text().splitlines()
+    read = spread(len(lines), 5)
+    unread = next(number for number in range(len(lines)) if number not in read)
     before = run(base_folder, tmp_path / "run", limit=5)
     recipe = artefact.read(tmp_path / "run", "harness").recipe
-    file.write_text("\n".join(lines[:5] + lines[:1] + lines[6:]) + "\n")
+    other = lines[read[0]]
+    file.write_text("\n".join([*lines[:unread], other, *lines[unread + 1 :]]) + "\n")
     assert run(base_folder, tmp_path / "run", limit=5) == before
     assert artefact.read(tmp_path / "run", "harness").recipe == recipe
-    file.write_text("\n".join(lines[1:2] + lines[1:]) + "\n")
+    file.write_text("\n".join([*lines[: read[1]], other, *lines[read[1] + 1 :]]) + "\n")
     after = run(base_folder, tmp_path / "run", limit=5)
     assert artefact.read(tmp_path / "run", "harness").recipe != recipe
     changed = {each["task"] for each, other in zip(after, before, strict=True) if each["rows"] != other["rows"]}

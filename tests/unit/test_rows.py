@@ -53,3 +53,21 @@ def test_a_field_has_one_type_and_missing_values_are_left_to_the_task(
         CorpusError, match=r"a\.jsonl, row 2: expected 'a' of one type in all rows, found True here and 1 in row 1"
     ):
         rows.load("t", "a.jsonl")
+
+
+@pytest.mark.parametrize(("n_rows", "limit"), [(10, 3), (1066, 200), (7, 6), (5, 1)])
+def test_a_limit_takes_one_row_of_each_stretch(n_rows: int, limit: int) -> None:
+    found = rows.spread(n_rows, limit)
+    assert len(found) == limit
+    assert all(place * n_rows // limit <= number < (place + 1) * n_rows // limit for place, number in enumerate(found))
+    assert found == rows.spread(n_rows, limit)
+
+
+def test_a_limit_is_in_no_step_with_the_rows() -> None:
+    """Every n-th row of a file in which labels take turns would have one label."""
+    assert 35 < sum(number % 2 for number in rows.spread(800, 100)) < 65
+
+
+@pytest.mark.parametrize("limit", [None, 4, 5])
+def test_without_a_limit_or_within_it_all_rows_are_read(limit: int | None) -> None:
+    assert rows.spread(4, limit) == [0, 1, 2, 3]
