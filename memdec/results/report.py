@@ -156,7 +156,7 @@ def _claims(file: Path) -> list[dict[str, Any]]:
                 "delete it and make it again"
             )
         claim["shown"] = _with_interval(claim["effect"], claim["low"], claim["high"])
-    return found
+    return sorted(found, key=lambda claim: claim["verdict"] == "not run")
 
 
 def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
