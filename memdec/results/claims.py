@@ -836,7 +836,7 @@ def _whole(claim: Claim, several: list[Judged], lacking: Sequence[Cell], scale: 
 
 
 def run(config: Config, paths: Sequence[Path], out: Path, file: Path = FILE) -> list[tuple[Claim, Verdict]]:
-    """Write claims.csv: a line for each claim, in the order of the file.
+    """Write claims.csv, a line for each claim in the order of the file, and the same for people beside it (.md).
 
     Args:
         config: Config of the run.
@@ -855,6 +855,7 @@ def run(config: Config, paths: Sequence[Path], out: Path, file: Path = FILE) -> 
         (claim, judge(claim, roles[claim.table], draws) if claim.table in tables else _not_made(claim.table, config))
         for claim in claims
     ]
+    artefact.write_text(out.with_suffix(".md"), _markdown(found))
     artefact.write_text(out, _csv(found))
     return found
 
@@ -879,20 +880,32 @@ def _csv(found: Iterable[tuple[Claim, Verdict]]) -> str:
     return text.getvalue()
 
 
+def _markdown(found: Sequence[tuple[Claim, Verdict]]) -> str:
+    head = ["Verdict", "Claim", "Table", "Effect (95 % interval)"]
+    rows = [
+        [verdict.verdict, markdown.escaped(claim.text), claim.table, _effect(verdict) or "–"]
+        for claim, verdict in found
+    ]
+    return f"{markdown.table(head, rows, len(head))}\n\n{_total(found)}. Reasons are in the CSV.\n"
+
+
 def shown(found: Sequence[tuple[Claim, Verdict]]) -> str:
     """One line for each claim, for the terminal, and a line of counts."""
+    lines = [f"{verdict.verdict:9}  {claim.id}: {_effect(verdict) or verdict.reason}" for claim, verdict in found]
+    return "\n".join([*lines, _total(found)])
+
+
+def _total(found: Sequence[tuple[Claim, Verdict]]) -> str:
     counts = Counter(verdict.verdict for _, verdict in found)
-    lines = [f"{verdict.verdict:9}  {claim.id}{_effect(verdict)}" for claim, verdict in found]
-    total = ", ".join(f"{counts[word]} {word}" for word in VERDICTS)
-    return "\n".join([*lines, f"{len(found)} claims: {total}"])
+    return f"{len(found)} claims: {', '.join(f'{counts[word]} {word}' for word in VERDICTS)}"
 
 
 def _effect(verdict: Verdict) -> str:
     if verdict.effect is None:
-        return f": {verdict.reason}"
+        return ""
     interval = (
         ""
         if verdict.low is None or verdict.high is None
         else f" ({markdown.number(verdict.low)} to {markdown.number(verdict.high)})"
     )
-    return f": {markdown.number(verdict.effect)}{interval}"
+    return f"{markdown.number(verdict.effect)}{interval}"

@@ -564,7 +564,7 @@ def test_rules_declare_manifests_only() -> None:
     files = {file for block in outputs for file in re.findall(r"[\w{}]+\.\w+(?=\")", block)}
     tables = {"{table}.csv", "cells.csv", "items.npz", "{table}.md", "{table}.tex", "provenance.json", "table.rst"}
     figures = {"{figure}.csv", "{figure}.svg", "{figure}.png"}
-    assert files == {"manifest.json", "claims.csv", "report.html"} | tables | figures
+    assert files == {"manifest.json", "claims.csv", "claims.md", "report.html"} | tables | figures
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

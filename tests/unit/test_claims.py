@@ -500,6 +500,10 @@ def test_claims_csv_has_a_line_for_every_claim(tmp_path: Path) -> None:
     assert by_id["t3-memdec-base"]["verdict"] == "not run"
     assert "table3" in by_id["t3-memdec-base"]["reason"]
     assert all(line["reason"] for line in lines if line["verdict"] == "not run")
+    rows = [line for line in (tmp_path / "claims.md").read_text().splitlines() if line.startswith("|")][2:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == [line["verdict"] for line in lines]
+    assert "[" not in rows[0]
+    assert "0.7" in rows[0].split(" | ")[3]
     shown = claims.shown(found)
     assert shown.splitlines()[0].startswith("holds      t1-memdec-base: 0.7")
     assert shown.splitlines()[-1].startswith(f"{len(CLAIMS)} claims: ")

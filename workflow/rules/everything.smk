@@ -19,6 +19,7 @@ use rule table as claims with:
             caption="../report/table.rst",
             category="Claims",
         ),
+        markdown="results/claims.md",
     log:
         f"{LOG}/claims.log",
     benchmark:
