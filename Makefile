@@ -7,11 +7,6 @@ STAMP := .venv/.installed
 # Snakemake on a folder, also one that a killed run left locked: $(RUN) FOLDER [OPTIONS] -- TARGET ...
 RUN = . $(BIN)/activate && workflow/run.sh
 
-MEMORIES = --cores $(CORES) --workflow-profile profiles/default
-
-# $(call PUBLISH,FOLDER,TABLE,NAME)
-PUBLISH = for end in csv md provenance.json; do cp $(1)/results/$(2).$$end results/reference/$(3).$$end || exit 1; done
-
 # A GPU takes the full memory and three domains; without one a smaller memory and one domain.
 SMOL ?= config/smol.yaml $(if $(wildcard /dev/nvidia0),,config/smol-cpu.yaml)
 
@@ -23,7 +18,7 @@ PROFILE ?= profiles/default
 # The recipe reads them as variables of the shell, so that none of their characters is taken for a command.
 export TARGET CONFIG FOLDER PROFILE
 
-.PHONY: install table3 repair smol test core mutants check bench bench-search bench-gpu report snakemake-report regression reference reference-smol ablations
+.PHONY: install table3 repair smol test core mutants check bench bench-search bench-gpu report snakemake-report regression
 
 install: $(STAMP)
 
@@ -108,22 +103,19 @@ regression: $(STAMP)
 sensitivity: regression
 	. $(BIN)/activate && tests/regression/sensitivity.sh build/regression
 
-# The ablations: tables of the mini scale and, where MEMDEC_TEST_DATA is set, of pretrained models.
-ABLATIONS := table4 table8 table9 table17 table19 objectives
-ablations: $(STAMP)
+# Every table, figure and claim of the mini scale, and the report. The rows of the tasks come from MEMDEC_DATA or the Hub.
+.PHONY: all
+all: $(STAMP)
+	$(RUN) . --cores $(CORES) -- results/all
+
+# Memories for real pretrained models of 1 and 3 million parameters; needs MEMDEC_TEST_DATA.
+.PHONY: pretrained
+pretrained: $(STAMP)
 	mkdir -p build/pretrained
-	$(RUN) . $(MEMORIES) -- $(ABLATIONS:%=results/%.csv)
-	for name in $(ABLATIONS); do $(call PUBLISH,.,$$name,$$name) || exit 1; done
-	test -z "$$MEMDEC_TEST_DATA" || { \
-	  $(RUN) build/pretrained $(MEMORIES) --configfile config/pretrained.yaml -- results/memories.csv \
-	  && $(call PUBLISH,build/pretrained,memories,pretrained); }
-	$(BIN)/python -m docs.build
+	$(RUN) build/pretrained --cores $(CORES) --workflow-profile profiles/default --configfile config/pretrained.yaml \
+	  -- results/memories.csv
 
-# Publish what the rules wrote: the tables that README.md and docs/ show.
-reference-smol: $(STAMP)
-	$(call PUBLISH,build/smol,memories,smol)
-	$(BIN)/python -m docs.build
-
+# Publish what a run wrote, for README.md and the other pages: `make reference FOLDER=build/smol`.
+.PHONY: reference
 reference: $(STAMP)
-	cp results/table3.csv results/table3.md results/table3.tex results/table3.provenance.json results/reference/
-	$(BIN)/python -m docs.build
+	$(BIN)/python -m docs.publish "$$FOLDER/results"

@@ -52,7 +52,11 @@ def main() -> int:
     """Write the files, or with --check exit 1 when one is stale."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
+    return write(check=parser.parse_args().check)
+
+
+def write(*, check: bool = False) -> int:
+    """Write the files; with `check` write none, and return 1 if one is stale."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     wanted = {page: filled(page.read_text(encoding="utf-8")) for page in pages}
     wanted[ROOT / "environment.yml"] = environment()

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from docs import build, check
+from docs import build, check, publish
+from memdec.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,3 +72,30 @@ def test_rows_of_a_generated_table() -> None:
     assert build.chosen(table, None) == table
     with pytest.raises(ValueError, match="found none"):
         build.chosen(table, "z")
+
+
+def finished(folder: Path, name: str, scale: str) -> None:
+    for ending in (".csv", ".cells.csv", ".md", ".tex", ".items.npz"):
+        (folder / f"{name}{ending}").write_text(name)
+    (folder / f"{name}.provenance.json").write_text(f'{{"scale": "{scale}"}}')
+
+
+def test_publishing_copies_what_people_read(tmp_path: Path) -> None:
+    for name in ("table3", "objectives"):
+        finished(tmp_path, name, "mini")
+    for name in ("claims.csv", "claims.md", "figure2.svg", "figure4.csv", "unfinished.csv", "report.html"):
+        (tmp_path / name).write_text(name)
+    found = publish.publish(tmp_path, tmp_path / "reference")
+    copied = {path.name for path in (tmp_path / "reference" / "mini").iterdir()}
+    assert {path.name for path in found} == copied
+    tables = {f"{name}{ending}" for name in ("table3", "objectives") for ending in publish.ENDINGS}
+    assert copied == tables | {"claims.csv", "claims.md", "figure2.svg", "figure4.csv"}
+
+
+@pytest.mark.parametrize(("scales", "found"), [((), "no table"), (("mini", "smol"), "mini, smol")])
+def test_publishing_takes_one_run(scales: tuple[str, ...], found: str, tmp_path: Path) -> None:
+    for number, scale in enumerate(scales):
+        finished(tmp_path, f"table{number}", scale)
+    with pytest.raises(ConfigError, match=f"expected tables of one scale, found {found}; give"):
+        publish.publish(tmp_path, tmp_path / "reference")
+    assert not (tmp_path / "reference").exists()

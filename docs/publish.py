@@ -1,0 +1,56 @@
+"""Publish a run: `python -m docs.publish RESULTS` copies its tables to results/reference/SCALE and fills the pages.
+
+RESULTS is the folder `results` of a run. Of every table there, and of the claims and figures beside them, go those files
+that people and pages read: not the items of the bootstrap, and no LaTeX. Files of tables that RESULTS lacks stay as they
+are. All tables must be of one scale.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from docs import build
+from memdec.errors import ConfigError
+
+ENDINGS = (".csv", ".cells.csv", ".md", ".provenance.json")
+BESIDE = ("claims.csv", "claims.md", "figure*.csv", "figure*.svg", "fidelity.csv", "fidelity.svg")
+
+
+def publish(results: Path, reference: Path) -> list[Path]:
+    """Copy the files; return the new ones.
+
+    Raises:
+        ConfigError: There is no table, or the tables are of several scales.
+    """
+    tables = sorted(results.glob("*.provenance.json"))
+    scales = {json.loads(file.read_text(encoding="utf-8"))["scale"] for file in tables}
+    if len(scales) != 1:
+        raise ConfigError(
+            f"{results}: expected tables of one scale, found {', '.join(sorted(scales)) or 'no table'}; give the folder "
+            "`results` of one run"
+        )
+    names = [file.name.removesuffix(".provenance.json") for file in tables]
+    files = [results / f"{name}{ending}" for name in names for ending in ENDINGS]
+    files += [file for pattern in BESIDE for file in sorted(results.glob(pattern))]
+    out = reference / scales.pop()
+    out.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copyfile(file, out / file.name)) for file in files if file.is_file()]
+
+
+def main() -> int:
+    """Copy the files, and write the pages that show them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    try:
+        found = publish(parser.parse_args().results, build.ROOT / "results" / "reference")
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"published {len(found)} files in {found[0].parent}")
+    return build.write()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
