@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 # The base is black; the others follow in this order. Each has its own marker, for print without colour.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BARS = (6, 2, 1)  # numbers of the colours of bars; a distribution has the same one as a line
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 4.0  # inches; an SVG has 96 px per inch
 _FAR = 6.0  # axes are logarithmic if the largest value is at least this many times the smallest
@@ -175,7 +176,7 @@ def shapes(table: pd.DataFrame) -> Figure:
             shown = table[table["metric"] == metric].assign(place=lambda rows: rows["model"].map(at))
             for number, name in enumerate(DISTRIBUTIONS):
                 rows = shown[shown["distribution"] == name]
-                _line(axes, rows, "place", ("value", "low", "high"), number, DISTRIBUTIONS[name])
+                _line(axes, rows, "place", ("value", "low", "high"), BARS[number], DISTRIBUTIONS[name])
             axes.set_ylabel(title)
             if metric == "top1":
                 axes.set_ylim(0, 1)
@@ -232,7 +233,7 @@ _LONGEST = 18  # characters of a name beside an axis
 
 def _bar(number: int) -> dict[str, Any]:
     """Style of the bars of system `number`; none is black, so that intervals can be seen."""
-    return {"color": COLOURS[(6, 2, 1)[number % 3]], "error_kw": {"elinewidth": 0.8, "ecolor": "black"}}
+    return {"color": COLOURS[BARS[number % 3]], "error_kw": {"elinewidth": 0.8, "ecolor": "black"}}
 
 
 def _names(axes: Axes, names: list[str]) -> None:

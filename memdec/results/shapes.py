@@ -91,7 +91,10 @@ def run(
 
 
 def _chosen(positions: Positions, settings: ShapesSettings) -> list[int]:
-    """Positions of the examples, chosen by p_kNN and the seed alone: first those with few tokens, as in the paper."""
+    """Positions of the examples, chosen by p_kNN, the seed and what follows.
+
+    Those with few tokens come first, as in the paper; and each example has another next token, as far as there are any.
+    """
     where, counts = [], []
     for part in positions.windows:
         rows = positions.reader.rows([(part.first, part.end)])
@@ -100,7 +103,11 @@ def _chosen(positions: Positions, settings: ShapesSettings) -> list[int]:
     place, n = np.concatenate(where), np.concatenate(counts)
     order = np.random.default_rng(settings.seed).permutation(len(place))
     few = (n[order] >= _FEW[0]) & (n[order] <= _FEW[1])
-    order = order[np.argsort(~few, kind="stable")][: settings.examples]
+    order = order[np.argsort(~few, kind="stable")]
+    _, first = np.unique(positions.data[place[order]], return_index=True)  # of each next token, in the order
+    again = np.ones(len(order), bool)
+    again[first] = False
+    order = order[np.argsort(again, kind="stable")][: settings.examples]
     return sorted(place[order].tolist())
 
 

@@ -168,6 +168,7 @@ def test_shapes_equal_a_loop_over_all_positions(
     stream = tokens.load_stream(token_folder, "train")
     examples = json.loads((tmp_path / "s" / "examples.json").read_text())
     assert len(examples) == 4
+    assert len({example["next"] for example in examples}) == 4
     for example in examples:
         place = example["position"]
         assert example["next"] == words.decode([int(stream[place])])
