@@ -184,7 +184,8 @@ class Sheet:
         row, column = self.table.rows[place], self.table.columns[heading]
         where = (row.where if isinstance(row, Row) else {}) | (column.where if isinstance(column, Column) else {})
         config = self.table.config
-        model = where.get("model", row.labels.get("model"))
+        named = where.get("model", row.labels.get("model"))
+        model = named if named in config.models else None  # a row of means has the label Average in its place
         printed = self._printed(row, heading, column)
         note, verdict = number.note, None
         if config.scale == "paper" and any(each.value is not None for each in printed):
@@ -198,7 +199,7 @@ class Sheet:
                 "table": self.table.name,
                 "study": config.study_name,
                 "row": self.row_name(place),
-                "family": config.models[model].family if model in config.models else None,
+                "family": None if model is None else config.models[model].family,
                 "model": model,
                 "column": heading,
                 "metric": where.get("metric", number.records[0]["metric"] if number.records else None),
