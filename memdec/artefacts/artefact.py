@@ -69,7 +69,7 @@ VERSIONS = {
     "sweep": 3,
     "fidelity": 1,
     "shapes": 2,
-    "table": 4,  # tables and figures are files, not artefact folders: only the Snakemake rules use these numbers
+    "table": 5,  # tables and figures are files, not artefact folders: only the Snakemake rules use these numbers
     "figure": 2,
     "claims": 2,
     "report": 1,
