@@ -258,13 +258,13 @@ def _cost(folder: Path) -> Plain | None:
     if not jobs:
         return None
     rows = sorted(
-        ([name, *_sums(each)] for name, each in jobs.items()), key=lambda row: -float(row[3].replace(",", ""))
+        ([name, *_sums(each)] for name, each in jobs.items()), key=lambda row: -float(row[2].replace(",", ""))
     )
     return Plain(
         ["Rule", "Jobs", "Wall time (s)", "CPU time (s)", "Longest job (s)", "Most memory (MB)"],
         rows,
         total=["All rules", *_sums([job for each in jobs.values() for job in each])],
-        caption="Cost per rule, the largest CPU time first",
+        caption="Cost per rule, the largest wall time first",
     )
 
 
