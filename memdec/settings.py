@@ -227,6 +227,14 @@ class TrainSettings(Settings):
         1, description="passes over the training windows (released: 70 for 124M, ~15 for 0.5B)"
     )
     learning_rate: PositiveFloat = Field(1e-3, description="peak learning rate; decays linearly to 0 (released: 1e-3)")
+    learning_rates: Annotated[list[PositiveFloat], AfterValidator(each_once)] = Field(
+        [],
+        description="candidates for learning_rate: each is tried for `trial` of the updates, and the best on valid is trained "
+        "in full (ours)",
+    )
+    trial: float = Field(
+        0.25, gt=0, le=1, description="part of the updates for which each of learning_rates is tried (ours)"
+    )
     batch_size: PositiveInt = Field(8, description="windows per forward pass and device (released: 16)")
     accumulation: PositiveInt = Field(1, description="forward passes per update of the weights (released: 4)")
     warmup: float = Field(0.0, ge=0, le=1, description="fraction of the updates with a rising rate (released: 0)")
@@ -278,6 +286,9 @@ class MemorySettings(TrainSettings):
         "(appendix H)",
     )
     kl_weight: float = Field(0.5, ge=0, le=1, description="hybrid: beta of the paper's equation 5 (0.5)")
+    kl_weight_end: float | None = Field(
+        None, ge=0, le=1, description="hybrid: beta at the last update, linear from kl_weight; default: constant (ours)"
+    )
     focal_weight: float = Field(0.5, ge=0, le=1, description="focal: alpha of appendix H (0.5)")
     focal_gamma: float = Field(2.0, ge=0, description="focal: gamma of appendix H (2)")
     bild_top: int = Field(
