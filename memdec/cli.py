@@ -382,12 +382,15 @@ def teacher(
     stride: Stride,
     settings: TeacherSettings,
     shard: Shard = 0,
+    targets: Annotated[list[Path], typer.Option(help="target folder to mix in; repeat for every shard")] = [],
     compute: Compute = AUTO,
 ) -> None:
-    """Save a model's own next-token distributions as targets: the control for kNN targets."""
+    """Save a model's own next-token distributions as targets, alone (a control) or mixed with kNN targets."""
     from memdec.datastore import teacher as stage_teacher
 
-    stage_teacher.run(model, tokens, out, settings, context=context, stride=stride, shard=shard, compute=compute)
+    stage_teacher.run(
+        model, tokens, out, settings, context=context, stride=stride, shard=shard, targets=targets, compute=compute
+    )
 
 
 @stage(MemorySettings)

@@ -303,10 +303,16 @@ class MemorySettings(TrainSettings):
 
 
 class TeacherSettings(Settings):
-    """A control that the paper lacks: targets that are the key model's own next-token distribution instead of p_kNN."""
+    """Targets from the key model's own next-token distribution p_key, which the paper lacks.
+
+    Alone it is a control. With `knn_weight` the rows are those of the key model's kNN-LM, lambda p_kNN + (1 - lambda) p_key.
+    """
 
     top: PositiveInt = Field(64, description="keep this many most likely tokens of each row and renormalise (ours)")
     temperature: PositiveFloat = Field(1.0, description="divides the logits (ours)")
+    knn_weight: float = Field(
+        0.0, ge=0, le=1, description="lambda, the weight of p_kNN; 0: the key model's distribution alone (ours)"
+    )
     dtype: Literal["float32", "float16"] = Field("float32", description="type of the probabilities on disk")
     shards: PositiveInt = Field(1, description="number of parts; several jobs can make them in parallel")
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
