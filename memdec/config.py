@@ -31,6 +31,7 @@ from memdec.settings import (
     DEFAULT_MEMORY,
     UNTUNED,
     AdaptSettings,
+    CalibrateSettings,
     Case,
     Compute,
     CorpusSpec,
@@ -86,10 +87,10 @@ class MemoryVariant(Settings):
     tuned_start: bool = Field(
         False, description="fine-tune the memory model on the domain before it becomes a memory (ours)"
     )
-    targets: Literal["knn", "teacher", "none"] = Field(
+    targets: Literal["knn", "teacher", "mixture", "none"] = Field(
         "knn",
         description="distributions to train on: knn is p_kNN (paper); teacher is the key model's softmax (control); "
-        "none is for objective ce",
+        "mixture is the kNN-LM of the key model, both of them by teacher.knn_weight (ours); none is for objective ce",
     )
     dapt: bool = Field(
         False,
@@ -134,7 +135,7 @@ class Memory(Settings):
     key_model: Name
     tuned: bool
     tuned_start: bool
-    targets: Literal["knn", "teacher", "none"]
+    targets: Literal["knn", "teacher", "mixture", "none"]
     dapt: bool
     other_domain: bool
     adapt: Name | None
@@ -188,6 +189,7 @@ class Study(Settings):
     index: Section = Field(default_factory=dict)
     targets: Section = Field(default_factory=dict)
     teacher: Section = Field(default_factory=dict)
+    calibrate: Section | None = Field(default_factory=dict, description="null: no choice of the targets' settings")
     memory: Section = Field(default_factory=dict)
     adapt: Section = Field(default_factory=dict)
     lora: Section = Field(default_factory=dict)
@@ -203,15 +205,17 @@ class Study(Settings):
 # Settings of which artefacts of each kind are made, besides the common part, their domain, seed and names. Studies that
 # agree on them share the artefacts.
 _KEYS = ("finetune", "datastore")
-_TARGETS = (*_KEYS, "index", "targets")
+_TARGETS = (*_KEYS, "index", "calibrate", "targets")
 MADE_OF: dict[str, tuple[str, ...]] = {
     "finetuned": ("finetune",),
     "dapt": ("finetune", "dapt", "budget"),
     "lora": ("lora", "budget", "memory_model"),
     "datastore": _KEYS,
     "index": (*_KEYS, "index"),
+    "calibration": (*_KEYS, "index", "calibrate"),
     "targets": _TARGETS,
-    "teacher": ("finetune", "teacher"),
+    "teacher": (*_KEYS, "index", "calibrate", "teacher"),
+    "mixture": (*_TARGETS, "teacher"),
     "memory": (*_TARGETS, "teacher", "memory", "adapt", "budget", "key_model", "memory_model", "watched"),
     "evaluation": ("evaluate", "forgetting"),
     "cases": ("cases",),
@@ -260,6 +264,10 @@ class Config(Settings):
     index: IndexSettings = IndexSettings()
     targets: TargetSettings = TargetSettings()
     teacher: TeacherSettings = TeacherSettings()
+    calibrate: CalibrateSettings | None = Field(
+        None,
+        description="choose k, tau and top of the targets, and the mixture's lambda, on valid (default: as they are given)",
+    )
     memory: MemorySettings = MemorySettings()
     adapt: AdaptSettings = AdaptSettings()
     lora: LoraSettings = LoraSettings()
@@ -454,7 +462,13 @@ class Config(Settings):
                 f"{memory.key_model}, found {memory.memory_model} with {other}"
             )
         if memory.targets == "none" and memory.train.objective != "ce" and not memory.dapt:
-            wrong.append(f"{where}targets: expected knn or teacher with objective {memory.train.objective}, found none")
+            wrong.append(
+                f"{where}targets: expected knn, teacher or mixture with objective {memory.train.objective}, found none"
+            )
+        if memory.targets == "mixture" and self.calibrate is None and not self.teacher.knn_weight:
+            wrong.append(
+                f"{where}targets: expected with mixture a section calibrate, or teacher.knn_weight, found neither"
+            )
         wrong += [
             f"{where}models: expected models with tokenizer {memory.tokenizer}, found {base} with "
             f"{self.models[base].tokenizer}"

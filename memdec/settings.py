@@ -452,6 +452,30 @@ class TargetSettings(KnnSettings):
     batch_size: PositiveInt = Field(1024, description="queries per search")
 
 
+class CalibrateSettings(Settings):
+    """The choice of k, tau, lambda and top for targets by the key model's kNN-LM on valid. All values are ours."""
+
+    neighbours: Annotated[list[PositiveInt], AfterValidator(each_once)] = Field(
+        [64, 256, 1024], min_length=1, description="candidates for k"
+    )
+    temperatures: Annotated[list[PositiveFloat], AfterValidator(each_once)] = Field(
+        [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256], min_length=1, description="candidates for tau"
+    )
+    lambdas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], min_length=1, description="candidates for the weight of p_kNN"
+    )
+    tops: Annotated[list[PositiveInt], AfterValidator(each_once)] = Field(
+        [64, 256],
+        description="candidates for top; the smallest that costs at most 0.1 % of perplexity is chosen, or all",
+    )
+    nprobe: PositiveInt = Field(32, description="number of cells of an ivf index to search")
+    most: PositiveInt = Field(
+        8192, description="most positions of valid, and of train, to use; whole windows, evenly spread"
+    )
+    batch_size: PositiveInt = Field(16, description="windows per forward pass")
+    seed: Seed = Field(0, description="seed of the sample")
+
+
 class KnnLMSettings(SearchSettings):
     """The kNN-LM baseline, which searches at inference."""
 

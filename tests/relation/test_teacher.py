@@ -115,9 +115,7 @@ def test_a_weight_of_one_is_p_knn_itself(
 def test_a_mixture_needs_both_a_weight_and_all_targets(
     weight: float, n_targets: int, base_folder: Path, short_tokens: Path, near: list[Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        (ConfigError, ArtifactError), match=r"expected --targets where knn_weight|shard"
-    ):
+    with pytest.raises((ConfigError, ArtifactError), match=r"expected --targets where knn_weight|shard"):
         teacher.run(
             base_folder, short_tokens, tmp_path / "t", TeacherSettings(knn_weight=weight), **WINDOW, targets=near[:n_targets]
         )  # fmt: skip
