@@ -484,12 +484,17 @@ def evaluate(
     dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
     datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
     index: Annotated[Path | None, typer.Option(help="index over --datastore; both together are the kNN-LM")] = None,
+    key_model: Annotated[
+        Path | None,
+        typer.Option(help="model that made the keys, if not the base: its p_kNN in the place of a memory"),
+    ] = None,
     passages: Annotated[Path | None, typer.Option(help="passages of the corpus, for In-Context RAG")] = None,
     also: Annotated[
         list[Path], typer.Option(help="general corpus to measure on too, with the weights tuned on --corpus; repeat")
     ] = [],
     base_evaluation: Annotated[
-        Path | None, typer.Option(help="with --memory: the base's own evaluation, so that the base is not run again")
+        Path | None,
+        typer.Option(help="with --memory or --key-model: the base's own evaluation, so that the base is not run again"),
     ] = None,
     seed: Seed = 0,
     compute: Compute = AUTO,
@@ -512,6 +517,7 @@ def evaluate(
         dapt=dapt,
         datastore=datastore,
         index=index,
+        key_model=key_model,
         passages=passages,
         also=also,
         base_evaluation=base_evaluation,

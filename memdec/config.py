@@ -101,6 +101,11 @@ class MemoryVariant(Settings):
         description="do not train a memory: mix in the default memory of the next of 'domains', after the last one that "
         "of the first (negative control, ours); with one domain there is none",
     )
+    neighbours: bool = Field(
+        False,
+        description="do not train a memory: mix in p_kNN of the key model's datastore, which a memory imitates (control: the "
+        "kNN-LM with the keys of another model, lambda and tau tuned on valid; ours)",
+    )
     adapt: Name | None = Field(
         None,
         description="start from this other memory, adapted to the key model's tokenizer; 'memdec': the default memory",
@@ -115,7 +120,11 @@ class MemoryVariant(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for field, fitting in (("dapt", ["memory_model", "models"]), ("other_domain", ["models"])):
+        for field, fitting in (
+            ("dapt", ["memory_model", "models"]),
+            ("other_domain", ["models"]),
+            ("neighbours", ["key_model", "tuned", "models"]),
+        ):
             useless = self.model_fields_set - {field, *fitting} if getattr(self, field) else set()
             if useless:
                 raise ValueError(
@@ -138,6 +147,7 @@ class Memory(Settings):
     targets: Literal["knn", "teacher", "mixture", "none"]
     dapt: bool
     other_domain: bool
+    neighbours: bool
     adapt: Name | None
     share: float
     train: MemorySettings
@@ -147,7 +157,7 @@ class Memory(Settings):
     @property
     def trained(self) -> bool:
         """Whether it is a memory of its own, and no other model or memory that is mixed in."""
-        return not self.dapt and not self.other_domain
+        return not self.dapt and not self.other_domain and not self.neighbours
 
     @property
     def keys(self) -> str:
@@ -310,7 +320,9 @@ class Config(Settings):
         fitting = [base for base in self.bases if self.models[base].tokenizer == tokenizer]
         alone = given.other_domain and len(self.domains) == 1
         return Memory(
-            **given.model_dump(include={"tuned", "tuned_start", "dapt", "other_domain", "adapt", "share"}),
+            **given.model_dump(
+                include={"tuned", "tuned_start", "dapt", "other_domain", "neighbours", "adapt", "share"}
+            ),
             name=name,
             memory_model=start,
             key_model=key_model,
@@ -449,7 +461,7 @@ class Config(Settings):
         if memory.adapt is not None:
             source = self.variant(memory.adapt)
             if not source.trained:
-                which = "dapt" if source.dapt else "other_domain"
+                which = next(kind for kind in ("dapt", "other_domain", "neighbours") if getattr(source, kind))
                 wrong.append(f"{where}adapt: expected a memory that is trained, found {memory.adapt} with {which} true")
             if source.tokenizer == memory.tokenizer:
                 wrong.append(

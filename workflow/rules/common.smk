@@ -310,6 +310,8 @@ def dapt(wildcards, model):
 def evaluated_memory(wildcards):
     """The memory, or the model that is mixed in as one; `control` allows one of another domain."""
     found = memory(wildcards)
+    if found.neighbours:
+        return []
     if found.dapt:
         return dapt(wildcards, found.memory_model)
     if not found.other_domain:
@@ -317,6 +319,18 @@ def evaluated_memory(wildcards):
     config = memory_study(wildcards)
     other = home(config.study_name, config.next_domain(domain_of(wildcards)), "memory")
     return manifest(f"{RUN}/{other}/seed{wildcards.seed}/memory/{typed.DEFAULT_MEMORY}")
+
+
+def neighbours_instead(wildcards):
+    """What stands in the place of a memory that is p_kNN itself."""
+    found = memory(wildcards)
+    if not found.neighbours:
+        return {}
+    models = f"{at(wildcards, 'finetuned')}/finetuned" if found.tuned else f"{RUN}/models"
+    return {
+        **keys_and_index(wildcards, found.keys),
+        "key_model": manifest(f"{models}/{found.key_model}"),
+    }
 
 
 def control(wildcards):
@@ -356,6 +370,8 @@ def system_kinds(system):
 
 
 def memory_kinds(memory):
+    if memory.neighbours:
+        return ("finetuned", "datastore", "index")
     return ("memory", "dapt") if memory.dapt else ("memory",)
 
 
