@@ -477,6 +477,13 @@ class _Session:
             scores.write(self.out, each, text[0], self._on(text))
         return [self._record(method, found[text].log_p(weight)) | {"on": text[1].name} for text in self.tests]
 
+    @cached_property
+    def _rate(self) -> float | None:
+        """The learning rate of the part that was trained, if it was tuned."""
+        part = self.parts.memory or self.parts.lora or self.parts.dapt
+        kind = artefact.kind_of(Path(part)) if part is not None else None
+        return None if kind is None else artefact.read(Path(str(part)), kind).facts.get("learning_rate")
+
     def _record(self, method: str, log_p: NDArray[np.float64]) -> dict[str, Any]:
         low, high = statistics.bootstrap_perplexity(log_p, self.stride, self.settings.resamples, self.seed)
         return {
@@ -489,6 +496,8 @@ class _Session:
             "n": len(log_p),
             "alpha": None,
             "lambda": None,
+            "temperature": None,
+            "learning_rate": self._rate if method not in ("base", "kNN-LM", "In-Context RAG") else None,
             "seed": self.seed,
             "device": devices.described(torch.device(self.parts.device)),
             "precision": self.parts.dtype,

@@ -28,11 +28,13 @@ from memdec.settings import (
     EvaluateSettings,
     FileCorpus,
     IndexSettings,
+    MemorySettings,
     PassageSettings,
     RetrievalSettings,
     TargetSettings,
 )
 from memdec.text import corpora, tokens
+from memdec.training import stages
 
 WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
 TAUS = [50.0, 0.5]  # 0.5 is the better one, but not at the first lambda, which is 0
@@ -367,6 +369,16 @@ def test_with_the_base_as_key_model_it_is_the_knn_lm(
     _, mixed = records_of(tmp_path / "mixed", base_folder, corpus_folder, **keys, **more)
     for field in ("value", "low", "high", "lambda", "temperature", "n"):
         assert mixed[field] == pytest.approx(knn_lm[field], rel=1e-9)
+
+
+def test_a_record_names_the_learning_rate_that_was_tuned(
+    base_folder: Path, small_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
+) -> None:
+    for name, changes in (("plain", {}), ("tuned", {"learning_rates": [1e-7, 1e-3], "trial": 1})):
+        settings = MemorySettings(objective="ce", epochs=0.3, **changes)
+        stages.run_train(small_folder, token_folder, [], tmp_path / name, settings, context=CONTEXT, seed=0)
+        *_, record = records_of(tmp_path / f"of {name}", base_folder, corpus_folder, memory=tmp_path / name)
+        assert record["learning_rate"] == (1e-3 if name == "tuned" else None)
 
 
 def test_another_key_model_needs_its_keys_and_the_bases_evaluation(
