@@ -87,10 +87,11 @@ class MemoryVariant(Settings):
     tuned_start: bool = Field(
         False, description="fine-tune the memory model on the domain before it becomes a memory (ours)"
     )
-    targets: Literal["knn", "teacher", "mixture", "none"] = Field(
-        "knn",
+    targets: Literal["knn", "teacher", "mixture", "none"] | None = Field(
+        None,
         description="distributions to train on: knn is p_kNN (paper); teacher is the key model's softmax (control); "
-        "mixture is the kNN-LM of the key model, both of them by teacher.knn_weight (ours); none is for objective ce",
+        "mixture is the kNN-LM of the key model, both of them by teacher.knn_weight (ours); none is for objective ce "
+        "(default: 'imitates' of the config)",
     )
     dapt: bool = Field(
         False,
@@ -192,6 +193,7 @@ class Study(Settings):
     systems: Annotated[list[SystemName], AfterValidator(each_once)] | None = Field(None, min_length=1)
     key_model: Name | None = None
     memory_model: Name | None = None
+    imitates: Literal["knn", "teacher", "mixture"] | None = None
     memories: dict[Name, MemoryVariant] = Field(default_factory=dict)
     finetune: Section = Field(default_factory=dict)
     dapt: Section | None = Field(default_factory=dict, description="null: as finetune")
@@ -226,7 +228,7 @@ MADE_OF: dict[str, tuple[str, ...]] = {
     "targets": _TARGETS,
     "teacher": (*_KEYS, "index", "calibrate", "teacher"),
     "mixture": (*_TARGETS, "teacher"),
-    "memory": (*_TARGETS, "teacher", "memory", "adapt", "budget", "key_model", "memory_model", "watched"),
+    "memory": (*_TARGETS, "imitates", "teacher", "memory", "adapt", "budget", "key_model", "memory_model", "watched"),
     "evaluation": ("evaluate", "forgetting"),
     "cases": ("cases",),
     "latency": ("latency",),
@@ -265,6 +267,10 @@ class Config(Settings):
     )
     key_model: Name = Field(description="model that is fine-tuned on the domain and gives the keys")
     memory_model: Name = Field(description="model that the memory starts from")
+    imitates: Literal["knn", "teacher", "mixture"] = Field(
+        "knn",
+        description="distributions that memories are trained on, where 'targets' of a memory says nothing (paper: knn)",
+    )
     memories: dict[Name, MemoryVariant] = Field(
         default_factory=dict, description="memories in addition to the default one, which is called 'memdec'"
     )
@@ -326,7 +332,7 @@ class Config(Settings):
             name=name,
             memory_model=start,
             key_model=key_model,
-            targets="none" if given.dapt or train.objective == "ce" else given.targets,
+            targets="none" if given.dapt or train.objective == "ce" else given.targets or self.imitates,
             train=train,
             models=[] if alone else given.models or fitting,
             tokenizer=tokenizer,
