@@ -26,6 +26,7 @@ from memdec.settings import (
     AUTO,
     DEFAULT_MEMORY,
     AdaptSettings,
+    CalibrateSettings,
     Compute,
     CorpusSpec,
     DatastoreSettings,
@@ -72,6 +73,9 @@ Context = Annotated[int, typer.Option(min=1, help="longest input of a model, in 
 Datastore = Annotated[list[Path], typer.Option(help="datastore folder; repeat for every shard")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one")]
 Shard = Annotated[int, typer.Option(min=0, help="number of this shard, from 0")]
+Calibration = Annotated[
+    Path | None, typer.Option(help="folder of `memdec calibrate`, whose choices replace the options given here")
+]
 BudgetModel = Annotated[Path | None, typer.Option(help="model whose training FLOPs set the budget")]
 BudgetEpochs = Annotated[
     float, typer.Option(help="FLOP budget, in training epochs of --budget-model (paper: 1 epoch of a 7B model)")
@@ -95,6 +99,7 @@ NEXT = {
     "lora": "memdec evaluate --lora {out} --base ... --out ...",
     "datastore": "memdec index --datastore {out} --out ...",
     "index": "memdec targets --index {out} --datastore ... --out ...",
+    "calibrate": "memdec targets --calibration {out} --datastore ... --index ... --tokens ... --out ...",
     "targets": "memdec train --targets {out} --model ... --out ...",
     "teacher": "memdec train --targets {out} --model ... --out ...",
     "passages": "memdec evaluate --passages {out} --base ... --out ...",
@@ -347,6 +352,24 @@ def index(datastore: Datastore, out: Out, settings: IndexSettings, device: Devic
     stage_index.run(datastore, out, settings, _picked(device))
 
 
+@stage(CalibrateSettings)
+def calibrate(
+    model: Model,
+    datastore: Datastore,
+    index: Annotated[Path, typer.Option(help="index folder")],
+    tokens: Tokens,
+    out: Out,
+    context: Context,
+    stride: Stride,
+    settings: CalibrateSettings,
+    compute: Compute = AUTO,
+) -> None:
+    """Choose k, tau and top of the targets, and lambda of a mixed teacher, on valid."""
+    from memdec.datastore import calibrate as stage_calibrate
+
+    stage_calibrate.run(model, datastore, index, tokens, out, settings, context=context, stride=stride, compute=compute)
+
+
 @stage(TargetSettings)
 def targets(
     datastore: Datastore,
@@ -356,12 +379,14 @@ def targets(
     settings: TargetSettings,
     shard: Shard = 0,
     queries: Annotated[list[Path], typer.Option(help="other split of the same model, to search for instead")] = [],
+    calibration: Calibration = None,
     device: Device = "auto",
 ) -> None:
     """Compute the kNN next-token distributions for one shard of the positions."""
+    from memdec.datastore import calibrate
     from memdec.datastore import targets as stage_targets
 
-    picked = _picked(device)
+    picked, settings = _picked(device), calibrate.targets(settings, calibration)
     stage_targets.run(datastore, index, tokens, out, settings, shard=shard, queries=queries, device=picked)
 
 
@@ -382,12 +407,18 @@ def teacher(
     stride: Stride,
     settings: TeacherSettings,
     shard: Shard = 0,
+    targets: Annotated[list[Path], typer.Option(help="target folder to mix in; repeat for every shard")] = [],
+    calibration: Calibration = None,
     compute: Compute = AUTO,
 ) -> None:
-    """Save a model's own next-token distributions as targets: the control for kNN targets."""
+    """Save a model's own next-token distributions as targets, alone (a control) or mixed with kNN targets."""
+    from memdec.datastore import calibrate
     from memdec.datastore import teacher as stage_teacher
 
-    stage_teacher.run(model, tokens, out, settings, context=context, stride=stride, shard=shard, compute=compute)
+    settings = calibrate.teacher(settings, calibration, bool(targets))
+    stage_teacher.run(
+        model, tokens, out, settings, context=context, stride=stride, shard=shard, targets=targets, compute=compute
+    )
 
 
 @stage(MemorySettings)
@@ -453,12 +484,17 @@ def evaluate(
     dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
     datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
     index: Annotated[Path | None, typer.Option(help="index over --datastore; both together are the kNN-LM")] = None,
+    key_model: Annotated[
+        Path | None,
+        typer.Option(help="model that made the keys, if not the base: its p_kNN in the place of a memory"),
+    ] = None,
     passages: Annotated[Path | None, typer.Option(help="passages of the corpus, for In-Context RAG")] = None,
     also: Annotated[
         list[Path], typer.Option(help="general corpus to measure on too, with the weights tuned on --corpus; repeat")
     ] = [],
     base_evaluation: Annotated[
-        Path | None, typer.Option(help="with --memory: the base's own evaluation, so that the base is not run again")
+        Path | None,
+        typer.Option(help="with --memory or --key-model: the base's own evaluation, so that the base is not run again"),
     ] = None,
     seed: Seed = 0,
     compute: Compute = AUTO,
@@ -481,6 +517,7 @@ def evaluate(
         dapt=dapt,
         datastore=datastore,
         index=index,
+        key_model=key_model,
         passages=passages,
         also=also,
         base_evaluation=base_evaluation,

@@ -31,6 +31,7 @@ from memdec.settings import (
     DEFAULT_MEMORY,
     UNTUNED,
     AdaptSettings,
+    CalibrateSettings,
     Case,
     Compute,
     CorpusSpec,
@@ -86,10 +87,11 @@ class MemoryVariant(Settings):
     tuned_start: bool = Field(
         False, description="fine-tune the memory model on the domain before it becomes a memory (ours)"
     )
-    targets: Literal["knn", "teacher", "none"] = Field(
-        "knn",
+    targets: Literal["knn", "teacher", "mixture", "none"] | None = Field(
+        None,
         description="distributions to train on: knn is p_kNN (paper); teacher is the key model's softmax (control); "
-        "none is for objective ce",
+        "mixture is the kNN-LM of the key model, both of them by teacher.knn_weight (ours); none is for objective ce "
+        "(default: 'imitates' of the config)",
     )
     dapt: bool = Field(
         False,
@@ -99,6 +101,11 @@ class MemoryVariant(Settings):
         False,
         description="do not train a memory: mix in the default memory of the next of 'domains', after the last one that "
         "of the first (negative control, ours); with one domain there is none",
+    )
+    neighbours: bool = Field(
+        False,
+        description="do not train a memory: mix in p_kNN of the key model's datastore, which a memory imitates (control: the "
+        "kNN-LM with the keys of another model, lambda and tau tuned on valid; ours)",
     )
     adapt: Name | None = Field(
         None,
@@ -114,7 +121,11 @@ class MemoryVariant(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for field, fitting in (("dapt", ["memory_model", "models"]), ("other_domain", ["models"])):
+        for field, fitting in (
+            ("dapt", ["memory_model", "models"]),
+            ("other_domain", ["models"]),
+            ("neighbours", ["key_model", "tuned", "models"]),
+        ):
             useless = self.model_fields_set - {field, *fitting} if getattr(self, field) else set()
             if useless:
                 raise ValueError(
@@ -134,9 +145,10 @@ class Memory(Settings):
     key_model: Name
     tuned: bool
     tuned_start: bool
-    targets: Literal["knn", "teacher", "none"]
+    targets: Literal["knn", "teacher", "mixture", "none"]
     dapt: bool
     other_domain: bool
+    neighbours: bool
     adapt: Name | None
     share: float
     train: MemorySettings
@@ -146,7 +158,7 @@ class Memory(Settings):
     @property
     def trained(self) -> bool:
         """Whether it is a memory of its own, and no other model or memory that is mixed in."""
-        return not self.dapt and not self.other_domain
+        return not self.dapt and not self.other_domain and not self.neighbours
 
     @property
     def keys(self) -> str:
@@ -181,6 +193,7 @@ class Study(Settings):
     systems: Annotated[list[SystemName], AfterValidator(each_once)] | None = Field(None, min_length=1)
     key_model: Name | None = None
     memory_model: Name | None = None
+    imitates: Literal["knn", "teacher", "mixture"] | None = None
     memories: dict[Name, MemoryVariant] = Field(default_factory=dict)
     finetune: Section = Field(default_factory=dict)
     dapt: Section | None = Field(default_factory=dict, description="null: as finetune")
@@ -188,6 +201,7 @@ class Study(Settings):
     index: Section = Field(default_factory=dict)
     targets: Section = Field(default_factory=dict)
     teacher: Section = Field(default_factory=dict)
+    calibrate: Section | None = Field(default_factory=dict, description="null: no choice of the targets' settings")
     memory: Section = Field(default_factory=dict)
     adapt: Section = Field(default_factory=dict)
     lora: Section = Field(default_factory=dict)
@@ -203,16 +217,18 @@ class Study(Settings):
 # Settings of which artefacts of each kind are made, besides the common part, their domain, seed and names. Studies that
 # agree on them share the artefacts.
 _KEYS = ("finetune", "datastore")
-_TARGETS = (*_KEYS, "index", "targets")
+_TARGETS = (*_KEYS, "index", "calibrate", "targets")
 MADE_OF: dict[str, tuple[str, ...]] = {
     "finetuned": ("finetune",),
     "dapt": ("finetune", "dapt", "budget"),
     "lora": ("lora", "budget", "memory_model"),
     "datastore": _KEYS,
     "index": (*_KEYS, "index"),
+    "calibration": (*_KEYS, "index", "calibrate"),
     "targets": _TARGETS,
-    "teacher": ("finetune", "teacher"),
-    "memory": (*_TARGETS, "teacher", "memory", "adapt", "budget", "key_model", "memory_model", "watched"),
+    "teacher": (*_KEYS, "index", "calibrate", "teacher"),
+    "mixture": (*_TARGETS, "teacher"),
+    "memory": (*_TARGETS, "imitates", "teacher", "memory", "adapt", "budget", "key_model", "memory_model", "watched"),
     "evaluation": ("evaluate", "forgetting"),
     "cases": ("cases",),
     "latency": ("latency",),
@@ -251,6 +267,10 @@ class Config(Settings):
     )
     key_model: Name = Field(description="model that is fine-tuned on the domain and gives the keys")
     memory_model: Name = Field(description="model that the memory starts from")
+    imitates: Literal["knn", "teacher", "mixture"] = Field(
+        "knn",
+        description="distributions that memories are trained on, where 'targets' of a memory says nothing (paper: knn)",
+    )
     memories: dict[Name, MemoryVariant] = Field(
         default_factory=dict, description="memories in addition to the default one, which is called 'memdec'"
     )
@@ -260,6 +280,10 @@ class Config(Settings):
     index: IndexSettings = IndexSettings()
     targets: TargetSettings = TargetSettings()
     teacher: TeacherSettings = TeacherSettings()
+    calibrate: CalibrateSettings | None = Field(
+        None,
+        description="choose k, tau and top of the targets, and the mixture's lambda, on valid (default: as they are given)",
+    )
     memory: MemorySettings = MemorySettings()
     adapt: AdaptSettings = AdaptSettings()
     lora: LoraSettings = LoraSettings()
@@ -302,11 +326,13 @@ class Config(Settings):
         fitting = [base for base in self.bases if self.models[base].tokenizer == tokenizer]
         alone = given.other_domain and len(self.domains) == 1
         return Memory(
-            **given.model_dump(include={"tuned", "tuned_start", "dapt", "other_domain", "adapt", "share"}),
+            **given.model_dump(
+                include={"tuned", "tuned_start", "dapt", "other_domain", "neighbours", "adapt", "share"}
+            ),
             name=name,
             memory_model=start,
             key_model=key_model,
-            targets="none" if given.dapt or train.objective == "ce" else given.targets,
+            targets="none" if given.dapt or train.objective == "ce" else given.targets or self.imitates,
             train=train,
             models=[] if alone else given.models or fitting,
             tokenizer=tokenizer,
@@ -441,7 +467,7 @@ class Config(Settings):
         if memory.adapt is not None:
             source = self.variant(memory.adapt)
             if not source.trained:
-                which = "dapt" if source.dapt else "other_domain"
+                which = next(kind for kind in ("dapt", "other_domain", "neighbours") if getattr(source, kind))
                 wrong.append(f"{where}adapt: expected a memory that is trained, found {memory.adapt} with {which} true")
             if source.tokenizer == memory.tokenizer:
                 wrong.append(
@@ -454,7 +480,13 @@ class Config(Settings):
                 f"{memory.key_model}, found {memory.memory_model} with {other}"
             )
         if memory.targets == "none" and memory.train.objective != "ce" and not memory.dapt:
-            wrong.append(f"{where}targets: expected knn or teacher with objective {memory.train.objective}, found none")
+            wrong.append(
+                f"{where}targets: expected knn, teacher or mixture with objective {memory.train.objective}, found none"
+            )
+        if memory.targets == "mixture" and self.calibrate is None and not self.teacher.knn_weight:
+            wrong.append(
+                f"{where}targets: expected with mixture a section calibrate, or teacher.knn_weight, found neither"
+            )
         wrong += [
             f"{where}models: expected models with tokenizer {memory.tokenizer}, found {base} with "
             f"{self.models[base].tokenizer}"

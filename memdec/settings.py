@@ -227,6 +227,14 @@ class TrainSettings(Settings):
         1, description="passes over the training windows (released: 70 for 124M, ~15 for 0.5B)"
     )
     learning_rate: PositiveFloat = Field(1e-3, description="peak learning rate; decays linearly to 0 (released: 1e-3)")
+    learning_rates: Annotated[list[PositiveFloat], AfterValidator(each_once)] = Field(
+        [],
+        description="candidates for learning_rate: each is tried for `trial` of the updates, and the best on valid is trained "
+        "in full (ours)",
+    )
+    trial: float = Field(
+        0.25, gt=0, le=1, description="part of the updates for which each of learning_rates is tried (ours)"
+    )
     batch_size: PositiveInt = Field(8, description="windows per forward pass and device (released: 16)")
     accumulation: PositiveInt = Field(1, description="forward passes per update of the weights (released: 4)")
     warmup: float = Field(0.0, ge=0, le=1, description="fraction of the updates with a rising rate (released: 0)")
@@ -278,6 +286,9 @@ class MemorySettings(TrainSettings):
         "(appendix H)",
     )
     kl_weight: float = Field(0.5, ge=0, le=1, description="hybrid: beta of the paper's equation 5 (0.5)")
+    kl_weight_end: float | None = Field(
+        None, ge=0, le=1, description="hybrid: beta at the last update, linear from kl_weight; default: constant (ours)"
+    )
     focal_weight: float = Field(0.5, ge=0, le=1, description="focal: alpha of appendix H (0.5)")
     focal_gamma: float = Field(2.0, ge=0, description="focal: gamma of appendix H (2)")
     bild_top: int = Field(
@@ -292,10 +303,16 @@ class MemorySettings(TrainSettings):
 
 
 class TeacherSettings(Settings):
-    """A control that the paper lacks: targets that are the key model's own next-token distribution instead of p_kNN."""
+    """Targets from the key model's own next-token distribution p_key, which the paper lacks.
+
+    Alone it is a control. With `knn_weight` the rows are those of the key model's kNN-LM, lambda p_kNN + (1 - lambda) p_key.
+    """
 
     top: PositiveInt = Field(64, description="keep this many most likely tokens of each row and renormalise (ours)")
     temperature: PositiveFloat = Field(1.0, description="divides the logits (ours)")
+    knn_weight: float = Field(
+        0.0, ge=0, le=1, description="lambda, the weight of p_kNN; 0: the key model's distribution alone (ours)"
+    )
     dtype: Literal["float32", "float16"] = Field("float32", description="type of the probabilities on disk")
     shards: PositiveInt = Field(1, description="number of parts; several jobs can make them in parallel")
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
@@ -433,6 +450,30 @@ class TargetSettings(KnnSettings):
     )
     shards: PositiveInt = Field(1, description="number of parts; several jobs can make them in parallel")
     batch_size: PositiveInt = Field(1024, description="queries per search")
+
+
+class CalibrateSettings(Settings):
+    """The choice of k, tau, lambda and top for targets by the key model's kNN-LM on valid. All values are ours."""
+
+    neighbours: Annotated[list[PositiveInt], AfterValidator(each_once)] = Field(
+        [64, 256, 1024], min_length=1, description="candidates for k"
+    )
+    temperatures: Annotated[list[PositiveFloat], AfterValidator(each_once)] = Field(
+        [0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256], min_length=1, description="candidates for tau"
+    )
+    lambdas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], min_length=1, description="candidates for the weight of p_kNN"
+    )
+    tops: Annotated[list[PositiveInt], AfterValidator(each_once)] = Field(
+        [64, 256],
+        description="candidates for top; the smallest that costs at most 0.1 % of perplexity is chosen, or all",
+    )
+    nprobe: PositiveInt = Field(32, description="number of cells of an ivf index to search")
+    most: PositiveInt = Field(
+        8192, description="most positions of valid, and of train, to use; whole windows, evenly spread"
+    )
+    batch_size: PositiveInt = Field(16, description="windows per forward pass")
+    seed: Seed = Field(0, description="seed of the sample")
 
 
 class KnnLMSettings(SearchSettings):

@@ -61,6 +61,7 @@ VERSIONS = {
     "index": 2,
     "targets": 2,
     "teacher": 1,
+    "calibration": 1,
     "passages": 1,
     "evaluation": 5,
     "harness": 2,

@@ -14,7 +14,7 @@ The paper uses context 1024 and stride 512. `stride == context` gives the disjoi
 of workers. Here the windows depend on (length, context, stride) only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,18 @@ def windows(n_tokens: int, context: int, stride: int) -> list[Window]:
     if context < 1 or not 1 <= stride <= context:
         raise ConfigError(f"windows: need 1 <= stride <= context, found stride {stride}, context {context}")
     return list(_generate(n_tokens, context, stride))
+
+
+def sample(parts: Sequence[Window], stride: int, most: int, seed: int) -> list[Window]:
+    """At most `most` positions in whole windows, evenly spread: every W / M-th window from a start that the seed draws.
+
+    It is all windows if they fit, and one window at least.
+    """
+    if sum(part.n_scored for part in parts) <= most:
+        return list(parts)
+    n = max(1, (most - parts[0].n_scored) // stride + 1)  # the first window scores more than a stride
+    start = np.random.default_rng(seed).random()
+    return [parts[int((i + start) * len(parts) / n)] for i in range(n)]
 
 
 def _generate(n_tokens: int, context: int, stride: int) -> Iterator[Window]:

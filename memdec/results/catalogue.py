@@ -278,7 +278,7 @@ def memories(config: Config) -> Measured:
 
 def objectives(config: Config) -> Measured:
     """Make `objectives`: as `memories`, with the memories that differ in what they are trained on (appendix H)."""
-    allowed = {"targets", "dapt", "other_domain"}
+    allowed = {"targets", "dapt", "other_domain", "neighbours"}
     chosen = [
         name
         for name in config.memory_names
@@ -451,6 +451,8 @@ def _controls(config: Config) -> dict[str, str]:
             found.setdefault("control: DAPT", memory.name)
         if memory.other_domain and memory.models:
             found.setdefault("control: other domain", memory.name)
+        if memory.neighbours and memory.keys == default.keys:
+            found.setdefault("control: kNN-LM, its keys", memory.name)
     return found
 
 

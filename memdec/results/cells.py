@@ -51,6 +51,8 @@ class Cell(BaseModel):
     sd: float | None = Field(None, description="standard deviation over seeds; empty with one seed")
     alpha: str | None = Field(None, description="weight of the memory; several if seeds differ, with a space between")
     lambda_: str | None = Field(None, alias="lambda", description="weight of p_kNN, in the same form")
+    temperature: str | None = Field(None, description="tau of p_kNN where it was tuned, in the same form")
+    learning_rate: str | None = Field(None, description="learning rate where it was tuned, in the same form")
     p_base: float | None = Field(None, ge=0, le=1, description="p-value of the paired test against the base alone")
     best_other: str | None = Field(None, description="row with the best other value in the group of rows")
     p_best: float | None = Field(None, ge=0, le=1, description="p-value of the paired test against that row")

@@ -73,6 +73,7 @@ def run(
     dapt: Path | None = None,
     datastore: Sequence[Path] = (),
     index: Path | None = None,
+    key_model: Path | None = None,
     passages: Path | None = None,
     also: Sequence[Path] = (),
     base_evaluation: Path | None = None,
@@ -95,6 +96,8 @@ def run(
         dapt: The base after DAPT: the system DAPT.
         datastore: Shards of a datastore made with the base; with `index` the system kNN-LM.
         index: Index over the datastore.
+        key_model: The model that gives the keys, if it is not the base: p_kNN of its datastore in the place of a memory,
+            which is what a memory of this key model imitates. Needs `base_evaluation`.
         passages: Passages of the corpus's training text: the system In-Context RAG.
         also: General corpora; their test text is measured too, with the weights tuned on `corpus`.
         base_evaluation: With a memory, the evaluation of the base alone on the same texts, in whose place the base
@@ -120,14 +123,15 @@ def run(
         dtype=devices.precision(compute),
         device=str(devices.pick(compute)),
     )
-    system = _system(parts, base_evaluation)
+    system = _system(parts, base_evaluation, key_model)
     source = loading.known(base, "model")
     inputs = {"base": source.recipe, "corpus": text.recipe}
     others = {folder.name: artefact.read(folder, "corpus") for folder in also}
     inputs |= {f"also {each}": manifest.recipe for each, manifest in others.items()}
     windowed = {"context": context, "stride": stride, "precision": devices.precision(compute)}
     given = None if base_evaluation is None else _of_base(base_evaluation, inputs, windowed)
-    inputs |= _made_of(parts, system, corpus, text, control)
+    checked = parts if key_model is None else replace(parts, base=key_model)
+    inputs |= _made_of(checked, system, corpus, text, control)
     if given is not None:
         inputs["base evaluation"] = given.recipe
     if memory is not None:
@@ -138,13 +142,13 @@ def run(
         **windowed,
         "seed": seed,
         "system": system.name,
-        "memory": name if memory is not None else None,
+        "memory": name if memory is not None or key_model is not None else None,
         **({"control": "other domain"} if control else {}),
     }
     with artefact.building(out, "evaluation", plain, inputs) as build:
         if build is None:
             return
-        session = _Session(parts, [corpus, *also], build, settings, context, stride, seed, base_evaluation)
+        session = _Session(parts, [corpus, *also], build, settings, context, stride, seed, base_evaluation, key_model)
         records = session.records(system, name)
         if control:
             records = [record | {"control": "other domain"} if record["memory"] else record for record in records]
@@ -160,8 +164,8 @@ def run(
         )
 
 
-def _system(parts: Parts, base_evaluation: Path | None) -> System:
-    """The system whose parts are given."""
+def _system(parts: Parts, base_evaluation: Path | None, key_model: Path | None) -> System:
+    """The system whose parts are given; the kNN-LM too if the keys are of another model."""
     if bool(parts.datastore) != (parts.index is not None):
         raise ConfigError("memdec evaluate: expected --datastore and --index together, found one of them; give both")
     found = [system for system in SYSTEMS.values() if system.name != "base" and system.given(parts)]
@@ -171,7 +175,13 @@ def _system(parts: Parts, base_evaluation: Path | None) -> System:
             "evaluate each into a folder of its own"
         )
     system = found[0] if found else SYSTEMS["base"]
-    if base_evaluation is not None and system.name != "MemDec":
+    if key_model is not None and (system.name != "kNN-LM" or base_evaluation is None):
+        raise ConfigError(
+            f"memdec evaluate: expected --datastore, --index and --base-evaluation beside --key-model, found the system "
+            f"{system.name} {'with' if base_evaluation is not None else 'without'} --base-evaluation; give them, or leave "
+            "--key-model out"
+        )
+    if base_evaluation is not None and system.name != "MemDec" and key_model is None:
         raise ConfigError(
             f"memdec evaluate: expected --memory beside --base-evaluation, found the system {system.name}, which runs the "
             "base itself; leave --base-evaluation out"
@@ -266,7 +276,9 @@ class _Session:
         stride: int,
         seed: int,
         base_evaluation: Path | None,
+        key_model: Path | None,
     ) -> None:
+        self.key_model = key_model
         self.parts, self.out, self.work, self.settings = parts, build.path, build.work / "scores", settings
         self.context, self.stride, self.seed, self.base_evaluation = context, stride, seed, base_evaluation
         self.valid: Text = ("valid", corpora[0])
@@ -278,6 +290,8 @@ class _Session:
 
     def records(self, system: System, name: str) -> list[dict[str, Any]]:
         """Records of a system; `name` is that of a memory."""
+        if self.key_model is not None:
+            return self._neighbours_of_key_model(name)
         if system.name == "MemDec":
             return self._mixed(name)
         return self._knn_lm() if system.name == "kNN-LM" else self._alone(system.name)[1]
@@ -292,13 +306,7 @@ class _Session:
 
     def _mixed(self, name: str) -> list[dict[str, Any]]:
         """Records of base and MemDec; only the memory runs if the base's scores are given."""
-        if self.base_evaluation is None:
-            base, records = self._alone("base")
-        else:
-            base = {text: self._of_base(text) for text in (self.valid, *self.tests)}
-            records = self._finished("base", base, 0.0)
-            device = artefact.read(self.base_evaluation, "evaluation").facts["device"]
-            records = [record | {"device": device} for record in records]
+        base, records = self._alone("base") if self.base_evaluation is None else self._given_base(self.base_evaluation)
         found = {text: TokenScores(base[text].base, self._of_memory(text)) for text in base}
         sweep = self._sweep(found[self.valid], self.settings.alphas)
         best = weighing.best_weight(sweep)
@@ -308,19 +316,43 @@ class _Session:
         tuned = {"alpha": best, "memory": name, "valid_sweep": sweep, "valid": sweep[best]}
         return records + [record | tuned for record in self._finished("MemDec", found, best)]
 
+    def _given_base(self, folder: Path) -> tuple[dict[Text, TokenScores], list[dict[str, Any]]]:
+        """Scores and records of the base from its own evaluation."""
+        base = {text: self._of_base(text) for text in (self.valid, *self.tests)}
+        device = artefact.read(folder, "evaluation").facts["device"]
+        return base, [record | {"device": device} for record in self._finished("base", base, 0.0)]
+
+    def _neighbours_of_key_model(self, name: str) -> list[dict[str, Any]]:
+        """Records of base and p_kNN of another model's keys; lambda and tau as for the kNN-LM."""
+        assert self.base_evaluation is not None
+        base, records = self._given_base(self.base_evaluation)
+        by_text = {
+            text: {tau: TokenScores(base[text].base, each.memory) for tau, each in self._of_neighbours(text).items()}
+            for text in base
+        }
+        found, tuned = self._tuned(by_text)
+        mixed = self._finished("MemDec", found, tuned["lambda"])
+        return records + [record | tuned | {"memory": name} for record in mixed]
+
     def _knn_lm(self) -> list[dict[str, Any]]:
         """Records of the kNN-LM; lambda and tau are the candidates with the lowest valid perplexity."""
         by_text = {text: self._of_neighbours(text) for text in (self.valid, *self.tests)}
+        found, tuned = self._tuned(by_text)
+        chosen = replace(self.parts, knn_lm=_knn_settings(self.settings, tuned["lambda"], tuned["temperature"]))
+        self._lm_eval(self._model("kNN-LM", chosen), "kNN-LM", found)
+        return [record | tuned for record in self._finished("kNN-LM", found, tuned["lambda"])]
+
+    def _tuned(
+        self, by_text: Mapping[Text, Mapping[float, TokenScores]]
+    ) -> tuple[dict[Text, TokenScores], dict[str, Any]]:
+        """Scores of each text at the tau that is best on valid with its best lambda, and what was chosen."""
         sweeps = {tau: self._sweep(found, self.settings.lambdas) for tau, found in by_text[self.valid].items()}
         tau = min(sweeps, key=lambda each: min(sweeps[each].values()))
         best = weighing.best_weight(sweeps[tau])
         self._warn_at_end("lambda", best, sweeps[tau])
         self._warn_at_end("temperature", tau, sweeps, (0.0, math.inf))
         found = {text: at_each[tau] for text, at_each in by_text.items()}
-        chosen = replace(self.parts, knn_lm=_knn_settings(self.settings, best, tau))
-        self._lm_eval(self._model("kNN-LM", chosen), "kNN-LM", found)
-        tuned = {"lambda": best, "temperature": tau, "valid_sweep": sweeps[tau], "valid": sweeps[tau][best]}
-        return [record | tuned for record in self._finished("kNN-LM", found, best)]
+        return found, {"lambda": best, "temperature": tau, "valid_sweep": sweeps[tau], "valid": sweeps[tau][best]}
 
     def _sweep(self, valid: TokenScores, candidates: Sequence[float]) -> dict[float, float]:
         """Perplexity on the valid text for every weight of the second distribution."""
@@ -381,7 +413,8 @@ class _Session:
 
     @cached_property
     def _neighbours(self) -> Any:
-        return SYSTEMS["kNN-LM"].build(self.parts)
+        parts = self.parts if self.key_model is None else replace(self.parts, base=self.key_model, tokenizer=self.words)
+        return SYSTEMS["kNN-LM"].build(parts)
 
     def _windows(self, text: Text) -> tuple[NDArray[np.int64], list[Window], int]:
         """The token stream of a text, windows over it, and the token in front."""
@@ -444,6 +477,13 @@ class _Session:
             scores.write(self.out, each, text[0], self._on(text))
         return [self._record(method, found[text].log_p(weight)) | {"on": text[1].name} for text in self.tests]
 
+    @cached_property
+    def _rate(self) -> float | None:
+        """The learning rate of the part that was trained, if it was tuned."""
+        part = self.parts.memory or self.parts.lora or self.parts.dapt
+        kind = artefact.kind_of(Path(part)) if part is not None else None
+        return None if kind is None else artefact.read(Path(str(part)), kind).facts.get("learning_rate")
+
     def _record(self, method: str, log_p: NDArray[np.float64]) -> dict[str, Any]:
         low, high = statistics.bootstrap_perplexity(log_p, self.stride, self.settings.resamples, self.seed)
         return {
@@ -456,6 +496,8 @@ class _Session:
             "n": len(log_p),
             "alpha": None,
             "lambda": None,
+            "temperature": None,
+            "learning_rate": self._rate if method not in ("base", "kNN-LM", "In-Context RAG") else None,
             "seed": self.seed,
             "device": devices.described(torch.device(self.parts.device)),
             "precision": self.parts.dtype,

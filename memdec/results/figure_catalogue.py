@@ -126,7 +126,7 @@ def fidelity(config: Config) -> Figure:
     memories = [
         memory
         for memory in map(config.variant, config.memory_names)
-        if memory.models and config.models[memory.key_model].tokenizer == memory.tokenizer
+        if memory.models and not memory.neighbours and config.models[memory.key_model].tokenizer == memory.tokenizer
     ]
     return Figure("fidelity", config, caption, "fidelity", _parts(config, "fidelity", memories))
 

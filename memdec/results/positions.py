@@ -21,7 +21,7 @@ from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, NumericsError
 from memdec.maths import losses, mixing, statistics
 from memdec.maths.sparse_rows import SparseRows
-from memdec.maths.windows import Window, windows
+from memdec.maths.windows import Window, sample, windows
 from memdec.models import loading
 from memdec.settings import Compute, DatastoreSettings, SampleSettings
 from memdec.text import tokens
@@ -152,18 +152,6 @@ class Positions:
                     )
                 log_p.append(mixing.log_softmax(logits, n_vocab))
             yield Block(number, first, self.reader.rows([(first, end)]), log_p)
-
-
-def sample(parts: Sequence[Window], stride: int, most: int, seed: int) -> list[Window]:
-    """At most `most` positions in whole windows, evenly spread: every W / M-th window from a start that the seed draws.
-
-    It is all windows if they fit, and one window at least.
-    """
-    if sum(part.n_scored for part in parts) <= most:
-        return list(parts)
-    n = max(1, (most - parts[0].n_scored) // stride + 1)  # the first window scores more than a stride
-    start = np.random.default_rng(seed).random()
-    return [parts[int((i + start) * len(parts) / n)] for i in range(n)]
 
 
 def window_means(

@@ -165,6 +165,8 @@ def _value(cell: Cell, digits: int, best: bool) -> Value:
         "SD over seeds": number(cell.sd),
         "Alpha": cell.alpha or "",
         "Lambda": cell.lambda_ or "",
+        "Tau": cell.temperature or "",
+        "Learning rate": cell.learning_rate or "",
         "Against base": _p(cell.p_base),
         f"Against {cell.best_other}": _p(cell.p_best),
         "Predicted labels": ", ".join(f"{name}: {count:,}" for name, count in (cell.labels or {}).items()),

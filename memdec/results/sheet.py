@@ -28,6 +28,7 @@ from memdec.results.layout import Column, Derived, How, Measured, Row
 
 Record = dict[str, Any]
 _RESAMPLES = 2000
+TUNED = ("alpha", "lambda", "temperature", "learning_rate")  # numbers of a record that were chosen on valid
 _ONE_GROUP = ("model", "domain", "on", "task", "metric")
 
 
@@ -204,7 +205,7 @@ class Sheet:
                 "column": heading,
                 "metric": where.get("metric", number.records[0]["metric"] if number.records else None),
                 "lower_is_better": number.lower_is_better,
-                **{name: number.weights.get(name) or None for name in ("alpha", "lambda")},
+                **{name: number.weights.get(name) or None for name in TUNED},
                 "paper": _main(printed),
                 "verdict": verdict,
                 "note": note,
@@ -255,7 +256,7 @@ def _measured(records: list[Record], column: Column, gap: str) -> Number:
     number.value = _mean([column.factor * value for value in values])
     seeds = dict.fromkeys(record["seed"] for record in records)
     number.seeds = len(seeds) if records[0]["method"] != "corpus" else None
-    number.weights = {name: _listed(record.get(name) for record in records) for name in ("alpha", "lambda")}
+    number.weights = {name: _listed(record.get(name) for record in records) for name in TUNED}
     by_seed = [_mean([column.factor * r[column.of] for r in records if r["seed"] == seed]) for seed in seeds]
     number.sd = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
     if column.of != "value":

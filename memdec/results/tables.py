@@ -363,6 +363,9 @@ def _chosen(records: Sequence[Record], config: Config) -> list[str]:
         if ends:
             is_are = "is" if len(ends) == 1 else "are"
             sentences.append(f"{name.capitalize()} {' and '.join(ends)} {is_are} at the end of the grid.")
+    rates = sorted({float(record["learning_rate"]) for record in records if record.get("learning_rate") is not None})
+    if rates:
+        sentences.append(f"Learning rates tuned on valid (chosen: {', '.join(f'{rate:g}' for rate in rates)}).")
     return sentences
 
 

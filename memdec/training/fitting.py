@@ -267,6 +267,17 @@ class _Epochs(TrainerCallback):
         self.order.epoch = int(state.epoch or 0)
 
 
+class _Beta(TrainerCallback):
+    """Change the weight of the KL linearly from the first update to the last."""
+
+    def __init__(self, model: LossModel, start: float, end: float) -> None:
+        self.model, self.start, self.end = model, start, end
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        done = state.global_step / max(1, state.max_steps - 1)
+        self.model.objective = objectives.Hybrid(self.start + (self.end - self.start) * min(done, 1.0))
+
+
 class _Resume(TrainerCallback):
     def __init__(self, trainer: LossTrainer, folder: Path) -> None:
         self.trainer, self.folder = trainer, folder
@@ -291,8 +302,12 @@ class _Patience(TrainerCallback):
             control.should_training_stop = True
 
 
-def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[dict[str, Any], LossTrainer]:
+def fit(
+    model: Any, settings: TrainSettings, task: Task, work: Path, scored: Path | None = None
+) -> tuple[dict[str, Any], LossTrainer]:
     """Train a model in place, resuming from the last checkpoint in `work`.
+
+    `scored` is the folder of the bases' scores, if it is not `work`.
 
     Returns:
         Facts about the run for the manifest, and the trainer, whose weights may be sharded over processes.
@@ -324,10 +339,12 @@ def fit(model: Any, settings: TrainSettings, task: Task, work: Path) -> tuple[di
         eval_dataset=valid,
         data_collator=Collate(task.targets),
         where=str(task.stream / "train.npy"),
-        base_scores=_base_scores(task, valid, arguments, work),
+        base_scores=_base_scores(task, valid, arguments, scored or work),
         alphas=memory.alphas,
         callbacks=[_Patience(settings.patience)] if settings.patience is not None else [],
     )
+    if memory.objective == "hybrid" and memory.kl_weight_end is not None:
+        trainer.add_callback(_Beta(trainer.model, memory.kl_weight, memory.kl_weight_end))
     for callback in trainer.callback_handler.callbacks:
         # TensorBoard's default is the work folder, which is deleted at the end.
         if getattr(callback, "logging_dir", "") is None:

@@ -21,7 +21,7 @@ from memdec.errors import ArtifactError, ConfigError, ModelError
 from memdec.models import cards, flops, keypoints, loading
 from memdec.settings import AUTO, Compute, LoraSettings, MemorySettings, ModelSpec, TrainSettings
 from memdec.text import tokens
-from memdec.training import fitting
+from memdec.training import fitting, rates
 
 _SETTINGS = "settings.json"  # file in the work folder with the settings and inputs of the unfinished run
 
@@ -191,8 +191,7 @@ def _train(
             return
         if team.rank == 0:
             artefact.write_json(build.work / _SETTINGS, {"settings": plain, "inputs": inputs})
-        model = make()
-        facts, trainer = fitting.fit(model, settings, task, build.work)
+        model, facts, trainer = rates.train(make, settings, task, build.work)
         state = _whole_state(trainer)
         if team.rank > 0:
             return
@@ -242,7 +241,7 @@ def _refuse_changes(out: Path, now: Mapping[str, Any]) -> None:
         ArtifactError: A checkpoint was made with other settings or inputs; the message names them.
     """
     file = out / artefact.WORK / _SETTINGS
-    if not file.is_file() or not list(file.parent.glob("checkpoint-*")):
+    if not file.is_file() or not list(file.parent.rglob("checkpoint-*")):
         return
     try:
         there = json.loads(file.read_text(encoding="utf-8"))

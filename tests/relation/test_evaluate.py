@@ -28,11 +28,13 @@ from memdec.settings import (
     EvaluateSettings,
     FileCorpus,
     IndexSettings,
+    MemorySettings,
     PassageSettings,
     RetrievalSettings,
     TargetSettings,
 )
 from memdec.text import corpora, tokens
+from memdec.training import stages
 
 WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
 TAUS = [50.0, 0.5]  # 0.5 is the better one, but not at the first lambda, which is 0
@@ -327,3 +329,70 @@ def test_other_text_is_refused(
     ):
         with pytest.raises(ArtifactError, match=message):
             records_of(tmp_path / "b", base_folder, tmp_path / "other", **what)
+
+
+# --- p_kNN of another model's keys ------------------------------------------------------------------------------------
+
+
+def test_p_knn_of_the_key_model_stands_in_the_place_of_a_memory(
+    home: Path, base_folder: Path, small_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
+) -> None:
+    given = {"datastore": [home / "store"], "index": home / "index", "key_model": base_folder, "name": "keys"}
+    records_of(tmp_path / "base", small_folder, corpus_folder)
+    base, mixed = records_of(
+        tmp_path / "mixed", small_folder, corpus_folder, base_evaluation=tmp_path / "base", **given
+    )
+    assert (base["method"], base["memory"]) == ("base", None)
+    assert (mixed["method"], mixed["memory"], mixed["alpha"]) == ("MemDec", "keys", None)
+
+    def perplexity(split: str, tau: float, weight: float) -> float:
+        folder = home / f"knn-{tau}" / split
+        indptr, ids, probs = (np.load(folder / f"{name}.npy") for name in ("indptr", "tokens", "probs"))
+        stream, log_p = np.array(stream_of(token_folder, split)), plain(small_folder, token_folder, split)
+        hit = ids == np.repeat(stream, np.diff(indptr))
+        p_knn = np.bincount(np.repeat(np.arange(len(stream)), np.diff(indptr))[hit], probs[hit], len(stream))
+        return math.exp(-np.log(weight * p_knn + (1 - weight) * np.exp(log_p)).mean())
+
+    sweeps = {(tau, weight): perplexity("valid", tau, weight) for tau in TAUS for weight in SETTINGS.lambdas}
+    best = min(sweeps, key=lambda at: sweeps[at])
+    assert (mixed["temperature"], mixed["lambda"]) == best
+    assert mixed["value"] == pytest.approx(perplexity("test", *best), rel=1e-5)
+
+
+def test_with_the_base_as_key_model_it_is_the_knn_lm(
+    home: Path, base_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    keys = {"datastore": [home / "store"], "index": home / "index"}
+    records_of(tmp_path / "base", base_folder, corpus_folder)
+    (knn_lm,) = records_of(tmp_path / "knn", base_folder, corpus_folder, **keys)
+    more = {"base_evaluation": tmp_path / "base", "key_model": base_folder}
+    _, mixed = records_of(tmp_path / "mixed", base_folder, corpus_folder, **keys, **more)
+    for field in ("value", "low", "high", "lambda", "temperature", "n"):
+        assert mixed[field] == pytest.approx(knn_lm[field], rel=1e-9)
+
+
+def test_a_record_names_the_learning_rate_that_was_tuned(
+    base_folder: Path, small_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
+) -> None:
+    for name, changes in (("plain", {}), ("tuned", {"learning_rates": [1e-7, 1e-3], "trial": 1})):
+        settings = MemorySettings(objective="ce", epochs=0.3, **changes)
+        stages.run_train(small_folder, token_folder, [], tmp_path / name, settings, context=CONTEXT, seed=0)
+        *_, record = records_of(tmp_path / f"of {name}", base_folder, corpus_folder, memory=tmp_path / name)
+        assert record["learning_rate"] == (1e-3 if name == "tuned" else None)
+
+
+def test_another_key_model_needs_its_keys_and_the_bases_evaluation(
+    home: Path, base_folder: Path, small_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    keys = {"datastore": [home / "store"], "index": home / "index"}
+    records_of(tmp_path / "base", small_folder, corpus_folder)
+    with pytest.raises(ConfigError, match="beside --key-model, found the system kNN-LM without --base-evaluation"):
+        records_of(tmp_path / "a", small_folder, corpus_folder, key_model=base_folder, **keys)
+    with pytest.raises(ConfigError, match="beside --key-model, found the system base with --base-evaluation"):
+        records_of(
+            tmp_path / "a", small_folder, corpus_folder, key_model=base_folder, base_evaluation=tmp_path / "base"
+        )
+    more = {"key_model": small_folder, "base_evaluation": tmp_path / "base"}
+    with pytest.raises(ArtifactError, match=r"expected keys of .*, found those of another model"):
+        records_of(tmp_path / "a", small_folder, corpus_folder, **keys, **more)
+    assert not (tmp_path / "a").exists()

@@ -533,3 +533,30 @@ def test_the_card_says_what_it_was_trained_on(trained: Train, tmp_path: Path) ->
     card = (tmp_path / "m" / "README.md").read_text()
     assert facts["corpus_sha256"] in card
     assert "hybrid" in card
+
+
+# --- beta as a schedule -------------------------------------------------------------------------------------------
+
+
+def test_beta_goes_in_a_line_from_the_first_update_to_the_last(trained: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, plain = [], fitting.LossModel.forward
+
+    def spied(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("score"):
+            seen.append(self.objective)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(fitting.LossModel, "forward", spied)
+    trained("falling", kl_weight=0.9, kl_weight_end=0.1, batch_size=4, accumulation=2)
+    betas = [each.kl_weight for each in seen][::2]  # two micro-batches an update
+    assert betas == [each.kl_weight for each in seen][1::2]
+    assert len(betas) > 4
+    np.testing.assert_allclose(betas, np.linspace(0.9, 0.1, len(betas)))
+
+
+def test_a_schedule_without_a_slope_is_none(trained: Train) -> None:
+    same = trained("same", kl_weight=0.3, kl_weight_end=0.3)
+    assert farthest(same, trained("plain", kl_weight=0.3)) == 0
+    assert farthest(same, trained("sloped", kl_weight=0.3, kl_weight_end=0.8)) > 0
+    # An objective without beta has no use for it.
+    assert farthest(trained("ce", objective="ce", kl_weight_end=0.8), trained("ce plain", objective="ce")) == 0

@@ -10,12 +10,12 @@ import torch
 from making import CONTEXT, write_tokens
 
 from memdec.artefacts import artefact
-from memdec.datastore import target_rows, teacher
+from memdec.datastore import index, keys, target_rows, targets, teacher
 from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError
 from memdec.maths.windows import windows
 from memdec.models import loading
-from memdec.settings import TeacherSettings
+from memdec.settings import DatastoreSettings, IndexSettings, TargetSettings, TeacherSettings
 from memdec.text import tokens
 
 WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
@@ -72,6 +72,54 @@ def test_rows_are_the_models_own_distribution(
     kept = np.where(few > 0, expected, 0)
     np.testing.assert_allclose(kept.sum(1), np.sort(expected, axis=1)[:, -5:].sum(1), rtol=1e-5)
     np.testing.assert_allclose(few, kept / kept.sum(1, keepdims=True), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def near(base_folder: Path, short_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """p_kNN of the same model in two shards."""
+    root = tmp_path_factory.mktemp("near")
+    keys.run(base_folder, short_tokens, root / "d", DatastoreSettings(), **WINDOW)
+    index.run([root / "d"], root / "i", IndexSettings())
+    settings = TargetSettings(neighbours=20, temperature=4.0, shards=2)
+    for shard in range(2):
+        targets.run([root / "d"], root / "i", short_tokens, root / str(shard), settings, shard=shard)
+    return [root / "0", root / "1"]
+
+
+def test_with_targets_rows_are_those_of_the_key_models_knn_lm(
+    base_folder: Path, short_tokens: Path, near: list[Path], tmp_path: Path
+) -> None:
+    p_key = by_whole_model(base_folder, short_tokens, 2.0)
+    p_knn = np.concatenate([dense(folder) for folder in near])
+    expected = 0.3 * p_knn + 0.7 * p_key
+    for top in (N_VOCAB, 7):
+        for shard in range(3):
+            settings = TeacherSettings(top=top, temperature=2.0, knn_weight=0.3, shards=3, batch_size=4)
+            out = tmp_path / f"{top}-{shard}"
+            teacher.run(base_folder, short_tokens, out, settings, **WINDOW, shard=shard, targets=near)
+        found = np.concatenate([dense(tmp_path / f"{top}-{shard}") for shard in range(3)])
+        least = -np.partition(-expected, top - 1, axis=1)[:, top - 1 : top]
+        kept = np.where(expected >= least, expected, 0)
+        np.testing.assert_allclose(found, kept / kept.sum(1, keepdims=True), atol=1e-6)
+
+
+def test_a_weight_of_one_is_p_knn_itself(
+    base_folder: Path, short_tokens: Path, near: list[Path], tmp_path: Path
+) -> None:
+    settings = TeacherSettings(top=N_VOCAB, knn_weight=1.0)
+    teacher.run(base_folder, short_tokens, tmp_path / "t", settings, **WINDOW, targets=near)
+    np.testing.assert_allclose(dense(tmp_path / "t"), np.concatenate([dense(folder) for folder in near]), atol=1e-7)
+
+
+@pytest.mark.parametrize(("weight", "n_targets"), [(0.0, 2), (0.5, 0), (0.5, 1)])
+def test_a_mixture_needs_both_a_weight_and_all_targets(
+    weight: float, n_targets: int, base_folder: Path, short_tokens: Path, near: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises((ConfigError, ArtifactError), match=r"expected --targets where knn_weight|shard"):
+        teacher.run(
+            base_folder, short_tokens, tmp_path / "t", TeacherSettings(knn_weight=weight), **WINDOW, targets=near[:n_targets]
+        )  # fmt: skip
+    assert not (tmp_path / "t").exists()
 
 
 def test_shards_and_disk_type(make: Callable[..., list[Path]], whole: Path, short_tokens: Path) -> None:
@@ -183,7 +231,7 @@ def test_nan_names_the_position(
     logits = torch.zeros(4, 6)
     logits[2, 1] = float("inf")
     with pytest.raises(NumericsError, match="at position 12;"):
-        teacher.most_likely(logits, 3, 1.0, 10)
+        teacher.check_finite(logits, 10)
 
 
 def test_logits_that_are_capped_are_refused(

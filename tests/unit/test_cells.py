@@ -37,7 +37,7 @@ def test_cells_are_read_as_they_were_written(tmp_path: Path) -> None:
         assert tuple(next(csv.reader(file))) == cells.COLUMNS
     assert ",".join(cells.COLUMNS) == (
         "table,study,row,family,model,method,memory,column,domain,task,metric,unit,lower_is_better,value,low,high,n,"
-        "seeds,sd,alpha,lambda,p_base,best_other,p_best,labels,constant,paper,verdict,note"
+        "seeds,sd,alpha,lambda,temperature,learning_rate,p_base,best_other,p_best,labels,constant,paper,verdict,note"
     )
 
 

@@ -179,7 +179,10 @@ def test_a_memory_takes_from_the_default_what_it_does_not_say() -> None:
             {"a": {"key_model": "n"}},
             "memories.a.memory_model: expected a model with tokenizer t2 .* found small with t",
         ),
-        ({"a": {"targets": "none"}}, "memories.a.targets: expected knn or teacher with objective hybrid, found none"),
+        (
+            {"a": {"targets": "none"}},
+            "memories.a.targets: expected knn, teacher or mixture with objective hybrid, found none",
+        ),
         ({"a": {"train": {"epoch": 3}}}, "memories.a.train: epoch: unknown key"),
         ({"a": {"train": {"kl_weight": 2}}}, "memories.a.train: kl_weight: .* found 2"),
         ({"a": {"share": 2}}, "memories.a.share: .* found 2"),

@@ -133,9 +133,9 @@ def training(wildcards, *settings):
     return " ".join([*settings, CONTEXT, words("--seed", wildcards.seed), COMPUTE])
 
 
-def sharded(wildcards, name):
-    """Options of a stage that runs one job per shard."""
-    return f"{options(section(study(wildcards), name), 'shards')} {shard(wildcards)}"
+def sharded(wildcards, name, *leave):
+    """Options of a stage that runs one job per shard, without the names in `leave`."""
+    return f"{options(section(study(wildcards), name), 'shards', *leave)} {shard(wildcards)}"
 
 
 def manifest(folder):
@@ -225,6 +225,12 @@ def datastore(wildcards, key):
     return gather.keys(f"{shards}/{{scatteritem}}/manifest.json")
 
 
+def targets(wildcards, key):
+    """All shards of the kNN targets of a key model."""
+    shards = f"{at(wildcards, 'targets')}/keys/{key}/targets"
+    return gather.targets(f"{shards}/{{scatteritem}}/manifest.json")
+
+
 def index(wildcards, key):
     return manifest(f"{at(wildcards, 'index')}/keys/{key}/index")
 
@@ -265,9 +271,19 @@ def memory_targets(wildcards):
     found = memory(wildcards)
     if found.targets == "none":
         return []
-    kind = {"knn": "targets", "teacher": "teacher"}[found.targets]
+    kind = "targets" if found.targets == "knn" else found.targets
     shards = f"{at(wildcards, kind)}/keys/{found.keys}/{kind}"
-    return getattr(gather, kind)(f"{shards}/{{scatteritem}}/manifest.json")
+    parts = gather.targets if kind == "targets" else gather.teacher
+    return parts(f"{shards}/{{scatteritem}}/manifest.json")
+
+
+def calibration(wildcards):
+    """The choice of the targets' settings; none if the config states them."""
+    if study(wildcards).calibrate is None:
+        return []
+    return [
+        manifest(f"{at(wildcards, 'calibration')}/keys/{wildcards.key}/calibration")
+    ]
 
 
 def memory_bases(wildcards):
@@ -294,6 +310,8 @@ def dapt(wildcards, model):
 def evaluated_memory(wildcards):
     """The memory, or the model that is mixed in as one; `control` allows one of another domain."""
     found = memory(wildcards)
+    if found.neighbours:
+        return []
     if found.dapt:
         return dapt(wildcards, found.memory_model)
     if not found.other_domain:
@@ -301,6 +319,18 @@ def evaluated_memory(wildcards):
     config = memory_study(wildcards)
     other = home(config.study_name, config.next_domain(domain_of(wildcards)), "memory")
     return manifest(f"{RUN}/{other}/seed{wildcards.seed}/memory/{typed.DEFAULT_MEMORY}")
+
+
+def neighbours_instead(wildcards):
+    """What stands in the place of a memory that is p_kNN itself."""
+    found = memory(wildcards)
+    if not found.neighbours:
+        return {}
+    models = f"{at(wildcards, 'finetuned')}/finetuned" if found.tuned else f"{RUN}/models"
+    return {
+        **keys_and_index(wildcards, found.keys),
+        "key_model": manifest(f"{models}/{found.key_model}"),
+    }
 
 
 def control(wildcards):
@@ -340,6 +370,8 @@ def system_kinds(system):
 
 
 def memory_kinds(memory):
+    if memory.neighbours:
+        return ("finetuned", "datastore", "index")
     return ("memory", "dapt") if memory.dapt else ("memory",)
 
 

@@ -1,5 +1,6 @@
 use rule finetune as evaluate with:
     input:
+        unpack(neighbours_instead),
         base=f"{RUN}/models/{{model}}/manifest.json",
         corpus=lambda w: manifest(f"{RUN}/corpora/{domain_of(w)}"),
         memory=evaluated_memory,

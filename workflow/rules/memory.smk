@@ -29,11 +29,31 @@ use rule finetune as index with:
         version=VERSIONS["index"],
 
 
+# What the key model's kNN-LM says on valid about the settings of the targets.
+use rule finetune as calibrate with:
+    input:
+        model=key_model,
+        datastore=lambda w: datastore(w, w.key),
+        index=lambda w: index(w, w.key),
+        tokens=key_tokens,
+    output:
+        manifest=f"{HOME}/keys/{{key}}/calibration/manifest.json",
+    log:
+        f"{LOG}/calibrate/{{home}}-{{seed}}-{{key}}.log",
+    benchmark:
+        f"{BENCHMARK}/calibrate/{{home}}-{{seed}}-{{key}}.tsv"
+    params:
+        command="calibrate",
+        options=lambda w: f"{options(section(study(w), 'calibrate'))} {WINDOW} {COMPUTE}",
+        version=VERSIONS["calibration"],
+
+
 use rule finetune as targets with:
     input:
         datastore=lambda w: datastore(w, w.key),
         index=lambda w: index(w, w.key),
         tokens=key_tokens,
+        calibration=calibration,
     output:
         manifest=f"{HOME}/keys/{{key}}/targets/{{scatteritem}}/manifest.json",
     log:
@@ -50,6 +70,7 @@ use rule finetune as teacher with:
     input:
         model=key_model,
         tokens=key_tokens,
+        calibration=calibration,
     output:
         manifest=f"{HOME}/keys/{{key}}/teacher/{{scatteritem}}/manifest.json",
     log:
@@ -58,8 +79,25 @@ use rule finetune as teacher with:
         f"{BENCHMARK}/teacher/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     params:
         command="teacher",
-        options=lambda w: f"{sharded(w, 'teacher')} {WINDOW} {COMPUTE}",
+        options=lambda w: f"{sharded(w, 'teacher', 'knn_weight')} {WINDOW} {COMPUTE}",
         version=VERSIONS["teacher"],
+
+
+# The kNN-LM of the key model as the teacher.
+use rule teacher as mixture with:
+    input:
+        model=key_model,
+        tokens=key_tokens,
+        targets=lambda w: targets(w, w.key),
+        calibration=calibration,
+    output:
+        manifest=f"{HOME}/keys/{{key}}/mixture/{{scatteritem}}/manifest.json",
+    log:
+        f"{LOG}/mixture/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.log",
+    benchmark:
+        f"{BENCHMARK}/mixture/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
+    params:
+        options=lambda w: f"{sharded(w, 'teacher')} {WINDOW} {COMPUTE}",
 
 
 use rule corpus as adapt with:

@@ -122,8 +122,7 @@ def can_be_filled(make):
 
 def own_targets(wildcards):
     """All shards of the kNN targets of the keys that belong to a memory, whatever it was trained on."""
-    keys = f"{at(wildcards, 'targets')}/keys/{memory(wildcards).keys}"
-    return gather.targets(f"{keys}/targets/{{scatteritem}}/manifest.json")
+    return targets(wildcards, memory(wildcards).keys)
 
 
 def own_tokens(wildcards):

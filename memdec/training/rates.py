@@ -1,0 +1,104 @@
+"""The choice of a learning rate on valid, within the budget of the training.
+
+Every candidate is tried from the same start for a part of the updates, with its own decay to 0. The one with the best
+evaluation on valid is trained in full. All of it counts against the budget, so systems that are tuned in this way can be
+compared at the same cost.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from memdec.artefacts import artefact
+from memdec.errors import ConfigError, NumericsError
+from memdec.settings import TrainSettings
+from memdec.training import checkpoints, fitting
+
+log = logging.getLogger(__name__)
+S = TypeVar("S", bound=TrainSettings)
+_RESULT = "tried.json"
+
+
+def train(
+    make: Callable[[], Any], settings: S, task: fitting.Task, work: Path
+) -> tuple[Any, dict[str, Any], fitting.LossTrainer]:
+    """Try the candidates for the learning rate, if there are any, and train with the best; `fitting.fit` without them.
+
+    Args:
+        make: Makes the model at its start.
+        settings: Those of the training; `learning_rates` are the candidates.
+        task: The data of the training; its ceiling holds for trials and training together.
+        work: Folder for checkpoints and for the results of trials, from which the same call resumes.
+
+    Returns:
+        The trained model; the facts of `fitting.fit`, of which `flops` includes the trials, with `learning_rate` and
+        `trials`; and the trainer.
+
+    Raises:
+        ConfigError: The loss of every candidate diverged.
+    """
+    if not settings.learning_rates:
+        model = make()
+        return model, *fitting.fit(model, settings, task, work)
+    share = 1 / (1 + len(settings.learning_rates) * settings.trial)  # of the ceiling for the training in full
+    trials = [
+        _tried(make, settings, rate, _limited(task, share * settings.trial), work) for rate in settings.learning_rates
+    ]
+    known = [trial for trial in trials if trial["score"] is not None]
+    if not known:
+        tried = ", ".join(f"{rate:g}" for rate in settings.learning_rates)
+        raise ConfigError(
+            f"learning_rates: expected one at which the loss stays finite, found none of {tried}; lower them"
+        )
+    best = min(known, key=lambda trial: trial["score"])["learning_rate"]
+    log.info("learning rate %g of %s", best, ", ".join(f"{trial['learning_rate']:g}" for trial in trials))
+    model = make()
+    facts, trainer = fitting.fit(model, _with_rate(settings, best), _limited(task, share), work)
+    facts |= {
+        "flops": facts["flops"] + sum(trial["flops"] for trial in trials),
+        "flops_ceiling": task.ceiling,
+        "learning_rate": best,
+        "trials": trials,
+    }
+    return model, facts, trainer
+
+
+def _tried(make: Callable[[], Any], settings: S, rate: float, task: fitting.Task, work: Path) -> dict[str, Any]:
+    """Result of a trial; read from `work` if an earlier run finished it."""
+    folder = work / f"rate-{rate:g}"
+    whole = checkpoints.facts(folder) is not None
+    if broadcast_object_list([whole])[0]:  # process 0 decides: others may see the files later
+        found: dict[str, Any] = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
+        return found
+    trial = _with_rate(settings, rate).model_copy(update={"epochs": settings.epochs * settings.trial})
+    result: dict[str, Any] = {"learning_rate": rate, "score": None, "flops": 0.0, "updates": 0}
+    try:
+        facts, trainer = fitting.fit(make(), trial, task, folder, work)
+        result |= {"score": facts["evaluations"][-1]["score"], "flops": facts["flops"], "updates": facts["updates"]}
+        first = trainer.args.process_index == 0
+    except NumericsError as error:
+        if PartialState().num_processes > 1:  # the others wait for this one
+            raise
+        log.warning("warning: learning rate %g is left out: %s", rate, error)
+        first = True
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        artefact.write_json(folder / _RESULT, result)
+        checkpoints.seal(folder, {})
+    return result
+
+
+def _with_rate(settings: S, rate: float) -> S:
+    return settings.model_copy(update={"learning_rate": rate, "learning_rates": []})
+
+
+def _limited(task: fitting.Task, share: float) -> fitting.Task:
+    return task if task.ceiling is None else replace(task, ceiling=task.ceiling * share)
