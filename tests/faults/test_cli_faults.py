@@ -211,7 +211,7 @@ def test_a_model_by_options(
 
 
 def test_json_where_a_program_may_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = ROOT / "results" / "reference"
+    folder = ROOT / "results" / "reference" / "mini"
     code, out, err = run_memdec(capsys, "doctor", str(tmp_path), "--json")
     assert (code, json.loads(out)["n_damaged"]) == (0, 0), err
     mini = str(ROOT / "config" / "mini.yaml")

@@ -33,7 +33,7 @@ from memdec.settings import (
     TrainSettings,
 )
 from memdec.text import tokens
-from memdec.training import batches, fitting, stages
+from memdec.training import batches, fitting, rates, stages
 
 Train = Callable[..., dict[str, torch.Tensor]]
 FAST: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 0.3}
@@ -263,7 +263,7 @@ def test_fault_20_every_setting_is_read() -> None:
     """33 of 45 options of one released script are never used."""
     read = {
         node.attr
-        for module in (fitting, stages)
+        for module in (fitting, rates, stages)
         for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
