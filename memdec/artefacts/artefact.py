@@ -70,7 +70,7 @@ VERSIONS = {
     "sweep": 3,
     "fidelity": 1,
     "shapes": 2,
-    "table": 5,  # tables and figures are files, not artefact folders: only the Snakemake rules use these numbers
+    "table": 6,  # tables and figures are files, not artefact folders: only the Snakemake rules use these numbers
     "figure": 2,
     "claims": 2,
     "report": 1,
