@@ -1,6 +1,6 @@
 """Publish a run: `python -m docs.publish RESULTS` copies its tables to results/reference/SCALE and fills the pages.
 
-RESULTS is the folder `results` of a run. Of every table there, and of the claims and figures beside them, go those files
+RESULTS is the folder `results` of a run. Of every table and figure there, and of the claims, go those files
 that people and pages read: not the items of the bootstrap, and no LaTeX. Files of tables that RESULTS lacks stay as they
 are. All tables must be of one scale.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 from docs import build
 from memdec.errors import ConfigError
 
-ENDINGS = (".csv", ".cells.csv", ".md", ".provenance.json")
-BESIDE = ("claims.csv", "claims.md", "figure*.csv", "figure*.svg", "fidelity.csv", "fidelity.svg")
+ENDINGS = (".csv", ".cells.csv", ".md", ".svg", ".provenance.json")
+BESIDE = ("claims.csv", "claims.md")
 
 
 def publish(results: Path, reference: Path) -> list[Path]:
@@ -33,7 +33,7 @@ def publish(results: Path, reference: Path) -> list[Path]:
         )
     names = [file.name.removesuffix(".provenance.json") for file in tables]
     files = [results / f"{name}{ending}" for name in names for ending in ENDINGS]
-    files += [file for pattern in BESIDE for file in sorted(results.glob(pattern))]
+    files += [results / name for name in BESIDE]
     out = reference / scales.pop()
     out.mkdir(parents=True, exist_ok=True)
     return [Path(shutil.copyfile(file, out / file.name)) for file in files if file.is_file()]

@@ -362,12 +362,15 @@ def calibrate(
     context: Context,
     stride: Stride,
     settings: CalibrateSettings,
+    nprobe: Annotated[int, typer.Option(min=1, help="cells of an ivf index to search, as for the targets")] = 32,
     compute: Compute = AUTO,
 ) -> None:
     """Choose k, tau and top of the targets, and lambda of a mixed teacher, on valid."""
     from memdec.datastore import calibrate as stage_calibrate
 
-    stage_calibrate.run(model, datastore, index, tokens, out, settings, context=context, stride=stride, compute=compute)
+    stage_calibrate.run(
+        model, datastore, index, tokens, out, settings, context=context, stride=stride, nprobe=nprobe, compute=compute
+    )
 
 
 @stage(TargetSettings)
@@ -824,11 +827,12 @@ def cases(
     datastore: Annotated[list[Path], typer.Option(help="datastore of the memory's targets; repeat for every shard")],
     index: Annotated[Path, typer.Option(help="index folder over the datastore")],
     out: Out,
+    calibration: Calibration = None,
 ) -> None:
     """Compute p(marked word) under memory, kNN and base for the texts of the config (Table 6)."""
     from memdec.results import table6 as stage_cases
 
-    stage_cases.run(cfg.load(config).study_for("table6"), base, memory, datastore, index, out)
+    stage_cases.run(cfg.load(config).study_for("table6"), base, memory, datastore, index, out, calibration)
     options.wrote(out, "memdec table --name table6 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...")
 
 

@@ -224,7 +224,7 @@ MADE_OF: dict[str, tuple[str, ...]] = {
     "lora": ("lora", "budget", "memory_model"),
     "datastore": _KEYS,
     "index": (*_KEYS, "index"),
-    "calibration": (*_KEYS, "index", "calibrate"),
+    "calibration": _TARGETS,
     "targets": _TARGETS,
     "teacher": (*_KEYS, "index", "calibrate", "teacher"),
     "mixture": (*_TARGETS, "teacher"),
@@ -515,6 +515,8 @@ class Config(Settings):
                 )
             if not self.targets.released:
                 wrong.append("targets.released: expected true with datastore.stored false, found false")
+            if self.calibrate is not None:
+                wrong.append("calibrate: expected none with datastore.stored false, found it; leave it out")
             if self.datastore.shards > 1:
                 wrong.append(f"datastore.shards: expected 1 with datastore.stored false, found {self.datastore.shards}")
         if (fault := self.index.cells_fault(self.targets.nprobe)) is not None:

@@ -233,7 +233,7 @@ class TrainSettings(Settings):
         "in full (ours)",
     )
     trial: float = Field(
-        0.25, gt=0, le=1, description="part of the updates for which each of learning_rates is tried (ours)"
+        0.25, gt=0, lt=1, description="part of the updates for which each of learning_rates is tried (ours)"
     )
     batch_size: PositiveInt = Field(8, description="windows per forward pass and device (released: 16)")
     accumulation: PositiveInt = Field(1, description="forward passes per update of the weights (released: 4)")
@@ -468,7 +468,6 @@ class CalibrateSettings(Settings):
         [64, 256],
         description="candidates for top; the smallest that costs at most 0.1 % of perplexity is chosen, or all",
     )
-    nprobe: PositiveInt = Field(32, description="number of cells of an ivf index to search")
     most: PositiveInt = Field(
         8192, description="most positions of valid, and of train, to use; whole windows, evenly spread"
     )

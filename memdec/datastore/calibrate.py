@@ -44,6 +44,7 @@ from memdec.text import tokens
 
 log = logging.getLogger(__name__)
 FILE = "calibration.json"
+_Asked = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]  # keys, last input tokens, true tokens
 _CLOSE = 0.001  # relative perplexity that a smaller `top` may cost
 _TEMPERATURES = np.geomspace(0.7, 3.0, 16)  # of p_key; between them the entropy is interpolated
 
@@ -58,6 +59,7 @@ def run(
     *,
     context: int,
     stride: int,
+    nprobe: int = 32,
     compute: Compute = AUTO,
 ) -> None:
     """Choose the settings of the targets.
@@ -71,6 +73,7 @@ def run(
         settings: The candidates.
         context: Most tokens that the model sees at once.
         stride: Tokens scored per window.
+        nprobe: Cells of an IVF index to search, as for the targets.
         compute: Device, and the type of the model's weights.
 
     Raises:
@@ -83,18 +86,20 @@ def run(
             f"{store.folder}: expected keys of {model_folder}, found those of another model; run `memdec datastore` with it"
         )
     tokens.check_same(source.facts["tokenizer_sha256"], base.facts["tokenizer_sha256"], f"{model_folder} with {stream}")
-    wanted = SearchSettings(neighbours=max(settings.neighbours), nprobe=settings.nprobe)
+    wanted = SearchSettings(neighbours=max(settings.neighbours), nprobe=nprobe)
     found = search.check(store, index_folder, wanted)
     plain = {**settings.model_dump(mode="json", exclude={"batch_size"}), "context": context, "stride": stride}
+    plain["nprobe"] = nprobe
     plain["precision"] = devices.precision(compute)
     inputs = {"model": base.recipe, "datastore": store.recipe, "index": found.recipe, "tokens": source.recipe}
     with artefact.building(out, "calibration", plain, inputs) as build:
         if build is None:
             return
         passes = _Passes(model_folder, stream, settings, context, stride, compute)
-        searcher = search.load(store, index_folder, settings.nprobe, devices.pick(compute))
+        searcher = search.load(store, index_folder, nprobe, devices.pick(compute))
         log_p_key, entropy = passes.key("valid", [1.0])
-        by = _neighbours(passes, searcher, settings)
+        asked = list(passes.queries(store))
+        by = _neighbours(asked, searcher, settings)
         grid = calibration.choose(log_p_key, by, settings.lambdas)
         best = grid[0]
         _warn(best, settings)
@@ -102,7 +107,7 @@ def run(
         chosen = {
             "neighbours": best.neighbours,
             "temperature": best.temperature,
-            "top": _top(passes, searcher, settings, best, log_p_key),
+            "top": _top(asked, searcher, settings, best, log_p_key),
             "knn_weight": best.weight,
             "key_temperature": calibration.crossing(_TEMPERATURES.tolist(), on_train, float(entropy[0])),
         }
@@ -176,7 +181,7 @@ class _Passes:
         found = np.concatenate(log_p)
         return found, entropies / len(found)
 
-    def queries(self, store: Datastore) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]]:
+    def queries(self, store: Datastore) -> Iterator[_Asked]:
         """Keys of the sampled positions of valid, their last input tokens (-1: none) and their true tokens."""
         forward, batches = self.of("valid", store.settings.key_point)
         for number, batch in enumerate(batches):
@@ -192,11 +197,11 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 def _neighbours(
-    passes: _Passes, searcher: search.Searcher, settings: CalibrateSettings
+    asked: Sequence[_Asked], searcher: search.Searcher, settings: CalibrateSettings
 ) -> dict[tuple[int, float], NDArray[np.float64]]:
     """p_kNN of the true tokens of valid for every k and tau."""
     found: list[dict[tuple[int, float], NDArray[np.float64]]] = []
-    for queries, before, truth in passes.queries(searcher.store):
+    for queries, before, truth in asked:
         sq_dist, ids = searcher.search(queries, max(settings.neighbours), inputs=before)
         same = (searcher.store.values[np.maximum(ids, 0)] == truth[:, None]) & (ids >= 0)
         found.append(calibration.label_probabilities(sq_dist, same, settings.neighbours, settings.temperatures))
@@ -204,7 +209,7 @@ def _neighbours(
 
 
 def _top(
-    passes: _Passes,
+    asked: Sequence[_Asked],
     searcher: search.Searcher,
     settings: CalibrateSettings,
     best: calibration.Choice,
@@ -212,7 +217,7 @@ def _top(
 ) -> int | None:
     """The smallest candidate with which the best mixture hardly changes; None if none of them will do."""
     p: dict[int, list[NDArray[np.float64]]] = {top: [] for top in sorted(settings.tops)}
-    for queries, before, truth in passes.queries(searcher.store):
+    for queries, before, truth in asked:
         sq_dist, ids = searcher.search(queries, best.neighbours, inputs=before)
         near = torch.from_numpy(sq_dist), torch.from_numpy(ids)
         for top, parts in p.items():

@@ -338,7 +338,7 @@ def table6(config: Config) -> Table:
     """Make Table 6: the probabilities of marked words under memory, kNN and base; first domain and seed."""
     if not config.cases:
         raise ConfigError(
-            "table6: expected marked words in 'cases' of the config, found none; add them as config/table6.yaml does"
+            "table6: expected marked words in 'cases' of the config, found none; add them as config/mini.yaml does"
         )
     caption = "Probability of marked words under memory, kNN and base, in percent (the paper's Table 6)."
     part = Part("cases", config.domains[0], config.key_model, config.seeds[0], "MemDec", DEFAULT_MEMORY)
@@ -410,7 +410,7 @@ def _some_models(config: Config, name: str) -> list[str]:
         which = "another tokenizer than" if name == "table4" else "the tokenizer of"
         raise ConfigError(
             f"{name}: expected a base model with {which} the key model {config.key_model}, found only "
-            f"{', '.join(config.bases)}; add one to 'models' and 'evaluated' (config/vocabulary.yaml has both kinds)"
+            f"{', '.join(config.bases)}; add one to 'models' and 'evaluated' (config/mini.yaml has both kinds)"
         )
     return models
 

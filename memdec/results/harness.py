@@ -297,7 +297,7 @@ def _evaluated(
     }
     tracker = EvaluationTracker(output_path=str(out / "results.json"))
     manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False)
-    read = {name: rows.spread(len(task.eval_docs), suite.limit) for name, task in tasks.items()}
+    read = rows.samples(tasks, suite.limit)
     found = simple_evaluate(
         model=model, model_args=named, tasks=list(tasks.values()), task_manager=manager, samples=read,
         batch_size=suite.batch_size, device=parts.device, bootstrap_iters=0, log_samples=True, evaluation_tracker=tracker,

@@ -22,7 +22,7 @@ from memdec.harness.models import MemDecInterp
 from memdec.maths import weighing
 from memdec.models.loading import model_identity
 from memdec.settings import Split
-from memdec.tasks.rows import spread
+from memdec.tasks.rows import samples
 from memdec.tasks.task import FEWSHOT_SEED, check_names
 from memdec.text import corpora
 
@@ -120,7 +120,7 @@ def _evaluate(
     manager = TaskManager(include_path=str(HARNESS_TASKS), metadata=metadata)
     check_names(tasks, manager.all_tasks)
     loaded = manager.load(list(tasks))
-    read = {name: spread(len(task.eval_docs), limit) for name, task in loaded["tasks"].items()}
+    read = samples(loaded["tasks"], limit)
     rows: list[dict[str, Any]] = []
     better: dict[tuple[str, str], bool] = {}
     for number, alpha in enumerate(alphas):

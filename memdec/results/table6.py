@@ -7,6 +7,7 @@ from typing import Any
 
 from memdec.artefacts import artefact, devices
 from memdec.config import Config
+from memdec.datastore import calibrate
 from memdec.errors import ConfigError
 from memdec.inference.mixture import MemDecForCausalLM
 from memdec.inference.systems import SYSTEMS, Parts
@@ -41,7 +42,15 @@ def _percent(reports: Sequence[TokenReport], name: str) -> float:
     return 100 * math.exp(math.fsum(getattr(report, name).log_p for report in reports))
 
 
-def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], index_folder: Path, out: Path) -> None:
+def run(
+    config: Config,
+    base: Path,
+    memory: Path,
+    datastore: Sequence[Path],
+    index_folder: Path,
+    out: Path,
+    calibration: Path | None = None,
+) -> None:
     """Stage `cases`: compute the numbers of Table 6.
 
     Args:
@@ -51,6 +60,7 @@ def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], ind
         datastore: All shards of the datastore whose targets trained the memory.
         index_folder: Index over the datastore.
         out: Output folder.
+        calibration: Choice of k and tau, if the targets have them from one.
 
     Raises:
         ConfigError: There are no cases, or one is too long.
@@ -60,7 +70,8 @@ def run(config: Config, base: Path, memory: Path, datastore: Sequence[Path], ind
         raise ConfigError("cases: expected at least one row of Table 6, found none; add them to the config")
     inputs = {"base": loading.known(base, "model").recipe, "memory": loading.known(memory, "memory", "model").recipe}
     inputs["index"] = artefact.read(index_folder, "index").recipe
-    same = {name: getattr(config.targets, name) for name in ("neighbours", "temperature", "nprobe")}
+    targets = calibrate.targets(config.targets, calibration)
+    same = {name: getattr(targets, name) for name in ("neighbours", "temperature", "nprobe")}
     dtype, device = devices.precision(config.compute), str(devices.pick(config.compute))
     plain = {"cases": [case.model_dump(mode="json") for case in config.cases], **same, "precision": dtype}
     with artefact.building(out, "cases", plain, inputs) as build:

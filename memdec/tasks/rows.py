@@ -158,6 +158,11 @@ def spread(n_rows: int, limit: int | None) -> list[int]:
     return [start + int(draw.random() * (end - start)) for start, end in pairwise(starts)]
 
 
+def samples(tasks: Mapping[str, Any], limit: int | None) -> dict[str, list[int]] | None:
+    """The rows of each task for the argument `samples` of lm-eval; None: all, of which it looks up no number."""
+    return None if limit is None else {name: spread(len(task.eval_docs), limit) for name, task in tasks.items()}
+
+
 def folder_of(file: str) -> str:
     """The first folder of a file under MEMDEC_DATA, which is its name in `memdec data fetch --task`."""
     return file.partition("/")[0]

@@ -241,7 +241,7 @@ def _refuse_changes(out: Path, now: Mapping[str, Any]) -> None:
         ArtifactError: A checkpoint was made with other settings or inputs; the message names them.
     """
     file = out / artefact.WORK / _SETTINGS
-    if not file.is_file() or not list(file.parent.rglob("checkpoint-*")):
+    if not file.is_file() or not [*file.parent.glob("checkpoint-*"), *file.parent.glob("rate-*")]:
         return
     try:
         there = json.loads(file.read_text(encoding="utf-8"))

@@ -12,14 +12,17 @@ from typer.testing import CliRunner
 
 from memdec.artefacts import artefact
 from memdec.cli import app
+from memdec.config import load
 from memdec.datastore import calibrate, index, keys, targets
 from memdec.errors import ArtifactError, ConfigError
 from memdec.maths import calibration
 from memdec.maths.windows import windows
 from memdec.models import loading
-from memdec.settings import CalibrateSettings, DatastoreSettings, IndexSettings, TargetSettings, TeacherSettings
+from memdec.results import table6
+from memdec.settings import CalibrateSettings, Case, DatastoreSettings, IndexSettings, TargetSettings, TeacherSettings
 from memdec.text import tokens
 
+ROOT = Path(__file__).resolve().parents[2]
 WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
 SETTINGS = CalibrateSettings(neighbours=[5, 20], temperatures=[0.5, 4], lambdas=[0.2, 0.5, 0.8], tops=[3, 9], most=400)
 
@@ -124,6 +127,14 @@ def test_the_targets_of_a_choice_are_those_of_its_settings(home: Path, token_fol
     ])  # fmt: skip
     assert run.exit_code == 0, run.output
     assert artefact.read(home / "by", "targets").recipe == artefact.read(home / "t", "targets").recipe
+
+
+def test_marked_words_are_measured_with_the_choice(home: Path, base_folder: Path, small_folder: Path) -> None:
+    text = Case(text="reads the [[index]]")
+    config = load(ROOT / "config" / "mini.yaml").study_for("table6").model_copy(update={"cases": [text]})
+    table6.run(config, base_folder, small_folder, [home / "d"], home / "i", home / "words", home / "c")
+    chosen, settings = calibrate.read(home / "c"), artefact.read(home / "words", "cases").settings
+    assert (settings["neighbours"], settings["temperature"]) == (chosen["neighbours"], chosen["temperature"])
 
 
 def test_a_teacher_takes_lambda_only_where_it_is_mixed(home: Path) -> None:

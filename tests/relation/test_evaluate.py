@@ -374,7 +374,7 @@ def test_with_the_base_as_key_model_it_is_the_knn_lm(
 def test_a_record_names_the_learning_rate_that_was_tuned(
     base_folder: Path, small_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
 ) -> None:
-    for name, changes in (("plain", {}), ("tuned", {"learning_rates": [1e-7, 1e-3], "trial": 1})):
+    for name, changes in (("plain", {}), ("tuned", {"learning_rates": [1e-7, 1e-3], "trial": 0.5})):
         settings = MemorySettings(objective="ce", epochs=0.3, **changes)
         stages.run_train(small_folder, token_folder, [], tmp_path / name, settings, context=CONTEXT, seed=0)
         *_, record = records_of(tmp_path / f"of {name}", base_folder, corpus_folder, memory=tmp_path / name)

@@ -75,21 +75,27 @@ def test_rows_of_a_generated_table() -> None:
 
 
 def finished(folder: Path, name: str, scale: str) -> None:
-    for ending in (".csv", ".cells.csv", ".md", ".tex", ".items.npz"):
+    is_figure = name.startswith("figure")
+    for ending in (".csv", ".svg", ".png") if is_figure else (".csv", ".cells.csv", ".md", ".tex", ".items.npz"):
         (folder / f"{name}{ending}").write_text(name)
     (folder / f"{name}.provenance.json").write_text(f'{{"scale": "{scale}"}}')
 
 
 def test_publishing_copies_what_people_read(tmp_path: Path) -> None:
-    for name in ("table3", "objectives"):
+    for name in ("table3", "objectives", "figure2"):
         finished(tmp_path, name, "mini")
-    for name in ("claims.csv", "claims.md", "figure2.svg", "figure4.csv", "unfinished.csv", "report.html"):
+    for name in ("claims.csv", "claims.md", "figure4.svg", "unfinished.csv", "report.html"):
         (tmp_path / name).write_text(name)
     found = publish.publish(tmp_path, tmp_path / "reference")
     copied = {path.name for path in (tmp_path / "reference" / "mini").iterdir()}
-    assert {path.name for path in found} == copied
-    tables = {f"{name}{ending}" for name in ("table3", "objectives") for ending in publish.ENDINGS}
-    assert copied == tables | {"claims.csv", "claims.md", "figure2.svg", "figure4.csv"}
+    assert sorted(path.name for path in found) == sorted(copied)  # each once
+    tables = {
+        f"{name}{ending}"
+        for name in ("table3", "objectives")
+        for ending in (".csv", ".cells.csv", ".md", ".provenance.json")
+    }
+    figure = {f"figure2{ending}" for ending in (".csv", ".svg", ".provenance.json")}
+    assert copied == tables | figure | {"claims.csv", "claims.md"}
 
 
 @pytest.mark.parametrize(("scales", "found"), [((), "no table"), (("mini", "smol"), "mini, smol")])

@@ -277,13 +277,12 @@ def memory_targets(wildcards):
     return parts(f"{shards}/{{scatteritem}}/manifest.json")
 
 
-def calibration(wildcards):
+def calibration(wildcards, key=None):
     """The choice of the targets' settings; none if the config states them."""
     if study(wildcards).calibrate is None:
         return []
-    return [
-        manifest(f"{at(wildcards, 'calibration')}/keys/{wildcards.key}/calibration")
-    ]
+    keys = f"{at(wildcards, 'calibration')}/keys/{key or wildcards.key}"
+    return [manifest(f"{keys}/calibration")]
 
 
 def memory_bases(wildcards):

@@ -41,6 +41,7 @@ use rule evaluate as cases with:
         config=CONFIG_FILE,
         base=f"{RUN}/models/{{model}}/manifest.json",
         memory=lambda w: manifest(f"{at(w, 'memory')}/memory/{w.memory}"),
+        calibration=lambda w: calibration(w, memory(w).keys),
     output:
         manifest=f"{HOME}/cases/{{memory}}/{{model}}/manifest.json",
     log:

@@ -44,7 +44,14 @@ use rule finetune as calibrate with:
         f"{BENCHMARK}/calibrate/{{home}}-{{seed}}-{{key}}.tsv"
     params:
         command="calibrate",
-        options=lambda w: f"{options(section(study(w), 'calibrate'))} {WINDOW} {COMPUTE}",
+        options=lambda w: " ".join(
+            [
+                options(section(study(w), "calibrate")),
+                words("--nprobe", study(w).targets.nprobe),
+                WINDOW,
+                COMPUTE,
+            ]
+        ),
         version=VERSIONS["calibration"],
 
 
