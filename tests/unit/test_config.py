@@ -46,6 +46,10 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
             {"datastore": {"stored": False}},
             "index.kind: expected ivfpq or ivfflat with datastore.stored false, found exact",
         ),
+        (
+            {"datastore": {"stored": False}, "calibrate": {}},
+            "calibrate: expected none with datastore.stored false, found it",
+        ),
         ({"datastore": {"stored": False}}, "targets.released: expected true with datastore.stored false, found false"),
         ({"datastore": {"stored": False, "shards": 4}}, "datastore.shards: expected 1 .* found 4"),
         (

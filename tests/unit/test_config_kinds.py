@@ -183,6 +183,14 @@ def test_a_memory_takes_from_the_default_what_it_does_not_say() -> None:
             {"a": {"targets": "none"}},
             "memories.a.targets: expected knn, teacher or mixture with objective hybrid, found none",
         ),
+        (
+            {"a": {"targets": "mixture"}},
+            "memories.a.targets: expected with mixture a section calibrate, or teacher.knn_weight, found neither",
+        ),
+        (
+            {"a": {"neighbours": True, "share": 0.1}},
+            "memories.a: expected only key_model and tuned and models .* neighbours true, found share",
+        ),
         ({"a": {"train": {"epoch": 3}}}, "memories.a.train: epoch: unknown key"),
         ({"a": {"train": {"kl_weight": 2}}}, "memories.a.train: kl_weight: .* found 2"),
         ({"a": {"share": 2}}, "memories.a.share: .* found 2"),
@@ -191,6 +199,11 @@ def test_a_memory_takes_from_the_default_what_it_does_not_say() -> None:
 def test_memories_that_cannot_be_are_named(memories: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         several(**memories)
+
+
+def test_a_config_says_what_all_memories_imitate() -> None:
+    config = parse(cfg.Config, whole(imitates="mixture", calibrate={}, memories={"a": {"targets": "knn"}}), "c")
+    assert [config.variant(name).targets for name in config.memory_names] == ["mixture", "knn"]
 
 
 def test_other_names_that_are_not_there() -> None:
