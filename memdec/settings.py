@@ -229,8 +229,8 @@ class TrainSettings(Settings):
     learning_rate: PositiveFloat = Field(1e-3, description="peak learning rate; decays linearly to 0 (released: 1e-3)")
     learning_rates: Annotated[list[PositiveFloat], AfterValidator(each_once)] = Field(
         [],
-        description="candidates for learning_rate: each is tried for `trial` of the updates, and the best on valid is trained "
-        "in full (ours)",
+        description="candidates for learning_rate: tried for `trial` of the updates from the smallest up, until one is worse "
+        "on valid; the best is trained in full (ours)",
     )
     trial: float = Field(
         0.25, gt=0, lt=1, description="part of the updates for which each of learning_rates is tried (ours)"

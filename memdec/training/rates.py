@@ -1,12 +1,13 @@
 """The choice of a learning rate on valid, within the budget of the training.
 
-Every candidate is tried from the same start for a part of the updates, with its own decay to 0. The one with the best
-evaluation on valid is trained in full. All of it counts against the budget, so systems that are tuned in this way can be
-compared at the same cost.
+Candidates are tried from the smallest up, each from the same start for a part of the updates and with its own decay to
+0, until one is worse on valid than the one before. The best is trained in full. All of it counts against the budget, so
+systems that are tuned in this way can be compared at the same cost.
 """
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,24 +48,32 @@ def train(
     if not settings.learning_rates:
         model = make()
         return model, *fitting.fit(model, settings, task, work)
-    share = 1 / (1 + len(settings.learning_rates) * settings.trial)  # of the ceiling for the training in full
-    trials = [
-        _tried(make, settings, rate, _limited(task, share * settings.trial), work) for rate in settings.learning_rates
-    ]
-    known = [trial for trial in trials if trial["score"] is not None]
-    if not known:
-        tried = ", ".join(f"{rate:g}" for rate in settings.learning_rates)
+    rates = sorted(settings.learning_rates)
+    share = settings.trial / (1 + len(rates) * settings.trial)  # of the ceiling for one trial, if all are needed
+    trials: list[dict[str, Any]] = []
+    for rate in rates:
+        trials.append(_tried(make, settings, rate, _limited(task, share), work))
+        if len(trials) > 1 and _score(trials[-1]) > _score(trials[-2]):
+            break
+    best = min(trials, key=_score)
+    if best["score"] is None:
+        tried = ", ".join(f"{trial['learning_rate']:g}" for trial in trials)
         raise ConfigError(
             f"learning_rates: expected one at which the loss stays finite, found none of {tried}; lower them"
         )
-    best = min(known, key=lambda trial: trial["score"])["learning_rate"]
-    log.info("learning rate %g of %s", best, ", ".join(f"{trial['learning_rate']:g}" for trial in trials))
+    if len(rates) > 1 and best["learning_rate"] in (rates[0], rates[-1]):
+        log.warning(
+            "warning: learning rate: the best of %g to %g is %g, the end of the grid; try %s ones",
+            rates[0], rates[-1], best["learning_rate"], "smaller" if best["learning_rate"] == rates[0] else "larger",
+        )  # fmt: skip
+    spent = sum(trial["flops"] for trial in trials)
+    left = task if task.ceiling is None else replace(task, ceiling=task.ceiling - spent)
     model = make()
-    facts, trainer = fitting.fit(model, _with_rate(settings, best), _limited(task, share), work)
+    facts, trainer = fitting.fit(model, _with_rate(settings, best["learning_rate"]), left, work)
     facts |= {
-        "flops": facts["flops"] + sum(trial["flops"] for trial in trials),
+        "flops": facts["flops"] + spent,
         "flops_ceiling": task.ceiling,
-        "learning_rate": best,
+        "learning_rate": best["learning_rate"],
         "trials": trials,
     }
     return model, facts, trainer
@@ -94,6 +103,11 @@ def _tried(make: Callable[[], Any], settings: S, rate: float, task: fitting.Task
         artefact.write_json(folder / _RESULT, result)
         checkpoints.seal(folder, {})
     return result
+
+
+def _score(trial: dict[str, Any]) -> float:
+    """What a trial reached on valid; smaller is better, and a loss that diverged is the worst."""
+    return math.inf if trial["score"] is None else float(trial["score"])
 
 
 def _with_rate(settings: S, rate: float) -> S:

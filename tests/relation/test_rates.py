@@ -55,6 +55,19 @@ def test_trials_count_against_the_budget(small_folder: Path, short_tokens: Path,
     assert facts["updates"] == pytest.approx(2 * facts["trials"][0]["updates"], abs=2)
 
 
+def test_the_search_ends_at_the_first_rate_that_is_worse(
+    small_folder: Path, short_tokens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        facts = train(small_folder, short_tokens, tmp_path / "t", learning_rates=[0.9, GOOD, 0.5, SLOW], trial=0.5)
+    assert [trial["learning_rate"] for trial in facts["trials"]] == [SLOW, GOOD, 0.5]
+    assert facts["learning_rate"] == GOOD
+    assert "the end of the grid" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        train(small_folder, short_tokens, tmp_path / "end", learning_rates=[SLOW, GOOD], trial=0.5)
+    assert "the best of 1e-07 to 0.003 is 0.003, the end of the grid; try larger ones" in caplog.text
+
+
 def test_a_finished_trial_is_not_repeated(
     small_folder: Path, short_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +94,7 @@ def test_a_rate_that_diverges_is_left_out(
     with caplog.at_level(logging.WARNING):
         facts = train(small_folder, short_tokens, tmp_path / "t", learning_rates=[1e30, GOOD])
     assert facts["learning_rate"] == GOOD
-    assert facts["trials"][0]["score"] is None
+    assert facts["trials"][1]["score"] is None
     assert "learning rate 1e+30 is left out: step" in caplog.text
     with pytest.raises(ConfigError, match=r"expected one at which the loss stays finite, found none of 1e\+30; lower"):
         train(small_folder, short_tokens, tmp_path / "none", learning_rates=[1e30])
