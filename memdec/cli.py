@@ -80,6 +80,10 @@ BudgetModel = Annotated[Path | None, typer.Option(help="model whose training FLO
 BudgetEpochs = Annotated[
     float, typer.Option(help="FLOP budget, in training epochs of --budget-model (paper: 1 epoch of a 7B model)")
 ]
+TunedBy = Annotated[
+    Path | None,
+    typer.Option(help="the same training with another seed, whose choice among --learning-rates is taken"),
+]
 BaseName = Annotated[str, typer.Option(help="base model, folder or Hub id")]
 MemoryName = Annotated[str, typer.Option(help="memory decoder, folder or Hub id")]
 Alpha = Annotated[float, typer.Option(min=0, max=1, help="weight of the memory, from 0 to 1")]
@@ -294,13 +298,24 @@ def finetune(
     settings: TrainSettings,
     budget_model: BudgetModel = None,
     budget_epochs: BudgetEpochs = 1,
+    tuned_by: TunedBy = None,
     compute: Compute = AUTO,
 ) -> None:
     """Fine-tune all weights of a model on a domain (DAPT; also the model that makes the keys)."""
     from memdec.training import stages
 
     budget = _budget(budget_model, budget_epochs)
-    stages.run_finetune(model, tokens, out, settings, context=context, seed=seed, budget=budget, compute=compute)
+    stages.run_finetune(
+        model,
+        tokens,
+        out,
+        settings,
+        context=context,
+        seed=seed,
+        budget=budget,
+        tuned_by=tuned_by,
+        compute=compute,
+    )
 
 
 @stage(LoraSettings)
@@ -316,6 +331,7 @@ def lora(
     ] = None,
     budget_model: BudgetModel = None,
     budget_epochs: BudgetEpochs = 1,
+    tuned_by: TunedBy = None,
     compute: Compute = AUTO,
 ) -> None:
     """Train a LoRA adapter of a model on a domain."""
@@ -323,7 +339,16 @@ def lora(
 
     budget = _budget(budget_model, budget_epochs)
     stages.run_lora(
-        model, tokens, out, settings, context=context, seed=seed, budget=budget, match=match, compute=compute
+        model,
+        tokens,
+        out,
+        settings,
+        context=context,
+        seed=seed,
+        budget=budget,
+        tuned_by=tuned_by,
+        match=match,
+        compute=compute,
     )
 
 
@@ -436,6 +461,7 @@ def train(
     base: Annotated[list[Path], typer.Option(help="base model to mix with when validating; repeat")] = [],
     budget_model: BudgetModel = None,
     budget_epochs: BudgetEpochs = 1,
+    tuned_by: TunedBy = None,
     compute: Compute = AUTO,
 ) -> None:
     """Train the memory decoder."""
@@ -451,6 +477,7 @@ def train(
         context=context,
         seed=seed,
         budget=budget,
+        tuned_by=tuned_by,
         bases=base,
         compute=compute,
     )

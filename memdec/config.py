@@ -184,7 +184,7 @@ class Study(Settings):
     """
 
     tables: Annotated[list[TableName], AfterValidator(each_once)] = Field(
-        min_length=1, description="tables and figures that it fills; no other study may fill them"
+        min_length=1, description="tables and figures that it fills; no other study may fill them, except for gains"
     )
     seeds: Seeds | None = Field(None, min_length=1)
     evaluated: Names | None = Field(None, min_length=1)
@@ -218,6 +218,7 @@ class Study(Settings):
 # agree on them share the artefacts.
 _KEYS = ("finetune", "datastore")
 _TARGETS = (*_KEYS, "index", "calibrate", "targets")
+SHARED_TABLES = ("gains",)  # made from several studies at once
 MADE_OF: dict[str, tuple[str, ...]] = {
     "finetuned": ("finetune",),
     "dapt": ("finetune", "dapt", "budget"),
@@ -410,7 +411,7 @@ class Config(Settings):
         for name, study in self.studies.items():
             where = f"studies.{name}"
             for table in study.tables:
-                if filled.setdefault(table, name) != name:
+                if table not in SHARED_TABLES and filled.setdefault(table, name) != name:
                     wrong.append(
                         f"{where}.tables: expected tables that no other study fills, found {table} of {filled[table]}; "
                         "leave it to one of them"

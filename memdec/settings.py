@@ -44,7 +44,7 @@ SystemName = Literal[
 TableName = Literal[
     "table1", "table2", "table3", "table4", "table5", "table6", "table7", "table8", "table9", "table10", "table11",
     "table12", "table13", "table14", "table15", "table16", "table17", "table18", "table19",
-    "objectives", "memories", "forgetting", "figure2", "figure4", "figure5", "figure6", "fidelity",
+    "objectives", "rivals", "memories", "forgetting", "figure2", "figure4", "figure5", "figure6", "fidelity", "gains",
 ]  # fmt: skip
 
 

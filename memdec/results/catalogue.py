@@ -3,8 +3,8 @@
 The numbers are those of arXiv v1; `results/reference/paper/numbering.csv` has them in the other versions.
 
 - Perplexities: `table1`, `table3`, `table4` (systems), `table7` (every alpha), `table8`, `table9`, `table17`, `table19`
-  (memories), `table10` (tuned alphas); ours: `memories` and `objectives` (all memories beside all systems) and
-  `forgetting` (the same on general text).
+  (memories), `table10` (tuned alphas); ours: `memories`, `objectives` and `rivals` (memories beside all
+  systems) and `forgetting` (the same on general text).
 - Tasks (`task_tables`): `table2`, `table5`, `table11`, `table12`, `table14`, `table15`, `table16`, `table18`.
 - Others: `table6`, the probabilities of marked words; `table13`, the sizes of the corpora.
 
@@ -290,6 +290,20 @@ def objectives(config: Config) -> Measured:
     return _all_memories(config, "objectives", chosen, caption)
 
 
+def rivals(config: Config) -> Measured:
+    """Make `rivals`: as `memories`, with the memories that the default one must beat to be worth its datastore."""
+    chosen = [DEFAULT_MEMORY, *(name for name in config.memories if _is_rival(config, name))]
+    if not any(config.variant(name).train.objective == "ce" for name in chosen):
+        raise ConfigError(_no_memories("rivals", "on hard labels beside the default one", "train.objective ce"))
+    caption = "The memory beside every other way to use the text of a domain, all tuned on valid."
+    return _all_memories(config, "rivals", chosen, caption)
+
+
+def _is_rival(config: Config, name: str) -> bool:
+    """Whether a memory is trained as the default one on something else, or is mixed in without a training of its own."""
+    return _differs(config, name) <= {"targets", "train.objective"} or name in _controls(config).values()
+
+
 def forgetting(config: Config) -> Measured:
     """Make `forgetting`: the same rows on general text, with the weights tuned on the domain."""
     if not config.forgetting:
@@ -390,6 +404,7 @@ TABLES: dict[str, Callable[[Config], Table]] = {
     "table18": task_tables.table18,
     "table19": table19,
     "objectives": objectives,
+    "rivals": rivals,
     "memories": memories,
     "forgetting": forgetting,
 }

@@ -63,8 +63,8 @@ class Selector(Settings):
     model: Texts | None = Field(None, description="base model; smallest, second, largest of its family")
     memory: Texts | None = Field(
         None,
-        description="main; objective:NAME, size:RANK, keys:RANK: differs from main only in this; attached-dapt; "
-        "other-domain",
+        description="main; objective:NAME, targets:NAME, size:RANK, keys:RANK: differs from main only in this; "
+        "attached-dapt; other-domain; neighbours",
     )
     domain: Texts | None = Field(None, description="domain; first, second, last of the config")
     task: Texts | None = None
@@ -115,7 +115,9 @@ class Claim(Settings):
     id: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
     text: str = Field(description="the claim in our words")
     source: str = Field(description="where the paper makes it")
-    version: list[Literal["v1", "v2", "camera-ready"]] = Field(min_length=1, description="versions that make it")
+    version: list[Literal["v1", "v2", "camera-ready", "ours"]] = Field(
+        min_length=1, description="versions of the paper that make it; ours: not a claim of the paper"
+    )
     table: TableName
     left: Selector
     right: Selector | None = Field(None, description="None: the left side alone is compared with the bound")
@@ -405,11 +407,14 @@ class Roles:
         if main is None or role in ("main", name):
             return name in (main, role)
         memory, first = self._memories[name], self._memories[main]
-        if role in ("attached-dapt", "other-domain"):
-            return memory.dapt if role == "attached-dapt" else memory.other_domain
+        controls = {"attached-dapt": memory.dapt, "other-domain": memory.other_domain, "neighbours": memory.neighbours}
+        if role in controls:
+            return controls[role]
         kind, _, value = role.partition(":")
         if kind == "objective":
             return memory.train.objective == value and _alike(memory, first, {"targets"}, {"objective"})
+        if kind == "targets":
+            return memory.targets == value and _alike(memory, first, {"targets"}, set())
         if kind not in _SIZES or value not in RANKS:
             return fnmatchcase(name, role)
         field, settings = _SIZES[kind]

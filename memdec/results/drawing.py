@@ -11,7 +11,7 @@ from matplotlib.figure import Figure as Drawing
 from memdec.artefacts import artefact, provenance
 from memdec.errors import ArtifactError, ConfigError, outside
 from memdec.results import cells as lines_of_tables
-from memdec.results import figures, paper
+from memdec.results import figures, gains, paper
 from memdec.results.figure_catalogue import Figure
 
 Cell = tuple[str, str, int, Path]  # domain, model, seed, folder
@@ -29,15 +29,18 @@ def run(made: Figure, cells: Sequence[Cell], tables: Sequence[Path], out: Path) 
     """
     if len(tables) != len(made.tables) or (not cells) != (not made.parts):
         wanted = [f"--table with the cells of {name}" for name in made.tables]
-        wanted += [f"--cell with folders of kind {made.kind}"] if made.parts else []
+        wanted += [f"--cell with folders of kind {made.kind or 'its parts'}"] if made.parts else []
         raise ConfigError(
             f"{made.name}: expected {' and '.join(wanted)}, found {len(tables)} tables and {len(cells)} cells; give them"
         )
-    manifests = [artefact.read(folder, made.kind) for *_, folder in cells]
-    recipes = {
-        f"{domain}/{model}/{seed}/{manifest.settings.get('memory') or made.kind}": manifest.recipe
-        for (domain, model, seed, _), manifest in zip(cells, manifests, strict=True)
-    }
+    if made.kind:
+        manifests = [artefact.read(folder, made.kind) for *_, folder in cells]
+        recipes = {
+            f"{domain}/{model}/{seed}/{manifest.settings.get('memory') or made.kind}": manifest.recipe
+            for (domain, model, seed, _), manifest in zip(cells, manifests, strict=True)
+        }
+    else:
+        recipes = gains.recipes(made, cells)
     recipes |= {path.name: artefact.file_digest(path) for path in tables if path.is_file()}
     numbers_of, draw = DRAWN[made.name]
     numbers = numbers_of(made, cells, tables)
@@ -130,6 +133,7 @@ DRAWN: dict[str, tuple[Numbers, Callable[[pd.DataFrame], Drawing]]] = {
     "figure5": (_of_examples, figures.examples),
     "figure6": (_of_shapes, figures.shapes),
     "fidelity": (_of_fidelity, figures.fidelity),
+    "gains": (lambda made, cells, _tables: gains.numbers(made, cells), figures.gains),
 }
 
 

@@ -226,6 +226,68 @@ def fidelity(table: pd.DataFrame) -> Figure:
         return figure
 
 
+def gains(table: pd.DataFrame) -> Figure:
+    """Gain of a memory over its twin by what a study changes: a panel per axis, a line per domain and base model.
+
+    Corpora of one text in several lengths, called NAME-LENGTH, have one line, with the one called NAME.
+
+    Args:
+        table: Rows of `memdec.results.gains.numbers`; those of the reference belong to every panel.
+    """
+    first, texts = table[table["axis"] == "reference"], set(table["domain"])
+    panels = [axis for axis in _GAINS if (table["axis"] == axis).any()]
+    with style.context(_STYLE):
+        figure = Figure(figsize=(WIDTH, 0.7 + 1.9 * max(len(panels), 1)))
+        several = figure.subplots(max(len(panels), 1), 1, squeeze=False)[:, 0]
+        numbers: dict[str, int] = {}
+        for axes, axis in zip(several, panels or ["targets"], strict=True):
+            x, title = _GAINS[axis]
+            shown = pd.concat([first, table[table["axis"] == axis]])
+            shown = shown.assign(text=[_text_of(domain, texts) for domain in shown["domain"]])
+            shown = (
+                shown[shown["text"].isin(shown["text"][shown["axis"] == axis])] if axis == "training text" else shown
+            )
+            places = list(dict.fromkeys(shown["study"]))
+            if not x:
+                shown = shown.assign(place=[places.index(study) for study in shown["study"]])
+                axes.set_xticks(range(len(places)), [_plain(textwrap.fill(name, 10)) for name in places])
+                axes.grid(visible=False, axis="x")
+            for names, rows in shown.groupby(["text", "model"], sort=False):
+                label = ", ".join(_plain(_short(str(name))) for name in names)
+                number = numbers.setdefault(label, len(numbers))
+                ordered = rows.sort_values(x or "place", kind="stable")
+                _line(axes, ordered, x or "place", ("value", "low", "high"), number, label, joined=bool(x))
+            if x:
+                axes.set_xscale("log")
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+                axes.xaxis.set_minor_locator(NullLocator())
+                axes.set_xticks(sorted(set(shown[x])))
+                axes.tick_params(axis="x", labelrotation=30)
+            axes.axhline(0, color="black", linewidth=0.8)
+            axes.set_xlabel(title)
+            axes.set_ylabel("Gain over CE twin (%)")
+        handles = {
+            label: line for axes in several for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        narrow = max(map(len, handles)) <= _LONGEST + 4
+        figure.legend(handles.values(), handles, loc="outside upper center", ncols=2 if narrow else 1)
+        return figure
+
+
+def _text_of(domain: str, known: set[str]) -> str:
+    """NAME of a corpus NAME-LENGTH, if there is a corpus of that name."""
+    name = domain.rpartition("-")[0]
+    return name if name in known else domain
+
+
+# For each axis of `gains`: the column on the x axis (none: the studies), and its title.
+_GAINS = {
+    "key model": ("key_perplexity", "Valid perplexity of the key model"),
+    "training text": ("tokens", "Training text (tokens)"),
+    "size of the memory": ("memory_parameters", "Parameters of the memory"),
+    "targets": ("", "Targets"),
+}
+
 # Columns of the distributions of Figures 5 and 6, and their names in the legend.
 DISTRIBUTIONS = {"p_kNN": "kNN", "p_LM": "LM of the keys", "p_mem": "memory"}
 _LONGEST = 18  # characters of a name beside an axis
@@ -272,12 +334,19 @@ def _count(n: float) -> str:
 
 
 def _line(
-    axes: Axes, rows: pd.DataFrame, x: str, names: tuple[str, str, str], number: int, label: str, scale: float = 1
+    axes: Axes,
+    rows: pd.DataFrame,
+    x: str,
+    names: tuple[str, str, str],
+    number: int,
+    label: str,
+    scale: float = 1,
+    joined: bool = True,
 ) -> None:
     """Draw values with their intervals, in the style of system `number`."""
     value, low, high = (rows[name].to_numpy(float) * scale for name in names)
     look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-    axes.plot(rows[x], value, label=label, **look)
+    axes.plot(rows[x], value, label=label, linestyle="-" if joined else "none", **look)
     axes.errorbar(rows[x], value, yerr=[value - low, high - value], fmt="none", elinewidth=0.8, ecolor=look["color"])
 
 

@@ -13,7 +13,9 @@ from memdec.inference.systems import SYSTEMS
 from memdec.settings import WITHOUT_MEMORY, SystemName
 
 PERPLEXITY = "Test perplexity per token (lower is better)"
-Kind = Literal["evaluation", "harness", "corpus", "cases", "latency", "shapes", "fidelity"]
+Kind = Literal[
+    "evaluation", "harness", "corpus", "cases", "latency", "shapes", "fidelity", "memory", "finetuned"
+]  # fmt: skip
 How = Literal["mean", "best", "difference", "sum", "relative"]
 
 
@@ -30,6 +32,7 @@ class Part(NamedTuple):
     system: SystemName = "base"
     memory: str | None = None  # of MemDec
     suite: str | None = None  # of kind harness
+    study: str | None = None  # default: the study of the table or figure
 
     @property
     def name(self) -> str:

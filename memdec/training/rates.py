@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,11 @@ _RESULT = "tried.json"
 
 
 def train(
-    make: Callable[[], Any], settings: S, task: fitting.Task, work: Path
+    make: Callable[[], Any],
+    settings: S,
+    task: fitting.Task,
+    work: Path,
+    known: Mapping[str, Any] | None = None,
 ) -> tuple[Any, dict[str, Any], fitting.LossTrainer]:
     """Try the candidates for the learning rate, if there are any, and train with the best; `fitting.fit` without them.
 
@@ -37,6 +41,8 @@ def train(
         settings: Those of the training; `learning_rates` are the candidates.
         task: The data of the training; its ceiling holds for trials and training together.
         work: Folder for checkpoints and for the results of trials, from which the same call resumes.
+        known: Facts of the same training with another seed. Its learning rate is taken, and this training has what its trials
+            have left of the ceiling.
 
     Returns:
         The trained model; the facts of `fitting.fit`, of which `flops` includes the trials, with `learning_rate` and
@@ -48,6 +54,11 @@ def train(
     if not settings.learning_rates:
         model = make()
         return model, *fitting.fit(model, settings, task, work)
+    if known is not None:
+        rate, spent = known["learning_rate"], sum(trial["flops"] for trial in known["trials"])
+        model = make()
+        facts, trainer = fitting.fit(model, _with_rate(settings, rate), _without(task, spent), work)
+        return model, facts | {"flops_ceiling": task.ceiling, "learning_rate": rate, "trials": []}, trainer
     rates = sorted(settings.learning_rates)
     share = settings.trial / (1 + len(rates) * settings.trial)  # of the ceiling for one trial, if all are needed
     trials: list[dict[str, Any]] = []
@@ -67,9 +78,8 @@ def train(
             rates[0], rates[-1], best["learning_rate"], "smaller" if best["learning_rate"] == rates[0] else "larger",
         )  # fmt: skip
     spent = sum(trial["flops"] for trial in trials)
-    left = task if task.ceiling is None else replace(task, ceiling=task.ceiling - spent)
     model = make()
-    facts, trainer = fitting.fit(model, _with_rate(settings, best["learning_rate"]), left, work)
+    facts, trainer = fitting.fit(model, _with_rate(settings, best["learning_rate"]), _without(task, spent), work)
     facts |= {
         "flops": facts["flops"] + spent,
         "flops_ceiling": task.ceiling,
@@ -112,6 +122,10 @@ def _score(trial: dict[str, Any]) -> float:
 
 def _with_rate(settings: S, rate: float) -> S:
     return settings.model_copy(update={"learning_rate": rate, "learning_rates": []})
+
+
+def _without(task: fitting.Task, spent: float) -> fitting.Task:
+    return task if task.ceiling is None else replace(task, ceiling=task.ceiling - spent)
 
 
 def _limited(task: fitting.Task, share: float) -> fitting.Task:

@@ -67,19 +67,21 @@ def run_finetune(
     context: int,
     seed: int,
     budget: tuple[Path, float] | None = None,
+    tuned_by: Path | None = None,
     compute: Compute = AUTO,
 ) -> None:
     """Stage `finetune`: train all weights on the domain (the paper's DAPT; also the model that gives the keys).
 
-    `budget` (model folder, epochs) limits the FLOPs to those of training all weights of that model for these epochs. It
-    is the same in `run_lora` and `run_train`.
+    `budget` (model folder, epochs) limits the FLOPs to those of training all weights of that model for these epochs.
+    `tuned_by` is the same training with another seed, whose learning rate is taken instead of trying all candidates
+    again. Both are the same in `run_lora` and `run_train`.
     """
     words = _checked(model_folder, stream, context)
     plain = {**_plain(settings, compute), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
     task = fitting.Task(words, stream, context, seed, ceiling=plain.get("flops_ceiling"), compute=compute)
     inputs = _inputs(model_folder, stream)
     make = partial(loading.load, model_folder, dropout=settings.dropout)
-    _train("model", make, settings, task, out, plain, inputs, stage="finetune")
+    _train("model", make, settings, task, out, plain, inputs, tuned_by, stage="finetune")
 
 
 def run_lora(
@@ -91,6 +93,7 @@ def run_lora(
     context: int,
     seed: int,
     budget: tuple[Path, float] | None = None,
+    tuned_by: Path | None = None,
     match: Path | None = None,
     compute: Compute = AUTO,
 ) -> None:
@@ -125,7 +128,7 @@ def run_lora(
         return get_peft_model(base, adapter)
 
     task = fitting.Task(words, stream, context, seed, ceiling=plain.get("flops_ceiling"), compute=compute)
-    _train("lora", adapted, settings, task, out, plain, _inputs(model_folder, stream))
+    _train("lora", adapted, settings, task, out, plain, _inputs(model_folder, stream), tuned_by)
 
 
 def run_train(
@@ -138,6 +141,7 @@ def run_train(
     context: int,
     seed: int,
     budget: tuple[Path, float] | None = None,
+    tuned_by: Path | None = None,
     bases: Sequence[Path] = (),
     compute: Compute = AUTO,
 ) -> None:
@@ -166,7 +170,8 @@ def run_train(
         inputs |= {f"base {name}": loading.known(base, "model").recipe}
     plain = {**_plain(settings, compute), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
     task = fitting.Task(words, stream, context, seed, reader, named, plain.get("flops_ceiling"), compute)
-    _train("memory", lambda: loading.load(model_folder, dropout=settings.dropout), settings, task, out, plain, inputs)
+    make = partial(loading.load, model_folder, dropout=settings.dropout)
+    _train("memory", make, settings, task, out, plain, inputs, tuned_by)
 
 
 # --- shared by the stages -----------------------------------------------------------------------------------------
@@ -180,10 +185,13 @@ def _train(
     out: Path,
     plain: dict[str, Any],
     inputs: dict[str, str],
+    tuned_by: Path | None = None,
     stage: str | None = None,
 ) -> None:
     """Make the model, train it, and save it with its tokenizer and card."""
     fitting.check_reporting(settings.report_to)
+    other = None if tuned_by is None else _tuned(tuned_by, kind, plain)
+    inputs = inputs if other is None else inputs | {"tuned by": other.recipe}
     _refuse_changes(out, {"settings": plain, "inputs": inputs})
     team = resources.team(devices.pick(task.compute).type == "cpu")
     with artefact.building(out, kind, plain, inputs, team, stage) as build:
@@ -191,7 +199,7 @@ def _train(
             return
         if team.rank == 0:
             artefact.write_json(build.work / _SETTINGS, {"settings": plain, "inputs": inputs})
-        model, facts, trainer = rates.train(make, settings, task, build.work)
+        model, facts, trainer = rates.train(make, settings, task, build.work, None if other is None else other.facts)
         state = _whole_state(trainer)
         if team.rank > 0:
             return
@@ -208,6 +216,28 @@ def _train(
             facts["parameters"] = loading.n_parameters(model)
         build.facts.update(facts, device=devices.name(task.compute), **_lineage(out, task.stream))
         cards.write(out, kind=kind, facts=build.facts, settings=plain, inputs=inputs)
+
+
+def _tuned(folder: Path, kind: str, plain: Mapping[str, Any]) -> artefact.Manifest:
+    """The manifest of the same training with another seed.
+
+    Raises:
+        ArtifactError: It has other settings, or its learning rate was not tuned.
+    """
+    found = artefact.read(folder, kind)
+    differ = sorted(
+        name for name in {*plain, *found.settings} - {"seed"} if plain.get(name) != found.settings.get(name)
+    )
+    if differ or found.settings.get("seed") == plain["seed"]:
+        raise ArtifactError(
+            f"{folder}: expected the same training with another seed than {plain['seed']}, found another "
+            f"{', '.join(differ) or 'with this seed'}; leave --tuned-by out"
+        )
+    if not found.facts.get("trials"):
+        raise ArtifactError(
+            f"{folder}: expected a training that tried learning_rates, found none; leave --tuned-by out"
+        )
+    return found
 
 
 def _whole_state(trainer: fitting.LossTrainer) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from making import CONTEXT
 from safetensors.torch import load_file
 
 from memdec.artefacts import artefact
-from memdec.errors import ConfigError
+from memdec.errors import ArtifactError, ConfigError
 from memdec.models import flops
 from memdec.settings import LoraSettings, TrainSettings
 from memdec.training import fitting, stages
@@ -86,6 +86,33 @@ def test_a_finished_trial_is_not_repeated(
     assert calls == [SLOW, GOOD, GOOD, GOOD]
     train(small_folder, short_tokens, tmp_path / "at once", learning_rates=[SLOW, GOOD])
     assert equal(tmp_path / "killed", tmp_path / "at once")
+
+
+def test_other_seeds_take_the_rate_of_the_first(small_folder: Path, short_tokens: Path, tmp_path: Path) -> None:
+    tuned = {"learning_rates": [SLOW, GOOD], "trial": 0.5, "epochs": 9}
+    first, budget = tmp_path / "first", (small_folder, 1.0)
+    known = train(small_folder, short_tokens, first, budget, **tuned)
+    settings = TrainSettings(**tuned)
+    stages.run_finetune(
+        small_folder, short_tokens, tmp_path / "next", settings, context=CONTEXT, seed=4, budget=budget, tuned_by=first
+    )
+    facts = artefact.read(tmp_path / "next", "model").facts
+    assert (facts["learning_rate"], facts["trials"], facts["flops_ceiling"]) == (GOOD, [], known["flops_ceiling"])
+    assert facts["updates"] == known["updates"]
+    for seed, other, message in (
+        (3, {}, "expected the same training with another seed than 3, found another with this seed"),
+        (4, {"warmup": 0.1}, "expected the same training with another seed than 4, found another warmup"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            stages.run_finetune(
+                small_folder, short_tokens, tmp_path / "x", TrainSettings(**tuned | other), context=CONTEXT, seed=seed,
+                budget=budget, tuned_by=first,
+            )  # fmt: skip
+    with pytest.raises(ArtifactError, match="expected a training that tried learning_rates, found none"):
+        stages.run_finetune(
+            small_folder, short_tokens, tmp_path / "x", settings, context=CONTEXT, seed=5, budget=budget,
+            tuned_by=tmp_path / "next",
+        )  # fmt: skip
 
 
 def test_a_rate_that_diverges_is_left_out(

@@ -16,7 +16,8 @@ from memdec import config as cfg
 from memdec.artefacts import artefact
 from memdec.config import Config
 from memdec.errors import ArtifactError, ConfigError
-from memdec.results import cells, drawing, figure_catalogue, figures
+from memdec.harness.scores import TokenScores
+from memdec.results import cells, drawing, figure_catalogue, figures, scores
 from memdec.results.cells import Cell
 from memdec.results.layout import Part
 
@@ -177,6 +178,85 @@ def test_figure_4_is_the_whole_time_beside_the_printed_ratio(tmp_path: Path) -> 
         drawing.run(made, cells * 2, [], tmp_path / "figure4.csv")
 
 
+STUDIES: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "one epoch": {"finetune": {"epochs": 1}},
+    "other text": {"domains": ["pandas"]},
+    "small": {"memory_model": "gpt2-M"},
+    "all-else": {"domains": ["pandas"], "finetune": {"epochs": 1}},
+}
+
+
+def gains_config(**changes: object) -> Config:
+    shared = {"tables": ["gains"], "domains": ["torch"], "memories": {"ce": {"train": {"objective": "ce"}}}}
+    studies = {name.replace(" ", "-"): shared | study for name, study in STUDIES.items()}
+    return config(memories={}, evaluated=["gpt2-L"], seeds=[0, 1], studies=studies, **changes)
+
+
+def part_folder(folder: Path, part: Part, log_p: Any) -> Path:
+    place = folder / "-".join(map(str, (part.study, part.kind, part.domain, part.model, part.seed, part.memory)))
+    kind = {"finetuned": "model"}.get(part.kind, part.kind)
+    with artefact.building(place, kind, {"stride": 4}, {"at": str(place)}) as build:
+        assert build is not None
+        if part.kind == "evaluation":
+            record = {
+                "method": "MemDec",
+                "memory": part.memory,
+                "value": np.exp(-log_p.mean()),
+                "alpha": 1.0,
+                "on": "torch",
+            }
+            artefact.write_json(place / "records.json", [record | {"seed": part.seed}])
+            scores.write(place, TokenScores(log_p - 1, log_p), "test")
+        build.facts.update(parameters=1000 * (part.seed + 1), valid_perplexity=12.0, trained_tokens=600, epochs=3.0)
+    return place
+
+
+def test_gains_compare_a_memory_with_its_twin_in_every_study(tmp_path: Path) -> None:
+    made, rng = figure_catalogue.figure(gains_config(), "gains"), np.random.default_rng(0)
+    assert made.axes == {
+        "reference": "reference", "one-epoch": "key model", "other-text": "training text", "small": "size of the memory",
+        "all-else": "other",
+    }  # fmt: skip
+    given, log_p = [], {}
+    for part in made.parts:
+        tokens = -rng.random(400) - (0.5 if part.memory == "ce" else 0.2)
+        log_p[part] = tokens
+        given.append((part.domain, part.model, part.seed, part_folder(tmp_path, part, tokens)))
+    drawing.run(made, given, [], tmp_path / "gains.csv")
+    drawn = pd.read_csv(tmp_path / "gains.csv")
+    assert list(drawn["study"]) == [name.replace(" ", "-") for name in STUDIES]
+    assert drawn["tokens"].eq(200).all()
+    assert drawn["memory_parameters"].eq(1500).all()
+    first = drawn.iloc[0]
+    values = {
+        memory: np.mean([np.exp(-log_p[part].mean()) for part in log_p if part.memory == memory and part.study == "reference"
+                         and part.kind == "evaluation"])
+        for memory in ("memdec", "ce")
+    }  # fmt: skip
+    assert first["memory"] == pytest.approx(values["memdec"])
+    assert first["value"] == pytest.approx(100 * (1 - values["memdec"] / values["ce"]))
+    assert 0 < first["low"] < first["value"] < first["high"]
+    assert (first["n"], first["seeds"]) == (100, 2)
+    with pytest.raises(ConfigError, match=r"gains: expected a --cell for each of 40 parts .* found 39; let Snakemake"):
+        drawing.run(made, given[1:], [], tmp_path / "x.csv")
+
+
+def test_gains_need_a_twin_on_hard_labels() -> None:
+    with pytest.raises(
+        ConfigError, match="gains: expected a memory that differs from the default one in its objective, ce"
+    ):
+        figure_catalogue.figure(config(memories={"kl": {"train": {"objective": "kl"}}}), "gains")
+
+
+def test_several_studies_may_fill_gains_and_no_other_figure() -> None:
+    studies = {name: {"tables": ["gains", "memories"]} for name in ("one", "two")}
+    with pytest.raises(
+        ConfigError, match=r"studies.two.tables: expected tables that no other study fills, found memories of"
+    ):
+        config(studies=studies)
+
+
 def cut(figure: Figure) -> list[str]:
     """Sides beyond which something is drawn, and axes without a name."""
     canvas = FigureCanvasAgg(figure)
@@ -219,6 +299,22 @@ DRAWINGS = {
             ("metric", ["match", "kl", "total_variation", "pearson"]),
             ("rows", ["all", "one token", "several tokens"]),
         )
+    ),
+    "gains": lambda: figures.gains(
+        frame(
+            ("axis", ["reference", "key model", "training text", "size of the memory", "targets", "other"]),
+            ("domain", NAMES[1:3]),
+            ("model", NAMES[:2]),
+            high=30,
+        ).assign(
+            study=lambda rows: "a_$study$_of_" + rows["axis"],
+            key_perplexity=lambda rows: 10 + rows.groupby("axis").ngroup(),
+            tokens=lambda rows: 10_000 * (1 + rows.groupby("axis").ngroup()),
+            memory_parameters=lambda rows: 1_000_000 * (1 + rows.groupby("axis").ngroup()),
+        )
+    ),
+    "gains alone": lambda: figures.gains(
+        frame(("axis", ["reference"]), ("domain", NAMES[:1]), ("model", NAMES[:1])).assign(study="reference")
     ),
 }  # fmt: skip
 

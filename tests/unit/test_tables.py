@@ -43,7 +43,9 @@ def measured(made: cfg.Config, name: str) -> Measured:
 
 
 def test_every_table_of_the_paper_is_there() -> None:
-    assert {f"table{n}" for n in range(1, 20)} | {"objectives", "memories", "forgetting"} == set(catalogue.TABLES)
+    assert {f"table{n}" for n in range(1, 20)} | {"objectives", "rivals", "memories", "forgetting"} == set(
+        catalogue.TABLES
+    )
     every = [*NINE, *task_tables.BIOMED.values(), *task_tables.FINANCE.values(), *task_tables.QUESTIONS.values()]
     every += [task for task, _ in task_tables.LAW.values()] + list(task_tables.SHOTS.values())
     assert len(set(every)) == 9 + 13 + 2 + 3
@@ -69,6 +71,7 @@ def test_every_table_of_the_paper_is_there() -> None:
         ("table17", r"table17: expected a memory that is a DAPT model of the default one's size, .* \(dapt: true\)"),
         ("table19", r"table19: expected a memory with the keys of another model than the default one"),
         ("objectives", r"objectives: expected a memory with another objective than the default one"),
+        ("rivals", r"rivals: expected a memory on hard labels beside the default one, .* \(train.objective ce\)"),
     ],
 )
 def test_a_table_that_a_config_cannot_fill_says_what_is_missing(name: str, lacks: str) -> None:
@@ -91,13 +94,14 @@ def test_each_table_takes_the_memories_that_it_is_about_and_asks_for_no_others()
     made = config(memories=MEMORIES)
     memories = {
         name: {(part.model, part.memory) for part in catalogue.table(made, name).parts if part.memory is not None}
-        for name in ("table9", "table8", "table19", "table17", "objectives")
+        for name in ("table9", "table8", "table19", "table17", "objectives", "rivals")
     }
     both = ("gpt2-S", "gpt2-M")
     assert memories["table9"] == {("gpt2-M", name) for name in ("memdec", "kl", "ce")}
     assert memories["table8"] == {(model, name) for model in both for name in ("memdec", "big")}
     assert memories["table19"] == {(model, name) for model in both for name in ("memdec", "small-keys")}
     assert memories["table17"] == {(model, name) for model in both for name in ("memdec", "dapt")}
+    assert {name for _, name in memories["rivals"]} == {"memdec", "kl", "ce", "dapt", "far"}
     assert {name for _, name in memories["objectives"]} == {"memdec", "kl", "ce", "kl-long", "dapt", "far"}
     assert {part.domain for part in catalogue.table(made, "table9").parts} == {"sklearn"}
     assert all(part.system == "MemDec" for part in catalogue.table(made, "table9").parts)

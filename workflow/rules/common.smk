@@ -133,6 +133,14 @@ def training(wildcards, *settings):
     return " ".join([*settings, CONTEXT, words("--seed", wildcards.seed), COMPUTE])
 
 
+def tuned_by(wildcards, settings, place):
+    """The same training with the first seed, whose learning rate the other seeds take."""
+    first = study(wildcards).seeds[0]
+    if not settings.learning_rates or int(wildcards.seed) == first:
+        return []
+    return [manifest(f"{RUN}/{wildcards.home}/seed{first}/{place}")]
+
+
 def sharded(wildcards, name, *leave):
     """Options of a stage that runs one job per shard, without the names in `leave`."""
     return f"{options(section(study(wildcards), name), 'shards', *leave)} {shard(wildcards)}"
@@ -297,6 +305,11 @@ def memory_options(wildcards):
 
 
 # --- evaluations ----------------------------------------------------------------------------------------------------
+
+
+def dapt_settings(wildcards):
+    """Name of the section with the training of DAPT."""
+    return "finetune" if study(wildcards).dapt is None else "dapt"
 
 
 def dapt(wildcards, model):

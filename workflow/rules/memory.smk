@@ -135,6 +135,7 @@ use rule finetune as train with:
         targets=memory_targets,
         base=memory_bases,
         budget_model=budget_model,
+        tuned_by=lambda w: tuned_by(w, memory(w).train, f"memory/{w.memory}"),
     output:
         manifest=f"{HOME}/memory/{{memory}}/manifest.json",
     log:

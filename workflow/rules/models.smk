@@ -3,6 +3,7 @@ use rule corpus as finetune with:
     input:
         model=f"{RUN}/models/{{model}}/manifest.json",
         tokens=lambda w: tokens_of(w.model, domain_of(w)),
+        tuned_by=lambda w: tuned_by(w, study(w).finetune, f"finetuned/{w.model}"),
     output:
         manifest=f"{HOME}/finetuned/{{model}}/manifest.json",
     log:
@@ -27,6 +28,9 @@ use rule finetune as dapt with:
         model=f"{RUN}/models/{{model}}/manifest.json",
         tokens=lambda w: tokens_of(w.model, domain_of(w)),
         budget_model=budget_model,
+        tuned_by=lambda w: tuned_by(
+            w, getattr(study(w), dapt_settings(w)), f"dapt/{w.model}"
+        ),
     output:
         manifest=f"{HOME}/dapt/{{model}}/manifest.json",
     log:
@@ -35,11 +39,7 @@ use rule finetune as dapt with:
         f"{BENCHMARK}/dapt/{{home}}-{{seed}}-{{model}}.tsv"
     params:
         options=lambda w: training(
-            w,
-            options(
-                section(study(w), "finetune" if study(w).dapt is None else "dapt")
-            ),
-            budget(w),
+            w, options(section(study(w), dapt_settings(w))), budget(w)
         ),
 
 
@@ -53,6 +53,7 @@ use rule finetune as lora with:
             else []
         ),
         budget_model=budget_model,
+        tuned_by=lambda w: tuned_by(w, study(w).lora, f"lora/{w.model}"),
     output:
         manifest=f"{HOME}/lora/{{model}}/manifest.json",
     log:

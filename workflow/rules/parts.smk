@@ -68,10 +68,14 @@ def table_of(wildcards):
 
 def part_folder(config, part):
     """Folder of an artefact that a table or figure of a study is made from; nothing else says where it is."""
+    config = config if part.study is None else STUDIES[part.study]
     if part.kind == "corpus":
         return f"{RUN}/corpora/{part.domain}"
     if part.kind == "harness" and part.system == "base":
         return f"{RUN}/harness/{part.suite}/{part.model}"
+    if part.kind == "finetuned":
+        place = home(config.study_name, part.domain, "finetuned")
+        return f"{RUN}/{place}/seed{part.seed}/finetuned/{part.model}"
     system = SYSTEMS[part.system]
     kinds = system_kinds(system)
     if part.memory is not None:
@@ -83,7 +87,7 @@ def part_folder(config, part):
         return f"{RUN}/{place}/seed{part.seed}/harness/{part.suite}/{part.name}/{part.model}"
     place = home(config.study_name, part.domain, *kinds, part.kind)
     folder = f"{RUN}/{place}/seed{part.seed}/{part.kind}/{part.name}"
-    around = part.kind not in ("fidelity", "shapes")  # a base model
+    around = part.kind not in ("fidelity", "memory", "shapes")  # a base model
     return f"{folder}/{part.model}" if around else folder
 
 
@@ -105,7 +109,7 @@ def wanted(kind):
     known = {"table": catalogue.TABLES, "figure": figure_catalogue.FIGURES}[kind]
     if CONFIG.studies:
         named = [name for study in CONFIG.studies.values() for name in study.tables]
-        return sorted((name for name in named if name in known), key=[*known].index)
+        return sorted({name for name in named if name in known}, key=[*known].index)
     return [name for name, make in known.items() if can_be_filled(make)]
 
 
