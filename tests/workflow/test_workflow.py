@@ -163,13 +163,22 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             | {"targets": 2, "train": 1, "harness_base": 1, "harness": 1, "harness_system": 1, "evaluate_systems": 1}
             | {"table": 2},
         ),
-        # 4 domains, 3 seeds, 2 of 3 models, 2 memories; no LoRA
+        # 6 domains, 3 seeds, 2 of 3 models, 4 trained memories and 2 controls
         (
-            ["pretrained"],
-            ["memories"],
-            {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 3, "finetune": 24, "datastore": 36}
-            | {"index": 36, "targets": 12, "train": 24, "evaluate": 48}
-            | {"evaluate_systems": 72, "table": 1},
+            ["pretrained", "recipe"],
+            ["rivals"],
+            {"corpus": 6, "tokenizer": 1, "tokens": 6, "model": 2, "finetune": 36, "lora": 36, "datastore": 54}
+            | {"index": 54, "calibrate": 18, "targets": 18, "teacher": 18, "mixture": 18, "train": 72}
+            | {"evaluate": 216, "evaluate_systems": 144, "table": 1},
+        ),
+        # 13 studies of one seed, 16 corpora in all: memory and CE twin of each, with 2 bases
+        pytest.param(
+            ["pretrained", "recipe"],
+            ["gains"],
+            {"corpus": 5, "tokenizer": 1, "tokens": 5, "model": 3, "finetune": 8, "datastore": 8, "index": 8}
+            | {"calibrate": 8, "targets": 12, "teacher": 1, "mixture": 8, "train": 32, "evaluate": 64}
+            | {"evaluate_systems": 10, "figure": 1},
+            marks=pytest.mark.slow,
         ),
         # Table 1 of one model and one domain, without retrieval, so with one control
         (
@@ -227,7 +236,7 @@ def test_dry_run_of_every_config(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert len(list((ROOT / "config").glob("*.yaml"))) == 8  # config.yaml is mini.yaml
+    assert len(list((ROOT / "config").glob("*.yaml"))) == 9  # config.yaml is mini.yaml
     for name in needed.files(["memdec_all", "memdec_dcpmi_kl", "memdec_casehold_4shot"]):  # a plan reads no rows
         (tmp_path / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "rows" / name).touch()
