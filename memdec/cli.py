@@ -811,12 +811,12 @@ def table(
 
 @app.command()
 def figure(
-    name: Annotated[str, typer.Option(help="figure2, figure4, figure5, figure6 or fidelity")],
+    name: Annotated[str, typer.Option(help="figure2, figure4, figure5, figure6, fidelity or gains")],
     config: RunConfig,
     out: Annotated[Path, typer.Option(help="CSV file; .svg, .png and .provenance.json are written beside it")],
     cell: Annotated[
         list[str],
-        typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of shapes, fidelity or latency, as the figure needs; repeat"),
+        typer.Option(help="DOMAIN:MODEL:SEED:FOLDER of a part of the figure; repeat"),
     ] = [],
     table: Annotated[list[Path], typer.Option(help="cells of a table (.cells.csv), for Figure 2")] = [],
 ) -> None:
