@@ -227,7 +227,7 @@ def test_marked_words_are_a_table_of_what_was_measured_on_them(tmp_path: Path) -
     data = CONFIG.model_dump(mode="json", exclude_unset=True) | {"cases": [{"text": words[0]["text"]}]}
     config = parse(cfg.Config, data, "c")
     table = catalogue.table6(config)
-    assert [tuple(part) for part in table.parts] == [("cases", "sklearn", "gpt2-M", 0, "MemDec", "memdec", None)]
+    assert [tuple(part) for part in table.parts] == [("cases", "sklearn", "gpt2-M", 0, "MemDec", "memdec", None, None)]
     cell = ("sklearn", "gpt2-M", 0, tmp_path / "cases")
     tables.run(table, [cell], tmp_path / "table6.csv")
     assert pd.read_csv(tmp_path / "table6.csv").to_dict("records") == words

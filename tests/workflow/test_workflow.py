@@ -277,13 +277,17 @@ def test_all_lists_every_table_and_figure_and_makes_what_they_share_once(
     tables = {f"results/table{number}.csv" for number in range(1, 20)}
     figures = {f"results/figure{number}.svg" for number in (2, 4, 5, 6)}
     assert (
-        tables | figures | {f"results/{name}" for name in ("objectives.csv", "claims.csv", "report.html", "all")}
+        tables
+        | figures
+        | {f"results/{name}" for name in ("objectives.csv", "rivals.csv", "claims.csv", "report.html", "all")}
         <= made
     )
     folders = [file.removeprefix("results/mini/") for file in made if file.endswith("manifest.json")]
     homes = {folder.split("/seed")[0] for folder in folders if "/seed" in folder}
-    # Only the questions have settings of their own, and the marked words are a part of one study.
-    assert homes == {"torch", "pandas", "sklearn", "scipy", "questions/scipy", "words/torch"}
+    # Only questions and rivals have settings of their own, and the marked words are a part of one study.
+    assert homes == {"torch", "pandas", "sklearn", "scipy", "questions/scipy", "words/torch"} | {
+        f"rivals/{domain}" for domain in ("torch", "pandas", "sklearn")
+    }
     assert sorted(folder for folder in folders if folder.startswith("questions")) == [
         f"questions/scipy/seed0/{name}/manifest.json" for name in ("harness/questions/memdec/gpt2-L", "memory/memdec")
     ]
