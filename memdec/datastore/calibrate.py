@@ -3,9 +3,9 @@
 The guide is the kNN-LM of the key model itself, lambda p_kNN + (1 - lambda) p_key: the k and tau with which it predicts
 valid text best, each with its own best lambda. `top` is the smallest with which that hardly changes.
 
-The key model has been trained on the text for which it is a teacher, so it is more certain there than on other text. A
-neighbour of a position is never the position itself, so p_kNN has not seen it. `key_temperature` divides the logits of
-p_key on train such that their mean entropy is that on valid.
+The key model has been trained on the text for which it is a teacher, so it is more certain there than on other text. So is
+p_kNN: a neighbour of a position is never the position itself, but its key comes from that model. `key_temperature` divides the logits of
+p_key on train such that their mean entropy is that on valid. `confidence` says how much more certain both are on train.
 
 Inputs: key model, datastore and index of its train split, and the token stream. Output: `calibration.json`, with the
 perplexities of the whole grid. `memdec targets` and `memdec teacher` read it.
@@ -13,9 +13,9 @@ perplexities of the whole grid. `memdec targets` and `memdec teacher` read it.
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from memdec.artefacts import artefact, devices
 from memdec.datastore import search
 from memdec.datastore.keys import Datastore, Forward
 from memdec.errors import ArtifactError
-from memdec.maths import calibration, mixing, weighing
+from memdec.maths import calibration, fidelity, mixing, weighing
 from memdec.maths.sparse_rows import SparseRows, probability_of
 from memdec.maths.windows import Window, sample, windows
 from memdec.models import loading
@@ -44,7 +44,8 @@ from memdec.text import tokens
 
 log = logging.getLogger(__name__)
 FILE = "calibration.json"
-_Asked = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]  # keys, last input tokens, true tokens
+# Keys; last input tokens, or positions where the queries are keys of the datastore; true tokens; of which split.
+_Asked = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], Split]
 _CLOSE = 0.001  # relative perplexity that a smaller `top` may cost
 _TEMPERATURES = np.geomspace(0.7, 3.0, 16)  # of p_key; between them the entropy is interpolated
 
@@ -98,25 +99,41 @@ def run(
         passes = _Passes(model_folder, stream, settings, context, stride, compute)
         searcher = search.load(store, index_folder, nprobe, devices.pick(compute))
         log_p_key, entropy = passes.key("valid", [1.0])
-        asked = list(passes.queries(store))
+        asked = list(passes.queries(store, "valid"))
         by = _neighbours(asked, searcher, settings)
         grid = calibration.choose(log_p_key, by, settings.lambdas)
         best = grid[0]
         _warn(best, settings)
-        _, on_train = passes.key("train", _TEMPERATURES)
+        log_p_train, on_train = passes.key("train", [1.0, *_TEMPERATURES])
         chosen = {
             "neighbours": best.neighbours,
             "temperature": best.temperature,
             "top": _top(asked, searcher, settings, best, log_p_key),
             "knn_weight": best.weight,
-            "key_temperature": calibration.crossing(_TEMPERATURES.tolist(), on_train, float(entropy[0])),
+            "key_temperature": calibration.crossing(_TEMPERATURES.tolist(), on_train[1:], float(entropy[0])),
         }
         alone = {
             "key": math.exp(-log_p_key.mean()),
             "mixture": best.perplexity,
         }
+        confidence = {
+            "key": {
+                "train": {"p_true": float(np.exp(log_p_train).mean()), "entropy": float(on_train[0])},
+                "valid": {"p_true": float(np.exp(log_p_key).mean()), "entropy": float(entropy[0])},
+            },
+            "knn": {
+                "train": _confidence(passes.queries(store, "train"), searcher, best),
+                "valid": _confidence(asked, searcher, best),
+            },
+        }
         artefact.write_json(
-            out / FILE, {"chosen": chosen, "perplexity": alone, "grid": [choice._asdict() for choice in grid]}
+            out / FILE,
+            {
+                "chosen": chosen,
+                "confidence": confidence,
+                "perplexity": alone,
+                "grid": [choice._asdict() for choice in grid],
+            },
         )
         build.facts.update(**chosen, perplexity=alone, device=devices.name(compute), positions=len(log_p_key))
 
@@ -181,14 +198,16 @@ class _Passes:
         found = np.concatenate(log_p)
         return found, entropies / len(found)
 
-    def queries(self, store: Datastore) -> Iterator[_Asked]:
-        """Keys of the sampled positions of valid, their last input tokens (-1: none) and their true tokens."""
-        forward, batches = self.of("valid", store.settings.key_point)
+    def queries(self, store: Datastore, split: Split) -> Iterator[_Asked]:
+        """Keys of the sampled positions of a split, their last input tokens (-1: none) or, of train, the positions
+        themselves, and their true tokens."""
+        forward, batches = self.of(split, store.settings.key_point)
         for number, batch in enumerate(batches):
             positions = np.concatenate([np.arange(part.first, part.end) for part in batch])
             before = np.where(positions > 0, forward.data[np.maximum(positions, 1) - 1].astype(np.int64), -1)
             vectors = store.rounded(torch.cat(forward.vectors(number)))
-            yield vectors, before, forward.data[positions].astype(np.int64)
+            place = positions if split == "train" else before
+            yield vectors, place, forward.data[positions].astype(np.int64), split
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -201,11 +220,33 @@ def _neighbours(
 ) -> dict[tuple[int, float], NDArray[np.float64]]:
     """p_kNN of the true tokens of valid for every k and tau."""
     found: list[dict[tuple[int, float], NDArray[np.float64]]] = []
-    for queries, before, truth in asked:
-        sq_dist, ids = searcher.search(queries, max(settings.neighbours), inputs=before)
+    for batch in asked:
+        sq_dist, ids = (near.numpy() for near in _search(searcher, batch, max(settings.neighbours)))
+        truth = batch[2]
         same = (searcher.store.values[np.maximum(ids, 0)] == truth[:, None]) & (ids >= 0)
         found.append(calibration.label_probabilities(sq_dist, same, settings.neighbours, settings.temperatures))
     return {key: np.concatenate([each[key] for each in found]) for key in found[0]}
+
+
+def _search(searcher: search.Searcher, asked: _Asked, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Squared distances and positions of the neighbours, (B, neighbours)."""
+    queries, place, _, split = asked
+    own, inputs = (place, None) if split == "train" else (None, place)
+    sq_dist, ids = searcher.search(queries, neighbours, own, inputs=inputs)
+    return torch.from_numpy(sq_dist), torch.from_numpy(ids)
+
+
+def _confidence(
+    asked: Iterable[_Asked], searcher: search.Searcher, best: calibration.Choice
+) -> dict[Literal["p_true", "entropy"], float]:
+    """Mean probability of the true token under p_kNN, and its mean entropy (nats)."""
+    p_true, entropy = [], []
+    for batch in asked:
+        near = _search(searcher, batch, best.neighbours)
+        rows = SparseRows.of(*searcher.rows(*near, best.temperature))
+        p_true.append(probability_of(rows, batch[2]))
+        entropy.append(fidelity.sparse_shape(rows, 0.0)["entropy"])
+    return {"p_true": float(np.concatenate(p_true).mean()), "entropy": float(np.concatenate(entropy).mean())}
 
 
 def _top(
@@ -217,12 +258,11 @@ def _top(
 ) -> int | None:
     """The smallest candidate with which the best mixture hardly changes; None if none of them will do."""
     p: dict[int, list[NDArray[np.float64]]] = {top: [] for top in sorted(settings.tops)}
-    for queries, before, truth in asked:
-        sq_dist, ids = searcher.search(queries, best.neighbours, inputs=before)
-        near = torch.from_numpy(sq_dist), torch.from_numpy(ids)
+    for batch in asked:
+        near = _search(searcher, batch, best.neighbours)
         for top, parts in p.items():
             rows = SparseRows.of(*searcher.rows(*near, best.temperature, top=top))
-            parts.append(probability_of(rows, truth))
+            parts.append(probability_of(rows, batch[2]))
     for top, parts in p.items():
         by = {(best.neighbours, best.temperature): np.concatenate(parts)}
         (cut,) = calibration.choose(log_p_key, by, [best.weight])

@@ -14,8 +14,10 @@ from memdec.artefacts import artefact
 from memdec.cli import app
 from memdec.config import load
 from memdec.datastore import calibrate, index, keys, targets
+from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError
 from memdec.maths import calibration
+from memdec.maths.sparse_rows import probability_of
 from memdec.maths.windows import windows
 from memdec.models import loading
 from memdec.results import table6
@@ -100,6 +102,25 @@ def test_the_perplexity_of_the_key_model_is_its_own(home: Path, base_folder: Pat
     expected = math.exp(-np.mean(np.log(p[np.arange(len(true)), true])))
     assert facts["perplexity"]["key"] == pytest.approx(expected, rel=1e-5)
     assert facts["perplexity"]["mixture"] < expected
+
+
+def test_confidence_of_p_key_and_of_p_knn_on_what_was_trained_on_and_on_valid(
+    home: Path, base_folder: Path, token_folder: Path
+) -> None:
+    everything = SETTINGS.model_copy(update={"most": 10**6})
+    calibrate.run(base_folder, [home / "d"], home / "i", token_folder, home / "all", everything, **WINDOW)
+    found = json.loads((home / "all" / "calibration.json").read_text())["confidence"]
+    for split in ("train", "valid"):
+        p, true = p_key(base_folder, token_folder, split, 10**6)
+        assert found["key"][split]["p_true"] == pytest.approx(p[np.arange(len(true)), true].mean(), rel=1e-5)
+        assert found["key"][split]["entropy"] == pytest.approx(-(p * np.log(p)).sum(1).mean(), rel=1e-5)
+    chosen = calibrate.read(home / "all")
+    settings = TargetSettings(neighbours=chosen["neighbours"], temperature=chosen["temperature"], dtype="float32")
+    targets.run([home / "d"], home / "i", token_folder, home / "whole", settings)
+    true = tokens.load_stream(token_folder, "train").astype(np.int64)
+    sha256 = artefact.read(token_folder, "tokens").facts["sha256"]["train"]
+    rows = TargetReader([home / "whole"], sha256).rows([(0, len(true))])
+    assert found["knn"]["train"]["p_true"] == pytest.approx(probability_of(rows, true).mean(), rel=1e-5)
 
 
 def test_the_choice_is_the_best_of_the_grid_that_is_written(home: Path) -> None:
