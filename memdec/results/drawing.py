@@ -33,13 +33,14 @@ def run(made: Figure, cells: Sequence[Cell], tables: Sequence[Path], out: Path) 
         raise ConfigError(
             f"{made.name}: expected {' and '.join(wanted)}, found {len(tables)} tables and {len(cells)} cells; give them"
         )
+    recipes: dict[str, str] = {}
     if made.kind:
         manifests = [artefact.read(folder, made.kind) for *_, folder in cells]
         recipes = {
             f"{domain}/{model}/{seed}/{manifest.settings.get('memory') or made.kind}": manifest.recipe
             for (domain, model, seed, _), manifest in zip(cells, manifests, strict=True)
         }
-    else:
+    elif made.parts:
         recipes = gains.recipes(made, cells)
     recipes |= {path.name: artefact.file_digest(path) for path in tables if path.is_file()}
     numbers_of, draw = DRAWN[made.name]

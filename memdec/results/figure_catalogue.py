@@ -145,7 +145,7 @@ _AXES = {
     "targets": {"targets", "calibrate", "teacher", "imitates"},
 }
 REFERENCE, OTHER = "reference", "other"
-_NAMES = {"study_name", "studies", "memories", "corpora"}  # differ without changing what the figure shows
+_NAMES = {"study_name", "memories"}  # differ without changing what the figure shows
 
 
 def gains(config: Config) -> Figure:
