@@ -36,9 +36,11 @@ from memdec.settings import (
     LatencySettings,
     LoraSettings,
     MemorySettings,
+    MixSettings,
     ModelSpec,
     PassageSettings,
     SampleSettings,
+    ScoreSettings,
     ShapesSettings,
     Split,
     Suite,
@@ -110,6 +112,8 @@ NEXT = {
     "train": "memdec evaluate --memory {out} --base ... --out ..., or lm_eval --model memdec-interp",
     "adapt-vocab": "memdec train --model {out} --tokens ... --out ...",
     "evaluate": "memdec table --name table3 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...",
+    "score": "memdec mix --scored {out} --base EVALUATION-OF-THE-BASE --out ...",
+    "mix": "memdec table --name table3 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...",
     "harness": "memdec compare {out}, or memdec compare {out} ... for the difference of two systems",
     "sweep": "lm_eval --model memdec-interp with the best alpha of the table",
     "fidelity": "cat {out}/records.json",
@@ -497,6 +501,16 @@ def adapt_vocab(
     adapt_vocab.run(memory, tokenizer, out, settings, seed=seed)
 
 
+OwnMemory = Annotated[Path | None, typer.Option(help="memory folder, or a model after DAPT in its place")]
+MemoryLabel = Annotated[str, typer.Option(help="name of the memory in the tables and figures")]
+Control = Annotated[
+    bool, typer.Option("--control", help="negative control: --memory is one of another corpus than --corpus")
+]
+Also = Annotated[
+    list[Path], typer.Option(help="general corpus to measure on too, with the weights tuned on --corpus; repeat")
+]
+
+
 @stage(EvaluateSettings)
 def evaluate(
     base: Annotated[Path, typer.Option(help="base model folder")],
@@ -505,27 +519,15 @@ def evaluate(
     context: Context,
     stride: Stride,
     settings: EvaluateSettings,
-    memory: Annotated[Path | None, typer.Option(help="memory folder, or a model after DAPT to mix in")] = None,
-    name: Annotated[str, typer.Option(help="name of the memory in the tables")] = DEFAULT_MEMORY,
-    control: Annotated[
-        bool, typer.Option("--control", help="negative control: --memory is one of another corpus than --corpus")
-    ] = False,
+    memory: OwnMemory = None,
+    name: MemoryLabel = DEFAULT_MEMORY,
+    control: Control = False,
     lora: Annotated[Path | None, typer.Option(help="LoRA folder")] = None,
     dapt: Annotated[Path | None, typer.Option(help="folder of the base after DAPT")] = None,
     datastore: Annotated[list[Path], typer.Option(help="datastore made with this base; repeat for every shard")] = [],
     index: Annotated[Path | None, typer.Option(help="index over --datastore; both together are the kNN-LM")] = None,
-    key_model: Annotated[
-        Path | None,
-        typer.Option(help="model that made the keys, if not the base: its p_kNN in the place of a memory"),
-    ] = None,
     passages: Annotated[Path | None, typer.Option(help="passages of the corpus, for In-Context RAG")] = None,
-    also: Annotated[
-        list[Path], typer.Option(help="general corpus to measure on too, with the weights tuned on --corpus; repeat")
-    ] = [],
-    base_evaluation: Annotated[
-        Path | None,
-        typer.Option(help="with --memory or --key-model: the base's own evaluation, so that the base is not run again"),
-    ] = None,
+    also: Also = [],
     seed: Seed = 0,
     compute: Compute = AUTO,
 ) -> None:
@@ -547,16 +549,64 @@ def evaluate(
         dapt=dapt,
         datastore=datastore,
         index=index,
-        key_model=key_model,
         passages=passages,
         also=also,
-        base_evaluation=base_evaluation,
         compute=compute,
     )
 
 
+@stage(ScoreSettings)
+def score(
+    corpus: Corpus,
+    out: Out,
+    context: Context,
+    stride: Stride,
+    settings: ScoreSettings,
+    memory: OwnMemory = None,
+    control: Control = False,
+    key_model: Annotated[
+        Path | None, typer.Option(help="in place of a memory: the model that made --datastore, whose p_kNN is scored")
+    ] = None,
+    datastore: Annotated[list[Path], typer.Option(help="datastore of --key-model; repeat for every shard")] = [],
+    index: Annotated[Path | None, typer.Option(help="index over --datastore")] = None,
+    also: Also = [],
+    compute: Compute = AUTO,
+) -> None:
+    """Score a corpus with a memory alone, or with p_kNN in its place, for `memdec mix` with any number of bases."""
+    from memdec.results import score as stage_score
+
+    stage_score.run(
+        corpus,
+        out,
+        settings,
+        context=context,
+        stride=stride,
+        memory=memory,
+        control=control,
+        key_model=key_model,
+        datastore=datastore,
+        index=index,
+        also=also,
+        compute=compute,
+    )
+
+
+@stage(MixSettings, torch=False)
+def mix(
+    base: Annotated[Path, typer.Option(help="the base's own evaluation, by memdec evaluate")],
+    scored: Annotated[Path, typer.Option(help="scores of the memory on the same texts, by memdec score")],
+    out: Out,
+    settings: MixSettings,
+    name: MemoryLabel = DEFAULT_MEMORY,
+    seed: Seed = 0,
+) -> None:
+    """Measure the perplexity of a base with a memory from the scores of both; valid tunes the weight."""
+    from memdec.results import mix as stage_mix
+
+    stage_mix.run(base, scored, out, settings, name=name, seed=seed)
+
+
 Targets = Annotated[list[Path], typer.Option(help="folder of kNN targets; repeat for every shard")]
-MemoryLabel = Annotated[str, typer.Option(help="name of the memory in the tables and figures")]
 
 
 @stage(SampleSettings)
@@ -608,7 +658,7 @@ def harness(
     out: Out,
     spec: Spec = None,
     memory: Annotated[str | None, typer.Option(help="memory, or a model after DAPT to mix in: MemDec")] = None,
-    name: Annotated[str, typer.Option(help="name of the memory in the tables")] = DEFAULT_MEMORY,
+    name: MemoryLabel = DEFAULT_MEMORY,
     evaluation: Annotated[
         Path | None, typer.Option(help="evaluation of the system, which tuned alpha, or lambda and tau, on valid text")
     ] = None,

@@ -500,8 +500,8 @@ class RetrievalSettings(Settings):
     every: PositiveInt = Field(4, description="tokens between two retrievals (paper: 4)")
 
 
-class EvaluateSettings(SearchSettings, RetrievalSettings):
-    """Perplexity through lm-eval, with alpha tuned on the valid split."""
+class MixSettings(Settings):
+    """Weights of a memory, or of p_kNN, that are chosen on the valid split."""
 
     alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
         default=[0.4, 0.6, 0.8, 0.9], min_length=1, description="candidates for alpha (paper, section 4.1)"
@@ -509,15 +509,24 @@ class EvaluateSettings(SearchSettings, RetrievalSettings):
     lambdas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=[0.25], min_length=1, description="candidates for the weight of p_kNN in the kNN-LM (paper: 0.25)"
     )
+    resamples: PositiveInt = Field(
+        2000, description="number of bootstrap resamples for the 95 % interval over test windows (ours)"
+    )
+
+
+class ScoreSettings(SearchSettings):
+    """Scores of the tokens of a text."""
+
     temperatures: list[Annotated[float, Field(gt=0)]] = Field(
         default=[1.0],
         min_length=1,
         description="candidates for tau of the kNN-LM (paper: 1 for GPT-2 small and medium, 13 for large and xl)",
     )
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
-    resamples: PositiveInt = Field(
-        2000, description="number of bootstrap resamples for the 95 % interval over test windows (ours)"
-    )
+
+
+class EvaluateSettings(MixSettings, ScoreSettings, RetrievalSettings):
+    """Perplexity through lm-eval, with the weights tuned on the valid split."""
 
 
 class LatencySettings(SearchSettings):

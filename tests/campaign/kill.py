@@ -190,6 +190,9 @@ def stages(home: Path) -> dict[str, list[str]]:
             "evaluate", "--base", made("model"), "--corpus", made("corpus"), *windows, "--memory", made("train"),
             "--resamples", "20",
         ],
+        "score": ["score", "--memory", made("train"), "--corpus", made("corpus"), *windows],
+        "base": ["evaluate", "--base", made("model"), "--corpus", made("corpus"), *windows, "--resamples", "20"],
+        "mix": ["mix", "--base", made("base"), "--scored", made("score"), "--resamples", "20"],
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from memdec.errors import ArtifactError, ConfigError
 from memdec.inference.systems import SYSTEMS, Parts
 from memdec.maths import statistics, weighing
 from memdec.maths.windows import windows
-from memdec.models import loading
-from memdec.results import evaluate
+from memdec.results import evaluate, mix, score
+from memdec.results.scores import alone as stored_alone
 from memdec.results.scores import token_scores
 from memdec.settings import (
     FORGETTING,
@@ -62,6 +63,14 @@ def home(base_folder: Path, token_folder: Path, tmp_path_factory: pytest.TempPat
 def records_of(folder: Path, base: Path, corpus: Path, **what: Any) -> list[dict[str, Any]]:
     evaluate.run(base, corpus, folder, SETTINGS, seed=0, **WINDOW, **what)
     records: list[dict[str, Any]] = json.loads((folder / "records.json").read_text())
+    return records
+
+
+def mixed_records(folder: Path, base: Path, corpus: Path, *, name: str = "memdec", **what: Any) -> list[dict[str, Any]]:
+    """Records from the base's own evaluation, and from the scores of a memory or of p_kNN alone."""
+    score.run(corpus, folder / "scored", SETTINGS, **WINDOW, **what)
+    mix.run(base, folder / "scored", folder / "mixed", SETTINGS, name=name, seed=0)
+    records: list[dict[str, Any]] = json.loads((folder / "mixed" / "records.json").read_text())
     return records
 
 
@@ -213,56 +222,75 @@ def test_general_text_is_measured_at_the_weights_of_the_domain(
     assert alone == found
     assert not (tmp_path / "alone" / FORGETTING).exists()
     records_of(tmp_path / "base", base_folder, corpus_folder, also=[general])
-    given = records_of(
-        tmp_path / "given", base_folder, corpus_folder, also=[general], base_evaluation=tmp_path / "base", **what
-    )
+    given = mixed_records(tmp_path / "given", tmp_path / "base", corpus_folder, also=[general], **what)
     assert given == found
-    assert json.loads((tmp_path / "given" / FORGETTING).read_text()) == forgotten[:2]
+    assert json.loads((tmp_path / "given" / "mixed" / FORGETTING).read_text()) == forgotten[:2]
     assert np.array_equal(
-        token_scores(tmp_path / "given", on="novels")[0].log_p(alpha),
+        token_scores(tmp_path / "given" / "mixed", on="novels")[0].log_p(alpha),
         token_scores(tmp_path / "e", on="novels")[0].log_p(alpha),
     )
     records_of(tmp_path / "short", base_folder, corpus_folder)
-    what["base_evaluation"] = tmp_path / "short"
-    with pytest.raises(ArtifactError, match="found another also novels; run memdec evaluate without --memory"):
-        records_of(tmp_path / "x", base_folder, corpus_folder, also=[general], **what)
+    with pytest.raises(ArtifactError, match="found another also novels; run memdec evaluate without a system"):
+        mix.run(tmp_path / "short", tmp_path / "given" / "scored", tmp_path / "x", SETTINGS)
 
 
-def test_the_scores_of_a_base_serve_its_memories(
-    small_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_scores_of_base_and_memory_serve_each_other(
+    base_folder: Path, small_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:
+    """One pass of the memory is enough for two bases, and gives what the whole systems do, which lm-eval runs."""
     what: dict[str, Any] = {"memory": dapt_folder, "name": "dapt"}
-    both = records_of(tmp_path / "both", small_folder, corpus_folder, **what)
-    alone = records_of(tmp_path / "alone", small_folder, corpus_folder)
-    results = json.loads((tmp_path / "both" / "results_MemDec_test.json").read_text())
-    assert results["results"]["memdec_ppl"]["token_perplexity,none"] == pytest.approx(both[1]["value"], rel=1e-12)
-    assert results["config"]["alpha"] == both[1]["alpha"]
-    loaded = []
-    monkeypatch.setattr(
-        loading, "load", lambda name, load=loading.load, **how: loaded.append(name) or load(name, **how)
-    )
-    monkeypatch.setattr(evaluate._Session, "_model", None)  # no model of lm-eval
-    given = records_of(tmp_path / "given", small_folder, corpus_folder, base_evaluation=tmp_path / "alone", **what)
-    assert loaded == [str(dapt_folder)]
-    assert given == both
-    assert given[:1] == alone
-    for split in SPLITS[1:]:
-        scores, stride = token_scores(tmp_path / "given", split)
-        theirs, _ = token_scores(tmp_path / "both", split)
-        assert np.array_equal(scores.base, theirs.base)
-        assert scores.memory is not None
-        assert theirs.memory is not None
-        assert np.array_equal(scores.memory, theirs.memory)
-    assert statistics.perplexity(scores.log_p(given[1]["alpha"])) == given[1]["value"]
-    assert statistics.bootstrap_perplexity(scores.base, stride, SETTINGS.resamples, 0) == (
-        alone[0]["low"],
-        alone[0]["high"],
-    )
-    for base, folder, differ in ((dapt_folder, "alone", "base"), (small_folder, "given", "system")):
-        with pytest.raises(
-            ArtifactError, match=f"{folder}: expected the evaluation of the base alone .* another {differ};"
-        ):
-            records_of(tmp_path / "x", base, corpus_folder, base_evaluation=tmp_path / folder, **what)
+    for number, base in enumerate((small_folder, base_folder)):
+        alone, both, given = (tmp_path / f"{name}-{number}" for name in ("alone", "both", "given"))
+        whole = records_of(both, base, corpus_folder, **what)
+        results = json.loads((both / "results_MemDec_test.json").read_text())
+        assert results["results"]["memdec_ppl"]["token_perplexity,none"] == pytest.approx(whole[1]["value"], rel=1e-12)
+        assert results["config"]["alpha"] == whole[1]["alpha"]
+        theirs = records_of(alone, base, corpus_folder)
+        score.run(corpus_folder, tmp_path / "scored", SETTINGS, memory=dapt_folder, **WINDOW)
+        mix.run(alone, tmp_path / "scored", given, SETTINGS, name="dapt", seed=0)
+        records = json.loads((given / "records.json").read_text())
+        assert records == whole
+        assert records[:1] == theirs
+        for split in SPLITS[1:]:
+            (scores, stride), (expected, _) = token_scores(given, split), token_scores(both, split)
+            assert np.array_equal(scores.base, expected.base)
+            assert scores.memory is not None
+            assert expected.memory is not None
+            assert np.array_equal(scores.memory, expected.memory)
+        assert statistics.perplexity(scores.log_p(records[1]["alpha"])) == records[1]["value"]
+        assert statistics.bootstrap_perplexity(scores.base, stride, SETTINGS.resamples, 0) == (
+            theirs[0]["low"],
+            theirs[0]["high"],
+        )
+
+
+def test_scores_that_do_not_fit_are_not_mixed(
+    base_folder: Path, corpus_folder: Path, dapt_folder: Path, token_folder: Path, tmp_path: Path
+) -> None:
+    records_of(tmp_path / "base", base_folder, corpus_folder)
+    records_of(tmp_path / "dapt", base_folder, corpus_folder, dapt=dapt_folder)
+    score.run(corpus_folder, tmp_path / "scored", SETTINGS, memory=dapt_folder, **WINDOW)
+    with pytest.raises(ArtifactError, match=r"dapt: expected the evaluation of a base alone .* another system;"):
+        mix.run(tmp_path / "dapt", tmp_path / "scored", tmp_path / "x", SETTINGS)
+    short = {"context": CONTEXT // 2, "stride": CONTEXT // 2}
+    score.run(corpus_folder, tmp_path / "short", SETTINGS, memory=dapt_folder, **short)
+    with pytest.raises(ArtifactError, match=r"base: expected the evaluation of a base alone .* another context;"):
+        mix.run(tmp_path / "base", tmp_path / "short", tmp_path / "x", SETTINGS)
+    other = tmp_path / "other ids"
+    shutil.copytree(dapt_folder, other)
+    (other / "manifest.json").unlink()
+    (other / artefact.MARK).unlink(missing_ok=True)
+    words = json.loads((other / "tokenizer.json").read_text())
+    ids, text = words["model"]["vocab"], set(stream_of(token_folder, "test"))
+    one, two = [word for word, token in ids.items() if token in text][:2]
+    ids[one], ids[two] = ids[two], ids[one]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    score.run(corpus_folder, tmp_path / "swapped", SETTINGS, memory=other, **WINDOW)
+    with pytest.raises(
+        ArtifactError, match=r"swapped: expected scores of the tokens that .*base has read, found other"
+    ):
+        mix.run(tmp_path / "base", tmp_path / "swapped", tmp_path / "x", SETTINGS)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_memory_with_more_rows_than_the_base_is_normalised_over_those_of_the_base(
@@ -274,15 +302,20 @@ def test_a_memory_with_more_rows_than_the_base_is_normalised_over_those_of_the_b
     model.resize_token_embeddings(330, mean_resizing=False)
     model.save_pretrained(padded)
     tokens.load_tokenizer(str(small_folder)).save_pretrained(padded)
-    records_of(tmp_path / "base", base_folder, corpus_folder)
-    records_of(tmp_path / "e", base_folder, corpus_folder, memory=padded, base_evaluation=tmp_path / "base")
+    records_of(tmp_path / "e", base_folder, corpus_folder, memory=padded)
     found, _ = token_scores(tmp_path / "e")
-    records_of(tmp_path / "small", base_folder, corpus_folder, memory=small_folder, base_evaluation=tmp_path / "base")
+    records_of(tmp_path / "small", base_folder, corpus_folder, memory=small_folder)
     expected, _ = token_scores(tmp_path / "small")
     assert found.memory is not None
     np.testing.assert_allclose(found.memory, expected.memory, atol=1e-6)
-    records_of(tmp_path / "alone", padded, corpus_folder)
-    assert np.abs(token_scores(tmp_path / "alone")[0].base - found.memory).max() > 0.01
+    score.run(corpus_folder, tmp_path / "scored", SETTINGS, memory=padded, **WINDOW)
+    alone = stored_alone(tmp_path / "scored", "test")["memory"]
+    assert np.abs(alone - found.memory).max() > 0.01
+    records_of(tmp_path / "base", base_folder, corpus_folder)
+    with pytest.raises(
+        ArtifactError, match=r"expected at most 300 entries, those of the head of .*base, found 330; run"
+    ):
+        mix.run(tmp_path / "base", tmp_path / "scored", tmp_path / "x", SETTINGS)
 
 
 def test_one_system_is_evaluated_at_a_time(
@@ -291,8 +324,6 @@ def test_one_system_is_evaluated_at_a_time(
     what: dict[str, Any] = {"dapt": dapt_folder, "passages": home / "passages"}
     with pytest.raises(ConfigError, match="expected the parts of one system, found those of In-Context RAG, DAPT; "):
         records_of(tmp_path / "e", base_folder, corpus_folder, **what)
-    with pytest.raises(ConfigError, match="expected --memory beside --base-evaluation, found the system DAPT"):
-        records_of(tmp_path / "e", base_folder, corpus_folder, dapt=dapt_folder, base_evaluation=tmp_path / "b")
 
 
 def test_a_memory_of_another_domain_is_a_control_that_must_be_asked_for(
@@ -307,7 +338,7 @@ def test_a_memory_of_another_domain_is_a_control_that_must_be_asked_for(
         ArtifactError, match=r"expected with --control a model of another corpus than .*, found one of this"
     ):
         records_of(tmp_path / "b", small_folder, corpus_folder, memory=dapt_folder, control=True)
-    with pytest.raises(ConfigError, match="expected with --control a memory that `memdec train` made, found None"):
+    with pytest.raises(ConfigError, match="--control: expected a memory that `memdec train` made, found None"):
         records_of(tmp_path / "c", small_folder, corpus_folder, control=True)
     base, mixed = records_of(tmp_path / "d", small_folder, other, memory=dapt_folder, name="other", control=True)
     assert (mixed["memory"], mixed["control"]) == ("other", "other domain")
@@ -339,9 +370,7 @@ def test_p_knn_of_the_key_model_stands_in_the_place_of_a_memory(
 ) -> None:
     given = {"datastore": [home / "store"], "index": home / "index", "key_model": base_folder, "name": "keys"}
     records_of(tmp_path / "base", small_folder, corpus_folder)
-    base, mixed = records_of(
-        tmp_path / "mixed", small_folder, corpus_folder, base_evaluation=tmp_path / "base", **given
-    )
+    base, mixed = mixed_records(tmp_path, tmp_path / "base", corpus_folder, **given)
     assert (base["method"], base["memory"]) == ("base", None)
     assert (mixed["method"], mixed["memory"], mixed["alpha"]) == ("MemDec", "keys", None)
 
@@ -365,8 +394,7 @@ def test_with_the_base_as_key_model_it_is_the_knn_lm(
     keys = {"datastore": [home / "store"], "index": home / "index"}
     records_of(tmp_path / "base", base_folder, corpus_folder)
     (knn_lm,) = records_of(tmp_path / "knn", base_folder, corpus_folder, **keys)
-    more = {"base_evaluation": tmp_path / "base", "key_model": base_folder}
-    _, mixed = records_of(tmp_path / "mixed", base_folder, corpus_folder, **keys, **more)
+    _, mixed = mixed_records(tmp_path, tmp_path / "base", corpus_folder, key_model=base_folder, **keys)
     for field in ("value", "low", "high", "lambda", "temperature", "n"):
         assert mixed[field] == pytest.approx(knn_lm[field], rel=1e-9)
 
@@ -381,18 +409,18 @@ def test_a_record_names_the_learning_rate_that_was_tuned(
         assert record["learning_rate"] == (1e-3 if name == "tuned" else None)
 
 
-def test_another_key_model_needs_its_keys_and_the_bases_evaluation(
+def test_what_is_scored_is_a_memory_or_the_neighbours_of_a_model(
     home: Path, base_folder: Path, small_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:
-    keys = {"datastore": [home / "store"], "index": home / "index"}
-    records_of(tmp_path / "base", small_folder, corpus_folder)
-    with pytest.raises(ConfigError, match="beside --key-model, found the system kNN-LM without --base-evaluation"):
-        records_of(tmp_path / "a", small_folder, corpus_folder, key_model=base_folder, **keys)
-    with pytest.raises(ConfigError, match="beside --key-model, found the system base with --base-evaluation"):
-        records_of(
-            tmp_path / "a", small_folder, corpus_folder, key_model=base_folder, base_evaluation=tmp_path / "base"
-        )
-    more = {"key_model": small_folder, "base_evaluation": tmp_path / "base"}
+    keys: dict[str, Any] = {"datastore": [home / "store"], "index": home / "index"}
+    for given, named in (
+        ({}, "none of them"),
+        (keys, "--datastore, --index"),
+        ({"key_model": base_folder}, "--key-model"),
+        ({"memory": small_folder, "key_model": base_folder, **keys}, "--memory, --key-model, --datastore, --index"),
+    ):
+        with pytest.raises(ConfigError, match=f"--key-model with --datastore and --index, found {named}; give"):
+            score.run(corpus_folder, tmp_path / "a", SETTINGS, **WINDOW, **given)
     with pytest.raises(ArtifactError, match=r"expected keys of .*, found those of another model"):
-        records_of(tmp_path / "a", small_folder, corpus_folder, **keys, **more)
+        score.run(corpus_folder, tmp_path / "a", SETTINGS, key_model=small_folder, **WINDOW, **keys)
     assert not (tmp_path / "a").exists()

@@ -59,7 +59,7 @@ def planned(text: str) -> dict[str, int]:
 # Jobs of Table 3 at the default scale: 4 bases of one tokenizer; in each of 3 domains a memory, the DAPT of its start as a
 # control, and the memory of the next domain as another.
 TABLE3 = {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 4, "finetune": 3, "datastore": 3, "index": 3, "targets": 6}
-TABLE3 |= {"train": 3, "dapt": 3, "lora": 12, "evaluate": 36, "evaluate_systems": 24, "table": 1}
+TABLE3 |= {"train": 3, "dapt": 3, "lora": 12, "score": 9, "evaluate": 36, "evaluate_systems": 24, "table": 1}
 # Of what has one domain: its text and a general one.
 ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
 
@@ -76,14 +76,23 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["table1"],
             ONE
             | {"tokens": 3, "model": 3, "finetune": 2, "datastore": 5, "index": 5, "targets": 4, "train": 2}
-            | {"passages": 1, "dapt": 3, "lora": 3, "evaluate": 9, "evaluate_systems": 15},
+            | {"passages": 1, "dapt": 3, "lora": 3, "score": 3, "evaluate": 9, "evaluate_systems": 15},
         ),
         # the two parts of the objective beside both, over 3 seeds: no other objective, no other table
         (
             ["mini"],
             ["table9"],
             ONE
-            | {"model": 3, "finetune": 3, "datastore": 3, "index": 3, "targets": 6, "train": 9, "evaluate": 27}
+            | {
+                "model": 3,
+                "finetune": 3,
+                "datastore": 3,
+                "index": 3,
+                "targets": 6,
+                "train": 9,
+                "score": 9,
+                "evaluate": 27,
+            }
             | {"evaluate_systems": 9},
         ),
         # 18 more memories that are trained and one that is not, with one base in 3 domains; one teacher for both of its
@@ -93,7 +102,7 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["objectives"],
             TABLE3
             | {"model": 2, "train": 57, "evaluate": 60, "teacher": 3, "dapt": 6, "lora": 3, "evaluate_systems": 12}
-            | {"datastore": 6, "index": 6},
+            | {"datastore": 6, "index": 6, "score": 60},
         ),
         # the fidelity of the same memories to their targets in one domain
         pytest.param(
@@ -126,6 +135,7 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
                 "targets": 2,
                 "train": 3,
                 "dapt": 3,
+                "score": 3,
                 "evaluate": 9,
             }
             | {"evaluate_systems": 6},
@@ -136,7 +146,16 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["mini"],
             ["table19"],
             ONE
-            | {"model": 3, "finetune": 3, "datastore": 3, "index": 3, "targets": 6, "train": 3, "evaluate": 9}
+            | {
+                "model": 3,
+                "finetune": 3,
+                "datastore": 3,
+                "index": 3,
+                "targets": 6,
+                "train": 3,
+                "score": 3,
+                "evaluate": 9,
+            }
             | {"evaluate_systems": 3},
             marks=pytest.mark.slow,
         ),
@@ -146,7 +165,7 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["table4"],
             TABLE3
             | {"tokenizer": 2, "tokens": 8, "finetune": 6, "datastore": 12, "index": 12, "targets": 12, "adapt": 3}
-            | {"train": 6, "dapt": 6, "lora": 6, "evaluate": 6, "evaluate_systems": 24},
+            | {"train": 6, "dapt": 6, "lora": 6, "score": 3, "evaluate": 6, "evaluate_systems": 24},
         ),
         # one memory of one domain
         pytest.param(
@@ -169,14 +188,14 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["rivals"],
             {"corpus": 6, "tokenizer": 1, "tokens": 6, "model": 2, "finetune": 36, "lora": 36, "datastore": 54}
             | {"index": 54, "calibrate": 18, "targets": 18, "teacher": 18, "mixture": 18, "train": 72}
-            | {"evaluate": 216, "evaluate_systems": 144, "table": 1},
+            | {"score": 108, "evaluate": 216, "evaluate_systems": 144, "table": 1},
         ),
         # 13 studies of one seed, 16 corpora in all: memory and CE twin of each, with 2 bases
         pytest.param(
             ["pretrained", "recipe"],
             ["gains"],
             {"corpus": 5, "tokenizer": 1, "tokens": 5, "model": 3, "finetune": 8, "datastore": 8, "index": 8}
-            | {"calibrate": 8, "targets": 12, "teacher": 1, "mixture": 8, "train": 32, "evaluate": 64}
+            | {"calibrate": 8, "targets": 12, "teacher": 1, "mixture": 8, "train": 32, "score": 32, "evaluate": 64}
             | {"evaluate_systems": 10, "figure": 1},
             marks=pytest.mark.slow,
         ),
@@ -185,21 +204,30 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["mini", "gpu-tiny"],
             ["table1"],
             {"corpus": 2, "tokenizer": 1, "tokens": 2, "model": 1, "finetune": 1, "datastore": 1, "index": 1}
-            | {"targets": 1, "train": 1, "dapt": 1, "lora": 1, "evaluate": 2, "evaluate_systems": 3, "table": 1},
+            | {
+                "targets": 1,
+                "train": 1,
+                "dapt": 1,
+                "lora": 1,
+                "score": 2,
+                "evaluate": 2,
+                "evaluate_systems": 3,
+                "table": 1,
+            },
         ),
         # of a pretrained model: no pretraining
         (
             ["smol", "smol-domains", "gpu-run"],
             ["table1"],
             {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 1, "finetune": 1, "datastore": 2, "index": 2}
-            | {"targets": 1, "train": 1, "lora": 1, "evaluate": 1, "evaluate_systems": 4, "table": 1},
+            | {"targets": 1, "train": 1, "lora": 1, "score": 1, "evaluate": 1, "evaluate_systems": 4, "table": 1},
         ),
         # a pretrained model that is base, key model and memory; 3 domains, 3 more memories
         (
             ["smol"],
             ["memories"],
             {"corpus": 3, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
-            | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "evaluate": 12}
+            | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "score": 12, "evaluate": 12}
             | {"evaluate_systems": 15, "table": 1},
         ),
         # 1 domain; the memories start from the first layers
@@ -207,7 +235,7 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["smol", "smol-cpu"],
             ["memories", "table1"],
             {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 2, "finetune": 1, "datastore": 2, "index": 2}
-            | {"targets": 1, "teacher": 1, "train": 4, "passages": 1, "lora": 1, "evaluate": 4}
+            | {"targets": 1, "teacher": 1, "train": 4, "passages": 1, "lora": 1, "score": 4, "evaluate": 4}
             | {"evaluate_systems": 5, "table": 2},
             marks=pytest.mark.slow,
         ),
@@ -223,7 +251,7 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["smol", "smol-domains"],
             ["memories", "forgetting"],
             {"corpus": 4, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
-            | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "evaluate": 12}
+            | {"targets": 3, "teacher": 3, "train": 12, "passages": 3, "lora": 3, "score": 12, "evaluate": 12}
             | {"evaluate_systems": 15, "table": 2},
             marks=pytest.mark.slow,
         ),
@@ -391,7 +419,7 @@ def test_rules_that_compute_take_the_gpu_that_the_config_may_use(tmp_path: Path)
         "index",
         "targets",
         "train",
-        "evaluate",
+        "score",
         "evaluate_systems",
     }
     for device, taken in (("cpu", "gpu=0"), ("cuda", "gpu=1")):
@@ -482,7 +510,7 @@ def test_a_tiny_run_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert f'cpu=Resource("cpu", {len(os.sched_getaffinity(0))})' in first  # not 8
 
     targets = tmp_path / "results" / "tiny" / "domain" / "seed0" / "keys" / "tiny" / "targets"
-    hang_on_it = {"targets": 1, "train": 1, "evaluate": 1, "table": 1}
+    hang_on_it = {"targets": 1, "train": 1, "score": 1, "evaluate": 1, "table": 1}
     whole = (targets / "2-of-2" / "manifest.json").read_bytes()
     (targets / "2-of-2" / "manifest.json").unlink()
     assert "Nothing to be done" in snakemake(tmp_path, *words)  # Snakemake alone does not look

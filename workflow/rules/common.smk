@@ -395,6 +395,22 @@ def base_evaluation(wildcards):
     return manifest(f"{folder}/{SYSTEMS['base'].slug}/{wildcards.model}")
 
 
+def some_of(wildcards, settings):
+    """What a config says of an evaluation, as far as a stage with these settings takes it."""
+    said = section(study(wildcards), "evaluate")
+    return options(
+        {name: value for name, value in said.items() if name in settings.model_fields}
+    )
+
+
+def scoring(wildcards):
+    return some_of(wildcards, typed.ScoreSettings)
+
+
+def mixing(wildcards):
+    return some_of(wildcards, typed.MixSettings)
+
+
 def evaluation(wildcards):
     return " ".join(
         [

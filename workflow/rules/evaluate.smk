@@ -1,25 +1,40 @@
-use rule finetune as evaluate with:
+# A memory reads the texts once, whatever the number of bases that it is put beside.
+use rule finetune as score with:
     input:
         unpack(neighbours_instead),
-        base=f"{RUN}/models/{{model}}/manifest.json",
         corpus=lambda w: manifest(f"{RUN}/corpora/{domain_of(w)}"),
         memory=evaluated_memory,
-        base_evaluation=base_evaluation,
         also=general,
+    output:
+        manifest=f"{HOME}/scores/{{memory}}/manifest.json",
+    log:
+        f"{LOG}/score/{{home}}-{{seed}}-{{memory}}.log",
+    benchmark:
+        f"{BENCHMARK}/score/{{home}}-{{seed}}-{{memory}}.tsv"
+    priority: 0
+    params:
+        command="score",
+        options=lambda w: f"{words(*control(w))} {scoring(w)} {WINDOW} {COMPUTE}",
+        version=VERSIONS["scores"],
+
+
+use rule corpus as evaluate with:
+    input:
+        base=base_evaluation,
+        scored=f"{HOME}/scores/{{memory}}/manifest.json",
     output:
         manifest=f"{HOME}/evaluation/{{memory}}/{{model}}/manifest.json",
     log:
         f"{LOG}/evaluate/{{home}}-{{seed}}-{{memory}}-{{model}}.log",
     benchmark:
         f"{BENCHMARK}/evaluate/{{home}}-{{seed}}-{{memory}}-{{model}}.tsv"
-    priority: 0
     params:
-        command="evaluate",
-        options=lambda w: f"{words('--name', w.memory, *control(w))} {evaluation(w)}",
+        command="mix",
+        options=lambda w: f"{words('--name', w.memory, '--seed', w.seed)} {mixing(w)}",
         version=VERSIONS["evaluation"],
 
 
-use rule evaluate as evaluate_systems with:
+use rule score as evaluate_systems with:
     input:
         unpack(system_parts),
         base=f"{RUN}/models/{{model}}/manifest.json",
@@ -32,10 +47,12 @@ use rule evaluate as evaluate_systems with:
     benchmark:
         f"{BENCHMARK}/evaluate_systems/{{home}}-{{seed}}-{{system}}-{{model}}.tsv"
     params:
+        command="evaluate",
         options=evaluation,
+        version=VERSIONS["evaluation"],
 
 
-use rule evaluate as cases with:
+use rule score as cases with:
     input:
         unpack(lambda w: keys_and_index(w, memory(w).keys)),
         config=CONFIG_FILE,
