@@ -278,7 +278,7 @@ def test_the_control_of_another_domain_takes_the_memory_of_the_next(tmp_path: Pa
     target = "results/mini/sklearn/seed0/evaluation/other/gpt2-L/manifest.json"
     text = snakemake(tmp_path, target, "-n", "-p", "--cores", "1")
     assert planned(text)["train"] == 1
-    (command,) = re.findall(r"^.*memdec evaluate .*--memory .*$", text, re.MULTILINE)
+    (command,) = re.findall(r"^.*memdec score .*--memory .*$", text, re.MULTILINE)
     assert "--memory results/mini/torch/seed0/memory/memdec " in command  # sklearn is the last domain, torch the first
     assert "--control" in command
 
