@@ -101,7 +101,7 @@ def run(
         texts = Texts([corpus, *also], tokens.load_tokenizer(str(model)), context, stride)
         scorer = Scorer(texts, parts, settings, ScoreStore(build.work / "scores", {"scores": build.recipe}))
         for each in texts.all:
-            scores.write_alone(build.path, scorer.by_name(each, memory is not None), *each)
+            scores.write_alone(build.path, scorer.by_name(each), *each)
         build.facts.update(
             texts.facts,
             corpus=corpus.name,
@@ -206,9 +206,9 @@ class Scorer:
     ) -> None:
         self.texts, self.parts, self.settings, self.store, self.rows = texts, parts, settings, store, rows
 
-    def by_name(self, text: Text, memory: bool) -> Mapping[str, NDArray[np.float64]]:
+    def by_name(self, text: Text) -> Mapping[str, NDArray[np.float64]]:
         """The arrays of a text in an artefact of scores."""
-        if memory:
+        if self.parts.index is None:
             return {scores.MEMORY: self.of_memory(text)}
         return {scores.tau(at): each.memory for at, each in self.of_neighbours(text).items() if each.memory is not None}
 
