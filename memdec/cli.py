@@ -180,7 +180,7 @@ def _on_device(name: str, arguments: dict[str, Any], torch: bool) -> AbstractCon
     from memdec.artefacts import devices
 
     if "compute" in arguments:
-        devices.pick(arguments["compute"])
+        devices.pick(arguments["compute"], spread=name in ("evaluate", "harness"))
     return devices.one_line_when_full(f"memdec {name}", arguments.get("settings"))
 
 

@@ -97,6 +97,11 @@ class MemoryVariant(Settings):
         False,
         description="do not train a memory: mix in the memory model after DAPT (paper, DAPT interpolation)",
     )
+    ready: dict[Name, Name] = Field(
+        default_factory=dict,
+        description="do not train a memory: for each domain the model under 'models' that is its memory, such as a released "
+        "one",
+    )
     other_domain: bool = Field(
         False,
         description="do not train a memory: mix in the default memory of the next of 'domains', after the last one that "
@@ -123,13 +128,14 @@ class MemoryVariant(Settings):
     def _fits(self) -> Self:
         for field, fitting in (
             ("dapt", ["memory_model", "models"]),
+            ("ready", ["memory_model", "key_model", "tuned", "models"]),
             ("other_domain", ["models"]),
             ("neighbours", ["key_model", "tuned", "models"]),
         ):
             useless = self.model_fields_set - {field, *fitting} if getattr(self, field) else set()
             if useless:
                 raise ValueError(
-                    f"expected only {' and '.join(fitting)} beside {field} true, found {', '.join(sorted(useless))}"
+                    f"expected only {' and '.join(fitting)} beside {field}, found {', '.join(sorted(useless))}"
                 )
         useless = self.model_fields_set & {"memory_model", "tuned_start"} if self.adapt is not None else set()
         if useless:
@@ -147,6 +153,7 @@ class Memory(Settings):
     tuned_start: bool
     targets: Literal["knn", "teacher", "mixture", "none"]
     dapt: bool
+    ready: dict[Name, Name]
     other_domain: bool
     neighbours: bool
     adapt: Name | None
@@ -157,8 +164,8 @@ class Memory(Settings):
     tokenizer: Name
 
     @property
-    def trained(self) -> bool:
-        """Whether it is a memory of its own, and no other model or memory that is mixed in."""
+    def own(self) -> bool:
+        """Whether it is a memory of its own, trained here or ready, and nothing else that is mixed in as one."""
         return not self.dapt and not self.other_domain and not self.neighbours
 
     @property
@@ -167,9 +174,40 @@ class Memory(Settings):
         return self.key_model + ("" if self.tuned else UNTUNED)
 
 
-# --- studies --------------------------------------------------------------------------------------------------------
+_MIXED_IN = ("dapt", "other_domain", "neighbours")  # what is mixed in and is no memory of its own
+
+
+# --- studies and single models --------------------------------------------------------------------------------------
 
 Section = dict[str, Any]  # settings that differ from those of the common part; checked when they are laid over it
+
+
+class Launch(Settings):
+    """Several processes of one training or of one datastore; without a file `torchrun` starts them."""
+
+    processes: PositiveInt = Field(1, description="processes, one on each GPU of the machine")
+    config: str | None = Field(
+        None, description="config of `accelerate launch`, such as config/accelerate/fsdp.yaml (default: torchrun, DDP)"
+    )
+
+
+class ForModel(Settings):
+    """What differs for one model, laid over the sections of the config in every job that trains or evaluates it."""
+
+    systems: Annotated[list[SystemName], AfterValidator(each_once)] | None = Field(
+        None, min_length=1, description="systems evaluated with it, as far as 'systems' has them (default: all)"
+    )
+    finetune: Section = Field(default_factory=dict)
+    dapt: Section = Field(default_factory=dict)
+    lora: Section = Field(default_factory=dict)
+    evaluate: Section = Field(
+        default_factory=dict, description="one candidate makes a weight or temperature fixed: alphas: [0.8]"
+    )
+    compute: Section = Field(default_factory=dict, description="in the common part alone; device all for a large model")
+    launch: Launch | None = Field(
+        None,
+        description="processes of its trainings, of memories that start from it, and of its keys; in the common part alone",
+    )
 
 
 class Study(Settings):
@@ -191,6 +229,7 @@ class Study(Settings):
     memory_model: Name | None = None
     imitates: Literal["knn", "teacher", "mixture"] | None = None
     memories: dict[Name, MemoryVariant] = Field(default_factory=dict)
+    per_model: dict[Name, ForModel] = Field(default_factory=dict)
     finetune: Section = Field(default_factory=dict)
     dapt: Section | None = Field(default_factory=dict, description="null: as finetune")
     datastore: Section = Field(default_factory=dict)
@@ -275,7 +314,11 @@ class Config(Settings):
         "change it (default: all that it is evaluated with)",
     )
     memories: dict[Name, MemoryVariant] = Field(
-        default_factory=dict, description="memories in addition to the default one, which is called 'memdec'"
+        default_factory=dict,
+        description="memories in addition to the default one; an entry 'memdec' says what differs for that one",
+    )
+    per_model: dict[Name, ForModel] = Field(
+        default_factory=dict, description="for a model: the systems it is evaluated in, and settings that differ"
     )
     finetune: TrainSettings = TrainSettings()
     dapt: TrainSettings | None = Field(None, description="training of the DAPT baseline (default: as finetune)")
@@ -315,16 +358,43 @@ class Config(Settings):
     @property
     def memory_names(self) -> list[str]:
         """All memories, the default one first."""
-        return [DEFAULT_MEMORY, *self.memories]
+        return [DEFAULT_MEMORY, *self.other_memories]
+
+    @property
+    def other_memories(self) -> list[str]:
+        """All memories but the default one."""
+        return [name for name in self.memories if name != DEFAULT_MEMORY]
+
+    def systems_of(self, model: str) -> list[SystemName]:
+        """Systems that are evaluated with a base model, in the order of 'systems'."""
+        given = self.per_model.get(model, ForModel()).systems
+        return [name for name in self.systems if given is None or name in given]
+
+    def for_model(self, model: str) -> "Config":
+        """The config of jobs that train or evaluate a model: its entry of `per_model` laid over the sections."""
+        if model not in self.per_model:
+            return self
+        found: Config = parse(Config, self._laid_for(model), f"per_model.{model}")
+        return found
+
+    def _laid_for(self, model: str) -> dict[str, Any]:
+        below = self.model_dump(exclude_unset=True, exclude={"studies", "per_model"})
+        above = self.per_model[model].model_dump(exclude_unset=True, exclude={"systems", "launch"})
+        if "dapt" in above and self.dapt is None:
+            below["dapt"] = below.get("finetune", {})  # DAPT is trained as the key model is
+        return plain.merged(below, above)
 
     def variant(self, name: str) -> Memory:
         """The memory of this name, with all defaults filled in."""
-        given = MemoryVariant() if name == DEFAULT_MEMORY else self.memories[name]
+        given = self._given(name)
         train: MemorySettings = parse(MemorySettings, self._settings(name), f"memories.{name}.train")
         if given.share < 1:
             train = train.model_copy(update={"epochs": train.epochs * given.share})
-        start = self.variant(given.adapt).memory_model if given.adapt else given.memory_model or self.memory_model
-        key_model = given.key_model or self.key_model
+        default = self._given(DEFAULT_MEMORY)
+        start = given.memory_model or default.memory_model or self.memory_model
+        if given.adapt:
+            start = self.variant(given.adapt).memory_model
+        key_model = given.key_model or default.key_model or self.key_model
         tokenizer = self.models[start if given.dapt else key_model].tokenizer
         fitting = [base for base in self.bases if self.models[base].tokenizer == tokenizer]
         alone = given.other_domain and len(self.domains) == 1
@@ -332,23 +402,29 @@ class Config(Settings):
         watched = [base for base in self.watch or [] if self.models[base].tokenizer == tokenizer] or models
         watches = train.keep_best or train.evaluate_every is not None
         return Memory(
-            **given.model_dump(
-                include={"tuned", "tuned_start", "dapt", "other_domain", "neighbours", "adapt", "share"}
-            ),
+            **given.model_dump(include={"dapt", "ready", "other_domain", "neighbours", "adapt", "share"}),
+            tuned=given.tuned if "tuned" in given.model_fields_set else default.tuned,
+            tuned_start=given.tuned_start if {"tuned_start", "adapt"} & given.model_fields_set else default.tuned_start,
             name=name,
             memory_model=start,
             key_model=key_model,
-            targets="none" if given.dapt or train.objective == "ce" else given.targets or self.imitates,
+            targets="none"
+            if given.dapt or train.objective == "ce"
+            else given.targets or default.targets or self.imitates,
             train=train,
             models=models,
             watched=watched if watches else [],
             tokenizer=tokenizer,
         )
 
+    def _given(self, name: str) -> MemoryVariant:
+        """What the config says of a memory; of the default one it may say nothing."""
+        return self.memories.get(name, MemoryVariant()) if name == DEFAULT_MEMORY else self.memories[name]
+
     def memory_for(self, model: str) -> Memory | None:
-        """The first trained memory with the tokenizer of a model, which is the model's row in Table 3 or 4."""
+        """The first memory of its own with the tokenizer of a model, which is the model's row in Table 3 or 4."""
         memories = (self.variant(name) for name in self.memory_names)
-        fitting = (m for m in memories if m.trained and m.tokenizer == self.models[model].tokenizer)
+        fitting = (m for m in memories if m.own and m.tokenizer == self.models[model].tokenizer)
         return next(fitting, None)
 
     def next_domain(self, domain: str) -> str:
@@ -404,6 +480,7 @@ class Config(Settings):
             wrong.append(f"stride: expected at most context ({self.context}), found {self.stride}")
         wrong += self._search()
         wrong += [line for name in self.memories for line in self._train(name)]
+        wrong += [line for name in self.per_model for line in self._for_model(name)]
         names = references(self.model_dump(exclude_unset=True))
         if not wrong and not names:
             wrong = [line for name in self.memory_names for line in self._memory(name)] or self._without_memory()
@@ -427,6 +504,12 @@ class Config(Settings):
                         f"{where}.{section}.shards: expected it in the common part only, found "
                         f"{getattr(study, section)['shards']}; move it there"
                     )
+            for model, given in study.per_model.items():
+                wrong += [
+                    f"{where}.per_model.{model}.{field}: expected it in the common part only, found it here; move it there"
+                    for field in ("compute", "launch")
+                    if getattr(given, field)
+                ]
             for line in faults(self._laid(name))[0]:
                 if line not in known:
                     mine = line.split(".")[0].split(":")[0] in Study.model_fields
@@ -439,7 +522,7 @@ class Config(Settings):
         studies = self.every_study()
         for study, config in studies.items():
             home = owner(studies, study, "memory")
-            for domain, name in itertools.product(config.domains, config.memories):
+            for domain, name in itertools.product(config.domains, config.other_memories):
                 memory = config.variant(name)
                 if memory.other_domain and not memory.models:
                     continue
@@ -453,6 +536,14 @@ class Config(Settings):
                     )
                     break
 
+    def _for_model(self, model: str) -> list[str]:
+        """Faults in what differs for one model."""
+        try:
+            Config.model_validate(self._laid_for(model), context=_FIELDS_ONLY)
+        except ValidationError as error:
+            return [f"per_model.{model}.{line}" for line in problems(error, Config)]
+        return []
+
     def _train(self, name: str) -> list[str]:
         """Faults in the training settings of one memory."""
         try:
@@ -462,18 +553,30 @@ class Config(Settings):
         return []
 
     def _settings(self, name: str) -> dict[str, Any]:
-        given = {} if name == DEFAULT_MEMORY else self.memories[name].train
-        return self.memory.model_dump(exclude_unset=True) | given
+        return self.memory.model_dump(exclude_unset=True) | self._given(name).train
 
     def _memory(self, name: str) -> list[str]:
         """Settings of one memory that contradict each other. `references` must have found no fault before."""
-        where = "" if name == DEFAULT_MEMORY else f"memories.{name}."
+        where = f"memories.{name}." if name in self.memories else ""
         memory = self.variant(name)
         wrong, other = [], self.models[memory.memory_model].tokenizer
+        for domain in self.domains if memory.ready else []:
+            if domain not in memory.ready:
+                wrong.append(f"{where}ready: expected a model for every domain, found none for {domain}; add it")
+            elif (found := self.models[memory.ready[domain]].tokenizer) != memory.tokenizer:
+                wrong.append(
+                    f"{where}ready.{domain}: expected a model with tokenizer {memory.tokenizer} as the key model "
+                    f"{memory.key_model}, found {memory.ready[domain]} with {found}"
+                )
+        if name == DEFAULT_MEMORY and not memory.own:
+            which = next(kind for kind in _MIXED_IN if getattr(memory, kind))
+            wrong.append(
+                f"{where}{which}: expected a memory in the place of the default one, found {which} true; rename it"
+            )
         if memory.adapt is not None:
             source = self.variant(memory.adapt)
-            if not source.trained:
-                which = next(kind for kind in ("dapt", "other_domain", "neighbours") if getattr(source, kind))
+            if not source.own:
+                which = next(kind for kind in _MIXED_IN if getattr(source, kind))
                 wrong.append(f"{where}adapt: expected a memory that is trained, found {memory.adapt} with {which} true")
             if source.tokenizer == memory.tokenizer:
                 wrong.append(
@@ -553,9 +656,18 @@ def owner(studies: Mapping[str | None, Config], study: str | None, *kinds: str) 
         study: The study that needs the artefacts.
         kinds: Kinds of artefacts, keys of `MADE_OF`.
     """
-    fields = [field for kind in kinds for field in MADE_OF[kind]]
-    wanted = [getattr(studies[study], field) for field in fields]
-    return next(name for name, each in studies.items() if [getattr(each, field) for field in fields] == wanted)
+
+    def said(config: Config) -> list[Any]:
+        fields = [field for kind in kinds for field in MADE_OF[kind]]
+        single = [
+            {name: getattr(each, field) for name, each in config.per_model.items() if getattr(each, field)}
+            for field in fields
+            if field in ForModel.model_fields
+        ]
+        return [getattr(config, field) for field in fields] + single
+
+    wanted = said(studies[study])
+    return next(name for name, each in studies.items() if said(each) == wanted)
 
 
 DEFAULT = Path(__file__).resolve().parent.parent / "config" / "mini.yaml"  # where the package is checked out

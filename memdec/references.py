@@ -23,6 +23,7 @@ def references(config: object) -> list[str]:
         ("forgetting", data.get("forgetting"), corpora),
         ("evaluated", data.get("evaluated"), models),
         ("watch", data.get("watch"), models),
+        ("per_model", [*_entry(data.get("per_model"))], models),
         ("key_model", data.get("key_model"), models),
         ("memory_model", data.get("memory_model"), models),
         ("budget.model", _entry(data.get("budget")).get("model"), models),
@@ -43,6 +44,8 @@ def references(config: object) -> list[str]:
         asked.append((f"{where}.memory_model", memory.get("memory_model"), models))
         asked.append((f"{where}.key_model", memory.get("key_model"), models))
         asked.append((f"{where}.models", memory.get("models"), evaluated))
+        asked.append((f"{where}.ready", [*_entry(memory.get("ready"))], corpora))
+        asked.append((f"{where}.ready", [*_entry(memory.get("ready")).values()], models))
         asked.append((f"{where}.adapt", memory.get("adapt"), [DEFAULT_MEMORY, *memories]))
     wrong = [line for where, names, known in asked for line in _unknown(where, _texts(names), list(known))]
     wrong += [
@@ -53,7 +56,7 @@ def references(config: object) -> list[str]:
     wrong += [
         f"memories.{name}: expected a name that is not taken, found {name}"
         for name in memories
-        if name in (DEFAULT_MEMORY, WITHOUT_MEMORY)
+        if name == WITHOUT_MEMORY
     ]
     if circle := _circle({name: _texts(entry.get("disjoint_from")) for name, entry in corpora.items()}):
         wrong.append(

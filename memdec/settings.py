@@ -95,8 +95,10 @@ class Settings(BaseModel):
 class Compute(Settings):
     """Device and number type of a stage; `memdec.artefacts.devices` resolves `auto`."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a GPU if there is one, else the CPU; CUDA_VISIBLE_DEVICES chooses among several"
+    device: Literal["auto", "cpu", "cuda", "all"] = Field(
+        "auto",
+        description="auto: a GPU if there is one, else the CPU; CUDA_VISIBLE_DEVICES chooses among several; all: spread a base "
+        "model over all GPUs of the machine, in evaluations and tasks (accelerate's device_map)",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -161,14 +163,14 @@ class DocstringCorpus(_Corpus):
 
 
 class FileCorpus(_Corpus):
-    """Local .txt, .jsonl or .parquet files, optionally .gz or .xz compressed."""
+    """Local .txt, .jsonl, .csv, .tsv or .parquet files, optionally .gz or .xz compressed."""
 
     source: Literal["files"] = Field(description="kind of corpus")
     path: Place | None = Field(
         None, description="file or glob; documents are split 84/6/10 by hash; ${NAME} is an environment variable"
     )
     paths: dict[Split, Place] | None = Field(None, description="file or glob of each split; ${NAME} works as in 'path'")
-    field: str = Field("text", description="text column of jsonl and parquet files")
+    field: str = Field("text", description="text column of jsonl, csv, tsv and parquet files")
     documents: Literal["blank_line", "line", "file"] = Field(
         "blank_line", description="where documents end in a .txt file: at a blank line, a line end, or the file's end"
     )
@@ -189,7 +191,7 @@ class HubCorpus(_Corpus):
     revision: str | None = Field(None, description="commit; pinned in the paper scale")
     splits: dict[Split, str] = Field(
         default={"train": "train", "valid": "validation", "test": "test"},
-        description="name of each of our splits in the data set",
+        description="name of each of our splits in the data set; with train alone, its documents are split 84/6/10 by hash",
     )
     field: str = Field("text", description="text column")
 

@@ -13,18 +13,27 @@ import torch
 
 from memdec.artefacts import resources
 from memdec.artefacts.resources import size
-from memdec.errors import ResourceError
+from memdec.errors import ConfigError, ResourceError
 from memdec.settings import AUTO, Compute
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
-def pick(compute: Compute = AUTO) -> torch.device:
+def pick(compute: Compute = AUTO, *, spread: bool = False) -> torch.device:
     """The device to compute on. Under a launcher each process has its own GPU.
 
+    Args:
+        compute: What is asked for.
+        spread: Whether the stage can spread a model over all GPUs; the device is then the first of them.
+
     Raises:
+        ConfigError: `device: all` is asked for, and the stage cannot.
         ResourceError: The requested GPU does not exist.
     """
+    if compute.device == "all" and not spread:
+        raise ConfigError(
+            "device: expected auto, cpu or cuda, found all; only `memdec evaluate` and `memdec harness` spread a model over GPUs"
+        )
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if compute.device == "cpu" or (compute.device == "auto" and not there):
         return torch.device("cpu")
@@ -46,7 +55,7 @@ def precision(compute: Compute = AUTO) -> Precision:
     """The torch name of the weights' type: float32, bfloat16 or float16."""
     if compute.precision != "auto":
         return compute.precision
-    on_gpu = pick(compute).type == "cuda"
+    on_gpu = pick(compute, spread=True).type == "cuda"
     return "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
 
 
@@ -65,8 +74,8 @@ def is_cuda(device: str | torch.device) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def check_room(n_bytes: float, device: str | torch.device, what: str, instead: str) -> None:
-    """Check that a device has `n_bytes` of free memory; `instead` is the next step for the user.
+def check_room(n_bytes: float, device: str | torch.device, what: str, instead: str, *, spread: bool = False) -> None:
+    """Check that a device, or with `spread` all GPUs together, has `n_bytes` of free memory; `instead` is the next step.
 
     Raises:
         ResourceError: The free memory is too small.
@@ -74,9 +83,11 @@ def check_room(n_bytes: float, device: str | torch.device, what: str, instead: s
     if not is_cuda(device):
         resources.check_memory(n_bytes, what, instead)
         return
-    free, _ = torch.cuda.mem_get_info(device)
+    gpus = range(torch.cuda.device_count()) if spread else [device]
+    free = sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     if n_bytes > free:
-        raise ResourceError(f"{what}: expected {size(n_bytes)} free on {device}, found {size(free)}; {instead}")
+        where = f"{len(gpus)} GPUs" if spread else device
+        raise ResourceError(f"{what}: expected {size(n_bytes)} free on {where}, found {size(free)}; {instead}")
 
 
 @contextmanager

@@ -318,7 +318,7 @@ class Datastore:
             )
         return path
 
-    def require_stored(self, instead: str = "run `memdec datastore --stored`") -> None:
+    def require_stored(self, instead: str) -> None:
         """Check that the keys are on disk, as exact distances need them; `instead` is the next step for the user.
 
         Raises:

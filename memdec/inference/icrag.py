@@ -229,7 +229,8 @@ def check_folders(base: str | Path, words: Any, config: Any, passages: Path, set
         ConfigError: The passages leave no room for text.
     """
     retriever = Passages(passages)
-    tokens.check_same(tokens.fingerprint(words), retriever.facts["tokenizer_sha256"], f"{base} with {passages}")
+    ours = loading.tokenizer_sha256(base, words)
+    tokens.check_same(ours, retriever.facts["tokenizer_sha256"], f"{base} with {passages}")
     limit = loading.n_positions(config)
     check_numbers(retriever, limit, query=settings.query, every=settings.every, context=None)
     return retriever

@@ -4,7 +4,8 @@
 
 (Khandelwal et al. 2020, equation 3; a baseline of the paper, section 4.1.) The forward pass that gives the logits also
 gives the query of each position: the hidden state at the key point of the datastore, rounded as the keys were. Keys
-depend only on hidden states, so the base's KV cache can be used.
+depend only on hidden states, so the base's KV cache can be used. Keys that are not stored have no exact distances: then
+those of the index count, as in the released code.
 """
 
 import math
@@ -47,7 +48,7 @@ class KnnLMForCausalLM(Wrapper):
         n_vocab: Rows that the tokenizer needs (`tokens.n_needed`), only to check that the output head has them.
 
     Raises:
-        ArtifactError: The keys were made with another model, or are not stored.
+        ArtifactError: The keys were made with another model.
         ConfigError: A number is out of its range.
         ModelError: The head has fewer than `n_vocab` tokens.
     """
@@ -65,7 +66,6 @@ class KnnLMForCausalLM(Wrapper):
     ) -> None:
         vocab = shared_vocabulary([base], n_vocab)
         super().__init__(MemDecConfig(parts=[{"config": base.config.to_dict()}], n_vocab=vocab), base)
-        store.require_stored()
         parse(KnnLMSettings, {"temperature": temperature, "neighbours": neighbours}, "kNN-LM")
         search.check_neighbours(store, neighbours)
         self.set_weight(weight)
@@ -200,10 +200,11 @@ class KnnLMForCausalLM(Wrapper):
     ) -> list[tuple[Float[Tensor, "n K"], Int[Tensor, "n K"]]]:
         """Squared distances and positions of the neighbours of the N positions that are not padding, in parts."""
         queries, read = self._queries(vectors, there), inputs.cpu().numpy()
+        streamed = not self._searcher.store.parts
         near = []
         for first in range(0, len(queries), _QUERIES):
             part = slice(first, first + _QUERIES)
-            sq_dist, ids = self._searcher.search(queries[part], self.neighbours, inputs=read[part])
+            sq_dist, ids = self._searcher.search(queries[part], self.neighbours, inputs=read[part], released=streamed)
             near.append((torch.from_numpy(sq_dist), torch.from_numpy(ids)))
         return near
 
@@ -248,9 +249,9 @@ def check_folders(
         ConfigError: A setting is out of its range.
     """
     store = Datastore(datastore)
-    store.require_stored()
     search.check(store, index_folder, settings)
-    tokens.check_same(tokens.fingerprint(words), store.facts["tokenizer_sha256"], f"{base} with {store.folder}")
+    ours = loading.tokenizer_sha256(base, words)
+    tokens.check_same(ours, store.facts["tokenizer_sha256"], f"{base} with {store.folder}")
     # A model that is not an artefact has no recipe; its weights are compared when it is loaded.
     if artefact.kind_of(Path(base)) == "model" and loading.known(base, "model").recipe != store.model:
         raise ArtifactError(

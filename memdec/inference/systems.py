@@ -37,6 +37,7 @@ class Parts:
         dtype: Number type of the weights; `auto` is the one that they were saved in.
         memory_dtype: Number type of the memory's weights; None: as the base.
         device: Device of all models.
+        spread: Whether the base is spread over all GPUs, of which `device` is the first.
         revision: Commit of the base, for Hub ids.
         memory_revision: Commit of the memory.
         subfolder: Subfolder of the base's repository on the Hub.
@@ -57,6 +58,7 @@ class Parts:
     dtype: str = "float32"
     memory_dtype: str | None = None
     device: str = "cpu"
+    spread: bool = False
     revision: str | None = None
     memory_revision: str | None = None
     subfolder: str = ""
@@ -128,7 +130,7 @@ class System:
         what, instead = f"weights in {parts.dtype}", "use another dtype or device"
         if devices.is_cuda(parts.device):
             devices.check_room(index, "cpu", "the index", "use a smaller one (kind ivfpq)")
-            devices.check_room(weights, parts.device, what, instead)
+            devices.check_room(weights, parts.device, what, instead, spread=parts.spread)
         else:
             devices.check_room(weights + index, parts.device, what, instead)
 
@@ -253,6 +255,8 @@ def _load(name: str) -> Callable[[Parts], Any]:
     def load(parts: Parts) -> Any:
         from memdec.models import loading
 
+        if parts.spread:
+            return loading.load(parts.of(name), dtype=_dtype(parts, name), device_map="auto", **_where(parts, name))
         model = loading.load(parts.of(name), dtype=_dtype(parts, name), **_where(parts, name))
         return model.to(parts.device)
 

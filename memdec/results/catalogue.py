@@ -292,7 +292,7 @@ def objectives(config: Config) -> Measured:
 
 def rivals(config: Config) -> Measured:
     """Make `rivals`: as `memories`, with the memories that the default one must beat to be worth its datastore."""
-    chosen = [DEFAULT_MEMORY, *(name for name in config.memories if _is_rival(config, name))]
+    chosen = [DEFAULT_MEMORY, *(name for name in config.other_memories if _is_rival(config, name))]
     if not any(config.variant(name).train.objective == "ce" for name in chosen):
         raise ConfigError(_no_memories("rivals", "on hard labels beside the default one", "train.objective ce"))
     caption = "The memory beside every other way to use the text of a domain, all tuned on valid."
@@ -437,7 +437,7 @@ def _no_memories(name: str, which: str, field: str) -> str:
 def _differing(config: Config, field: str, *others: str) -> list[str]:
     """The default memory, and those that differ from it in this field, and at most in these others."""
     found = [DEFAULT_MEMORY]
-    for name in config.memories:
+    for name in config.other_memories:
         different = _differs(config, name)
         if field in different and different <= {field, *others}:
             found.append(name)
@@ -461,7 +461,7 @@ def _controls(config: Config) -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     default = config.variant(DEFAULT_MEMORY)
-    for memory in (config.variant(name) for name in config.memories):
+    for memory in map(config.variant, config.other_memories):
         if memory.dapt and memory.memory_model == default.memory_model:
             found.setdefault("control: DAPT", memory.name)
         if memory.other_domain and memory.models:
@@ -543,11 +543,12 @@ def _evaluations(
     """The evaluations of these models: one for each system without a memory, and one with each memory."""
     found: list[tuple[str, SystemName, str | None]] = []
     for system in systems:
+        around = [model for model in models if system in config.systems_of(model)]
         if system != "MemDec":
-            found += [(model, system, None) for model in models]
+            found += [(model, system, None) for model in around]
             continue
         for name in memories:
-            found += [(model, system, name) for model in config.variant(name).models if model in models]
+            found += [(model, system, name) for model in config.variant(name).models if model in around]
     return [
         Part("evaluation", domain, model, seed, system, memory)
         for domain in domains

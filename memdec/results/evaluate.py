@@ -96,7 +96,8 @@ def run(
         knn_lm=knn_lm_settings(settings, settings.lambdas[0]),
         retrieval=RetrievalSettings(query=settings.query, every=settings.every),
         dtype=devices.precision(compute),
-        device=str(devices.pick(compute)),
+        device=str(devices.pick(compute, spread=True)),
+        spread=compute.device == "all",
     )
     system = _system(parts)
     source = loading.known(base, "model")

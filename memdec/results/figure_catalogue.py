@@ -106,11 +106,7 @@ def figure6(config: Config) -> Figure:
     own = config.variant(DEFAULT_MEMORY)
     chosen: dict[str, Memory] = {}
     for memory in map(config.variant, config.memory_names):
-        if (
-            memory.trained
-            and memory.targets == "knn"
-            and (memory.tuned, memory.tokenizer) == (own.tuned, own.tokenizer)
-        ):
+        if memory.own and memory.targets == "knn" and (memory.tuned, memory.tokenizer) == (own.tuned, own.tokenizer):
             chosen.setdefault(memory.keys, memory)
     return Figure("figure6", config, caption, "shapes", _parts(config, "shapes", [*chosen.values()]))
 
@@ -186,11 +182,11 @@ def _twin(config: Config) -> str:
     """The memory that differs from the default one in nothing but its objective, which is ce."""
     _needs_memory(config, "gains")
     own = config.variant(DEFAULT_MEMORY)
-    for name in config.memories:
+    for name in config.other_memories:
         other = config.variant(name)
         like = other.model_copy(update={"name": own.name, "targets": own.targets, "train": own.train})
         train = other.train.model_copy(update={"objective": own.train.objective})
-        if own.trained and other.train.objective == "ce" and like == own and train == own.train:
+        if own.own and not own.ready and other.train.objective == "ce" and like == own and train == own.train:
             return name
     raise ConfigError(
         "gains: expected a memory that differs from the default one in its objective, ce, alone, found none; add "

@@ -95,7 +95,7 @@ def run(
     """
     parts = Parts(
         base=base, dapt=dapt, lora=lora, memory=memory, datastore=tuple(datastore), index=index, passages=passages,
-        dtype=devices.precision(compute), device=str(devices.pick(compute)),
+        dtype=devices.precision(compute), device=str(devices.pick(compute, spread=True)), spread=compute.device == "all",
     )  # fmt: skip
     system = SYSTEMS[_system(parts)]
     parts, alpha = _weighted(system.name, parts, suite, name, evaluation)

@@ -290,6 +290,8 @@ def _trained_on(folder: Path, kind: str, corpus: Path, text: artefact.Manifest, 
     if kind in ("model", "memory", "lora") and not loading.is_artefact(folder):
         return loading.model_identity(folder)
     manifest = artefact.read(folder, kind, whole=kind in ("model", "memory", "lora"))
+    if "source" in manifest.facts:
+        return manifest.recipe  # pretrained elsewhere, on what it does not say
     same = manifest.facts.get("corpus_sha256") == text.facts["sha256"]
     if other and same:
         raise ArtifactError(

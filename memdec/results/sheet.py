@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from memdec.config import Config
 from memdec.errors import ConfigError
 from memdec.maths import paired, statistics
 from memdec.results import items, paper
@@ -90,7 +91,8 @@ class Sheet:
     def _number(self, number: int, row: Row | Derived, heading: str, column: Column | Derived) -> Number:
         if isinstance(row, Row) and isinstance(column, Column):
             chosen = select(self._all, row.where | column.where)
-            gap = self.table.gaps.get((number, heading)) or _not_run(row.where | column.where)
+            where = row.where | column.where
+            gap = self.table.gaps.get((number, heading)) or _left_out(self.table.config, where) or _not_run(where)
             return _measured(chosen, column, gap)
         if isinstance(column, Derived):
             of = [self.numbers[number][str(name)] for name in column.of]
@@ -230,6 +232,14 @@ class Sheet:
 def select(records: Iterable[Record], where: Mapping[str, Any]) -> list[Record]:
     """Records whose fields have these values."""
     return [record for record in records if all(record.get(name) == value for name, value in where.items())]
+
+
+def _left_out(config: Config, where: dict[str, str]) -> str | None:
+    """Why a system is not run with a model, if the config says so."""
+    model, method = where.get("model"), where.get("method")
+    if model not in config.per_model or method is None or method in config.systems_of(model):
+        return None
+    return f"not run: systems of {model} in 'per_model' without {method}"
 
 
 def _not_run(where: Mapping[str, str]) -> str:

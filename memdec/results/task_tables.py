@@ -325,6 +325,6 @@ def _parts(
             for system in systems:
                 memory = memory_of(config, model) if system == "MemDec" else None
                 seeds = config.seeds[:1] if system == "base" else config.seeds
-                if system != "MemDec" or memory is not None:
+                if system in config.systems_of(model) and (system != "MemDec" or memory is not None):
                     found += [Part("harness", domain, model, seed, system, memory, suite) for seed in seeds]
     return found

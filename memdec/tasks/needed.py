@@ -70,14 +70,14 @@ def stamps(names: Iterable[str]) -> list[tuple[str, int, int]]:
     return [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in paths if path.is_file()]
 
 
-def check(names: Iterable[str]) -> None:
-    """Check that every file is there or may be had from the Hub.
+def check(names: Iterable[str], *, ask_hub: bool = True) -> None:
+    """Check that every file is there or may be had from the Hub; without `ask_hub` that is taken for granted.
 
     Raises:
         ConfigError: One is not; the message says how to fetch them all.
     """
     missing = [name for name in files(names) if not (_folder() / name).is_file()]
-    lost = [name for name in missing if name.split("/")[0] in LOCAL_ONLY or not _hub_answers()]
+    lost = [name for name in missing if name.split("/")[0] in LOCAL_ONLY or (ask_hub and not _hub_answers())]
     if lost:
         where = os.environ.get("MEMDEC_DATA")
         tasks = " ".join(f"--task {name}" for name in dict.fromkeys(name.split("/")[0] for name in lost))

@@ -6,11 +6,13 @@ file per split (columns `text`, `source`).
 """
 
 import ast
+import csv
 import gc
 import glob
 import gzip
 import hashlib
 import importlib.util
+import io
 import lzma
 import os
 import sysconfig
@@ -38,7 +40,9 @@ MAX_FILE_SHARE = 0.05  # a file with a larger fraction of the text goes to train
 
 _PLAIN = {"", ".txt", ".text", ".md", ".rst", ".raw", ".tokens"}  # the last two are WikiText's
 _LINES = {".jsonl", ".ndjson", ".json"}
+_CELLS = {".csv": ",", ".tsv": "\t"}
 _TABLE = ".parquet"
+_SHARES = "; about 84 % go to train, 6 % to valid and 10 % to test"  # of `_split_by_unit`
 _ENDS = {"blank_line": "a blank line", "line": "a line end", "file": "the end of the file"}
 
 
@@ -117,14 +121,15 @@ def _why(spec: CorpusSpec, split: Split, dropped: Mapping[str, int]) -> str:
     if isinstance(spec, DocstringCorpus):
         return f" (docstrings; those of one module are in one split{told}{cap}); add packages, or lower min_bytes"
     if isinstance(spec, HubCorpus):
-        return f" (one per row{cap}); add text, or lower min_bytes"
+        shares = _SHARES if _split_here(spec) else ""
+        return f" (one per row{shares}{told}{cap}); add text, or lower min_bytes"
     files = [file for name in _patterns(spec) for file in _matches(name)]
     ends = [_ENDS[spec.documents] if _kind(file) in _PLAIN else "the end of its row" for file in files]
     end = " or ".join(dict.fromkeys(ends))
     if spec.path is None:
         return f" (a document ends at {end}{cap}); add text, or lower min_bytes"
     return (
-        f" (a document ends at {end}; about 84 % go to train, 6 % to valid and 10 % to test{told}{cap}); give more "
+        f" (a document ends at {end}{_SHARES}{told}{cap}); give more "
         f"documents, choose another 'documents' ({', '.join(_ENDS)}), give a file for each split in 'paths', or lower "
         "min_bytes"
     )
@@ -145,11 +150,16 @@ def _splits(spec: CorpusSpec) -> dict[Split, list[Document]]:
         if spec.path is not None:
             return _split_by_unit(_deduplicated(_file_documents(str(spec.path), spec, names)))
         return {split: list(_file_documents(str(paths[split]), spec, names)) for split in SPLITS}
+    if _split_here(spec):
+        return _split_by_unit(_deduplicated(_hub_documents(spec, "train")))
     return {split: list(_hub_documents(spec, split)) for split in SPLITS}
 
 
 def _split_here(spec: CorpusSpec) -> bool:
-    return isinstance(spec, DocstringCorpus) or (isinstance(spec, FileCorpus) and spec.path is not None)
+    """Whether the documents are split by hash, as nobody has split them before."""
+    if isinstance(spec, HubCorpus):
+        return set(spec.splits) == {"train"}
+    return isinstance(spec, DocstringCorpus) or spec.path is not None
 
 
 def _origin(spec: CorpusSpec) -> str:
@@ -289,9 +299,9 @@ def _file_documents(pattern: str, spec: FileCorpus, names: Mapping[Path, str]) -
     for file in _matches(pattern):
         try:
             rows = list(_rows(file, spec))
-        except (OSError, lzma.LZMAError, zlib.error, EOFError, pa.ArrowException, ValueError) as error:
+        except (OSError, lzma.LZMAError, zlib.error, EOFError, pa.ArrowException, csv.Error, ValueError) as error:
             raise CorpusError(
-                f"{file}: expected readable text, jsonl or parquet, found: {reason(error, 160)}; check the file"
+                f"{file}: expected readable text, jsonl, csv or parquet, found: {reason(error, 160)}; check the file"
             ) from None
         for number, row in rows:
             document = _row_document(row, spec.field, f"{names[file]}:{number}", str(file))
@@ -308,10 +318,10 @@ def _kind(file: Path) -> str:
 def _rows(file: Path, spec: FileCorpus) -> Iterator[tuple[int, Any]]:
     """Number and row of each document of a file; text files have rows with one field."""
     kind = _kind(file)
-    if kind not in {*_PLAIN, *_LINES, _TABLE}:
+    if kind not in {*_PLAIN, *_LINES, *_CELLS, _TABLE}:
         raise CorpusError(
-            f"{file}: expected a file that ends in .txt, .jsonl or .parquet (or these with .gz or .xz), found {kind}; convert "
-            "a table to .jsonl, or rename plain text to .txt"
+            f"{file}: expected a file that ends in .txt, .jsonl, .csv, .tsv or .parquet (or these with .gz or .xz), found "
+            f"{kind}; convert a table to .csv, or rename plain text to .txt"
         )
     if kind == _TABLE:
         yield from enumerate(pq.read_table(file, columns=_columns(file, spec.field)).to_pylist())
@@ -324,6 +334,10 @@ def _rows(file: Path, spec: FileCorpus) -> Iterator[tuple[int, Any]]:
     content = reading.decoded(raw, file)
     if kind in _LINES:
         yield from reading.json_lines(content, file)
+        return
+    if kind in _CELLS:
+        csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # a cell may be a whole document
+        yield from enumerate(csv.DictReader(io.StringIO(content, newline=""), delimiter=_CELLS[kind], strict=True))
         return
     parts = {
         "blank_line": lambda: content.split("\n\n"),

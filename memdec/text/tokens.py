@@ -382,15 +382,15 @@ def check_same_ids(one: Any, other: Any, where: str) -> None:
     control = _control_tokens(one) | _control_tokens(other)
     differ = (w for w in sorted(ours.keys() | theirs.keys()) if ours.get(w) != theirs.get(w))
     wrong = next((w for w in differ if (w in ours and w in theirs) or w not in control), None)
+    found: list[Any] = [ours.get(wrong, "none"), theirs.get(wrong, "none")]
     if wrong is None:
         some = sorted(set(ours.values()) & set(theirs.values()))[:: max(1, len(ours) // 4096)]
         for text in (SAMPLE, one.decode(some), *one.batch_decode([[token] for token in some])):
             ids = [words(text, add_special_tokens=False, verbose=False)["input_ids"] for words in (one, other)]
             if ids[0] != ids[1]:
-                wrong = text
+                wrong, found = text, [each[:8] for each in ids]
                 break
     if wrong is not None:
-        found = [words(wrong, add_special_tokens=False, verbose=False)["input_ids"][:8] for words in (one, other)]
         raise ModelError(
             f"{where}: expected one tokenizer, found two: {wrong[:40]!r} has the ids {found[0]} and {found[1]}; use models "
             "of one family, or adapt the memory to the other vocabulary with `memdec adapt-vocab`"

@@ -305,7 +305,8 @@ def _checked(model_folder: Path, stream: Path, context: int) -> Any:
     manifest = artefact.read(stream, "tokens")
     loading.known(model_folder, "model")
     words = tokens.load_tokenizer(str(model_folder))
-    tokens.check_same(manifest.facts["tokenizer_sha256"], tokens.fingerprint(words), f"{model_folder} with {stream}")
+    ours = loading.tokenizer_sha256(model_folder, words)
+    tokens.check_same(manifest.facts["tokenizer_sha256"], ours, f"{model_folder} with {stream}")
     config = loading.config(model_folder)
     if config.vocab_size < tokens.n_needed(words):
         raise ModelError(

@@ -236,7 +236,7 @@ def test_only_kept_positions_that_are_no_padding_are_searched(
     monkeypatch.setattr(
         model._searcher,
         "search",
-        lambda queries, k, *, inputs: (
+        lambda queries, k, *, inputs, released: (
             searched.append((len(queries), inputs.tolist())) or search(queries, k, inputs=inputs)
         ),
     )
@@ -370,10 +370,17 @@ def test_a_vocabulary_that_does_not_fit(home: Home, model: KnnLMForCausalLM) -> 
         loaded(home, model.base, n_vocab=301)
 
 
-def test_streamed_keys_and_another_index(home: Home, tmp_path: Path) -> None:
+def test_streamed_keys_give_the_neighbours_of_the_index(home: Home, model: KnnLMForCausalLM, tmp_path: Path) -> None:
+    """An index of whole vectors with all cells searched has the exact distances, up to rounding."""
     datastore.run(home.base, home.stream, tmp_path / "s", DatastoreSettings(stored=False), **WINDOW)
-    with pytest.raises(ArtifactError, match=r"expected stored keys, found a streamed datastore"):
-        from_folders(home.base, tmp_path / "s", home.index, SETTINGS)
+    index.run(tmp_path / "s", tmp_path / "i", IndexSettings(kind="ivfflat", centroids=4, check_nprobe=[4]))
+    streamed = from_folders(home.base, tmp_path / "s", tmp_path / "i", SETTINGS.model_copy(update={"nprobe": 4}))
+    ids = torch.tensor([[5, 80, 200, 31, 7, 258, 99]])
+    for own, expected in zip(streamed.log_probs(ids), model.log_probs(ids), strict=True):
+        torch.testing.assert_close(own.exp(), expected.exp(), atol=1e-4, rtol=0)
+
+
+def test_another_index_is_refused(home: Home, tmp_path: Path) -> None:
     other = made(tmp_path, home.base, home.stream, dtype="float32")
     with pytest.raises(ArtifactError, match=r"expected an index of .*, found one of other keys"):
         from_folders(home.base, home.store, other.index, SETTINGS)

@@ -17,10 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from memdec import cli
 from memdec.artefacts import artefact, sources
-from memdec.errors import ArtifactError, ConfigError, ModelError
+from memdec.datastore import keys
+from memdec.errors import ConfigError, ModelError
 from memdec.models import loading
-from memdec.settings import ModelSpec, TokenizerSpec, WheelFile
+from memdec.settings import DatastoreSettings, ModelSpec, TokenizerSpec, TrainSettings, WheelFile
 from memdec.text import tokens
+from memdec.training import stages
+from tests.making import CONTEXT
 
 WIDTH, HEADS, LAYERS, FEED = 16, 2, 3, 32
 NAMES = {
@@ -111,6 +114,26 @@ def made(home: Path, pretrained: Any, layers: int | None = None) -> Path:
     spec = ModelSpec(family="t", tokenizer="t", pretrained=pretrained, layers=layers)
     loading.run_pretrained(spec, home / "tokenizer", home / "model")
     return home / "model"
+
+
+def test_a_model_may_have_other_control_tokens_than_the_tokenizer_of_the_config(
+    base_folder: Path, token_folder: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Qwen2 lacks control tokens of Qwen2.5, and one memory serves both: streams are made with one of the tokenizers."""
+    words = AutoTokenizer.from_pretrained(tokenizer_folder)
+    words.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
+    loading.load(base_folder).save_pretrained(tmp_path / "hub")
+    words.save_pretrained(tmp_path / "hub")
+    spec = ModelSpec(family="t", tokenizer="t", pretrained=str(tmp_path / "hub"))
+    loading.run_pretrained(spec, tokenizer_folder, tmp_path / "model")
+    own = tokens.fingerprint(tokens.load_tokenizer(str(tmp_path / "model")))
+    facts = artefact.read(tmp_path / "model", "model").facts
+    assert facts["tokenizer_sha256"] == tokens.fingerprint(tokens.load_tokenizer(str(tokenizer_folder))) != own
+    train = TrainSettings(epochs=0.1, batch_size=4)
+    stages.run_finetune(tmp_path / "model", token_folder, tmp_path / "tuned", train, context=CONTEXT, seed=0)
+    assert artefact.read(tmp_path / "tuned", "model").facts["tokenizer_sha256"] == facts["tokenizer_sha256"]
+    keys.run(tmp_path / "tuned", token_folder, tmp_path / "keys", DatastoreSettings(), context=CONTEXT, stride=16)
+    assert tokens.fingerprint(tokens.load_tokenizer(str(tmp_path / "tuned"))) == own
 
 
 IDS = torch.tensor([[5, 80, 200, 31, 7, 258, 99]])
@@ -292,7 +315,7 @@ def run_cli(*words: str) -> None:
 
 def test_a_model_of_another_tokenizer_is_refused(file: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     spec = ModelSpec(family="t", tokenizer="t", pretrained=str(file))
-    with pytest.raises(ArtifactError, match="expected one tokenizer, found two"):
+    with pytest.raises(ModelError, match=r"expected one tokenizer, found two: .* has the ids [0-9]+ and none"):
         loading.run_pretrained(spec, tokenizer_folder, tmp_path / "m")
 
 

@@ -61,7 +61,7 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
         ({"targets": {"temperature": float("inf")}}, "targets.temperature: .* finite number, found inf"),
         (
             {"memories": {"other": {"other_domain": True, "dapt": True}}},
-            "expected only models beside other_domain true, found dapt|expected only memory_model and models beside dapt",
+            "expected only models beside other_domain, found dapt|expected only memory_model and models beside dapt",
         ),
         (
             {"memories": {"other": {"other_domain": True}, "moved": {"adapt": "other", "key_model": "qwen2-M"}}},
@@ -79,7 +79,7 @@ def test_the_control_of_a_domain_is_the_default_memory_of_the_next(tmp_path: Pat
     config = cfg.load(changed(tmp_path, memories={"other": {"other_domain": True}}, studies={}))
     assert [config.next_domain(domain) for domain in ("torch", "pandas", "sklearn")] == ["pandas", "sklearn", "torch"]
     other, own = config.variant("other"), config.variant("memdec")
-    assert (other.trained, own.trained) == (False, True)
+    assert (other.own, own.own) == (False, True)
     assert other.models == own.models == config.bases
     alone = cfg.load(changed(tmp_path, memories={"other": {"other_domain": True}}, domains=["torch"]))
     assert alone.variant("other").models == []  # no other domain, no control

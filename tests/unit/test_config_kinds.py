@@ -124,6 +124,64 @@ def several(**memories: dict[str, Any]) -> cfg.Config:
     return config
 
 
+def test_a_model_has_settings_and_systems_of_its_own() -> None:
+    """What is said of a model is laid over the sections; DAPT without a section is trained as the key model is."""
+    config = parse(
+        cfg.Config,
+        whole(
+            models={"m": SCRATCH, "small": SCRATCH},
+            finetune={"epochs": 3, "dropout": 0.1},
+            evaluate={"alphas": [0.4, 0.6], "neighbours": 8},
+            per_model={
+                "m": {
+                    "systems": ["MemDec", "base"],
+                    "dapt": {"epochs": 1},
+                    "lora": {"rank": 4},
+                    "evaluate": {"alphas": [0.8], "temperatures": [13], "batch_size": 2},
+                }
+            },
+            studies={"tuned": {"tables": ["table1"], "per_model": {"m": {"evaluate": {"alphas": [0.1, 0.9]}}}}},
+        ),
+        "c",
+    )
+    assert (config.systems_of("m"), config.systems_of("small")) == (["base", "MemDec"], ["base", "LoRA", "MemDec"])
+    own = config.for_model("m")
+    assert own.dapt is not None
+    assert (own.dapt.epochs, own.dapt.dropout, own.finetune.epochs, own.lora.rank) == (1, 0.1, 3, 4)
+    assert (own.evaluate.alphas, own.evaluate.temperatures, own.evaluate.neighbours) == ([0.8], [13], 8)
+    assert config.for_model("small") is config
+    tuned = config.study("tuned").for_model("m").evaluate
+    assert (tuned.alphas, tuned.temperatures) == ([0.1, 0.9], [13])
+    studies = config.every_study()
+    assert [cfg.owner(studies, "tuned", kind) for kind in ("lora", "dapt", "evaluation")] == [None, None, "tuned"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"x": {}}, "per_model: expected one of m, found x"),
+        ({"m": {"lora": {"ranks": 4}}}, "per_model.m.lora.ranks: unknown key; did you mean rank"),
+        ({"m": {"compute": {"device": "tpu"}}}, "per_model.m.compute.device: .* found 'tpu'"),
+        ({"m": {"datastore": {}}}, "per_model.m.datastore: unknown key"),
+    ],
+)
+def test_what_is_wrong_with_one_model_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(cfg.Config, whole(per_model=given), "c")
+
+
+def test_a_ready_memory_is_a_model_of_its_domain() -> None:
+    config = several(memdec={"ready": {"c": "small"}}, kl={"train": {"objective": "kl"}})
+    own = config.variant("memdec")
+    assert (own.own, own.ready, own.targets, config.memory_names) == (
+        True,
+        {"c": "small"},
+        "knn",
+        ["memdec", "other", "kl"],
+    )
+    assert not config.variant("kl").ready
+
+
 def test_a_memory_takes_from_the_default_what_it_does_not_say() -> None:
     config = several(
         kl={"train": {"objective": "kl", "dropout": 0.1}, "models": ["m"]},
@@ -151,7 +209,19 @@ def test_a_memory_takes_from_the_default_what_it_does_not_say() -> None:
 @pytest.mark.parametrize(
     ("memories", "message"),
     [
-        ({"memdec": {}}, "memories.memdec: expected a name that is not taken, found memdec"),
+        (
+            {"memdec": {"dapt": True}},
+            "memories.memdec.dapt: expected a memory in the place of the default one, found dapt",
+        ),
+        (
+            {"a": {"ready": {"c": "n"}}},
+            "memories.a.ready.c: expected a model with tokenizer t as the key model m, found n",
+        ),
+        ({"a": {"ready": {"c": "x"}}}, "memories.a.ready: expected one of .* found x"),
+        (
+            {"a": {"ready": {"c": "m"}, "share": 0.1}},
+            "expected only memory_model and key_model and tuned and models beside ready, found share",
+        ),
         ({"systems": {}}, "memories.systems: expected a name that is not taken, found systems"),
         ({"a": {"key_model": "x"}}, "memories.a.key_model: expected one of m, small, n, found x"),
         ({"a": {"memory_model": "x"}}, "memories.a.memory_model: expected one of m, small, n, found x"),
@@ -174,7 +244,10 @@ def test_a_memory_takes_from_the_default_what_it_does_not_say() -> None:
             {"a": {"adapt": "memdec", "tuned_start": True}},
             "memories.a: expected no other starting model beside adapt, found tuned_start",
         ),
-        ({"a": {"dapt": True, "share": 0.1}}, "memories.a: expected only memory_model and models .* true, found share"),
+        (
+            {"a": {"dapt": True, "share": 0.1}},
+            "memories.a: expected only memory_model and models beside dapt, found share",
+        ),
         (
             {"a": {"key_model": "n"}},
             "memories.a.memory_model: expected a model with tokenizer t2 .* found small with t",
@@ -189,7 +262,7 @@ def test_a_memory_takes_from_the_default_what_it_does_not_say() -> None:
         ),
         (
             {"a": {"neighbours": True, "share": 0.1}},
-            "memories.a: expected only key_model and tuned and models .* neighbours true, found share",
+            "memories.a: expected only key_model and tuned and models beside neighbours, found share",
         ),
         ({"a": {"train": {"epoch": 3}}}, "memories.a.train: epoch: unknown key"),
         ({"a": {"train": {"kl_weight": 2}}}, "memories.a.train: kl_weight: .* found 2"),

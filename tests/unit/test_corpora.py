@@ -13,7 +13,7 @@ from making import made_text
 
 from memdec.artefacts import artefact
 from memdec.errors import CorpusError
-from memdec.settings import DocstringCorpus, FileCorpus, HubCorpus
+from memdec.settings import SPLITS, DocstringCorpus, FileCorpus, HubCorpus
 from memdec.text import corpora
 
 
@@ -144,9 +144,35 @@ def test_hub_format_from_a_local_folder(tmp_path: Path) -> None:
     assert all(text.startswith("valid ") for text in corpora.load(tmp_path / "out", "valid"))
 
 
+def test_a_data_set_with_a_train_split_alone_is_split_as_files_are(tmp_path: Path) -> None:
+    texts = made_text(300, 6).split("\n\n")
+    (tmp_path / "set").mkdir()
+    pd.DataFrame({"text": texts}).to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
+    spec = HubCorpus(source="hub", path=str(tmp_path / "set"), splits={"train": "train"}, min_bytes=100)
+    corpora.run(spec, tmp_path / "out")
+    found = {split: corpora.load(tmp_path / "out", split) for split in SPLITS}
+    assert len(set().union(*found.values())) == sum(map(len, found.values()))
+    assert set().union(*found.values()) <= set(texts)
+    assert len(found["train"]) > 5 * len(found["test"]) > 5 * len(found["valid"]) / 2 > 0
+
+
+@pytest.mark.parametrize(("kind", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_a_table_gives_the_documents_of_its_text_column(tmp_path: Path, kind: str, separator: str) -> None:
+    """Quotes, separators and line ends inside of a cell belong to the text; a cell may be long."""
+    texts = ['She said "no", twice.\nThen\tshe left.', "x" * 200_000, *made_text(40, 6).split("\n\n")]
+    pd.DataFrame({"id": range(len(texts)), "note": texts}).to_csv(tmp_path / f"a.{kind}", sep=separator, index=False)
+    (tmp_path / "b.txt").write_text(made_text(40, 7))
+    paths = {"train": str(tmp_path / f"a.{kind}"), "valid": str(tmp_path / "b.txt"), "test": str(tmp_path / "b.txt")}
+    spec = FileCorpus(source="files", paths=paths, field="note", documents="file")
+    corpora.run(spec, tmp_path / "out")
+    assert corpora.load(tmp_path / "out", "train") == texts
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.csv", b'id,text\n1,"never closed' + b"x" * 2000, "expected readable text, jsonl, csv or parquet"),
+        ("a.csv", b"id,note\n1,x\n", "expected a text field 'text', found id, note"),
         (
             "a.txt",
             b"just ten words make no corpus at all you see",

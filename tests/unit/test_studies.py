@@ -143,91 +143,8 @@ def test_a_memory_of_another_domain_is_another_one_where_the_domains_are_others(
         checked(a={"tables": ["table9"], **wrong}, b={"tables": ["table8"], "domains": ["torch", "sklearn"], **wrong})
 
 
-def paper() -> dict[str, Any]:
-    """The paper's whole grid: GPT-2 on WikiText-103, Qwen on three domains, Llama with the moved memory, and questions."""
-    hub: dict[str, list[str]] = {
-        "gpt2": ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"],
-        "qwen": [
-            *(f"Qwen2-{size}" for size in ("0.5B", "1.5B", "7B", "72B")),
-            *(f"Qwen2.5-{size}" for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")),
-        ],
-        "llama": ["Llama-3-8B", "Llama-3-70B", "Llama-3.1-8B", "Llama-3.1-70B", "Llama-3.2-1B", "Llama-3.2-3B"],
-    }
-    owners = {"gpt2": "openai-community", "qwen": "Qwen", "llama": "meta-llama"}
-    corpora = ("wikitext", "biomed", "finance", "law", "questions")
-    controls = {"dapt": {"dapt": True}, "other": {"other_domain": True}}
-    domains = ["biomed", "finance", "law"]
-    tasks = {"biomed": ["biomed"], "finance": ["finance"], "law": ["law"]}
-    return {
-        "scale": "paper",
-        "tokenizers": {name: {"pretrained": f"{owners[name]}/{names[0]}"} for name, names in hub.items()},
-        "corpora": {name: {"source": "hub", "path": f"owner/{name}"} for name in corpora},
-        "models": {
-            name: {"family": name.rpartition("-")[0] or name, "tokenizer": kind, "pretrained": f"{owners[kind]}/{name}"}
-            for kind, names in hub.items()
-            for name in names
-        },
-        "suites": {
-            "nine": {"tasks": ["memdec_dcpmi_kp"]},
-            "nine-tuned": {"tasks": ["memdec_dcpmi_kp"], "alpha": "tune"},
-            **{name: {"tasks": [f"memdec_{name}"]} for name in ("biomed", "finance", "law")},
-            "shots": {"tasks": [f"memdec_casehold_{shots}shot" for shots in (4, 8, 16)]},
-            "questions": {"tasks": ["memdec_qa"]},
-        },
-        "evaluated": hub["gpt2"],
-        "domains": ["wikitext"],
-        "key_model": "gpt2-xl",
-        "memory_model": "gpt2",
-        "datastore": {"stored": False},
-        "index": {"kind": "ivfpq"},
-        "targets": {"neighbours": 1024, "released": True},
-        "memory": {"epochs": 70, "learning_rate": 1e-3, "batch_size": 16, "accumulation": 4},
-        "budget": {"model": "Qwen2.5-7B"},
-        "studies": {
-            "gpt2": {
-                "tables": ["table1", "table8", "table10", "table17", "table19", "figure5", "figure6"],
-                "systems": ["base", "In-Context RAG", "kNN-LM", "DAPT", "LoRA", "MemDec"],
-                "memories": {
-                    "medium": {"memory_model": "gpt2-medium"},
-                    "large": {"memory_model": "gpt2-large"},
-                    **{f"keys-{size}": {"key_model": f"gpt2{size}"} for size in ("", "-medium", "-large")},
-                    "dapt": {"dapt": True},
-                },
-            },
-            "nine": {
-                "tables": ["table2", "table12"], "evaluated": ["gpt2", "gpt2-xl"], "tasks": {"wikitext": ["nine"]},
-                "systems": ["base", "kNN-LM", "DAPT", "LoRA", "MemDec"],
-            },
-            "nine-tuned": {"tables": ["table11"], "evaluated": ["gpt2"], "tasks": {"wikitext": ["nine-tuned"]}},
-            "qwen": {
-                "tables": ["table3", "table7", "table9", "figure2", "figure4"], "evaluated": hub["qwen"], "domains": domains,
-                "key_model": "Qwen2.5-1.5B", "memory_model": "Qwen2.5-0.5B",
-                "memory": {"epochs": 15, "learning_rate": 1e-4},
-                "memories": {**controls, "kl": {"train": {"objective": "kl"}}, "ce": {"train": {"objective": "ce"}}},
-            },
-            "tasks": {
-                "tables": ["table14", "table15", "table16", "table18"], "evaluated": ["Qwen2.5-7B"], "domains": domains,
-                "key_model": "Qwen2.5-1.5B", "memory_model": "Qwen2.5-0.5B",
-                "memory": {"epochs": 15, "learning_rate": 1e-4},
-                "systems": ["base", "DAPT", "MemDec"], "tasks": {**tasks, "law": ["law", "shots"]},
-            },
-            "llama": {
-                "tables": ["table4"], "evaluated": hub["llama"], "domains": domains,
-                "key_model": "Qwen2.5-1.5B", "memory_model": "Qwen2.5-0.5B",
-                "memory": {"epochs": 15, "learning_rate": 1e-4},
-                "memories": {"llama": {"adapt": "memdec", "key_model": "Llama-3.2-1B", "share": 0.1}},
-            },
-            "questions": {
-                "tables": ["table5", "table13"], "evaluated": ["Llama-3-8B"], "domains": ["questions"],
-                "key_model": "Llama-3.2-1B", "memory_model": "Llama-3.2-1B",
-                "systems": ["base", "kNN-LM", "MemDec"], "tasks": {"questions": ["questions"]},
-            },
-        },
-    }  # fmt: skip
-
-
 def test_one_config_says_the_papers_whole_grid() -> None:
-    config = cfg.checked(paper(), "paper")
+    config = cfg.load(MINI.parent / "paper.yaml")
     for number in range(1, 20):
         if number != 6:  # its texts are not ours to copy
             name = f"table{number}"
@@ -239,12 +156,34 @@ def test_one_config_says_the_papers_whole_grid() -> None:
     studies = config.every_study()
     shared = {name: cfg.owner(studies, name, "memory") for name in config.studies}
     assert shared == {
-        "gpt2": None, "nine": None, "nine-tuned": None, "qwen": "qwen", "tasks": "qwen", "llama": "qwen",
-        "questions": "questions",
+        "qwen": None, "parts": None, "latency": None, "tasks": None, "llama": None,
+        "gpt2": "gpt2", "gpt2-tuned": "gpt2", "nine": "gpt2", "nine-tuned": "gpt2", "questions": "questions",
     }  # fmt: skip
     moved = config.study("llama").variant("llama")
     assert (moved.adapt, moved.memory_model, moved.tokenizer) == ("memdec", "Qwen2.5-0.5B", "llama")
     assert moved.train.epochs == pytest.approx(1.5)
+
+
+def test_the_papers_tables_have_its_rows_and_columns() -> None:
+    """Eleven Qwen models with one memory for each domain, and LoRA only where the paper has it."""
+    config = cfg.load(MINI.parent / "paper.yaml")
+    table = catalogue.table(config, "table3")
+    memories = {(part.domain, part.memory) for part in table.parts if part.memory is not None}
+    assert memories == {(domain, name) for domain in ("Bio", "Fin", "Law") for name in ("memdec", "dapt", "other")}
+    assert len({part.model for part in table.parts if part.memory == "memdec"}) == 11
+    lora = {part.model for part in table.parts if part.system == "LoRA"}
+    assert lora == {f"Qwen{name}" for name in ("2-0.5B", "2-1.5B", "2-7B", "2.5-0.5B", "2.5-1.5B", "2.5-3B", "2.5-7B")}
+    fixed = {model: config.study("gpt2").for_model(model).evaluate for model in config.study("gpt2").bases}
+    assert [each.alphas for each in fixed.values()] == [[0.8], [0.6], [0.55], [0.55]]
+    assert [each.temperatures for each in fixed.values()] == [[1], [1], [13], [13]]
+    tuned = config.study("gpt2-tuned").for_model("GPT2-xl").evaluate
+    assert (len(tuned.alphas), tuned.temperatures) == (11, [13])
+
+
+def test_one_gpu_has_nothing_that_needs_two() -> None:
+    config = cfg.load(MINI.parent / "gpu.yaml")
+    assert config.systems_of("Qwen2.5-7B") == ["base", "LoRA", "MemDec"]
+    assert all(each.launch is None and not each.compute for each in config.per_model.values())
 
 
 def test_every_name_of_a_table_is_made_by_the_catalogues() -> None:

@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 
+from snakemake.logging import logger
+
 from memdec.artefacts import resources as machine
 from memdec.artefacts.artefact import VERSIONS
 from memdec.inference.systems import SYSTEMS
@@ -128,9 +130,11 @@ def stamp(entry):
     ]
 
 
-def training(wildcards, *settings):
-    """Options of a stage that trains on a domain."""
-    return " ".join([*settings, CONTEXT, words("--seed", wildcards.seed), COMPUTE])
+def training(wildcards, model, *settings):
+    """Options of a stage that trains a model on a domain."""
+    return " ".join(
+        [*settings, CONTEXT, words("--seed", wildcards.seed), compute(model)]
+    )
 
 
 def tuned_by(wildcards, settings, place):
@@ -156,8 +160,25 @@ def tokens_of(model, domain):
 
 CONTEXT = words("--context", CONFIG.context)
 WINDOW = words("--context", CONFIG.context, "--stride", CONFIG.stride)
-COMPUTE = options(section(CONFIG, "compute"))
 DEVICE = options(section(CONFIG, "compute"), "precision")
+
+
+def compute(model):
+    """Device and precision of a job with a model."""
+    return options(section(settings_for(None, model), "compute"))
+
+
+def launched(model):
+    """What starts a stage that several processes can share."""
+    found = CONFIG.per_model[model].launch if model in CONFIG.per_model else None
+    if found is None:
+        return "memdec"
+    if found.config is None:
+        start = ("torchrun", "--standalone", "--nproc-per-node", found.processes)
+    else:
+        start = ("accelerate", "launch", "--config_file", os.path.abspath(found.config))
+        start += ("--num_processes", found.processes)
+    return words(*start, "-m", "memdec.cli")
 
 
 # --- studies ---------------------------------------------------------------------------------------------------------
@@ -175,6 +196,16 @@ def study_of(wildcards):
 def study(wildcards):
     """Config of the study of a home."""
     return STUDIES[study_of(wildcards)]
+
+
+@functools.cache
+def settings_for(study, model):
+    return STUDIES[study].for_model(model)
+
+
+def for_model(wildcards, model=None):
+    """Config of the study of a home for jobs with a model; default: that of the job."""
+    return settings_for(study_of(wildcards), model or wildcards.model)
 
 
 @functools.cache
@@ -309,12 +340,12 @@ def memory_options(wildcards):
 
 def dapt_settings(wildcards):
     """Name of the section with the training of DAPT."""
-    return "finetune" if study(wildcards).dapt is None else "dapt"
+    return "finetune" if for_model(wildcards).dapt is None else "dapt"
 
 
 def dapt(wildcards, model):
     """A model after DAPT. Without its own settings or a budget, DAPT is the training of the key models: one folder."""
-    config = study(wildcards)
+    config = for_model(wildcards, model)
     kind = "finetuned" if config.dapt is None and config.budget is None else "dapt"
     return manifest(f"{at(wildcards, kind)}/{kind}/{model}")
 
@@ -327,10 +358,20 @@ def evaluated_memory(wildcards):
     if found.dapt:
         return dapt(wildcards, found.memory_model)
     if not found.other_domain:
-        return manifest(f"{at(wildcards, 'memory')}/memory/{found.name}")
+        return memory_folder(wildcards, found)
     config = memory_study(wildcards)
-    other = home(config.study_name, config.next_domain(domain_of(wildcards)), "memory")
-    return manifest(f"{RUN}/{other}/seed{wildcards.seed}/memory/{typed.DEFAULT_MEMORY}")
+    default, domain = config.variant(typed.DEFAULT_MEMORY), config.next_domain(domain_of(wildcards))
+    if default.ready:
+        return manifest(f"{RUN}/models/{default.ready[domain]}")
+    other = home(config.study_name, domain, "memory")
+    return manifest(f"{RUN}/{other}/seed{wildcards.seed}/memory/{default.name}")
+
+
+def memory_folder(wildcards, found):
+    """A memory of its own: one that is trained here, or a model that is one already."""
+    if found.ready:
+        return manifest(f"{RUN}/models/{found.ready[domain_of(wildcards)]}")
+    return manifest(f"{at(wildcards, 'memory')}/memory/{found.name}")
 
 
 def neighbours_instead(wildcards):
@@ -395,28 +436,34 @@ def base_evaluation(wildcards):
     return manifest(f"{folder}/{SYSTEMS['base'].slug}/{wildcards.model}")
 
 
-def some_of(wildcards, settings):
+def some_of(config, settings):
     """What a config says of an evaluation, as far as a stage with these settings takes it."""
-    said = section(study(wildcards), "evaluate")
+    said = section(config, "evaluate")
     return options(
         {name: value for name, value in said.items() if name in settings.model_fields}
     )
 
 
 def scoring(wildcards):
-    return some_of(wildcards, typed.ScoreSettings)
+    return some_of(study(wildcards), typed.ScoreSettings)
+
+
+def scored_on(wildcards):
+    """Device and precision of the scores of a memory, or of the neighbours in its place."""
+    found = memory(wildcards)
+    return compute(found.key_model if found.neighbours else found.memory_model)
 
 
 def mixing(wildcards):
-    return some_of(wildcards, typed.MixSettings)
+    return some_of(for_model(wildcards), typed.MixSettings)
 
 
 def evaluation(wildcards):
     return " ".join(
         [
-            options(section(study(wildcards), "evaluate")),
+            options(section(for_model(wildcards), "evaluate")),
             WINDOW,
             words("--seed", wildcards.seed),
-            COMPUTE,
+            compute(wildcards.model),
         ]
     )

@@ -20,13 +20,14 @@ rule corpus:
         mem_mb=1500,
         runtime=120,
     params:
+        launch="memdec",
         command="corpus",
         inputs=named,
         options=lambda w: spec("corpora", w.corpus),
         source=lambda w: stamp(CONFIG.corpora[w.corpus]) if w.get("corpus") else [],
         version=VERSIONS["corpus"],
     shell:
-        "OMP_NUM_THREADS={threads} RAYON_NUM_THREADS={threads} memdec {params.command} {params.inputs} "
+        "OMP_NUM_THREADS={threads} RAYON_NUM_THREADS={threads} {params.launch} {params.command} {params.inputs} "
         '{params.options} --overwrite --out "$(dirname {output.manifest:q})" > {log:q} 2>&1'
 
 

@@ -13,8 +13,9 @@ use rule finetune as score with:
         f"{BENCHMARK}/score/{{home}}-{{seed}}-{{memory}}.tsv"
     priority: 0
     params:
+        launch="memdec",
         command="score",
-        options=lambda w: f"{words(*control(w))} {scoring(w)} {WINDOW} {COMPUTE}",
+        options=lambda w: f"{words(*control(w))} {scoring(w)} {WINDOW} {scored_on(w)}",
         version=VERSIONS["scores"],
 
 
@@ -57,7 +58,7 @@ use rule score as cases with:
         unpack(lambda w: keys_and_index(w, memory(w).keys)),
         config=CONFIG_FILE,
         base=f"{RUN}/models/{{model}}/manifest.json",
-        memory=lambda w: manifest(f"{at(w, 'memory')}/memory/{w.memory}"),
+        memory=evaluated_memory,
         calibration=lambda w: calibration(w, memory(w).keys),
     output:
         manifest=f"{HOME}/cases/{{memory}}/{{model}}/manifest.json",

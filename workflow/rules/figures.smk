@@ -11,6 +11,7 @@ use rule finetune as fidelity with:
         f"{BENCHMARK}/fidelity/{{home}}-{{seed}}-{{memory}}.tsv"
     priority: 0
     params:
+        launch="memdec",
         command="fidelity",
         options=lambda w: compared(w, "fidelity"),
         version=VERSIONS["fidelity"],
@@ -52,6 +53,7 @@ use rule finetune as latency with:
     priority: -10
     threads: workflow.cores
     params:
+        launch="memdec",
         command="latency",
         inputs=lambda w, input: named(
             w, {name: input[name] for name in ("base", "memory", "tokens", "passages")}

@@ -9,8 +9,9 @@ use rule finetune as datastore with:
     benchmark:
         f"{BENCHMARK}/datastore/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     params:
+        launch=lambda w: launched(key_name(w)),
         command="datastore",
-        options=lambda w: f"{sharded(w, 'datastore')} {WINDOW} {COMPUTE}",
+        options=lambda w: f"{sharded(w, 'datastore')} {WINDOW} {compute(key_name(w))}",
         version=VERSIONS["datastore"],
 
 
@@ -24,6 +25,7 @@ use rule finetune as index with:
     benchmark:
         f"{BENCHMARK}/index/{{home}}-{{seed}}-{{key}}.tsv"
     params:
+        launch="memdec",
         command="index",
         options=lambda w: f"{options(section(study(w), 'index'))} {DEVICE}",
         version=VERSIONS["index"],
@@ -43,13 +45,14 @@ use rule finetune as calibrate with:
     benchmark:
         f"{BENCHMARK}/calibrate/{{home}}-{{seed}}-{{key}}.tsv"
     params:
+        launch="memdec",
         command="calibrate",
         options=lambda w: " ".join(
             [
                 options(section(study(w), "calibrate")),
                 words("--nprobe", study(w).targets.nprobe),
                 WINDOW,
-                COMPUTE,
+                compute(key_name(w)),
             ]
         ),
         version=VERSIONS["calibration"],
@@ -68,6 +71,7 @@ use rule finetune as targets with:
     benchmark:
         f"{BENCHMARK}/targets/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     params:
+        launch="memdec",
         command="targets",
         options=lambda w: f"{sharded(w, 'targets')} {DEVICE}",
         version=VERSIONS["targets"],
@@ -85,8 +89,9 @@ use rule finetune as teacher with:
     benchmark:
         f"{BENCHMARK}/teacher/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     params:
+        launch="memdec",
         command="teacher",
-        options=lambda w: f"{sharded(w, 'teacher', 'knn_weight')} {WINDOW} {COMPUTE}",
+        options=lambda w: f"{sharded(w, 'teacher', 'knn_weight')} {WINDOW} {compute(key_name(w))}",
         version=VERSIONS["teacher"],
 
 
@@ -104,12 +109,12 @@ use rule teacher as mixture with:
     benchmark:
         f"{BENCHMARK}/mixture/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     params:
-        options=lambda w: f"{sharded(w, 'teacher')} {WINDOW} {COMPUTE}",
+        options=lambda w: f"{sharded(w, 'teacher')} {WINDOW} {compute(key_name(w))}",
 
 
 use rule corpus as adapt with:
     input:
-        memory=lambda w: manifest(f"{at(w, 'memory')}/memory/{memory(w).adapt}"),
+        memory=lambda w: memory_folder(w, study(w).variant(memory(w).adapt)),
         tokenizer=lambda w: manifest(f"{RUN}/tokenizers/{memory(w).tokenizer}"),
     output:
         manifest=f"{HOME}/adapted/{{memory}}/manifest.json",
@@ -143,6 +148,12 @@ use rule finetune as train with:
     benchmark:
         f"{BENCHMARK}/train/{{home}}-{{seed}}-{{memory}}.tsv"
     params:
+        launch=lambda w: launched(memory(w).memory_model),
         command="train",
-        options=lambda w: training(w, memory_options(w), budget(w, memory(w).share)),
+        options=lambda w: training(
+            w,
+            memory(w).memory_model,
+            memory_options(w),
+            budget(w, memory(w).share),
+        ),
         version=VERSIONS["memory"],

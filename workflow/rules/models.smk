@@ -3,7 +3,7 @@ use rule corpus as finetune with:
     input:
         model=f"{RUN}/models/{{model}}/manifest.json",
         tokens=lambda w: tokens_of(w.model, domain_of(w)),
-        tuned_by=lambda w: tuned_by(w, study(w).finetune, f"finetuned/{w.model}"),
+        tuned_by=lambda w: tuned_by(w, for_model(w).finetune, f"finetuned/{w.model}"),
     output:
         manifest=f"{HOME}/finetuned/{{model}}/manifest.json",
     log:
@@ -17,8 +17,9 @@ use rule corpus as finetune with:
         runtime=600,
         gpu=GPU,
     params:
+        launch=lambda w: launched(w.model),
         command="finetune",
-        options=lambda w: training(w, options(section(study(w), "finetune"))),
+        options=lambda w: training(w, w.model, options(section(for_model(w), "finetune"))),
         version=VERSIONS["finetune"],
 
 
@@ -29,7 +30,7 @@ use rule finetune as dapt with:
         tokens=lambda w: tokens_of(w.model, domain_of(w)),
         budget_model=budget_model,
         tuned_by=lambda w: tuned_by(
-            w, getattr(study(w), dapt_settings(w)), f"dapt/{w.model}"
+            w, getattr(for_model(w), dapt_settings(w)), f"dapt/{w.model}"
         ),
     output:
         manifest=f"{HOME}/dapt/{{model}}/manifest.json",
@@ -39,7 +40,10 @@ use rule finetune as dapt with:
         f"{BENCHMARK}/dapt/{{home}}-{{seed}}-{{model}}.tsv"
     params:
         options=lambda w: training(
-            w, options(section(study(w), dapt_settings(w))), budget(w)
+            w,
+            w.model,
+            options(section(for_model(w), dapt_settings(w))),
+            budget(w),
         ),
 
 
@@ -49,11 +53,11 @@ use rule finetune as lora with:
         tokens=lambda w: tokens_of(w.model, domain_of(w)),
         match=lambda w: (
             [manifest(f"{RUN}/models/{study(w).memory_model}")]
-            if study(w).lora.rank is None
+            if for_model(w).lora.rank is None
             else []
         ),
         budget_model=budget_model,
-        tuned_by=lambda w: tuned_by(w, study(w).lora, f"lora/{w.model}"),
+        tuned_by=lambda w: tuned_by(w, for_model(w).lora, f"lora/{w.model}"),
     output:
         manifest=f"{HOME}/lora/{{model}}/manifest.json",
     log:
@@ -63,7 +67,9 @@ use rule finetune as lora with:
     priority: 0
     params:
         command="lora",
-        options=lambda w: training(w, options(section(study(w), "lora")), budget(w)),
+        options=lambda w: training(
+            w, w.model, options(section(for_model(w), "lora")), budget(w)
+        ),
         version=VERSIONS["lora"],
 
 
@@ -83,7 +89,8 @@ use rule finetune as model with:
         f"{BENCHMARK}/model/{{model}}.tsv"
     priority: 10
     params:
+        launch="memdec",
         command="model",
-        options=lambda w: f"{spec('models', w.model)} {CONTEXT} {COMPUTE}",
+        options=lambda w: f"{spec('models', w.model)} {CONTEXT} {compute(w.model)}",
         source=lambda w: stamp(MODELS[w.model]),
         version=VERSIONS["model"],

@@ -34,20 +34,31 @@ def suite_rows(wildcards):
     """Files with the rows of a suite, so that Snakemake notices others. It is asked before any job starts.
 
     Raises:
-        WorkflowError: There are none of a task.
+        WorkflowError: There are none of a task; in a dry run that is a warning.
     """
     tasks = CONFIG.suites[wildcards.suite].tasks
+    if (fault := rows_missing(wildcards.suite)) is not None and not workflow.dryrun:
+        raise WorkflowError(fault)
+    return needed.stamps(tasks)
+
+
+@functools.cache
+def rows_missing(suite):
+    """What rows a suite lacks here, or None; in a dry run it is also said, once."""
     try:
-        needed.check(tasks)
-        return needed.stamps(tasks)
+        needed.check(CONFIG.suites[suite].tasks, ask_hub=not workflow.dryrun)
     except ConfigError as error:
-        raise WorkflowError(f"suites.{wildcards.suite}: {error}") from None
+        fault = f"suites.{suite}: {error}"
+        if workflow.dryrun:
+            logger.warning(fault)
+        return fault
+    return None
 
 
 def tasks(wildcards):
     """Options of a run over the tasks of a suite."""
     seed = words("--seed", wildcards.get("seed", 0))
-    return " ".join([spec("suites", wildcards.suite), seed, COMPUTE])
+    return " ".join([spec("suites", wildcards.suite), seed, compute(wildcards.model)])
 
 
 def suite_base(wildcards):
@@ -144,14 +155,16 @@ def compared(wildcards, name):
     """Options of the stages that compare a memory with its targets."""
     who = words("--name", wildcards.memory, *control(wildcards))
     given = options(section(study(wildcards), name), "seed")
-    return f"{who} {given} {WINDOW} {words('--seed', wildcards.seed)} {COMPUTE}"
+    on = compute(memory(wildcards).key_model)
+    return f"{who} {given} {WINDOW} {words('--seed', wildcards.seed)} {on}"
 
 
 def latency_options(wildcards, input):
     """Options of a measurement; a datastore and its index are one option."""
     stores = "+".join(os.path.dirname(store) for store in input.datastore)
     knn = words("--knn", f"{stores}:{os.path.dirname(input.index)}")
-    return f"{knn} {options(section(study(wildcards), 'latency'))} {COMPUTE}"
+    on = compute(wildcards.model)
+    return f"{knn} {options(section(study(wildcards), 'latency'))} {on}"
 
 
 def figure_of(wildcards):
