@@ -115,6 +115,14 @@ pretrained: $(STAMP)
 	$(RUN) build/pretrained --cores $(CORES) --workflow-profile profiles/default --configfile config/pretrained.yaml \
 	  config/recipe.yaml -- results/rivals.csv results/gains.svg
 
+# The paper's whole grid with stand-ins of a few thousand weights: half an hour on two cores. Task rows as for `make all`.
+.PHONY: paper-shapes
+paper-shapes: $(STAMP)
+	mkdir -p build/paper-shapes
+	$(BIN)/python -m tests.paper_shapes build/paper-shapes/shapes
+	$(RUN) build/paper-shapes --cores $(CORES) --workflow-profile profiles/default \
+	  --configfile config/paper.yaml config/paper-shapes.yaml -- results/all
+
 # Publish what a run wrote, for README.md and the other pages: `make reference FOLDER=build/smol`.
 .PHONY: reference
 reference: $(STAMP)

@@ -382,7 +382,8 @@ class Config(Settings):
         above = self.per_model[model].model_dump(exclude_unset=True, exclude={"systems", "launch"})
         if "dapt" in above and self.dapt is None:
             below["dapt"] = below.get("finetune", {})  # DAPT is trained as the key model is
-        return plain.merged(below, above)
+        found: dict[str, Any] = plain.merged(below, above)
+        return found
 
     def variant(self, name: str) -> Memory:
         """The memory of this name, with all defaults filled in."""

@@ -264,7 +264,7 @@ def test_dry_run_of_every_config(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert len(list((ROOT / "config").glob("*.yaml"))) == 9  # config.yaml is mini.yaml
+    assert len(list((ROOT / "config").glob("*.yaml"))) == 12  # config.yaml is mini.yaml
     for name in needed.files(["memdec_all", "memdec_dcpmi_kl", "memdec_casehold_4shot"]):  # a plan reads no rows
         (tmp_path / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "rows" / name).touch()
@@ -372,9 +372,30 @@ def test_rows_that_are_missing_stop_the_run_before_it_starts(tmp_path: Path, mon
     with pytest.raises(
         AssertionError, match=r"suites.nine: rows: expected sst2/test.jsonl, .* in .*, found none"
     ) as caught:
-        snakemake(tmp_path, "results/table2.csv", "-n", "--cores", "1")
+        snakemake(tmp_path, "results/table2.csv", "--cores", "1")
+    assert not list(tmp_path.rglob("manifest.json"))
     assert f"memdec data fetch --out {tmp_path} --task sst2 --task verbalizers --task mr" in str(caught.value)
     assert "Traceback (most recent" not in str(caught.value)
+    text = snakemake(tmp_path, "results/table2.csv", "-n", "--cores", "1")  # a plan is made, and says what it lacks
+    assert "suites.nine: rows: expected sst2/test.jsonl" in text
+    assert planned(text)["harness"] == 2
+
+
+@pytest.mark.parametrize(("name", "least"), [("paper", 450), ("gpu", 100)])
+def test_the_papers_grid_is_planned_without_network(
+    name: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every job of every table, with the resources that a cluster asks for; a name server that nobody has is not asked."""
+    monkeypatch.setenv("HF_ENDPOINT", "https://nowhere.invalid")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("MEMDEC_DATA", raising=False)
+    text = snakemake(tmp_path, "results/all", "-n", "--cores", "8", "--configfile", str(ROOT / f"config/{name}.yaml"))
+    jobs = planned(text)
+    assert sum(jobs.values()) > least
+    config = cfg.load(ROOT / "config" / f"{name}.yaml")
+    wanted = {table for study in config.studies.values() for table in study.tables}
+    assert {f"results/{table}.csv" for table in wanted} <= outputs(text)
+    assert len(re.findall(r"^(?:local)?rule .*:\n(?: .*\n)*? +resources: .*runtime=", text, re.MULTILINE)) >= least
 
 
 def test_a_wrong_key_stops_the_workflow_at_once(tmp_path: Path) -> None:
