@@ -182,15 +182,6 @@ _MIXED_IN = ("dapt", "other_domain", "neighbours")  # what is mixed in and is no
 Section = dict[str, Any]  # settings that differ from those of the common part; checked when they are laid over it
 
 
-class Launch(Settings):
-    """Several processes of one training or of one datastore; without a file `torchrun` starts them."""
-
-    processes: PositiveInt = Field(1, description="processes, one on each GPU of the machine")
-    config: str | None = Field(
-        None, description="config of `accelerate launch`, such as config/accelerate/fsdp.yaml (default: torchrun, DDP)"
-    )
-
-
 class ForModel(Settings):
     """What differs for one model, laid over the sections of the config in every job that trains or evaluates it."""
 
@@ -204,9 +195,13 @@ class ForModel(Settings):
         default_factory=dict, description="one candidate makes a weight or temperature fixed: alphas: [0.8]"
     )
     compute: Section = Field(default_factory=dict, description="in the common part alone; device all for a large model")
-    launch: Launch | None = Field(
+    gpus: PositiveInt = Field(
+        1, description="GPUs, in the common part alone: of a job with `launch`, or of an evaluation with device all"
+    )
+    launch: str | None = Field(
         None,
-        description="processes of its trainings, of memories that start from it, and of its keys; in the common part alone",
+        description="what starts its trainings, those of memories that start from it, and its keys, in one process for each "
+        "of `gpus`: torchrun, or a config of `accelerate launch` such as config/accelerate/fsdp.yaml; in the common part alone",
     )
 
 
@@ -379,7 +374,7 @@ class Config(Settings):
 
     def _laid_for(self, model: str) -> dict[str, Any]:
         below = self.model_dump(exclude_unset=True, exclude={"studies", "per_model"})
-        above = self.per_model[model].model_dump(exclude_unset=True, exclude={"systems", "launch"})
+        above = self.per_model[model].model_dump(exclude_unset=True, exclude={"systems", "gpus", "launch"})
         if "dapt" in above and self.dapt is None:
             below["dapt"] = below.get("finetune", {})  # DAPT is trained as the key model is
         found: dict[str, Any] = plain.merged(below, above)
@@ -508,8 +503,8 @@ class Config(Settings):
             for model, given in study.per_model.items():
                 wrong += [
                     f"{where}.per_model.{model}.{field}: expected it in the common part only, found it here; move it there"
-                    for field in ("compute", "launch")
-                    if getattr(given, field)
+                    for field in ("compute", "gpus", "launch")
+                    if field in given.model_fields_set
                 ]
             for line in faults(self._laid(name))[0]:
                 if line not in known:

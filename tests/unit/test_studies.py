@@ -183,7 +183,7 @@ def test_the_papers_tables_have_its_rows_and_columns() -> None:
 def test_one_gpu_has_nothing_that_needs_two() -> None:
     config = cfg.load(MINI.parent / "gpu.yaml")
     assert config.systems_of("Qwen2.5-7B") == ["base", "LoRA", "MemDec"]
-    assert all(each.launch is None and not each.compute for each in config.per_model.values())
+    assert all(each.launch is None and each.gpus == 1 and not each.compute for each in config.per_model.values())
 
 
 def test_every_name_of_a_table_is_made_by_the_catalogues() -> None:

@@ -398,6 +398,45 @@ def test_the_papers_grid_is_planned_without_network(
     assert len(re.findall(r"^(?:local)?rule .*:\n(?: .*\n)*? +resources: .*runtime=", text, re.MULTILINE)) >= least
 
 
+def test_a_job_takes_the_gpus_and_the_launcher_of_its_model(tmp_path: Path) -> None:
+    domain = "results/paper/Bio/seed42"
+    config = [
+        "--resources",
+        "gpu=8",
+        "--configfile",
+        str(ROOT / "config" / "paper.yaml"),
+        "--config",
+        "compute={device: cuda}",
+    ]
+    targets = [
+        f"{domain}/memory/memdec/manifest.json",
+        f"{domain}/lora/Qwen2.5-7B/manifest.json",
+        f"{domain}/evaluation/memdec/Qwen2.5-72B/manifest.json",
+    ]
+    text = snakemake(tmp_path, *targets, "-n", "-p", "--cores", "8", *config)
+    jobs = re.findall(r"^rule (\w+):\n((?: .*\n)+)\n*(.*memdec.*)?", text, re.MULTILINE)
+
+    def said(rule: str, word: str) -> tuple[int, str]:
+        return next(
+            (int(re.findall(r"gpu=(\d+)", about)[0]), line)
+            for name, about, line in jobs
+            if name == rule and word in about
+        )
+
+    gpus, line = said("train", "memory/memdec")
+    assert gpus == 8
+    assert "torchrun --standalone --nproc-per-node 8 -m memdec.cli train " in line
+    gpus, line = said("lora", "Qwen2.5-7B")
+    assert gpus == 8
+    assert re.search(r"accelerate launch --num_processes 8 --config_file /.*/fsdp.yaml -m memdec.cli lora ", line)
+    gpus, line = said("evaluate_systems", "Qwen2.5-72B")
+    assert gpus == 4
+    assert " memdec evaluate " in line
+    assert "--device all --precision bfloat16" in line
+    gpus, line = said("score", "memdec")
+    assert gpus == 1
+
+
 def test_a_wrong_key_stops_the_workflow_at_once(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="strid"):
         snakemake(tmp_path, "-n", "--cores", "1", "--config", "strid=3")

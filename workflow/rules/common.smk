@@ -170,15 +170,41 @@ def compute(model):
 
 def launched(model):
     """What starts a stage that several processes can share."""
-    found = CONFIG.per_model[model].launch if model in CONFIG.per_model else None
-    if found is None:
+    found = CONFIG.per_model.get(model, configs.ForModel())
+    if found.launch is None:
         return "memdec"
-    if found.config is None:
-        start = ("torchrun", "--standalone", "--nproc-per-node", found.processes)
+    if found.launch == "torchrun":
+        start = ("torchrun", "--standalone", "--nproc-per-node", found.gpus)
     else:
-        start = ("accelerate", "launch", "--config_file", os.path.abspath(found.config))
-        start += ("--num_processes", found.processes)
+        start = ("accelerate", "launch", "--num_processes", found.gpus)
+        start += ("--config_file", os.path.abspath(found.launch))
     return words(*start, "-m", "memdec.cli")
+
+
+def computing(launched=False):
+    """Resources of a rule that runs models; of one that several processes can share, with `launched`."""
+
+    def gpu(wildcards):
+        found = CONFIG.per_model.get(model_of(wildcards), configs.ForModel())
+        several = found.launch if launched else found.compute.get("device") == "all"
+        return GPU * (found.gpus if several else 1)
+
+    return {
+        "cpu": lambda wildcards, threads: threads,
+        "mem_mb": 2000,
+        "runtime": 600,
+        "gpu": gpu,
+    }
+
+
+def model_of(wildcards):
+    """Name of the model that a job runs."""
+    if "model" in wildcards.keys():
+        return wildcards.model
+    if "key" in wildcards.keys():
+        return key_name(wildcards)
+    found = memory(wildcards)
+    return found.key_model if found.neighbours else found.memory_model
 
 
 # --- studies ---------------------------------------------------------------------------------------------------------
@@ -360,7 +386,9 @@ def evaluated_memory(wildcards):
     if not found.other_domain:
         return memory_folder(wildcards, found)
     config = memory_study(wildcards)
-    default, domain = config.variant(typed.DEFAULT_MEMORY), config.next_domain(domain_of(wildcards))
+    default, domain = config.variant(typed.DEFAULT_MEMORY), config.next_domain(
+        domain_of(wildcards)
+    )
     if default.ready:
         return manifest(f"{RUN}/models/{default.ready[domain]}")
     other = home(config.study_name, domain, "memory")
@@ -446,12 +474,6 @@ def some_of(config, settings):
 
 def scoring(wildcards):
     return some_of(study(wildcards), typed.ScoreSettings)
-
-
-def scored_on(wildcards):
-    """Device and precision of the scores of a memory, or of the neighbours in its place."""
-    found = memory(wildcards)
-    return compute(found.key_model if found.neighbours else found.memory_model)
 
 
 def mixing(wildcards):

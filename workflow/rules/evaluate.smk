@@ -12,10 +12,12 @@ use rule finetune as score with:
     benchmark:
         f"{BENCHMARK}/score/{{home}}-{{seed}}-{{memory}}.tsv"
     priority: 0
+    resources:
+        **computing(),
     params:
         launch="memdec",
         command="score",
-        options=lambda w: f"{words(*control(w))} {scoring(w)} {WINDOW} {scored_on(w)}",
+        options=lambda w: f"{words(*control(w))} {scoring(w)} {WINDOW} {compute(model_of(w))}",
         version=VERSIONS["scores"],
 
 

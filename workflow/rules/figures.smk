@@ -10,6 +10,8 @@ use rule finetune as fidelity with:
     benchmark:
         f"{BENCHMARK}/fidelity/{{home}}-{{seed}}-{{memory}}.tsv"
     priority: 0
+    resources:
+        **computing(),
     params:
         launch="memdec",
         command="fidelity",
@@ -52,6 +54,8 @@ use rule finetune as latency with:
         f"{BENCHMARK}/latency/{{home}}-{{seed}}-{{memory}}-{{model}}.tsv"
     priority: -10
     threads: workflow.cores
+    resources:
+        **computing(),
     params:
         launch="memdec",
         command="latency",

@@ -24,6 +24,8 @@ use rule finetune as index with:
         f"{LOG}/index/{{home}}-{{seed}}-{{key}}.log",
     benchmark:
         f"{BENCHMARK}/index/{{home}}-{{seed}}-{{key}}.tsv"
+    resources:
+        **computing(),
     params:
         launch="memdec",
         command="index",
@@ -44,6 +46,8 @@ use rule finetune as calibrate with:
         f"{LOG}/calibrate/{{home}}-{{seed}}-{{key}}.log",
     benchmark:
         f"{BENCHMARK}/calibrate/{{home}}-{{seed}}-{{key}}.tsv"
+    resources:
+        **computing(),
     params:
         launch="memdec",
         command="calibrate",
@@ -70,6 +74,8 @@ use rule finetune as targets with:
         f"{LOG}/targets/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
         f"{BENCHMARK}/targets/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
+    resources:
+        **computing(),
     params:
         launch="memdec",
         command="targets",
@@ -88,6 +94,8 @@ use rule finetune as teacher with:
         f"{LOG}/teacher/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
         f"{BENCHMARK}/teacher/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
+    resources:
+        **computing(),
     params:
         launch="memdec",
         command="teacher",

@@ -12,14 +12,13 @@ use rule corpus as finetune with:
         f"{BENCHMARK}/finetune/{{home}}-{{seed}}-{{model}}.tsv"
     priority: 5
     resources:
-        cpu=lambda wildcards, threads: threads,
-        mem_mb=2000,
-        runtime=600,
-        gpu=GPU,
+        **computing(launched=True),
     params:
         launch=lambda w: launched(w.model),
         command="finetune",
-        options=lambda w: training(w, w.model, options(section(for_model(w), "finetune"))),
+        options=lambda w: training(
+            w, w.model, options(section(for_model(w), "finetune"))
+        ),
         version=VERSIONS["finetune"],
 
 
@@ -88,6 +87,8 @@ use rule finetune as model with:
     benchmark:
         f"{BENCHMARK}/model/{{model}}.tsv"
     priority: 10
+    resources:
+        **computing(),
     params:
         launch="memdec",
         command="model",

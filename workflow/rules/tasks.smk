@@ -10,6 +10,8 @@ use rule evaluate as harness with:
         f"{LOG}/harness/{{home}}-{{seed}}-{{suite}}-{{memory}}-{{model}}.log",
     benchmark:
         f"{BENCHMARK}/harness/{{home}}-{{seed}}-{{suite}}-{{memory}}-{{model}}.tsv"
+    resources:
+        **computing(),
     params:
         command="harness",
         options=lambda w: " ".join([words("--name", w.memory), tasks(w)]),
