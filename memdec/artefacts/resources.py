@@ -82,8 +82,43 @@ def has_gpu() -> bool:
 
 
 def free_memory() -> int:
-    """Bytes of memory that are available without swapping."""
-    return int(psutil.virtual_memory().available)
+    """Bytes of memory that this process may still take without swapping: of the machine, of its cgroups and of its job."""
+    room = [int(psutil.virtual_memory().available), *_cgroup_room()]
+    job = os.environ.get("SLURM_MEM_PER_NODE", "")  # in MB; not every cluster enforces it by a cgroup
+    if job.isdigit() and int(job):
+        room.append(int(job) * 2**20 - psutil.Process().memory_info().rss)
+    return max(0, min(room))
+
+
+_CGROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def _cgroup_room() -> Iterator[int]:
+    """Bytes below the limit of each cgroup that this process is in; pages that only cache files count as free."""
+    try:
+        lines = _OWN.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = _CGROUPS / controllers
+        most, used, cached = _V1 if controllers else _V2
+        # Inside a container the path may be that of the host, and its own cgroup the top one.
+        below = Path(place.lstrip("/"))
+        for folder in (top / each for each in (below, *below.parents)):
+            try:
+                limit, taken = ((folder / name).read_text().strip() for name in (most, used))
+                counts = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                if limit.isdigit():
+                    yield int(limit) - int(taken) + int(counts.get(cached, 0))
+            except (OSError, ValueError):
+                continue
+
+
+_V2 = ("memory.max", "memory.current", "inactive_file")  # limit, use, and the file cache in memory.stat
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def size(n_bytes: float) -> str:

@@ -20,6 +20,7 @@ from memdec.errors import ArtifactError, ConfigError
 from memdec.harness.base_lm import WrappedLM
 from memdec.inference.systems import SYSTEMS, Parts
 from memdec.inference.wrapper import Wrapper
+from memdec.models import loading
 from memdec.settings import (
     DatastoreSettings,
     IndexSettings,
@@ -177,6 +178,23 @@ def test_base_dapt_and_lora_are_those_models(parts: Parts, texts: list[Tensor]) 
 
 
 # --- what a system says -------------------------------------------------------------------------------------------
+
+
+def test_a_base_that_is_spread_is_the_same_system(
+    name: str, parts: Parts, model: Wrapper, texts: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU accelerate puts all of it on the CPU; where the weights are changes nothing."""
+    asked, load = [], loading.from_pretrained
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs.get("device_map"))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(loading, "from_pretrained", seen)
+    spread = SYSTEMS[name].build(dataclasses.replace(parts, spread=True))
+    assert asked[0] == "auto"
+    assert "auto" not in asked[1:]  # the memory is beside the base
+    torch.testing.assert_close(p(spread, texts[0][None]), p(model, texts[0][None]), rtol=1e-6, atol=1e-8)
 
 
 def test_a_part_that_is_not_given_is_named(name: str, parts: Parts) -> None:

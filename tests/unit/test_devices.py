@@ -10,7 +10,7 @@ import torch
 from memdec import cli
 from memdec.artefacts import devices
 from memdec.datastore import keys as datastore
-from memdec.errors import ResourceError
+from memdec.errors import ConfigError, ResourceError
 from memdec.settings import Compute, DatastoreSettings
 
 
@@ -84,3 +84,17 @@ def test_a_stage_on_a_gpu_that_is_not_there_or_too_small_ends_with_one_line(
         assert said[-1].startswith("error: ")
         assert message in said[-1]
         assert not (tmp_path / "d" / "manifest.json").exists()
+
+
+def test_a_model_is_spread_over_all_gpus_only_where_a_stage_can(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = Compute(device="all")
+    assert devices.pick(compute, spread=True) == torch.device("cuda", 0)
+    assert devices.precision(compute) == "bfloat16"
+    with pytest.raises(ConfigError, match="device: expected auto, cpu or cuda, found all; only `memdec evaluate`"):
+        devices.pick(compute)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70, 80))
+    devices.check_room(140, "cuda", "weights", "use another dtype", spread=True)
+    with pytest.raises(ResourceError, match="weights: expected 141 B free on 2 GPUs, found 140 B; use another dtype"):
+        devices.check_room(141, "cuda", "weights", "use another dtype", spread=True)
+    with pytest.raises(ResourceError, match="expected 71 B free on cuda, found 70 B"):
+        devices.check_room(71, "cuda", "weights", "use another dtype")
