@@ -33,6 +33,7 @@ from memdec.settings import IndexSettings
 PER_CALL = 65_536  # keys encoded per call
 _CHECKPOINT = 60.0  # seconds between two checkpoints
 _EXACT = 0.999  # warn if the recall of exact search is lower; ties between distances may cost a little
+MANY = 1_000_000  # keys from which an exact search of all of them by all of them takes hours
 _POINTS = 39  # training keys per centroid below which FAISS warns
 _TEMPERATURES = (1.0, 16.0)  # temperatures at which total variation is measured
 
@@ -72,6 +73,12 @@ def _check(store: Datastore, settings: IndexSettings) -> None:
         raise ConfigError(f"index: expected opq with kind ivfpq alone, found kind {kind}; set `opq: false`")
     if kind == "exact":
         store.require_stored(f"use kind ivfpq or ivfflat, not {kind}")
+        if n > MANY:
+            warnings.warn(
+                f"index: exact search compares each query with all {n:,} keys: targets of every position take "
+                f"{2.0 * n * n * d:.1e} operations; kinds ivfpq and ivfflat search the nearest cells only",
+                stacklevel=2,
+            )
         return
     sample = min(settings.sample, n)
     if kind == "ivfpq" and d % settings.code_size:

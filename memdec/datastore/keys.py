@@ -10,6 +10,7 @@ run. Sharded, parallel, resumed and streamed runs give exactly the same keys.
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,7 @@ from memdec.text import tokens
 _NOT_SETTINGS = ("context", "stride", "shard", "precision")  # in the manifest's settings, but not in DatastoreSettings
 _CHUNK = 32  # forward passes between two points from which a run can resume
 _SAMPLED_PASSES = 32  # least number of forward passes from which a sample of keys is taken
+MANY = 10 * 10**9  # bytes of keys from which the number type matters
 # Largest relative distance between the keys of the same model. Using bfloat16 instead of float32 weights changed the
 # keys of three small models by 0.007 to 0.015; ten steps of fine-tuning changed them by 0.2 and more.
 _SAME_MODEL = 0.05
@@ -203,7 +205,13 @@ def _write(forward: Forward, passes: range, out: Path, work: Path, team: resourc
     if team.rank == 0 and not (any(mark.exists() for mark in marks) and is_array(path, dtype, shape)):
         for mark in marks:
             mark.unlink(missing_ok=True)
-        resources.check_disk(out, shape[0] * shape[1] * dtype.itemsize, "the keys (`stored: false` keeps none)")
+        needed = shape[0] * shape[1] * dtype.itemsize
+        if needed > MANY and forward.settings.dtype == "float32":
+            warnings.warn(
+                f"datastore: keys in float32 take {resources.size(needed)}; float16, the released type, takes half of it",
+                stacklevel=2,
+            )
+        resources.check_disk(out, needed, "the keys (`stored: false` keeps none)")
         arrays.allocate(path, dtype, shape)
     team.wait()
     keys: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="r+")

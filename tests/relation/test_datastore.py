@@ -139,6 +139,20 @@ def test_streamed_keys_are_the_stored_ones(base_folder: Path, short_tokens: Path
         np.testing.assert_array_equal(one, other)
 
 
+def test_many_keys_in_float32_are_a_warning(
+    base_folder: Path,
+    short_tokens: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    monkeypatch.setattr(datastore, "MANY", 1000)
+    run(base_folder, short_tokens, tmp_path / "half")
+    assert not [each for each in recwarn if "float32" in str(each.message)]
+    with pytest.warns(UserWarning, match=r"keys in float32 take .* kB; float16, the released type, takes half of it"):
+        run(base_folder, short_tokens, tmp_path / "full", dtype="float32")
+
+
 def test_a_sample_is_random_positions_with_their_keys(whole: Path) -> None:
     store = Datastore(whole)
     positions, keys = store.sample(300, 0)

@@ -355,6 +355,16 @@ def test_fault_14_settings_that_cannot_work_fail_before_the_work(
     assert not (tmp_path / "i").exists()
 
 
+def test_exact_search_of_very_many_keys_is_a_warning(
+    store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "MANY", 2999)
+    with pytest.warns(
+        UserWarning, match=r"compares each query with all 3,000 keys: .* take \d\.\de\+\d+ operations; kinds"
+    ):
+        index.run(store, tmp_path / "i", IndexSettings(check_queries=8, check_neighbours=8))
+
+
 def test_fault_14_few_keys_per_centroid_are_a_warning(store: list[Path], tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"3000 training keys for 100 centroids; at least 3900 are usual"):
         index.run(store, tmp_path / "i", IndexSettings(**{**PQ, "centroids": 100}))

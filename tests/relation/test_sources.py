@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter, TokenType
+from making import CONTEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from memdec import cli
@@ -23,7 +24,6 @@ from memdec.models import loading
 from memdec.settings import DatastoreSettings, ModelSpec, TokenizerSpec, TrainSettings, WheelFile
 from memdec.text import tokens
 from memdec.training import stages
-from tests.making import CONTEXT
 
 WIDTH, HEADS, LAYERS, FEED = 16, 2, 3, 32
 NAMES = {
