@@ -56,6 +56,16 @@ def test_tokenizers_of_one_vocabulary_in_other_files_are_one(tokenizer_folder: P
     tokens.check_same_ids(other, one, "here")
 
 
+def test_tokenizers_that_name_a_control_token_differently_are_one(tokenizer_folder: Path) -> None:
+    """As Llama 3 and 3.1: `<|reserved_special_token_2|>` of one is `<|finetune_right_pad_id|>` of the other."""
+    one, other = (tokens.load_tokenizer(str(tokenizer_folder)) for _ in range(2))
+    one.add_special_tokens({"additional_special_tokens": ["<|reserved_0|>"]})
+    other.add_special_tokens({"additional_special_tokens": ["<|right_pad|>"]})
+    assert one.get_vocab()["<|reserved_0|>"] == other.get_vocab()["<|right_pad|>"]
+    tokens.check_same_ids(one, other, "here")
+    tokens.check_same_ids(other, one, "here")
+
+
 def test_the_same_vocabulary_with_another_split_is_another_tokenizer(tokenizer_folder: Path) -> None:
     from tokenizers import pre_tokenizers
 
