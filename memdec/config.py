@@ -153,6 +153,7 @@ class Memory(Settings):
     share: float
     train: MemorySettings
     models: list[Name]
+    watched: list[Name]  # base models whose mixtures its training evaluates
     tokenizer: Name
 
     @property
@@ -164,11 +165,6 @@ class Memory(Settings):
     def keys(self) -> str:
         """Folder name of the artefacts that its key model makes."""
         return self.key_model + ("" if self.tuned else UNTUNED)
-
-    @property
-    def watches(self) -> bool:
-        """Whether its training evaluates mixtures with the base models."""
-        return self.train.keep_best or self.train.evaluate_every is not None
 
 
 # --- studies --------------------------------------------------------------------------------------------------------
@@ -272,6 +268,12 @@ class Config(Settings):
         "knn",
         description="distributions that memories are trained on, where 'targets' of a memory says nothing (paper: knn)",
     )
+    watch: Names | None = Field(
+        None,
+        min_length=1,
+        description="base models whose mixtures with a memory are evaluated during its training, so that other ones do not "
+        "change it (default: all that it is evaluated with)",
+    )
     memories: dict[Name, MemoryVariant] = Field(
         default_factory=dict, description="memories in addition to the default one, which is called 'memdec'"
     )
@@ -326,6 +328,9 @@ class Config(Settings):
         tokenizer = self.models[start if given.dapt else key_model].tokenizer
         fitting = [base for base in self.bases if self.models[base].tokenizer == tokenizer]
         alone = given.other_domain and len(self.domains) == 1
+        models = [] if alone else given.models or fitting
+        watched = [base for base in self.watch or [] if self.models[base].tokenizer == tokenizer] or models
+        watches = train.keep_best or train.evaluate_every is not None
         return Memory(
             **given.model_dump(
                 include={"tuned", "tuned_start", "dapt", "other_domain", "neighbours", "adapt", "share"}
@@ -335,7 +340,8 @@ class Config(Settings):
             key_model=key_model,
             targets="none" if given.dapt or train.objective == "ce" else given.targets or self.imitates,
             train=train,
-            models=[] if alone else given.models or fitting,
+            models=models,
+            watched=watched if watches else [],
             tokenizer=tokenizer,
         )
 
@@ -352,8 +358,7 @@ class Config(Settings):
     @property
     def watched(self) -> list[str]:
         """Base models whose mixtures are evaluated during the training of the default memory."""
-        memory = self.variant(DEFAULT_MEMORY)
-        return memory.models if memory.watches else []
+        return self.variant(DEFAULT_MEMORY).watched
 
     def study(self, name: str | None) -> "Config":
         """A study laid over the common part, as a config without studies; None: the common part alone.
@@ -438,7 +443,7 @@ class Config(Settings):
                 memory = config.variant(name)
                 if memory.other_domain and not memory.models:
                     continue
-                train = memory.model_copy(update={"models": memory.models if memory.watches else []})
+                train = memory.model_copy(update={"models": []})
                 other = config.next_domain(domain) if memory.other_domain else ""
                 first = seen.setdefault((home, domain, name), (study or "the common part", train, other))
                 if first[1:] != (train, other):

@@ -22,6 +22,7 @@ def references(config: object) -> list[str]:
         ("domains", data.get("domains"), corpora),
         ("forgetting", data.get("forgetting"), corpora),
         ("evaluated", data.get("evaluated"), models),
+        ("watch", data.get("watch"), models),
         ("key_model", data.get("key_model"), models),
         ("memory_model", data.get("memory_model"), models),
         ("budget.model", _entry(data.get("budget")).get("model"), models),

@@ -248,15 +248,17 @@ def keys_and_index(wildcards, key):
 
 
 def memory_study(wildcards):
-    """Config of the first study that has the memory of a job, in the same home."""
+    """Config of the first study with the memory of a job that is made from the same artefacts."""
     domain = domain_of(wildcards)
-    wanted = home(study_of(wildcards), domain, "memory")
     for name, config in STUDIES.items():
-        here = domain in config.domains and home(name, domain, "memory") == wanted
-        if here and wildcards.memory in config.memory_names:
+        if domain not in config.domains or wildcards.memory not in config.memory_names:
+            continue
+        kinds = memory_kinds(config.variant(wildcards.memory))
+        if home(name, domain, *kinds) == home(study_of(wildcards), domain, *kinds):
             return config
     raise WorkflowError(
-        f"{wanted}: expected a memory of a study of this domain, found {wildcards.memory}; see 'memories' of the config"
+        f"{wildcards.home}: expected a memory of a study of this domain, found {wildcards.memory}; see 'memories' of the "
+        "config"
     )
 
 
@@ -295,9 +297,7 @@ def calibration(wildcards, key=None):
 
 def memory_bases(wildcards):
     """Base models for evaluations during training; none if there are no such evaluations."""
-    found = memory(wildcards)
-    names = found.models if found.watches else []
-    return [manifest(f"{RUN}/models/{name}") for name in names]
+    return [manifest(f"{RUN}/models/{name}") for name in memory(wildcards).watched]
 
 
 def memory_options(wildcards):
