@@ -86,12 +86,19 @@ def test_studies_share_what_they_make_with_the_same_settings() -> None:
     assert cfg.owner(studies, "same", "memory", "evaluation") == "flat"
 
 
-def test_the_bases_of_a_memory_that_watches_them_make_another_memory() -> None:
-    watching = {"memory": {"keep_best": True}}
-    one = {"tables": ["table8"], **watching}
-    studies = checked(one=one, two={"tables": ["table9"], "evaluated": ["gpt2-S"], **watching}).every_study()
-    assert cfg.owner(studies, "two", "memory") == "two"
-    assert cfg.owner(studies, "one", "memory") == "one"
+@pytest.mark.parametrize("watch", [None, ["gpt2-L"]])
+def test_the_bases_that_judge_a_memory_make_another_memory(watch: list[str] | None) -> None:
+    common = with_studies() | {"watch": watch, "memory": {"keep_best": True}}
+    two = {"tables": ["table9"], "evaluated": ["gpt2-S"]}
+    vocabulary = {"tables": ["table4"], "evaluated": ["qwen3k-M"], "key_model": "qwen3k-L", "memory_model": "qwen3k-M"}
+    config = cfg.checked(common | {"studies": {"two": two, "vocabulary": vocabulary}}, "c")
+    studies = config.every_study()
+    assert studies["two"].variant("memdec").watched == (watch or ["gpt2-S"])
+    assert studies["two"].variant("memdec").models == ["gpt2-S"]
+    assert cfg.owner(studies, "two", "memory") == (None if watch else "two")
+    assert studies["vocabulary"].variant("memdec").watched == ["qwen3k-M"]  # of its tokenizer
+    unwatched = config.model_copy(update={"memory": config.memory.model_copy(update={"keep_best": False})})
+    assert unwatched.variant("memdec").watched == []
 
 
 @pytest.mark.parametrize(
