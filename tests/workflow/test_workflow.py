@@ -248,7 +248,9 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["table1"],
             {"corpus": 2, "tokenizer": 1, "tokens": 2, "model": 1, "finetune": 1, "datastore": 1, "index": 1}
             | {
+                "calibrate": 1,
                 "targets": 1,
+                "mixture": 1,
                 "train": 1,
                 "dapt": 1,
                 "lora": 1,
