@@ -108,8 +108,8 @@ def _marked_words(table: Table, given: Sequence[Given], out: Path) -> None:
     cells.write(out.with_suffix(".cells.csv"), lines)
     items.write(out.with_suffix(".items.npz"), {})  # one word is no sample of words
     below = (
-        f"Probability in percent of the word in brackets, scale `{table.config.scale}`: memory, kNN distribution that it "
-        f"was trained on ({manifest.facts['keys']:,} keys, k {manifest.settings['neighbours']}, temperature "
+        f"Probability in percent of the word in brackets, scale `{table.config.scale}`: memory, kNN distribution of "
+        f"the keys that it was made with ({manifest.facts['keys']:,} keys, k {manifest.settings['neighbours']}, temperature "
         f"{manifest.settings['temperature']:g}) and base model {table.config.key_model}. A word of several tokens has the "
         "product of their probabilities."
     )
