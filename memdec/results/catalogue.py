@@ -447,7 +447,7 @@ def _differing(config: Config, field: str, *others: str) -> list[str]:
 def _differs(config: Config, name: str) -> set[str]:
     """Fields in which a memory differs from the default one; those of its training begin with `train.`."""
     first, other = config.variant(DEFAULT_MEMORY), config.variant(name)
-    fields = set(type(first).model_fields) - {"name", "models", "train", "tokenizer"}
+    fields = set(type(first).model_fields) - {"name", "models", "watched", "train", "tokenizer"}
     found = {field for field in fields if getattr(first, field) != getattr(other, field)}
     if other.train.objective == "ce":
         found.discard("targets")  # they follow from the objective

@@ -461,7 +461,7 @@ def _derived(study: Config, name: str) -> tuple[set[str], set[str]]:
 def _alike(memory: Memory, main: Memory, besides: set[str], settings: set[str]) -> bool:
     """Whether two memories differ in nothing but these fields and these settings of their training."""
     one, other = (
-        each.model_dump(exclude={"name", "models", "train", *besides})
+        each.model_dump(exclude={"name", "models", "watched", "train", *besides})
         | {"train": each.train.model_dump(exclude=settings)}
         for each in (memory, main)
     )

@@ -375,6 +375,16 @@ def test_a_study_with_its_own_settings_makes_only_what_depends_on_them(tmp_path:
     assert homes["keys/gpt2-L/targets/1-of-2"] == homes["memory/kl"] == homes["evaluation/kl/gpt2-L"] == "parts"
 
 
+def test_a_control_is_found_where_its_parts_are(tmp_path: Path) -> None:
+    """The memories of the study are its own, but the keys are shared, and so is p_kNN in the place of a memory."""
+    study = "sizes: {memory: {epochs: 3}, memories: {near: {neighbours: true}}}"
+    (tmp_path / "my.yaml").write_text(f"studies: {{{study}}}")
+    files = [str(MINI), str(tmp_path / "my.yaml")]
+    made = outputs(snakemake(tmp_path, "results/memories.csv", "-n", "--cores", "8", "--configfile", *files))
+    assert "results/mini/torch/seed0/scores/near/manifest.json" in made
+    assert "results/mini/sizes/torch/seed0/scores/keys-S/manifest.json" in made
+
+
 def test_figures_are_made_of_their_parts(tmp_path: Path) -> None:
     names = [f"results/{name}.svg" for name in ("figure2", "figure4", "figure5", "figure6", "fidelity")]
     seed = "results/mini/torch/seed0"
