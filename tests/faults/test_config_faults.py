@@ -211,7 +211,7 @@ def test_all_kinds_of_problems_in_one_go(tmp_path: Path, capsys: pytest.CaptureF
             {"index": {"kind": "ivfpq", "centroids": 64, "code_size": 48}},
             r"index.code_size: .* width \(128\), found 48",
         ),
-        ({"targets": {"neighbours": 190_001}}, r"targets.neighbours: .*torch's train text \(190000\), found 190001"),
+        ({"targets": {"neighbours": 190_001}}, r"targets.neighbours: .*torch's train text \(140000\), found 190001"),
         ({"system": ["base"]}, "system: unknown key; did you mean systems\\?"),
         ({"compute": {"device": "gpu"}}, "compute.device: Input should be 'auto', 'cpu' or 'cuda'"),
     ],

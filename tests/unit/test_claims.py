@@ -455,7 +455,7 @@ def test_roles_of_memories_are_by_what_differs() -> None:
         "teacher": {"targets": "teacher"},
         "teacher-dropout": {"targets": "teacher", "train": {"dropout": 0.1}},
     }
-    data = MINI.model_dump(mode="json", exclude_unset=True) | {"memories": memories}
+    data = MINI.model_dump(mode="json", exclude_unset=True) | {"memories": memories, "imitates": "knn"}
     study = cfg.checked(data, "c")
     made = [
         Cell.model_validate(

@@ -33,7 +33,7 @@ MEMORIES = {
 def config(**changes: object) -> Config:
     """The common part of mini with the memories above, and no studies."""
     plain = {name: value for name, value in yaml.safe_load(MINI.read_text()).items() if name != "studies"}
-    return cfg.checked(plain | {"memories": MEMORIES} | changes, "test")
+    return cfg.checked(plain | {"memories": MEMORIES, "imitates": "knn"} | changes, "test")
 
 
 def cell(model: str, method: str, value: float | None, domain: str = "torch", **more: Any) -> Cell:

@@ -59,7 +59,17 @@ def planned(text: str) -> dict[str, int]:
 # Jobs of Table 3 at the default scale: 4 bases of one tokenizer; in each of 3 domains a memory, the DAPT of its start as a
 # control, and the memory of the next domain as another.
 TABLE3 = {"corpus": 4, "tokenizer": 1, "tokens": 4, "model": 4, "finetune": 3, "datastore": 3, "index": 3, "targets": 6}
-TABLE3 |= {"train": 3, "dapt": 3, "lora": 12, "score": 9, "evaluate": 36, "evaluate_systems": 24, "table": 1}
+TABLE3 |= {
+    "calibrate": 3,
+    "mixture": 3,
+    "train": 3,
+    "dapt": 3,
+    "lora": 12,
+    "score": 9,
+    "evaluate": 36,
+    "evaluate_systems": 24,
+    "table": 1,
+}
 # Of what has one domain: its text and a general one.
 ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
 
@@ -75,7 +85,17 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["mini"],
             ["table1"],
             ONE
-            | {"tokens": 3, "model": 3, "finetune": 2, "datastore": 5, "index": 5, "targets": 4, "train": 2}
+            | {
+                "tokens": 3,
+                "model": 3,
+                "finetune": 2,
+                "datastore": 5,
+                "index": 5,
+                "targets": 4,
+                "calibrate": 2,
+                "mixture": 2,
+                "train": 2,
+            }
             | {"passages": 1, "dapt": 3, "lora": 3, "score": 3, "evaluate": 9, "evaluate_systems": 15},
         ),
         # the two parts of the objective beside both, over 3 seeds: no other objective, no other table
@@ -93,16 +113,16 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
                 "score": 9,
                 "evaluate": 27,
             }
-            | {"evaluate_systems": 9},
+            | {"evaluate_systems": 9, "calibrate": 3, "mixture": 3},
         ),
-        # 18 more memories that are trained and one that is not, with one base in 3 domains; one teacher for both of its
-        # memories. The kNN-LM has keys of the base itself.
+        # 7 more memories that are trained and one that is not, with one base in 3 domains. The kNN-LM has keys of the base
+        # itself.
         (
             ["mini"],
             ["objectives"],
             TABLE3
-            | {"model": 2, "train": 57, "evaluate": 60, "teacher": 3, "dapt": 6, "lora": 3, "evaluate_systems": 12}
-            | {"datastore": 6, "index": 6, "score": 60},
+            | {"model": 2, "train": 24, "evaluate": 27, "teacher": 3, "dapt": 6, "lora": 3, "evaluate_systems": 12}
+            | {"datastore": 6, "index": 6, "score": 27},
         ),
         # the fidelity of the same memories to their targets in one domain
         pytest.param(
@@ -115,11 +135,13 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
                 "datastore": 1,
                 "index": 1,
                 "targets": 2,
+                "calibrate": 1,
                 "teacher": 1,
-                "train": 19,
+                "mixture": 1,
+                "train": 8,
                 "dapt": 1,
             }
-            | {"fidelity": 20, "figure": 1, "table": 0},
+            | {"fidelity": 9, "figure": 1, "table": 0},
             marks=pytest.mark.slow,
         ),
         # 2 sizes of the memory beside the default one, and DAPT
@@ -138,7 +160,7 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
                 "score": 3,
                 "evaluate": 9,
             }
-            | {"evaluate_systems": 6},
+            | {"evaluate_systems": 6, "calibrate": 1},
             marks=pytest.mark.slow,
         ),
         # 2 other key models, which are fine-tuned
@@ -156,7 +178,7 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
                 "score": 3,
                 "evaluate": 9,
             }
-            | {"evaluate_systems": 3},
+            | {"evaluate_systems": 3, "calibrate": 3},
             marks=pytest.mark.slow,
         ),
         # 2 models of another tokenizer with one memory that is moved to it, keys of their own
@@ -164,14 +186,35 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["mini"],
             ["table4"],
             TABLE3
-            | {"tokenizer": 2, "tokens": 8, "finetune": 6, "datastore": 12, "index": 12, "targets": 12, "adapt": 3}
+            | {
+                "tokenizer": 2,
+                "tokens": 8,
+                "finetune": 6,
+                "datastore": 12,
+                "index": 12,
+                "targets": 12,
+                "calibrate": 6,
+                "mixture": 6,
+                "adapt": 3,
+            }
             | {"train": 6, "dapt": 6, "lora": 6, "score": 3, "evaluate": 6, "evaluate_systems": 24},
         ),
         # one memory of one domain
         pytest.param(
             ["mini"],
             ["table6"],
-            ONE | {"model": 2, "finetune": 1, "datastore": 1, "index": 1, "targets": 2, "train": 1, "cases": 1},
+            ONE
+            | {
+                "model": 2,
+                "finetune": 1,
+                "datastore": 1,
+                "index": 1,
+                "targets": 2,
+                "calibrate": 1,
+                "mixture": 1,
+                "train": 1,
+                "cases": 1,
+            },
             marks=pytest.mark.slow,
         ),
         # a corpus, a key model and a memory that only the questions have
@@ -180,7 +223,7 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["table5", "table13"],
             {"corpus": 5, "tokenizer": 1, "tokens": 2, "model": 2, "finetune": 1, "datastore": 2, "index": 2}
             | {"targets": 2, "train": 1, "harness_base": 1, "harness": 1, "harness_system": 1, "evaluate_systems": 1}
-            | {"table": 2},
+            | {"table": 2, "calibrate": 1, "mixture": 1},
         ),
         # 6 domains, 3 seeds, 2 of 3 models, 4 trained memories and 2 controls
         (
@@ -205,7 +248,9 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             ["table1"],
             {"corpus": 2, "tokenizer": 1, "tokens": 2, "model": 1, "finetune": 1, "datastore": 1, "index": 1}
             | {
+                "calibrate": 1,
                 "targets": 1,
+                "mixture": 1,
                 "train": 1,
                 "dapt": 1,
                 "lora": 1,
@@ -312,10 +357,8 @@ def test_all_lists_every_table_and_figure_and_makes_what_they_share_once(
     )
     folders = [file.removeprefix("results/mini/") for file in made if file.endswith("manifest.json")]
     homes = {folder.split("/seed")[0] for folder in folders if "/seed" in folder}
-    # Only questions and rivals have settings of their own, and the marked words are a part of one study.
-    assert homes == {"torch", "pandas", "sklearn", "scipy", "questions/scipy", "words/torch"} | {
-        f"rivals/{domain}" for domain in ("torch", "pandas", "sklearn")
-    }
+    # Only questions and sizes have settings of their own, and the marked words are a part of one study.
+    assert homes == {"torch", "pandas", "sklearn", "scipy", "questions/scipy", "sizes/torch", "words/torch"}
     assert sorted(folder for folder in folders if folder.startswith("questions")) == [
         f"questions/scipy/seed0/{name}/manifest.json" for name in ("harness/questions/memdec/gpt2-L", "memory/memdec")
     ]
@@ -348,7 +391,7 @@ def test_figures_are_made_of_their_parts(tmp_path: Path) -> None:
     text = snakemake(tmp_path, *names, f"{seed}/fidelity/other/manifest.json", "-n", "-p", "--cores", "2")
     counts = planned(text)
     assert {rule: counts[rule] for rule in ("figure", "table", "fidelity", "shapes", "latency")} == {
-        "figure": 5, "table": 1, "fidelity": 21, "shapes": 3, "latency": 1
+        "figure": 5, "table": 1, "fidelity": 10, "shapes": 3, "latency": 1
     }  # fmt: skip
     (command,) = re.findall(r"^.*memdec figure .*--name figure2 .*$", text, re.MULTILINE)
     assert "--table results/table3.cells.csv" in command
