@@ -213,7 +213,7 @@ def test_all_kinds_of_problems_in_one_go(tmp_path: Path, capsys: pytest.CaptureF
         ),
         ({"targets": {"neighbours": 190_001}}, r"targets.neighbours: .*torch's train text \(140000\), found 190001"),
         ({"system": ["base"]}, "system: unknown key; did you mean systems\\?"),
-        ({"compute": {"device": "gpu"}}, "compute.device: Input should be 'auto', 'cpu' or 'cuda'"),
+        ({"compute": {"device": "gpu"}}, "compute.device: Input should be 'auto', 'cpu', 'cuda' or 'all'"),
     ],
 )
 def test_faults_that_used_to_pass(change: dict[str, Any], message: str) -> None:

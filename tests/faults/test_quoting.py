@@ -64,6 +64,7 @@ def nasty_config(home: Path) -> dict[str, Any]:
         "lora": {"report_to": [NASTY]},
         "memories": {"other": {"train": {"report_to": [NASTY]}}},
         "datastore": {"key_point": NASTY},
+        "per_model": {"m": {"launch": NASTY}},
         "cases": [{"group": NASTY, "text": f"{NASTY} [[word]]"}],
     }
 
@@ -111,11 +112,13 @@ def test_every_field_comes_out_as_it_went_in(rendered: tuple[dict[str, Any], lis
     given: dict[str, set[str]] = {}
     specs: list[Any] = []
     for words in found:
-        name = words[words.index("memdec") + 1] if "memdec" in words else ""
+        name = next((after for word, after in itertools.pairwise(words) if word in ("memdec", "memdec.cli")), "")
         for option in ("--key-point", "--report-to"):
             given.setdefault(f"{name} {option}", set()).update(values_of(words, option))
         specs += map(json.loads, values_of(words, "--spec"))
     assert given["datastore --key-point"] == {NASTY}
+    files = {os.path.basename(file) for words in found for file in values_of(words, "--config_file")}
+    assert files == {os.path.basename(NASTY)}
     assert given["finetune --report-to"] == {NASTY, "-"}
     assert given["train --report-to"] == given["lora --report-to"] == {NASTY}
     for kind in ("corpora", "tokenizers", "models"):
@@ -148,6 +151,7 @@ def test_no_field_of_free_text_is_forgotten() -> None:
         "HubCorpus.path", "HubCorpus.config", "HubCorpus.revision", "HubCorpus.splits", "HubCorpus.field",
         "TokenizerSpec.pretrained", "TokenizerSpec.revision", "ModelSpec.family", "ModelSpec.pretrained",
         "ModelSpec.revision", "DatastoreSettings.key_point", "Case.group", "Case.text",
+        "ForModel.launch",
     }  # fmt: skip
 
 

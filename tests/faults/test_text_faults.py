@@ -263,7 +263,7 @@ def test_18_rows_that_no_table_can_hold_are_named(kind: str, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"text,label\nx,1\n", r"a\.csv: expected a file that ends in \.txt, .* found \.csv; convert a table"),
+        ("a.xls", b"text,label\nx,1\n", r"a\.xls: expected a file that ends in \.txt, .* found \.xls; convert a table"),
         ("a.xlsx", b"PK", r"found \.xlsx; convert"),
         ("a.txt", b"one\n\ntwo \xe9", r"a\.txt: expected UTF-8 text, found 0xe9 \(.*\) at byte 9, line 3; convert it"),
         ("a.txt", b"\xef\xbb\xbfone\n\xff", r"found 0xff \(.*\) at byte 7, line 2"),

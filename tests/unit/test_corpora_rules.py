@@ -12,7 +12,7 @@ from making import made_text
 
 from memdec.artefacts import artefact
 from memdec.errors import CorpusError
-from memdec.settings import SPLITS, DocstringCorpus, FileCorpus, HubCorpus
+from memdec.settings import SPLITS, DocstringCorpus, FileCorpus, HubCorpus, Split
 from memdec.text import corpora
 
 TEXT = made_text(200, 9)
@@ -117,8 +117,9 @@ def test_missing_splits_are_named(tmp_path: Path) -> None:
         made(tmp_path, tmp_path / "o", path=None, paths={"train": str(tmp_path / "a.txt")})
     (tmp_path / "set").mkdir()
     pd.DataFrame({"text": TEXT.split("\n\n")}).to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
+    splits: dict[Split, str] = {"train": "train", "test": "train"}
     with pytest.raises(CorpusError, match="expected a data set split for 'valid'"):
-        corpora.run(HubCorpus(source="hub", path=str(tmp_path / "set"), splits={"train": "train"}), tmp_path / "h")
+        corpora.run(HubCorpus(source="hub", path=str(tmp_path / "set"), splits=splits), tmp_path / "h")
 
 
 @pytest.mark.parametrize("row", ["[1]", '{"text": null}', '{"text": 3}', '"text"'])
