@@ -115,7 +115,7 @@ pretrained: $(STAMP)
 	$(RUN) build/pretrained --cores $(CORES) --workflow-profile profiles/default --configfile config/pretrained.yaml \
 	  config/recipe.yaml -- results/rivals.csv results/gains.svg
 
-# The paper's whole grid with stand-ins of a few thousand weights: half an hour on two cores. Task rows as for `make all`.
+# The paper's whole grid with stand-ins of a few thousand weights: some twenty minutes on two cores. Task rows as for `make all`.
 .PHONY: paper-shapes
 paper-shapes: $(STAMP)
 	mkdir -p build/paper-shapes
