@@ -147,7 +147,7 @@ def sharded(wildcards, name, *leave):
 
 
 def fetched(entries):
-    """A pattern of the names of what comes from the Hub or the package index, or has files that do not travel."""
+    """A pattern for the names of entries that need the network, or local files where no folder is shared."""
     names = [
         re.escape(name)
         for name, entry in entries.items()
