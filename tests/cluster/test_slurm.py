@@ -30,7 +30,9 @@ def lacking() -> str | None:
         return "no snakemake-executor-plugin-slurm; install the extra 'cluster'"
     if os.geteuid() != 0:
         return "only root can start Slurm"
-    return f"{CONF}/slurm.conf: this machine has a Slurm of its own" if (CONF / "slurm.conf").exists() else None
+    conf = CONF / "slurm.conf"
+    ours = not conf.exists() or "for test_slurm.py" in conf.read_text()  # of a run that was killed
+    return None if ours else f"{conf}: this machine has a Slurm of its own"
 
 
 def until(happened: Callable[[], bool], what: str) -> None:
