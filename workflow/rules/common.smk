@@ -152,7 +152,8 @@ def fetched(entries):
         re.escape(name)
         for name, entry in entries.items()
         if isinstance(entry, typed.HubCorpus)
-        or APART and isinstance(entry, typed.FileCorpus)
+        or APART
+        and isinstance(entry, typed.FileCorpus)
         or getattr(entry, "pretrained", None) is not None
     ]
     return "|".join(names) or "(?!)"  # which matches nothing

@@ -23,7 +23,9 @@ use rule harness as harness_system with:
         base=suite_base,
         evaluation=tuned_system,
     output:
-        manifest=built(f"{HOME}/harness/{{suite}}/{typed.WITHOUT_MEMORY}/{{system}}/{{model}}"),
+        manifest=built(
+            f"{HOME}/harness/{{suite}}/{typed.WITHOUT_MEMORY}/{{system}}/{{model}}"
+        ),
     log:
         f"{LOG}/harness/{{home}}-{{seed}}-{{suite}}-{{system}}-{{model}}.log",
     benchmark:
