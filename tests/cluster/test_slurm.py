@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 CONF = Path("/etc/slurm")  # Snakemake's plugin drops SLURM_CONF, so the file must be where Slurm looks by itself
-PATIENCE = 600  # seconds for a step of Snakemake that takes a few on an idle machine
+PATIENCE = 1200  # seconds for a step of Snakemake that takes a few on an idle machine
 
 pytestmark = pytest.mark.slow
 
@@ -35,9 +35,11 @@ def lacking() -> str | None:
     return None if ours else f"{conf}: this machine has a Slurm of its own"
 
 
-def until(happened: Callable[[], bool], what: str) -> None:
+def until(happened: Callable[[], bool], what: str, run: subprocess.Popen[str] | None = None) -> None:
+    """Wait; a run of Snakemake must not end meanwhile."""
     end = time.monotonic() + PATIENCE
     while not happened():
+        assert run is None or run.poll() is None, f"ended before {what}: {run.communicate()[0]}"
         assert time.monotonic() < end, f"waited {PATIENCE} s for {what}"
         time.sleep(0.2)
 
@@ -136,11 +138,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def test_a_cancelled_job_is_queued_again_and_a_killed_slurmd_is_outlived(cluster: Slurm, tmp_path: Path) -> None:
     target = "results/tiny/tokenizers/bpe/manifest.json"
     run = cluster.snakemake(tmp_path, HERE / "tiny.yaml", target, slowed=8)
-    until(lambda: bool(cluster.called("corpus", "start")), "the first job")
+    until(lambda: bool(cluster.called("corpus", "start")), "the first job", run)
     cancelled = cluster.called("corpus", "start")[0][0]
     subprocess.run(["scancel", cancelled], check=True)
-    until(lambda: len(cluster.called("corpus", "start")) == 2, "the same job once more")
-    until(lambda: bool(cluster.called("tokenizer", "start")), "the second job")
+    until(lambda: len(cluster.called("corpus", "start")) == 2, "the same job once more", run)
+    until(lambda: bool(cluster.called("tokenizer", "start")), "the second job", run)
     cluster.stop("slurmd", signal.SIGKILL)
     time.sleep(5)
     cluster.start("slurmd", "-D", "-N", "localhost")
