@@ -35,20 +35,11 @@ def lacking() -> str | None:
     return None if ours else f"{conf}: this machine has a Slurm of its own"
 
 
-def until(happened: Callable[[], bool], what: str, run: subprocess.Popen[str] | None = None) -> None:
-    """Wait; a run of Snakemake must not end meanwhile."""
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert run is None or run.poll() is None, f"ended before {what}: {run.communicate()[0]}"
-        assert time.monotonic() < end, f"waited {PATIENCE} s for {what}"
-        time.sleep(0.2)
-
-
 class Slurm:
     """Daemons of a cluster of one node, as children of this process.
 
     Attributes:
-        calls: Lines of `bin/memdec`, which stands before the command: job, stage, `start` or `end`, time, GPUs.
+        calls: Lines of `bin/memdec`, which stands before the command: job, stage, `start` or `end`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,7 +49,7 @@ class Slurm:
             (folder / name).mkdir(parents=True)
         self.calls.touch()
         wrapper = folder / "bin" / "memdec"
-        say = f'echo "$SLURM_JOB_ID $1 %s $(date +%%s.%%N) ${{SLURM_JOB_GPUS:-none}}" >> {self.calls}'
+        say = f'echo "$SLURM_JOB_ID $1 %s" >> {self.calls}'
         wrapper.write_text(
             f'#!/bin/sh\n{say % "start"}\nsleep "${{SLOWED:-0}}"\n{BIN}/memdec "$@" || exit\n{say % "end"}\n'
         )
@@ -73,7 +64,9 @@ class Slurm:
         daemon.send_signal(how)
         daemon.wait()
 
-    def snakemake(self, folder: Path, config: Path, target: str, *words: str, slowed: int = 0) -> subprocess.Popen[str]:
+    def snakemake(
+        self, folder: Path, config: Path, target: str, *words: str, slowed: int = 0
+    ) -> subprocess.Popen[bytes]:
         """Start `snakemake --profile profiles/slurm`; every stage waits for `slowed` seconds first."""
         folder.mkdir(exist_ok=True)
         command = [
@@ -91,21 +84,28 @@ class Slurm:
         command += ["--latency-wait", "5", "--configfile", str(config), *words, "--", target]
         path = os.pathsep.join([str(self.folder / "bin"), str(BIN), os.environ["PATH"]])
         environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "SLOWED": str(slowed)}
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        with (self.folder / "snakemake.out").open("w") as out:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
 
-    def called(self, stage: str, what: str) -> list[tuple[str, float, str]]:
-        """Job, time and GPUs of each start or end of a stage."""
+    def finished(self, run: subprocess.Popen[bytes]) -> None:
+        assert run.wait() == 0, (self.folder / "snakemake.out").read_text()
+
+    def until(self, happened: Callable[[], bool], what: str, run: subprocess.Popen[bytes] | None = None) -> None:
+        """Wait; a run of Snakemake must not end meanwhile."""
+        end = time.monotonic() + PATIENCE
+        while not happened():
+            assert run is None or run.poll() is None, (self.folder / "snakemake.out").read_text()
+            assert time.monotonic() < end, f"waited {PATIENCE} s for {what}"
+            time.sleep(0.2)
+
+    def called(self, stage: str, what: str) -> list[str]:
+        """Job of each start or end of a stage."""
         lines = [line.split() for line in self.calls.read_text().splitlines()]
-        return [(job, float(when), gpus) for job, name, said, when, gpus in lines if (name, said) == (stage, what)]
+        return [job for job, name, said in lines if (name, said) == (stage, what)]
 
 
-def finished(run: subprocess.Popen[str]) -> str:
-    """What Snakemake says that succeeds."""
-    said, _ = run.communicate()
-    assert run.returncode == 0, said
-    return said
+def said(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +122,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
             socket.parent.mkdir(exist_ok=True)
             shutil.chown(socket.parent, "munge")
             slurm.start("munged", "--foreground", "--force")
-            until(socket.exists, "munged")
+            slurm.until(socket.exists, "munged")
         slurm.start("slurmctld", "-D", "-c")
         slurm.start("slurmd", "-D", "-N", "localhost")
-        idle = ["sinfo", "--noheader", "--format=%T"]
-        until(lambda: subprocess.run(idle, capture_output=True, text=True, check=False).stdout == "idle\n", "the node")
+        slurm.until(lambda: said("sinfo", "--noheader", "--format=%T") == "idle\n", "the node")
         yield slurm
     finally:
         for name in reversed([*slurm.daemons]):
@@ -138,30 +137,32 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def test_a_cancelled_job_is_queued_again_and_a_killed_slurmd_is_outlived(cluster: Slurm, tmp_path: Path) -> None:
     target = "results/tiny/tokenizers/bpe/manifest.json"
     run = cluster.snakemake(tmp_path, HERE / "tiny.yaml", target, slowed=8)
-    until(lambda: bool(cluster.called("corpus", "start")), "the first job", run)
-    cancelled = cluster.called("corpus", "start")[0][0]
+    cluster.until(lambda: bool(cluster.called("corpus", "start")), "the first job", run)
+    (cancelled,) = cluster.called("corpus", "start")
     subprocess.run(["scancel", cancelled], check=True)
-    until(lambda: len(cluster.called("corpus", "start")) == 2, "the same job once more", run)
-    until(lambda: bool(cluster.called("tokenizer", "start")), "the second job", run)
+    cluster.until(lambda: len(cluster.called("corpus", "start")) == 2, "the same job once more", run)
+    cluster.until(lambda: bool(cluster.called("tokenizer", "start")), "the second job", run)
     cluster.stop("slurmd", signal.SIGKILL)
     time.sleep(5)
     cluster.start("slurmd", "-D", "-N", "localhost")
-    finished(run)
-    assert [job for job, _, _ in cluster.called("corpus", "end")] != [cancelled]
-    assert len(cluster.called("corpus", "end")) == 1
+    cluster.finished(run)
+    (ended,) = cluster.called("corpus", "end")
+    assert ended != cancelled
     assert (tmp_path / target).is_file()
 
 
-@pytest.mark.parametrize("gpu", [0, 1])
-def test_jobs_that_take_the_gpu_run_one_after_the_other(cluster: Slurm, tmp_path: Path, gpu: int) -> None:
-    cluster.calls.write_text("")
+@pytest.mark.parametrize(("gpu", "at_once"), [(0, 2), (1, 1)])
+def test_jobs_that_take_the_gpu_run_one_after_the_other(cluster: Slurm, tmp_path: Path, gpu: int, at_once: int) -> None:
     target = "results/tiny/tokens/bpe/domain/manifest.json"  # of two corpora, which wait for nothing
-    finished(cluster.snakemake(tmp_path, HERE / "tiny.yaml", target, "--set-resources", f"corpus:gpu={gpu}", slowed=10))
-    starts, ends = cluster.called("corpus", "start"), cluster.called("corpus", "end")
-    assert len(starts) == len(ends) == 2
-    assert {gpus for _, _, gpus in starts} == ({"0"} if gpu else {"none"})
-    one_ends, other_starts = min(when for _, when, _ in ends), max(when for _, when, _ in starts)
-    assert (other_starts > one_ends) == bool(gpu)
+    words = ["--set-resources", f"corpus:gpu={gpu}"]
+    run = cluster.snakemake(tmp_path, HERE / "tiny.yaml", target, *words, slowed=10)
+    seen = {0}
+    while run.poll() is None:
+        running = said("squeue", "--noheader", "--states=RUNNING", "--format=%k").splitlines()
+        seen.add(sum(comment.startswith("rule_corpus") for comment in running))
+        time.sleep(0.2)
+    cluster.finished(run)
+    assert max(seen) == at_once
 
 
 @pytest.fixture(scope="module")
@@ -185,14 +186,14 @@ def test_without_a_shared_folder_the_table_is_the_same(cluster: Slurm, tiny_tabl
     words = ["--default-storage-provider", "fs", "--default-storage-prefix", str(bucket)]
     words += ["--shared-fs-usage", "persistence", "sources", "source-cache", "software-deployment"]
     words += ["--remote-job-local-storage-prefix", f"{nodes}/$SLURM_JOB_ID"]
-    finished(cluster.snakemake(tmp_path / "run", HERE / "tiny.yaml", "results/table3.csv", *words))
+    cluster.finished(cluster.snakemake(tmp_path / "run", HERE / "tiny.yaml", "results/table3.csv", *words))
     assert (bucket / "results" / "table3.csv").read_text() == tiny_table
     assert len([*nodes.iterdir()]) >= 12
 
 
 def test_the_reduced_run_agrees_with_the_committed_one(cluster: Slurm, tmp_path: Path) -> None:
     regression, table = ROOT / "tests" / "regression", "results/table3.csv"
-    finished(cluster.snakemake(tmp_path, regression / "reduced.yaml", table))
+    cluster.finished(cluster.snakemake(tmp_path, regression / "reduced.yaml", table))
     command = [str(BIN / "memdec"), "check", "--baseline", str(regression / "reduced.json"), str(tmp_path / table)]
     check = subprocess.run(command, capture_output=True, text=True, check=False)
     assert check.returncode == 0, check.stdout + check.stderr
