@@ -45,6 +45,7 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder, self.calls = folder, folder / "calls"
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.runs: list[subprocess.Popen[bytes]] = []
         for name in ("state", "spool", "bin"):
             (folder / name).mkdir(parents=True)
         self.calls.touch()
@@ -85,7 +86,8 @@ class Slurm:
         path = os.pathsep.join([str(self.folder / "bin"), str(BIN), os.environ["PATH"]])
         environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "SLOWED": str(slowed)}
         with (self.folder / "snakemake.out").open("w") as out:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+            self.runs.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
+        return self.runs[-1]
 
     def finished(self, run: subprocess.Popen[bytes]) -> None:
         assert run.wait() == 0, (self.folder / "snakemake.out").read_text()
@@ -128,6 +130,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         slurm.until(lambda: said("sinfo", "--noheader", "--format=%T") == "idle\n", "the node")
         yield slurm
     finally:
+        for run in slurm.runs:
+            if run.poll() is None:  # of a test that failed
+                run.kill()
+                run.wait()
         for name in reversed([*slurm.daemons]):
             slurm.stop(name)
         for name in ("slurm.conf", "gres.conf"):
