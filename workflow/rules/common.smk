@@ -150,8 +150,39 @@ def sharded(wildcards, name, *leave):
     return f"{options(section(study(wildcards), name), 'shards', *leave)} {shard(wildcards)}"
 
 
+def fetched(entries):
+    """A pattern for the names of entries that need the network, or local files where no folder is shared."""
+    names = [
+        re.escape(name)
+        for name, entry in entries.items()
+        if isinstance(entry, typed.HubCorpus)
+        or APART
+        and isinstance(entry, typed.FileCorpus)
+        or getattr(entry, "pretrained", None) is not None
+    ]
+    return "|".join(names) or "(?!)"  # which matches nothing
+
+
+# Without a shared folder (`--default-storage-provider`) only the inputs and outputs of a job are copied, so there an
+# artefact is its whole folder. With one it is the manifest: Snakemake would empty a folder that is an output before a
+# retry, with the checkpoints from which the stage resumes.
+APART = workflow.storage_settings.default_storage_provider is not None
+FOLDER = "{output.manifest:q}" if APART else '"$(dirname {output.manifest:q})"'
+
+
 def manifest(folder):
-    return f"{folder}/manifest.json"
+    """What stands for an artefact among the inputs of a rule."""
+    return folder if APART else f"{folder}/manifest.json"
+
+
+def built(folder):
+    """What stands for an artefact among the outputs of a rule."""
+    return directory(folder) if APART else manifest(folder)
+
+
+def folder_of(path):
+    """Folder of the artefact that an input stands for."""
+    return path if APART else os.path.dirname(path)
 
 
 def tokens_of(model, domain):
@@ -287,13 +318,13 @@ def key_tokens(wildcards):
 def datastore(wildcards, key):
     """All shards of a datastore."""
     shards = f"{at(wildcards, 'datastore')}/keys/{key}/datastore"
-    return gather.keys(f"{shards}/{{scatteritem}}/manifest.json")
+    return gather.keys(manifest(f"{shards}/{{scatteritem}}"))
 
 
 def targets(wildcards, key):
     """All shards of the kNN targets of a key model."""
     shards = f"{at(wildcards, 'targets')}/keys/{key}/targets"
-    return gather.targets(f"{shards}/{{scatteritem}}/manifest.json")
+    return gather.targets(manifest(f"{shards}/{{scatteritem}}"))
 
 
 def index(wildcards, key):
@@ -341,7 +372,7 @@ def memory_targets(wildcards):
     kind = "targets" if found.targets == "knn" else found.targets
     shards = f"{at(wildcards, kind)}/keys/{found.keys}/{kind}"
     parts = gather.targets if kind == "targets" else gather.teacher
-    return parts(f"{shards}/{{scatteritem}}/manifest.json")
+    return parts(manifest(f"{shards}/{{scatteritem}}"))
 
 
 def calibration(wildcards, key=None):

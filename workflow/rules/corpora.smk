@@ -7,7 +7,7 @@ rule corpus:
             for name in CONFIG.corpora[w.corpus].disjoint_from
         ],
     output:
-        manifest=f"{RUN}/corpora/{{corpus}}/manifest.json",
+        manifest=built(f"{RUN}/corpora/{{corpus}}"),
     log:
         f"{LOG}/corpus/{{corpus}}.log",
     benchmark:
@@ -28,7 +28,17 @@ rule corpus:
         version=VERSIONS["corpus"],
     shell:
         "OMP_NUM_THREADS={threads} RAYON_NUM_THREADS={threads} {params.launch} {params.command} {params.inputs} "
-        '{params.options} --overwrite --out "$(dirname {output.manifest:q})" > {log:q} 2>&1'
+        "{params.options} --overwrite --out " + FOLDER + " > {log:q} 2>&1"
+
+
+# Nodes of a cluster often have no network. What needs one runs where Snakemake runs.
+use rule corpus as fetch_corpus with:
+    wildcard_constraints:
+        corpus=fetched(CONFIG.corpora),
+    localrule: True
+
+
+ruleorder: fetch_corpus > corpus
 
 
 use rule corpus as tokenizer with:
@@ -38,7 +48,7 @@ use rule corpus as tokenizer with:
             for name in CONFIG.tokenizers[w.tokenizer].train_on or []
         ],
     output:
-        manifest=f"{RUN}/tokenizers/{{tokenizer}}/manifest.json",
+        manifest=built(f"{RUN}/tokenizers/{{tokenizer}}"),
     log:
         f"{LOG}/tokenizer/{{tokenizer}}.log",
     benchmark:
@@ -51,12 +61,21 @@ use rule corpus as tokenizer with:
         version=VERSIONS["tokenizer"],
 
 
+use rule tokenizer as fetch_tokenizer with:
+    wildcard_constraints:
+        tokenizer=fetched(CONFIG.tokenizers),
+    localrule: True
+
+
+ruleorder: fetch_tokenizer > tokenizer
+
+
 use rule corpus as tokens with:
     input:
-        corpus=f"{RUN}/corpora/{{corpus}}/manifest.json",
-        tokenizer=f"{RUN}/tokenizers/{{tokenizer}}/manifest.json",
+        corpus=manifest(f"{RUN}/corpora/{{corpus}}"),
+        tokenizer=manifest(f"{RUN}/tokenizers/{{tokenizer}}"),
     output:
-        manifest=f"{RUN}/tokens/{{tokenizer}}/{{corpus}}/manifest.json",
+        manifest=built(f"{RUN}/tokens/{{tokenizer}}/{{corpus}}"),
     log:
         f"{LOG}/tokens/{{tokenizer}}/{{corpus}}.log",
     benchmark:
@@ -69,9 +88,9 @@ use rule corpus as tokens with:
 
 use rule corpus as passages with:
     input:
-        tokens=f"{RUN}/tokens/{{tokenizer}}/{{domain}}/manifest.json",
+        tokens=manifest(f"{RUN}/tokens/{{tokenizer}}/{{domain}}"),
     output:
-        manifest=f"{RUN}/passages/{{tokenizer}}/{{domain}}/manifest.json",
+        manifest=built(f"{RUN}/passages/{{tokenizer}}/{{domain}}"),
     log:
         f"{LOG}/passages/{{tokenizer}}-{{domain}}.log",
     benchmark:

@@ -6,7 +6,7 @@ use rule finetune as score with:
         memory=evaluated_memory,
         also=general,
     output:
-        manifest=f"{HOME}/scores/{{memory}}/manifest.json",
+        manifest=built(f"{HOME}/scores/{{memory}}"),
     log:
         f"{LOG}/score/{{home}}-{{seed}}-{{memory}}.log",
     benchmark:
@@ -24,9 +24,9 @@ use rule finetune as score with:
 use rule corpus as evaluate with:
     input:
         base=base_evaluation,
-        scored=f"{HOME}/scores/{{memory}}/manifest.json",
+        scored=manifest(f"{HOME}/scores/{{memory}}"),
     output:
-        manifest=f"{HOME}/evaluation/{{memory}}/{{model}}/manifest.json",
+        manifest=built(f"{HOME}/evaluation/{{memory}}/{{model}}"),
     log:
         f"{LOG}/evaluate/{{home}}-{{seed}}-{{memory}}-{{model}}.log",
     benchmark:
@@ -40,11 +40,11 @@ use rule corpus as evaluate with:
 use rule score as evaluate_systems with:
     input:
         unpack(system_parts),
-        base=f"{RUN}/models/{{model}}/manifest.json",
+        base=manifest(f"{RUN}/models/{{model}}"),
         corpus=lambda w: manifest(f"{RUN}/corpora/{domain_of(w)}"),
         also=general,
     output:
-        manifest=f"{HOME}/evaluation/{typed.WITHOUT_MEMORY}/{{system}}/{{model}}/manifest.json",
+        manifest=built(f"{HOME}/evaluation/{typed.WITHOUT_MEMORY}/{{system}}/{{model}}"),
     log:
         f"{LOG}/evaluate_systems/{{home}}-{{seed}}-{{system}}-{{model}}.log",
     benchmark:
@@ -59,11 +59,11 @@ use rule score as cases with:
     input:
         unpack(lambda w: keys_and_index(w, memory(w).keys)),
         config=CONFIG_FILE,
-        base=f"{RUN}/models/{{model}}/manifest.json",
+        base=manifest(f"{RUN}/models/{{model}}"),
         memory=evaluated_memory,
         calibration=lambda w: calibration(w, memory(w).keys),
     output:
-        manifest=f"{HOME}/cases/{{memory}}/{{model}}/manifest.json",
+        manifest=built(f"{HOME}/cases/{{memory}}/{{model}}"),
     log:
         f"{LOG}/cases/{{home}}-{{seed}}-{{memory}}-{{model}}.log",
     benchmark:

@@ -4,7 +4,7 @@ use rule finetune as fidelity with:
         targets=own_targets,
         tokens=own_tokens,
     output:
-        manifest=f"{HOME}/fidelity/{{memory}}/manifest.json",
+        manifest=built(f"{HOME}/fidelity/{{memory}}"),
     log:
         f"{LOG}/fidelity/{{home}}-{{seed}}-{{memory}}.log",
     benchmark:
@@ -26,7 +26,7 @@ use rule fidelity as shapes with:
         targets=own_targets,
         tokens=own_tokens,
     output:
-        manifest=f"{HOME}/shapes/{{memory}}/manifest.json",
+        manifest=built(f"{HOME}/shapes/{{memory}}"),
     log:
         f"{LOG}/shapes/{{home}}-{{seed}}-{{memory}}.log",
     benchmark:
@@ -40,14 +40,14 @@ use rule fidelity as shapes with:
 # Times mean nothing while other jobs run, so it takes all processors and starts last.
 use rule finetune as latency with:
     input:
-        base=f"{RUN}/models/{{model}}/manifest.json",
+        base=manifest(f"{RUN}/models/{{model}}"),
         memory=evaluated_memory,
         tokens=lambda w: tokens_of(w.model, domain_of(w)),
         passages=PARTS["passages"],
         datastore=PARTS["datastore"],
         index=PARTS["index"],
     output:
-        manifest=f"{HOME}/latency/{{memory}}/{{model}}/manifest.json",
+        manifest=built(f"{HOME}/latency/{{memory}}/{{model}}"),
     log:
         f"{LOG}/latency/{{home}}-{{seed}}-{{memory}}-{{model}}.log",
     benchmark:
@@ -96,7 +96,7 @@ use rule table as figure with:
         options=lambda w, input: " ".join(
             [
                 words("--name", w.figure),
-                part_cells(figure_of(w)),
+                part_cells(figure_of(w), input.parts),
                 named(w, {"table": input.table}),
             ]
         ),

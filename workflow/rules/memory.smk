@@ -3,7 +3,7 @@ use rule finetune as datastore with:
         model=key_model,
         tokens=key_tokens,
     output:
-        manifest=f"{HOME}/keys/{{key}}/datastore/{{scatteritem}}/manifest.json",
+        manifest=built(f"{HOME}/keys/{{key}}/datastore/{{scatteritem}}"),
     log:
         f"{LOG}/datastore/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
@@ -19,7 +19,7 @@ use rule finetune as index with:
     input:
         datastore=lambda w: datastore(w, w.key),
     output:
-        manifest=f"{HOME}/keys/{{key}}/index/manifest.json",
+        manifest=built(f"{HOME}/keys/{{key}}/index"),
     log:
         f"{LOG}/index/{{home}}-{{seed}}-{{key}}.log",
     benchmark:
@@ -41,7 +41,7 @@ use rule finetune as calibrate with:
         index=lambda w: index(w, w.key),
         tokens=key_tokens,
     output:
-        manifest=f"{HOME}/keys/{{key}}/calibration/manifest.json",
+        manifest=built(f"{HOME}/keys/{{key}}/calibration"),
     log:
         f"{LOG}/calibrate/{{home}}-{{seed}}-{{key}}.log",
     benchmark:
@@ -69,7 +69,7 @@ use rule finetune as targets with:
         tokens=key_tokens,
         calibration=calibration,
     output:
-        manifest=f"{HOME}/keys/{{key}}/targets/{{scatteritem}}/manifest.json",
+        manifest=built(f"{HOME}/keys/{{key}}/targets/{{scatteritem}}"),
     log:
         f"{LOG}/targets/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
@@ -89,7 +89,7 @@ use rule finetune as teacher with:
         tokens=key_tokens,
         calibration=calibration,
     output:
-        manifest=f"{HOME}/keys/{{key}}/teacher/{{scatteritem}}/manifest.json",
+        manifest=built(f"{HOME}/keys/{{key}}/teacher/{{scatteritem}}"),
     log:
         f"{LOG}/teacher/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
@@ -111,7 +111,7 @@ use rule teacher as mixture with:
         targets=lambda w: targets(w, w.key),
         calibration=calibration,
     output:
-        manifest=f"{HOME}/keys/{{key}}/mixture/{{scatteritem}}/manifest.json",
+        manifest=built(f"{HOME}/keys/{{key}}/mixture/{{scatteritem}}"),
     log:
         f"{LOG}/mixture/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
@@ -125,7 +125,7 @@ use rule corpus as adapt with:
         memory=lambda w: memory_folder(w, study(w).variant(memory(w).adapt)),
         tokenizer=lambda w: manifest(f"{RUN}/tokenizers/{memory(w).tokenizer}"),
     output:
-        manifest=f"{HOME}/adapted/{{memory}}/manifest.json",
+        manifest=built(f"{HOME}/adapted/{{memory}}"),
     log:
         f"{LOG}/adapt/{{home}}-{{seed}}-{{memory}}.log",
     benchmark:
@@ -150,7 +150,7 @@ use rule finetune as train with:
         budget_model=budget_model,
         tuned_by=lambda w: tuned_by(w, memory(w).train, f"memory/{w.memory}"),
     output:
-        manifest=f"{HOME}/memory/{{memory}}/manifest.json",
+        manifest=built(f"{HOME}/memory/{{memory}}"),
     log:
         f"{LOG}/train/{{home}}-{{seed}}-{{memory}}.log",
     benchmark:

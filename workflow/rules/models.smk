@@ -1,11 +1,11 @@
 # All stages that run a model reuse this rule with other inputs, outputs and options.
 use rule corpus as finetune with:
     input:
-        model=f"{RUN}/models/{{model}}/manifest.json",
+        model=manifest(f"{RUN}/models/{{model}}"),
         tokens=lambda w: tokens_of(w.model, domain_of(w)),
         tuned_by=lambda w: tuned_by(w, for_model(w).finetune, f"finetuned/{w.model}"),
     output:
-        manifest=f"{HOME}/finetuned/{{model}}/manifest.json",
+        manifest=built(f"{HOME}/finetuned/{{model}}"),
     log:
         f"{LOG}/finetune/{{home}}-{{seed}}-{{model}}.log",
     benchmark:
@@ -25,14 +25,14 @@ use rule corpus as finetune with:
 # The DAPT baseline: the same training, limited by the FLOP budget.
 use rule finetune as dapt with:
     input:
-        model=f"{RUN}/models/{{model}}/manifest.json",
+        model=manifest(f"{RUN}/models/{{model}}"),
         tokens=lambda w: tokens_of(w.model, domain_of(w)),
         budget_model=budget_model,
         tuned_by=lambda w: tuned_by(
             w, getattr(for_model(w), dapt_settings(w)), f"dapt/{w.model}"
         ),
     output:
-        manifest=f"{HOME}/dapt/{{model}}/manifest.json",
+        manifest=built(f"{HOME}/dapt/{{model}}"),
     log:
         f"{LOG}/dapt/{{home}}-{{seed}}-{{model}}.log",
     benchmark:
@@ -48,7 +48,7 @@ use rule finetune as dapt with:
 
 use rule finetune as lora with:
     input:
-        model=f"{RUN}/models/{{model}}/manifest.json",
+        model=manifest(f"{RUN}/models/{{model}}"),
         tokens=lambda w: tokens_of(w.model, domain_of(w)),
         match=lambda w: (
             [manifest(f"{RUN}/models/{study(w).memory_model}")]
@@ -58,7 +58,7 @@ use rule finetune as lora with:
         budget_model=budget_model,
         tuned_by=lambda w: tuned_by(w, for_model(w).lora, f"lora/{w.model}"),
     output:
-        manifest=f"{HOME}/lora/{{model}}/manifest.json",
+        manifest=built(f"{HOME}/lora/{{model}}"),
     log:
         f"{LOG}/lora/{{home}}-{{seed}}-{{model}}.log",
     benchmark:
@@ -81,7 +81,7 @@ use rule finetune as model with:
             else []
         ),
     output:
-        manifest=f"{RUN}/models/{{model}}/manifest.json",
+        manifest=built(f"{RUN}/models/{{model}}"),
     log:
         f"{LOG}/model/{{model}}.log",
     benchmark:
@@ -95,3 +95,12 @@ use rule finetune as model with:
         options=lambda w: f"{spec('models', w.model)} {CONTEXT} {compute(w.model)}",
         source=lambda w: stamp(MODELS[w.model]),
         version=VERSIONS["model"],
+
+
+use rule model as fetch_model with:
+    wildcard_constraints:
+        model=fetched(MODELS),
+    localrule: True
+
+
+ruleorder: fetch_model > model

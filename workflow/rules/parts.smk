@@ -102,12 +102,12 @@ def part_folder(config, part):
     return f"{folder}/{part.model}" if around else folder
 
 
-def part_cells(made):
-    """Format the parts of a table or figure as command line options."""
+def part_cells(made, paths):
+    """Format the parts of a table or figure, which are in these input files, as command line options."""
     cells = []
-    for part in made.parts:
+    for part, path in zip(made.parts, paths, strict=True):
         where = f"{part.domain}:{part.model}:{part.seed}"
-        cells += ["--cell", f"{where}:{part_folder(made.config, part)}"]
+        cells += ["--cell", f"{where}:{folder_of(path)}"]
     return words(*cells)
 
 
@@ -161,8 +161,8 @@ def compared(wildcards, name):
 
 def latency_options(wildcards, input):
     """Options of a measurement; a datastore and its index are one option."""
-    stores = "+".join(os.path.dirname(store) for store in input.datastore)
-    knn = words("--knn", f"{stores}:{os.path.dirname(input.index)}")
+    stores = "+".join(folder_of(store) for store in input.datastore)
+    knn = words("--knn", f"{stores}:{folder_of(input.index)}")
     on = compute(wildcards.model)
     return f"{knn} {options(section(study(wildcards), 'latency'))} {on}"
 

@@ -44,7 +44,9 @@ rule table:
         runtime=10,
     params:
         command="table",
-        options=lambda w: f"{words('--name', w.table)} {part_cells(table_of(w))}",
+        options=lambda w, input: (
+            f"{words('--name', w.table)} {part_cells(table_of(w), input.parts)}"
+        ),
         caption=lambda w: table_of(w).caption,
         version=VERSIONS["table"],
     shell:

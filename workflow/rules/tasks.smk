@@ -5,7 +5,7 @@ use rule evaluate as harness with:
         memory=evaluated_memory,
         evaluation=tuned_memory,
     output:
-        manifest=f"{HOME}/harness/{{suite}}/{{memory}}/{{model}}/manifest.json",
+        manifest=built(f"{HOME}/harness/{{suite}}/{{memory}}/{{model}}"),
     log:
         f"{LOG}/harness/{{home}}-{{seed}}-{{suite}}-{{memory}}-{{model}}.log",
     benchmark:
@@ -25,7 +25,9 @@ use rule harness as harness_system with:
         base=suite_base,
         evaluation=tuned_system,
     output:
-        manifest=f"{HOME}/harness/{{suite}}/{typed.WITHOUT_MEMORY}/{{system}}/{{model}}/manifest.json",
+        manifest=built(
+            f"{HOME}/harness/{{suite}}/{typed.WITHOUT_MEMORY}/{{system}}/{{model}}"
+        ),
     log:
         f"{LOG}/harness/{{home}}-{{seed}}-{{suite}}-{{system}}-{{model}}.log",
     benchmark:
@@ -39,7 +41,7 @@ use rule harness as harness_base with:
     input:
         base=suite_base,
     output:
-        manifest=f"{RUN}/harness/{{suite}}/{{model}}/manifest.json",
+        manifest=built(f"{RUN}/harness/{{suite}}/{{model}}"),
     log:
         f"{LOG}/harness/{{suite}}-{{model}}.log",
     benchmark:
