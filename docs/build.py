@@ -43,8 +43,8 @@ def environment() -> str:
     return (
         "# Generated from constraints.txt by `python -m docs.build`: the same pins for conda users with a GPU.\n"
         "# conda env create -f environment.yml && conda run -n memdec pip install --no-deps -e .\n"
-        "name: memdec\nchannels:\n  - pytorch\n  - nvidia\n  - conda-forge\ndependencies:\n"
-        "  - python=3.12\n  - pytorch::faiss-gpu=1.12\n  - pip\n  - pip:\n" + pip + "\n"
+        "name: memdec\nchannels:\n  - conda-forge\ndependencies:\n"
+        "  - python=3.12\n  - pip\n  - pip:\n" + pip + "\n"
     )
 
 

@@ -15,6 +15,7 @@ PACKAGES = (
     "datasets",
     "faiss-cpu",
     "faiss-gpu",
+    "faiss-gpu-cuvs",
     "accelerate",
     "peft",
     "numba",
