@@ -28,7 +28,7 @@ rule corpus:
         version=VERSIONS["corpus"],
     shell:
         "OMP_NUM_THREADS={threads} RAYON_NUM_THREADS={threads} {params.launch} {params.command} {params.inputs} "
-        "{params.options} --overwrite --out " + FOLDER + " > {log:q} 2>&1"
+        f"{{params.options}} --overwrite --out {FOLDER} > {{log:q}} 2>&1"
 
 
 # Nodes of a cluster often have no network. What needs one runs where Snakemake runs.
