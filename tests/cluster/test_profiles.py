@@ -20,7 +20,15 @@ def profile(name: str) -> dict[str, Any]:
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in names else None)
+    """Only these plugins of Snakemake are there, and all that really is there of other packages."""
+    find = importlib.util.find_spec
+
+    def found(name: str, package: str | None = None) -> object | None:
+        if name.startswith("snakemake_"):
+            return object() if name in names else None
+        return find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
 
 
 def test_a_profile_without_its_plugin_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
