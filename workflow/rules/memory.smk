@@ -16,6 +16,7 @@ use rule finetune as datastore with:
 
 use rule finetune as index with:
     input:
+        unpack(lambda w: behind_keys(w, w.key)),
         datastore=lambda w: datastore(w, w.key),
     output:
         manifest=built(f"{HOME}/keys/{{key}}/index"),
@@ -32,6 +33,7 @@ use rule finetune as index with:
 # What the key model's kNN-LM says on valid about the settings of the targets.
 use rule finetune as calibrate with:
     input:
+        unpack(lambda w: behind_keys(w, w.key)),
         model=key_model,
         datastore=lambda w: datastore(w, w.key),
         index=lambda w: index(w, w.key),
@@ -57,6 +59,7 @@ use rule finetune as calibrate with:
 
 use rule finetune as targets with:
     input:
+        unpack(lambda w: behind_keys(w, w.key)),
         datastore=lambda w: datastore(w, w.key),
         index=lambda w: index(w, w.key),
         tokens=key_tokens,
