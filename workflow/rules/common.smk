@@ -91,6 +91,8 @@ def named(wildcards, input):
     """Format named inputs as command line options; for a manifest.json, pass the folder of the artefact."""
     found = []
     for name, paths in input.items():
+        if name == "beside":
+            continue
         for path in [paths] if isinstance(paths, str) else paths:
             folder, file = os.path.split(path)
             place = folder if file == "manifest.json" else path
@@ -178,6 +180,11 @@ def manifest(folder):
 def built(folder):
     """What stands for an artefact among the outputs of a rule."""
     return directory(folder) if APART else manifest(folder)
+
+
+def beside(*paths):
+    """Artefacts that another one names and a stage reads without an option: they must travel, and no more."""
+    return {"beside": [*paths]} if APART else {}
 
 
 def folder_of(path):
@@ -297,22 +304,28 @@ def budget(wildcards, share=1.0):
 # --- keys and memories ----------------------------------------------------------------------------------------------
 
 
-def key_name(wildcards):
+def key_name(key):
     """Name of the model that makes the keys; the suffix `UNTUNED` means the model before fine-tuning."""
-    return wildcards.key.removesuffix(typed.UNTUNED)
+    return key.removesuffix(typed.UNTUNED)
 
 
-def key_model(wildcards):
-    name = key_name(wildcards)
+def key_model(wildcards, key=None):
+    key = key or wildcards.key
+    name = key_name(key)
     return manifest(
         f"{at(wildcards, 'finetuned')}/finetuned/{name}"
-        if name == wildcards.key
+        if name == key
         else f"{RUN}/models/{name}"
     )
 
 
-def key_tokens(wildcards):
-    return tokens_of(key_name(wildcards), domain_of(wildcards))
+def key_tokens(wildcards, key=None):
+    return tokens_of(key_name(key or wildcards.key), domain_of(wildcards))
+
+
+def behind_keys(wildcards, key):
+    """What a datastore names: its model, for new keys, and its tokens, which are the values."""
+    return beside(key_model(wildcards, key), key_tokens(wildcards, key))
 
 
 def datastore(wildcards, key):
@@ -332,7 +345,11 @@ def index(wildcards, key):
 
 
 def keys_and_index(wildcards, key):
-    return {"datastore": datastore(wildcards, key), "index": index(wildcards, key)}
+    return {
+        "datastore": datastore(wildcards, key),
+        "index": index(wildcards, key),
+        **behind_keys(wildcards, key),
+    }
 
 
 def memory_study(wildcards):
@@ -475,7 +492,10 @@ BY_SLUG = {system.slug: system for system in SYSTEMS.values()}
 def system_parts(wildcards):
     """Parts of a system besides the base and a memory."""
     needed = BY_SLUG[wildcards.system].needs
-    return {name: PARTS[name](wildcards) for name in needed if name in PARTS}
+    parts = {name: PARTS[name](wildcards) for name in needed if name in PARTS}
+    if "datastore" in parts:
+        parts |= behind_keys(wildcards, f"{wildcards.model}{typed.UNTUNED}")
+    return parts
 
 
 def system_kinds(system):

@@ -40,6 +40,7 @@ use rule fidelity as shapes with:
 # Times mean nothing while other jobs run, so it takes all processors and starts last.
 use rule finetune as latency with:
     input:
+        unpack(lambda w: behind_keys(w, f"{w.model}{typed.UNTUNED}")),
         base=manifest(f"{RUN}/models/{{model}}"),
         memory=evaluated_memory,
         tokens=lambda w: tokens_of(w.model, domain_of(w)),

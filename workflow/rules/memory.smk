@@ -17,6 +17,7 @@ use rule finetune as datastore with:
 
 use rule finetune as index with:
     input:
+        unpack(lambda w: behind_keys(w, w.key)),
         datastore=lambda w: datastore(w, w.key),
     output:
         manifest=built(f"{HOME}/keys/{{key}}/index"),
@@ -36,6 +37,7 @@ use rule finetune as index with:
 # What the key model's kNN-LM says on valid about the settings of the targets.
 use rule finetune as calibrate with:
     input:
+        unpack(lambda w: behind_keys(w, w.key)),
         model=key_model,
         datastore=lambda w: datastore(w, w.key),
         index=lambda w: index(w, w.key),
@@ -64,6 +66,7 @@ use rule finetune as calibrate with:
 
 use rule finetune as targets with:
     input:
+        unpack(lambda w: behind_keys(w, w.key)),
         datastore=lambda w: datastore(w, w.key),
         index=lambda w: index(w, w.key),
         tokens=key_tokens,
