@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 LARGEST = 1e17  # squared distances of larger keys could overflow float32
-_LARGEST_BITS = int(np.float32(LARGEST).view(np.int32))
+LARGEST_BITS = int(np.float32(LARGEST).view(np.int32))
 _STRIP = 32  # number of distances whose minimum is compared with the limit first
 _AHEAD = 6  # number of candidates between the prefetch of a key and its use
 
@@ -40,7 +40,7 @@ def compiled(*signature: str, **options: Any) -> Callable[[Callable[..., Any]], 
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _widen(_typing: Any, value: Any) -> Any:
+def widened(_typing: Any, value: Any) -> Any:
     """Convert a key element to float32: uint16 holds float16 bits, int16 holds bfloat16 bits, float32 is unchanged.
 
     numba has no float16 on CPU. The conversion is one instruction (`vcvtph2ps`) on processors that have it.
@@ -93,10 +93,10 @@ def widen(keys: NDArray[Any], out: NDArray[np.float32], out_bits: NDArray[np.int
     largest = np.int32(0)
     for row in range(keys.shape[0]):
         for i in range(keys.shape[1]):
-            out[row, i] = _widen(keys[row, i])
+            out[row, i] = widened(keys[row, i])
         for i in range(keys.shape[1]):
             largest = max(largest, out_bits[row, i] & np.int32(0x7FFFFFFF))
-    return bool(largest < _LARGEST_BITS)
+    return bool(largest < LARGEST_BITS)
 
 
 @compiled(fastmath=True)
@@ -131,7 +131,7 @@ def sq_distances(
             if 0 <= here < n:
                 total = np.float32(0)
                 for i in range(width):
-                    difference = queries[row, i] - _widen(keys[here, i])
+                    difference = queries[row, i] - widened(keys[here, i])
                     total += difference * difference
                 sq_dist[row, column] = total
 
