@@ -1,7 +1,8 @@
 """Search the nearest neighbours among the keys of a datastore; every user of neighbours searches through this module.
 
 Exact search reads all keys in blocks, or keeps them on the GPU (`device_search`). For ivfflat and ivfpq, FAISS searches
-only the nearest cells (`ivf`). In both cases the candidates are then sorted by exact distances to the stored keys.
+only the nearest cells (`ivf`). In both cases the candidates are then sorted by exact distances to the stored keys. Kind
+`cells` computes exact distances to all keys of the nearest cells (`cells`).
 """
 
 from pathlib import Path
@@ -80,26 +81,33 @@ class Searcher:
         self._values: Tensor | None = None
         self._ivf: Any = None
         self._same_token: _SameToken | None = None
+        self.cells: Any = None  # the `cells.CellSearch` of an index of this kind
         # Candidates are at random positions: reading them from memory takes half the time of a memory map, whose pages
         # are small.
         in_memory = sum(keys.nbytes for _, keys in store.parts) < resources.free_memory() / 10
         self._parts = [(first, kernels.bits(np.array(keys) if in_memory else keys)) for first, keys in store.parts]
-        if settings.is_ivf:
-            from memdec.datastore.ivf import IvfIndex  # exact search needs no faiss
+        if settings.kind == "cells":
+            from memdec.datastore.cells import CellSearch  # exact search needs no faiss
+
+            self.store.require_stored()
+            self.cells = CellSearch(store, settings, folder, self._parts)
+        elif settings.has_cells:
+            from memdec.datastore.ivf import IvfIndex
 
             self._ivf = IvfIndex(store, settings, folder, device)
             if store.parts:
                 self._same_token = _SameToken(store.values, store.facts["vocab_size"])
 
     def set_nprobe(self, nprobe: int) -> None:
-        """Search the nearest `nprobe` cells of an IVF index from now on; no effect on an exact index.
+        """Search the nearest `nprobe` cells from now on; no effect on an exact index.
 
         Raises:
             ConfigError: The index has fewer cells.
         """
         check_cells(self.settings, nprobe)
-        if self._ivf is not None:
-            self._ivf.set_nprobe(nprobe)
+        for index in (self._ivf, self.cells):
+            if index is not None:
+                index.set_nprobe(nprobe)
 
     @property
     def on_device(self) -> DeviceSearch | None:
@@ -159,6 +167,10 @@ class Searcher:
         """
         if not released:
             self.store.require_stored("set `released: true` (targets), or store the keys")
+        if self.cells is not None:
+            positions = np.full(len(queries), -1) if own is None else own
+            exact: Pair = self.cells.search(queries, positions, neighbours)
+            return exact
         if own is None:
             own = np.full(len(queries), -1)
         elif self._same_token is not None:
