@@ -91,4 +91,4 @@ class Assigner:
     def codes(self, keys: Float[np.ndarray, "n D"]) -> NDArray[np.uint8]:
         """The number of the nearest centroid, lowest byte first, (n, code_size)."""
         cells = cell_join.nearest_cells(keys, self._centroids, 1)
-        return cells.astype("<i8").view(np.uint8).reshape(-1, 8)[:, : self.code_size]
+        return np.ascontiguousarray(cells.astype("<i8").view(np.uint8).reshape(-1, 8)[:, : self.code_size])
