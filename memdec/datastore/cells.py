@@ -54,7 +54,7 @@ class CellSearch:
         """
         probes = cell_join.nearest_cells(queries, self._centroids, self._nprobe)
         try:
-            return cell_join.nearest(queries, own, probes, self._starts, self._positions, self._take, neighbours)
+            return cell_join.nearest(queries, own, probes, self._starts, self._positions, self._parts, neighbours)
         except cell_join.BadKeyError as error:
             raise self._store.not_finite(error.position) from None
 
@@ -68,17 +68,8 @@ class CellSearch:
         Raises:
             NumericsError: One is NaN, infinite or too large.
         """
-        return self._store.wide(self._take(positions), positions)
-
-    def _take(self, positions: Int[np.ndarray, " n"]) -> NDArray[Any]:
-        """The keys of these positions, from all shards."""
-        if len(self._parts) == 1:
-            return self._parts[0][1][positions]
-        out = np.empty((len(positions), self._store.width), self._parts[0][1].dtype)
-        for first, keys in self._parts:
-            here = (positions >= first) & (positions < first + len(keys))
-            out[here] = keys[positions[here] - first]
-        return out
+        room = np.empty((len(positions), self._store.width), self._parts[0][1].dtype)
+        return self._store.wide(cell_join.gathered(self._parts, positions, room), positions)
 
 
 class Assigner:

@@ -12,7 +12,7 @@ differences take 7 ns, because a processor subtracts and adds at the same time. 
 exact distances would have to follow for the k best and a margin, scattered over the memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from memdec.maths.kernels import LARGEST_BITS, NOBODY, compiled, in_threads, unpack_distinct, widened
+from memdec.maths.kernels import LARGEST_BITS, NOBODY, compiled, gather, in_threads, unpack_distinct, widened
 
 _PIECE = 256  # keys that are compared at once; 4 dimensions of them (4 kB) stay in the level 1 cache
 _DIMS = 4  # dimensions that are compared between reading and writing a distance
@@ -29,10 +29,11 @@ _LANES = 16  # the number of keys of a piece is rounded up to a multiple; one ve
 _TILE = 16  # queries that are compared with the same 4 dimensions; their distances (16 kB) stay in that cache, too
 _HELD = 8192  # keys that are gathered at once: 4 MB in float16 at width 256
 _SORTED = 64  # queries whose neighbours are sorted at once: 512 kB with k = 1024 stay in the level 2 cache
-_GROUP = 64 * 2**20  # bytes of candidates of the queries that a thread handles at once
+_ROOM = 1024  # candidates collected between two selections of the nearest, at least
+_GROUP = 96 * 2**20  # bytes of candidates of the queries that a thread handles at once
 _1, _2, _3, _ROW = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(_PIECE)
 _INF = int(np.float32(np.inf).view(np.int32))
-Take = Callable[[Int[np.ndarray, " n"]], NDArray[Any]]
+Parts = Sequence[tuple[int, NDArray[Any]]]
 Pair = tuple[Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]
 
 
@@ -50,12 +51,12 @@ def nearest(
     probes: Int[np.ndarray, "B P"],
     starts: Int[np.ndarray, " C+1"],
     positions: Int[np.ndarray, " N"],
-    take: Take,
+    parts: Parts,
     neighbours: int,
 ) -> Pair:
     """Find the nearest keys of each query in the cells that it names.
 
-    Memory: 80 MB for each of torch's threads with k = 1024, whatever the number of queries, of keys and of cells, and
+    Memory: 100 MB for each of torch's threads with k = 1024, whatever the number of queries, of keys and of cells, and
     the result.
 
     Args:
@@ -64,7 +65,7 @@ def nearest(
         probes: Cells of each query, each cell at most once.
         starts: Cell c has the keys positions[starts[c] : starts[c + 1]].
         positions: Positions of the keys, cell after cell.
-        take: Gives the keys of positions in their format on disk (`kernels.bits`), shape (n, D).
+        parts: (first position, keys) of each shard of the datastore, as in `knn.exact_distances`.
         neighbours: K.
 
     Returns:
@@ -76,13 +77,14 @@ def nearest(
     """
     sq_dist = np.full((len(queries), neighbours), np.inf, np.float32)
     ids = np.full((len(queries), neighbours), -1)
-    room = 2 * neighbours + _PIECE
+    room = 2 * neighbours + _ROOM
 
     def work(begin: int, end: int) -> None:
         found = _Group(queries[begin:end], own[begin:end], neighbours, room)
-        for pieces, held in _chunks(probes[begin:end], starts):
-            chosen = positions[held]
-            found.compare(take(chosen), chosen, *pieces)
+        held = np.empty((_HELD, queries.shape[1]), parts[0][1].dtype)  # allocated once: a page at first use is slow
+        for pieces, places in _chunks(probes[begin:end], starts):
+            chosen = positions[places]
+            found.compare(gathered(parts, chosen, held[: len(chosen)]), chosen, *pieces)
         found.result(sq_dist[begin:end], ids[begin:end])
 
     in_threads(work, len(queries), max(1, _GROUP // (8 * room)))
@@ -94,8 +96,15 @@ def nearest_cells(
 ) -> Int[np.ndarray, "B P"]:
     """The `n` nearest cells of each query, nearest first, ties by number; `n` is at most C."""
     one, n_cells = np.zeros((len(queries), 1), np.int64), len(centroids)
-    nobody = np.full(len(queries), -1)
-    return nearest(queries, nobody, one, np.array([0, n_cells]), np.arange(n_cells), centroids.__getitem__, n)[1]
+    nobody, numbers = np.full(len(queries), -1), np.arange(n_cells, dtype=np.uint32)
+    return nearest(queries, nobody, one, np.array([0, n_cells]), numbers, [(0, centroids)], n)[1]
+
+
+def gathered(parts: Parts, positions: Int[np.ndarray, " n"], out: NDArray[Any]) -> NDArray[Any]:
+    """Copy the keys of these positions from all shards to `out`, in their format on disk."""
+    for first, keys in parts:
+        gather(keys, first, positions, out)
+    return out
 
 
 def grouped(cells: Int[np.ndarray, " N"], n_cells: int) -> tuple[Int[np.ndarray, " C+1"], Int[np.ndarray, " N"]]:
@@ -132,25 +141,27 @@ class _Group:
         rows: Int[np.ndarray, " pairs"],
     ) -> None:
         """Compare keys with queries: the keys edges[i] to edges[i + 1] with the queries rows[begins[i] : ends[i]]."""
-        bad = _compare(
-            keys,
-            positions,
-            edges,
-            begins,
-            ends,
-            rows,
-            self._queries,
-            self._own,
-            self._near,
-            self._near.view(np.int32),
-            self._ids,
-            self._counts,
-            self._limits,
-            self._neighbours,
-            self._strip,
-            self._strip.view(np.int32),
-            self._panel,
-            self._tile,
+        bad = int(
+            _compare(
+                keys,
+                positions,
+                edges,
+                begins,
+                ends,
+                rows,
+                self._queries,
+                self._own,
+                self._near,
+                self._near.view(np.int32),
+                self._ids,
+                self._counts,
+                self._limits,
+                self._neighbours,
+                self._strip,
+                self._strip.view(np.int32),
+                self._panel,
+                self._tile,
+            )
         )
         if bad >= 0:
             raise BadKeyError(int(positions[bad]))

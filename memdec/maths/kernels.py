@@ -99,6 +99,24 @@ def widen(keys: NDArray[Any], out: NDArray[np.float32], out_bits: NDArray[np.int
     return bool(largest < LARGEST_BITS)
 
 
+@compiled()
+def gather(keys: NDArray[Any], first: int, positions: NDArray[Any], out: NDArray[Any]) -> None:
+    """Copy those keys of these positions that are in this part of the datastore, to the same rows of `out`.
+
+    Half the time of NumPy's `take`, because keys are prefetched; see `sq_distances` for the arguments.
+    """
+    n, width = keys.shape
+    for row in range(len(positions)):
+        if row + _AHEAD < len(positions):
+            soon = np.int64(positions[row + _AHEAD]) - first
+            if 0 <= soon < n:
+                _prefetch(keys, soon)
+        here = np.int64(positions[row]) - first
+        if 0 <= here < n:
+            for i in range(width):
+                out[row, i] = keys[here, i]
+
+
 @compiled(fastmath=True)
 def sq_distances(
     queries: NDArray[np.float32],

@@ -27,7 +27,9 @@ def found(
 ) -> cell_join.Pair:
     starts, positions = cell_join.grouped(cells, n_cells)
     queries = keys[np.maximum(own, 0)] if queries is None else queries
-    return cell_join.nearest(queries, own, probes, starts, positions, on_disk(keys, dtype).__getitem__, k)
+    narrow, middle = on_disk(keys, dtype), len(keys) // 2
+    parts = [(0, narrow[:middle]), (middle, narrow[middle:])]
+    return cell_join.nearest(queries, own, probes, starts, positions, parts, k)
 
 
 @settings(max_examples=min(60, settings().max_examples))
