@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from numba import types
 from numba.extending import intrinsic
@@ -29,8 +30,9 @@ _LANES = 16  # the number of keys of a piece is rounded up to a multiple; one ve
 _TILE = 16  # queries that are compared with the same 4 dimensions; their distances (16 kB) stay in that cache, too
 _HELD = 8192  # keys that are gathered at once: 4 MB in float16 at width 256
 _SORTED = 64  # queries whose neighbours are sorted at once: 512 kB with k = 1024 stay in the level 2 cache
+_FEWEST = 256  # queries that are not shared among threads, each of which would gather the same keys
 _ROOM = 1024  # candidates collected between two selections of the nearest, at least
-_GROUP = 96 * 2**20  # bytes of candidates of the queries that a thread handles at once
+_GROUP = 24 * 2**20  # bytes of candidates of the queries that a thread handles at once
 _1, _2, _3, _ROW = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(_PIECE)
 _INF = int(np.float32(np.inf).view(np.int32))
 Parts = Sequence[tuple[int, NDArray[Any]]]
@@ -56,7 +58,7 @@ def nearest(
 ) -> Pair:
     """Find the nearest keys of each query in the cells that it names.
 
-    Memory: 100 MB for each of torch's threads with k = 1024, whatever the number of queries, of keys and of cells, and
+    Memory: 30 MB for each of torch's threads with k = 1024, whatever the number of queries, of keys and of cells, and
     the result.
 
     Args:
@@ -87,7 +89,8 @@ def nearest(
             found.compare(gathered(parts, chosen, held[: len(chosen)]), chosen, *pieces)
         found.result(sq_dist[begin:end], ids[begin:end])
 
-    in_threads(work, len(queries), max(1, _GROUP // (8 * room)))
+    share = max(_FEWEST, -(-len(queries) // torch.get_num_threads()))
+    in_threads(work, len(queries), max(1, min(share, _GROUP // (8 * room))))
     return sq_dist, ids
 
 
