@@ -308,7 +308,7 @@ def _compare(
     flat_queries, flat_panel, flat_tile = queries.reshape(-1), panel.reshape(-1), tile.reshape(-1)
     for piece in range(len(begins)):
         first, n = edges[piece], edges[piece + 1] - edges[piece]
-        bad = _lay_out(keys, first, n, strip, strip_bits, panel)
+        bad: int = _lay_out(keys, first, n, strip, strip_bits, panel)
         if bad >= 0:
             return bad
         there, full = positions[first : first + n], (n + _LANES - 1) // _LANES * _LANES
