@@ -164,7 +164,8 @@ def _write_by_cell(
 def _write(rows: RowWriter, batches: Iterator[_Batch], n: int, out: Path, copies: int = 1) -> None:
     """Append all batches up to `n` rows; while a batch is written, the next one is searched.
 
-    The rows will be written `copies` times in all, for which there must be room on the disk. At most one batch is waiting to be written. If a search fails, the batch before it is still written.
+    At most one batch is waiting to be written. If a search fails, the batch before it is still written. There must be
+    room on the disk for `copies` of all rows.
     """
     bar = tqdm(total=n, initial=rows.n, desc="targets", unit="row", unit_scale=True, mininterval=2)
     pending: Future[None] | None = None
