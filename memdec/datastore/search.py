@@ -30,7 +30,7 @@ Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 class _SameToken:
-    """Extra candidates for IVF search: all positions with the same input token, for tokens rare in the datastore.
+    """Extra candidates for search in cells: all positions with the same input token, for tokens rare in the datastore.
 
     The nearest keys of a rare token are mostly keys of the same token. They are too few to form a cell, so IVF search
     often misses them. Most neighbours that it misses and that matter are found here.
@@ -51,16 +51,17 @@ class _SameToken:
         positions = np.concatenate(
             [first + 1 + np.flatnonzero(rare[inputs[first : first + _TOKENS]]) for first in blocks]
         )
-        self._positions = positions[np.argsort(values[positions - 1], kind="stable")]
-        self._edges = np.concatenate([[0], np.cumsum(np.where(rare, counts, 0))])
+        # Those after token t are positions[edges[t] : edges[t + 1]].
+        self.positions = positions[np.argsort(values[positions - 1], kind="stable")].astype(np.uint32)
+        self.edges = np.concatenate([[0], np.cumsum(np.where(rare, counts, 0))])
 
     def of(self, inputs: Int[np.ndarray, " B"]) -> Int[np.ndarray, "B C"]:
         """Positions with these input tokens (-1: no token), padded with -1."""
-        begin, end = self._edges[inputs], self._edges[np.maximum(inputs, -1) + 1]
+        begin, end = self.edges[inputs], self.edges[np.maximum(inputs, -1) + 1]
         end = np.where(inputs < 0, begin, end)
         places = begin[:, None] + np.arange(int((end - begin).max()))
         there = places < end[:, None]
-        return np.where(there, self._positions[np.where(there, places, 0)] if there.any() else -1, -1)
+        return np.where(there, self.positions[np.where(there, places, 0)].astype(np.int64) if there.any() else -1, -1)
 
 
 class Searcher:
@@ -95,8 +96,8 @@ class Searcher:
             from memdec.datastore.ivf import IvfIndex
 
             self._ivf = IvfIndex(store, settings, folder, device)
-            if store.parts:
-                self._same_token = _SameToken(store.values, store.facts["vocab_size"])
+        if settings.has_cells and store.parts:
+            self._same_token = _SameToken(store.values, store.facts["vocab_size"])
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search the nearest `nprobe` cells from now on; no effect on an exact index.
@@ -167,14 +168,12 @@ class Searcher:
         """
         if not released:
             self.store.require_stored("set `released: true` (targets), or store the keys")
-        if self.cells is not None:
-            positions = np.full(len(queries), -1) if own is None else own
-            exact: Pair = self.cells.search(queries, positions, neighbours)
-            return exact
         if own is None:
             own = np.full(len(queries), -1)
         elif self._same_token is not None:
             inputs = np.where(own > 0, self.store.values[np.maximum(own, 1) - 1].astype(np.int64), -1)
+        if self.cells is not None:
+            return self._in_cells(queries, neighbours, own, None if released else inputs)
         fetch = min(neighbours + 1 + (0 if released else _MORE), self.store.n)
         sq_dist, ids = self._candidates(np.ascontiguousarray(queries, dtype=np.float32), fetch)
         if not released:
@@ -182,6 +181,25 @@ class Searcher:
                 ids = np.concatenate([ids, self._same_token.of(inputs)], axis=1)
             sq_dist = knn.exact_distances(queries, self._parts, ids)
         return knn.drop_self(sq_dist, ids, own, neighbours)
+
+    def _in_cells(
+        self, queries: NDArray[np.float32], neighbours: int, own: NDArray[np.int64], inputs: NDArray[np.int64] | None
+    ) -> Pair:
+        """Search an index of kind `cells`, and the positions after the same rare token where `inputs` are given."""
+        sq_dist, ids = self.cells.search(queries, own, neighbours)
+        same = self._same_token
+        if inputs is not None and same is not None:
+            tokens = np.maximum(inputs, 0)
+            rows = np.flatnonzero((inputs >= 0) & (same.edges[tokens] < same.edges[tokens + 1]))
+            # A token is a cell of its own. Equal distances have equal bits, so what is found twice counts once.
+            more = self.cells.nearest(
+                queries[rows], own[rows], tokens[rows, None], same.edges, same.positions, min(neighbours, _SAME_TOKEN)
+            )
+            found = (
+                np.concatenate([one[rows], other], axis=1) for one, other in zip((sq_dist, ids), more, strict=True)
+            )
+            sq_dist[rows], ids[rows] = knn.drop_self(*found, own[rows], neighbours)
+        return sq_dist, ids
 
     def rows(
         self, sq_dist: Float[Tensor, "B K"], ids: Int[Tensor, "B K"], temperature: float, **cut: Any
