@@ -614,7 +614,7 @@ class Config(Settings):
         """Settings of datastore, index and targets that contradict each other."""
         wrong = []
         if not self.datastore.stored:
-            if not self.index.is_ivf:
+            if self.index.kind in ("exact", "cells"):
                 wrong.append(
                     f"index.kind: expected ivfpq or ivfflat with datastore.stored false, found {self.index.kind}"
                 )

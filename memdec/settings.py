@@ -392,10 +392,12 @@ class DatastoreSettings(Settings):
 class IndexSettings(Settings):
     """Search index over the keys; the defaults of IVFPQ are the paper's."""
 
-    kind: Literal["exact", "ivfflat", "ivfpq"] = Field(
-        "exact", description="exact: compare with all keys; ivfflat, ivfpq: compare with the keys of the nearest cells"
+    kind: Literal["exact", "cells", "ivfflat", "ivfpq"] = Field(
+        "exact",
+        description="exact: compare with all keys; cells: exact distances to the keys of the nearest cells, for many "
+        "queries at once (ours); ivfflat, ivfpq: FAISS compares each query with the keys of the nearest cells",
     )
-    centroids: PositiveInt = Field(4096, description="cells of an ivf index (released: 4096)")
+    centroids: PositiveInt = Field(4096, description="cells of an index that is not exact (released: 4096)")
     code_size: PositiveInt = Field(64, description="bytes of a key's compressed code in ivfpq (released: 64)")
     opq: bool = Field(False, description="rotate the keys before ivfpq (ours)")
     sample: PositiveInt = Field(1_000_000, description="keys that train the cells and codes (released: 1,000,000)")
@@ -411,13 +413,13 @@ class IndexSettings(Settings):
     )
 
     @property
-    def is_ivf(self) -> bool:
+    def has_cells(self) -> bool:
         """Whether the index has cells, of which a search visits only some."""
-        return self.kind.startswith("ivf")
+        return self.kind != "exact"
 
     def cells_fault(self, nprobe: int) -> str | None:
         """The fault of a search of `nprobe` cells in this index, or None."""
-        if not self.is_ivf or nprobe <= self.centroids:
+        if not self.has_cells or nprobe <= self.centroids:
             return None
         return f"expected at most {self.centroids} cells (centroids of the index), found {nprobe}"
 
@@ -426,7 +428,7 @@ class SearchSettings(Settings):
     """The search for nearest neighbours, for targets and for the kNN-LM."""
 
     neighbours: PositiveInt = Field(1024, description="k (released: 1024; the paper prints none for the kNN-LM)")
-    nprobe: PositiveInt = Field(32, description="number of cells of an ivf index to search (released: 32)")
+    nprobe: PositiveInt = Field(32, description="number of cells of the index to search (released: 32)")
 
 
 class KnnSettings(SearchSettings):

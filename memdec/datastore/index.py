@@ -1,9 +1,10 @@
 """Stage `index`: build the search index over the keys of a datastore and measure how exact its search is.
 
-An exact index has no files besides its manifest. The IVF kinds (`ivfflat`, `ivfpq`) are trained on a random sample of
-the keys. Then every key is added once, so a streamed datastore gives the same index as a stored one.
+An exact index has no files besides its manifest. The others (`cells`, `ivfflat`, `ivfpq`) are trained on a random
+sample of the keys. Then every key is added once, so a streamed datastore gives the same index as a stored one.
 
-Output: `trained.safetensors` (centroids, codebooks, rotation) and `codes.npy` [N, bytes] (cell and code of each key).
+Output: `trained.safetensors` (centroids, codebooks, rotation) and `codes.npy` [N, bytes] (cell and code of each key;
+kind `cells` has no codes).
 The manifest holds recall@k against exact search in float64, and the total variation distance between both p_kNN. They
 are measured on a sample of queries at several nprobe, with exact distances (rescored) and with the index's (released).
 """
@@ -53,7 +54,7 @@ def run(
     with artefact.building(out, "index", settings, {"datastore": store.recipe}) as build:
         if build is None:
             return
-        if settings.is_ivf:
+        if settings.has_cells:
             from memdec.datastore import ivf
 
             ivf.train(store, out, settings, device)
@@ -71,12 +72,13 @@ def _check(store: Datastore, settings: IndexSettings) -> None:
     kind, d, n = settings.kind, store.width, store.n
     if settings.opq and kind != "ivfpq":
         raise ConfigError(f"index: expected opq with kind ivfpq alone, found kind {kind}; set `opq: false`")
-    if kind == "exact":
+    if kind in ("exact", "cells"):
         store.require_stored(f"use kind ivfpq or ivfflat, not {kind}")
+    if kind == "exact":
         if n > MANY:
             warnings.warn(
                 f"index: exact search compares each query with all {n:,} keys: targets of every position take "
-                f"{2.0 * n * n * d:.1e} operations; kinds ivfpq and ivfflat search the nearest cells only",
+                f"{2.0 * n * n * d:.1e} operations; kinds cells, ivfflat and ivfpq search the nearest cells only",
                 stacklevel=2,
             )
         return
@@ -110,12 +112,12 @@ def _check(store: Datastore, settings: IndexSettings) -> None:
 
 
 def _encoder(store: Datastore, out: Path, settings: IndexSettings) -> Any | None:
-    """The encoder of an IVF index; None for exact search, which has no codes."""
-    if not settings.is_ivf:
+    """What gives a key its cell and code; None for exact search, which has neither."""
+    if not settings.has_cells:
         return None
-    from memdec.datastore import ivf
+    from memdec.datastore import cells, ivf  # exact search needs no faiss
 
-    return ivf.Encoder(store, settings, out)
+    return (cells.Assigner if settings.kind == "cells" else ivf.Encoder)(store, settings, out)
 
 
 def _fill(
@@ -187,7 +189,7 @@ def _measure(
     searcher, neighbours = Searcher(store, settings, out, device), true[1].shape[1]
     results: dict[str, Any] = {}
     cells = sorted({min(nprobe, settings.centroids) for nprobe in settings.check_nprobe})
-    for nprobe in cells if settings.is_ivf else ["all"]:
+    for nprobe in cells if settings.has_cells else ["all"]:
         if isinstance(nprobe, int):
             searcher.set_nprobe(nprobe)
         results[str(nprobe)] = {}

@@ -1,8 +1,9 @@
 """FAISS indexes with cells (IVF): the search visits only the nearest cells.
 
 `ivfflat` holds the keys in the number type of the datastore, `ivfpq` holds codes of a few bytes. Files:
-`trained.safetensors` (centroids, codebooks, rotation) and `codes.npy` [N, bytes] (cell and code of each key). This is
-the only module that imports faiss.
+`trained.safetensors` (centroids, codebooks, rotation) and `codes.npy` [N, bytes] (cell and code of each key). The
+centroids of kind `cells` come from here, too; its search does not (`memdec.datastore.cells`). This is the only module
+that imports faiss.
 """
 
 import os
@@ -45,7 +46,7 @@ class IvfIndex:
         codes = arrays.load(folder / CODES, np.uint8, (store.n, int(index.sa_code_size())))
         for first in tqdm(range(0, store.n, PER_CALL), desc="load index", unit="block", mininterval=2):
             block = np.ascontiguousarray(codes[first : first + PER_CALL])
-            _check_cells(block, settings.centroids, folder)
+            cells_of(block, settings.centroids, folder)  # FAISS would write beyond its lists
             index.add_sa_codes(block, np.arange(first, first + len(block)))
         self._on_gpu = bool(_n_gpus(device))
         if self._on_gpu:
@@ -99,18 +100,30 @@ def load_trained(folder: Path, store: Datastore, settings: IndexSettings) -> Tra
     return found
 
 
-def _check_cells(codes: NDArray[np.uint8], n_cells: int, folder: Path) -> None:
-    """Check the cell of every code, its first bytes; FAISS would write beyond its lists."""
-    n_bytes = (max(n_cells - 1, 1).bit_length() + 7) // 8
-    cells = codes[:, :n_bytes].astype(np.int64) @ (256 ** np.arange(n_bytes))
+def cell_bytes(n_cells: int) -> int:
+    """Bytes of the number of a cell, with which every code begins."""
+    return (max(n_cells - 1, 1).bit_length() + 7) // 8
+
+
+def cells_of(codes: NDArray[np.uint8], n_cells: int, folder: Path) -> NDArray[np.int64]:
+    """The cell of every code.
+
+    Raises:
+        ArtifactError: There is no such cell.
+    """
+    n_bytes = cell_bytes(n_cells)
+    cells: NDArray[np.int64] = codes[:, :n_bytes].astype(np.int64) @ (256 ** np.arange(n_bytes))
     if (cells >= n_cells).any():
         raise ArtifactError(
             f"{folder / CODES}: expected cells below {n_cells}, found cell {cells.max()}; run `memdec index` again"
         )
+    return cells
 
 
 def code_bytes(store: Datastore, settings: IndexSettings) -> int:
     """Bytes of the code of one key, without the number of its cell."""
+    if settings.kind == "cells":
+        return 0
     return settings.code_size if settings.kind == "ivfpq" else store.width * _scalar_type(store)[1]
 
 

@@ -386,6 +386,17 @@ class Datastore:
                     yield first, block[: filled - first]
                     first = filled
 
+    def wide(self, keys: NDArray[Any], positions: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n D"]:
+        """Convert keys of these positions (`kernels.bits`) to float32.
+
+        Raises:
+            NumericsError: As `blocks`.
+        """
+        out = np.empty(keys.shape, np.float32)
+        if not kernels.widen(keys, out, out.view(np.int32)):
+            raise self.not_finite(int(positions[np.argwhere(~(np.abs(out) < kernels.LARGEST))[0, 0]]))
+        return out
+
     def not_finite(self, position: int) -> NumericsError:
         """The error for a key that is not finite or is too large for distances."""
         return NumericsError(

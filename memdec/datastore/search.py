@@ -1,7 +1,8 @@
 """Search the nearest neighbours among the keys of a datastore; every user of neighbours searches through this module.
 
 Exact search reads all keys in blocks, or keeps them on the GPU (`device_search`). For ivfflat and ivfpq, FAISS searches
-only the nearest cells (`ivf`). In both cases the candidates are then sorted by exact distances to the stored keys.
+only the nearest cells (`ivf`). In both cases the candidates are then sorted by exact distances to the stored keys. Kind
+`cells` computes exact distances to all keys of the nearest cells (`cells`).
 """
 
 from pathlib import Path
@@ -29,7 +30,7 @@ Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 class _SameToken:
-    """Extra candidates for IVF search: all positions with the same input token, for tokens rare in the datastore.
+    """Extra candidates for search in cells: all positions with the same input token, for tokens rare in the datastore.
 
     The nearest keys of a rare token are mostly keys of the same token. They are too few to form a cell, so IVF search
     often misses them. Most neighbours that it misses and that matter are found here.
@@ -50,16 +51,17 @@ class _SameToken:
         positions = np.concatenate(
             [first + 1 + np.flatnonzero(rare[inputs[first : first + _TOKENS]]) for first in blocks]
         )
-        self._positions = positions[np.argsort(values[positions - 1], kind="stable")]
-        self._edges = np.concatenate([[0], np.cumsum(np.where(rare, counts, 0))])
+        # Those after token t are positions[edges[t] : edges[t + 1]].
+        self.positions = positions[np.argsort(values[positions - 1], kind="stable")].astype(np.uint32)
+        self.edges = np.concatenate([[0], np.cumsum(np.where(rare, counts, 0))])
 
     def of(self, inputs: Int[np.ndarray, " B"]) -> Int[np.ndarray, "B C"]:
         """Positions with these input tokens (-1: no token), padded with -1."""
-        begin, end = self._edges[inputs], self._edges[np.maximum(inputs, -1) + 1]
+        begin, end = self.edges[inputs], self.edges[np.maximum(inputs, -1) + 1]
         end = np.where(inputs < 0, begin, end)
         places = begin[:, None] + np.arange(int((end - begin).max()))
         there = places < end[:, None]
-        return np.where(there, self._positions[np.where(there, places, 0)] if there.any() else -1, -1)
+        return np.where(there, self.positions[np.where(there, places, 0)].astype(np.int64) if there.any() else -1, -1)
 
 
 class Searcher:
@@ -80,26 +82,33 @@ class Searcher:
         self._values: Tensor | None = None
         self._ivf: Any = None
         self._same_token: _SameToken | None = None
+        self.cells: Any = None  # the `cells.CellSearch` of an index of this kind
         # Candidates are at random positions: reading them from memory takes half the time of a memory map, whose pages
         # are small.
         in_memory = sum(keys.nbytes for _, keys in store.parts) < resources.free_memory() / 10
         self._parts = [(first, kernels.bits(np.array(keys) if in_memory else keys)) for first, keys in store.parts]
-        if settings.is_ivf:
-            from memdec.datastore.ivf import IvfIndex  # exact search needs no faiss
+        if settings.kind == "cells":
+            from memdec.datastore.cells import CellSearch  # exact search needs no faiss
+
+            self.store.require_stored()
+            self.cells = CellSearch(store, settings, folder, self._parts)
+        elif settings.has_cells:
+            from memdec.datastore.ivf import IvfIndex
 
             self._ivf = IvfIndex(store, settings, folder, device)
-            if store.parts:
-                self._same_token = _SameToken(store.values, store.facts["vocab_size"])
+        if settings.has_cells and store.parts:
+            self._same_token = _SameToken(store.values, store.facts["vocab_size"])
 
     def set_nprobe(self, nprobe: int) -> None:
-        """Search the nearest `nprobe` cells of an IVF index from now on; no effect on an exact index.
+        """Search the nearest `nprobe` cells from now on; no effect on an exact index.
 
         Raises:
             ConfigError: The index has fewer cells.
         """
         check_cells(self.settings, nprobe)
-        if self._ivf is not None:
-            self._ivf.set_nprobe(nprobe)
+        for index in (self._ivf, self.cells):
+            if index is not None:
+                index.set_nprobe(nprobe)
 
     @property
     def on_device(self) -> DeviceSearch | None:
@@ -163,6 +172,8 @@ class Searcher:
             own = np.full(len(queries), -1)
         elif self._same_token is not None:
             inputs = np.where(own > 0, self.store.values[np.maximum(own, 1) - 1].astype(np.int64), -1)
+        if self.cells is not None:
+            return self._in_cells(queries, neighbours, own, None if released else inputs)
         fetch = min(neighbours + 1 + (0 if released else _MORE), self.store.n)
         sq_dist, ids = self._candidates(np.ascontiguousarray(queries, dtype=np.float32), fetch)
         if not released:
@@ -170,6 +181,25 @@ class Searcher:
                 ids = np.concatenate([ids, self._same_token.of(inputs)], axis=1)
             sq_dist = knn.exact_distances(queries, self._parts, ids)
         return knn.drop_self(sq_dist, ids, own, neighbours)
+
+    def _in_cells(
+        self, queries: NDArray[np.float32], neighbours: int, own: NDArray[np.int64], inputs: NDArray[np.int64] | None
+    ) -> Pair:
+        """Search an index of kind `cells`, and the positions after the same rare token where `inputs` are given."""
+        sq_dist, ids = self.cells.search(queries, own, neighbours)
+        same = self._same_token
+        if inputs is not None and same is not None:
+            tokens = np.maximum(inputs, 0)
+            rows = np.flatnonzero((inputs >= 0) & (same.edges[tokens] < same.edges[tokens + 1]))
+            # A token is a cell of its own. Equal distances have equal bits, so what is found twice counts once.
+            more = self.cells.nearest(
+                queries[rows], own[rows], tokens[rows, None], same.edges, same.positions, min(neighbours, _SAME_TOKEN)
+            )
+            found = (
+                np.concatenate([one[rows], other], axis=1) for one, other in zip((sq_dist, ids), more, strict=True)
+            )
+            sq_dist[rows], ids[rows] = knn.drop_self(*found, own[rows], neighbours)
+        return sq_dist, ids
 
     def rows(
         self, sq_dist: Float[Tensor, "B K"], ids: Int[Tensor, "B K"], temperature: float, **cut: Any

@@ -24,7 +24,7 @@ class RowWriter:
     """Appends rows to the three arrays of a shard; after a kill, rows up to the last checkpoint are kept."""
 
     def __init__(self, out: Path, work: Path, token: np.dtype[Any], prob: np.dtype[Any]) -> None:
-        self._mark, self._last = work / "rows", time.monotonic()
+        self._mark, self._last, self.dtypes = work / "rows", time.monotonic(), (token, prob)
         state: dict[str, Any] = json.loads(artefact.read_mark(self._mark) or "{}")
         dtypes = {"indptr": np.dtype(np.int64), "tokens": token, "probs": prob}
         paths = {name: out / f"{name}.npy" for name in dtypes}
@@ -136,7 +136,10 @@ class TargetReader:
                 raise ArtifactError(f"{folder}: expected rows, found an empty shard; run `memdec targets` again")
         self.recipes = [manifest.recipe for manifest, _ in manifests]
         self.begins = np.array([manifest.facts["begin"] for manifest, _ in manifests])
-        self._shards = [_load(folder, manifest) for manifest, folder in manifests]
+        self._shards = [
+            load_rows(folder, manifest.facts["end"] - manifest.facts["begin"], manifest.facts["entries"])
+            for manifest, folder in manifests
+        ]
 
     def rows(self, spans: Sequence[tuple[int, int]]) -> SparseRows:
         """Rows of the positions of all spans [first, end), in order."""
@@ -174,9 +177,8 @@ class TargetReader:
             first = stop
 
 
-def _load(folder: Path, manifest: artefact.Manifest) -> SparseRows:
-    """The rows of one shard, memory-mapped."""
-    n, n_entries = manifest.facts["end"] - manifest.facts["begin"], manifest.facts["entries"]
+def load_rows(folder: Path, n: int, n_entries: int) -> SparseRows:
+    """The n rows of one shard, memory-mapped."""
     return SparseRows(
         arrays.load(folder / "indptr.npy", np.int64, (n + 1,)),
         arrays.load(folder / "tokens.npy", arrays.INTEGERS, (n_entries,)),

@@ -6,6 +6,10 @@ shard holds a range of positions in CSR form: `indptr.npy`, `tokens.npy`, `probs
 so memory does not grow with the shard, and a killed run resumes where it stopped. Batches are fixed for the whole
 split, so a row does not depend on the number of shards. While a batch is written, the next one is searched.
 
+With an index of kind `cells` the keys are queries in the order of their cells, so that a batch searches few cells. The
+rows are first written in that order into the folder `work`, then copied in the order of positions. This takes their
+room on the disk twice for a while, and no more memory.
+
 Exact search on a GPU uses larger batches. Aggregation runs there too, and only the finished rows are copied to the CPU.
 
 The queries may also be keys of another split by the same model (evaluation text for the kNN-LM). Then no position is
@@ -20,16 +24,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from memdec.artefacts import artefact, devices, resources
 from memdec.datastore import device_search, search
 from memdec.datastore.keys import Datastore
-from memdec.datastore.target_rows import RowWriter
+from memdec.datastore.target_rows import RowWriter, load_rows
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.maths import knn
 from memdec.settings import TargetSettings
 from memdec.text import tokens
+
+_CELL_QUERIES = 4096  # queries per search in cells: distances, positions and rows take 200 MB with k = 1024
 
 _Batch = tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.floating], int]
 
@@ -81,8 +88,12 @@ def run(
         values = tokens.load_stream(stream, store.settings.split)
         _check_values(values, store, stream)
         searcher = search.load(store, index_folder, settings.nprobe, device)
+        by_cell = searcher.cells is not None and asked is store
         with RowWriter(out, build.work, values.dtype, np.dtype(settings.dtype)) as rows:
-            _write(rows, _search(searcher, asked, settings, begin + rows.n, end), end - begin, out)
+            if by_cell:
+                _write_by_cell(rows, searcher, settings, begin, end, build.work / "by-cell")
+            else:
+                _write(rows, _search(searcher, asked, settings, begin + rows.n, end), end - begin, out)
             rows.finish()
         if rows.n_short:
             warnings.warn(
@@ -130,10 +141,31 @@ def _check_values(values: NDArray[np.integer], store: Datastore, stream: Path) -
         )
 
 
-def _write(rows: "RowWriter", batches: Iterator[_Batch], n: int, out: Path) -> None:
+def _write_by_cell(
+    rows: RowWriter, searcher: search.Searcher, settings: TargetSettings, begin: int, end: int, work: Path
+) -> None:
+    """Write the rows of positions [begin, end) into `work` in the order of their cells, then append them in theirs.
+
+    Both steps resume after a kill. Memory for the order is 16 bytes for each row of the shard.
+    """
+    order, n = searcher.cells.order(begin, end), end - begin
+    work.mkdir(exist_ok=True)
+    with RowWriter(work, work, *rows.dtypes) as found:
+        _write(found, _search_cells(searcher, settings, order[found.n :]), n, work, copies=2)
+        found.finish()
+    place = np.empty(n, np.int64)
+    place[order - begin] = np.arange(n)
+    unsorted = load_rows(work, n, found.n_entries)
+    for low in range(rows.n, n, _CELL_QUERIES):
+        rows.append(*unsorted.at(place[low : low + _CELL_QUERIES]), 0)
+    rows.n_short = found.n_short
+
+
+def _write(rows: RowWriter, batches: Iterator[_Batch], n: int, out: Path, copies: int = 1) -> None:
     """Append all batches up to `n` rows; while a batch is written, the next one is searched.
 
-    At most one batch is waiting to be written. If a search fails, the batch before it is still written.
+    At most one batch is waiting to be written. If a search fails, the batch before it is still written. There must be
+    room on the disk for `copies` of all rows.
     """
     bar = tqdm(total=n, initial=rows.n, desc="targets", unit="row", unit_scale=True, mininterval=2)
     pending: Future[None] | None = None
@@ -146,7 +178,7 @@ def _write(rows: "RowWriter", batches: Iterator[_Batch], n: int, out: Path) -> N
             if number == 0:
                 pending.result()
                 if rows.n < n:
-                    left = rows.n_bytes / rows.n * (n - rows.n)
+                    left = rows.n_bytes / rows.n * (copies * n - rows.n)
                     resources.check_disk(out, left, f"the other {n - rows.n} rows; set 'top' or 'threshold'")
         if pending is not None:
             pending.result()
@@ -163,23 +195,40 @@ def _search(
     size = settings.batch_size
     if searcher.on_device is not None:
         size = max(size, device_search.QUERIES)  # not by free memory: a resumed run needs the same batches
+    elif searcher.cells is not None:
+        size = max(size, _CELL_QUERIES)
     grid = begin // size * size  # search the whole first batch, so that its rows do not depend on `begin`
     for first, queries in asked.blocks(grid, min(-(-end // size) * size, asked.n), size):
         positions = np.arange(first, first + len(queries))
         own, inputs = (positions, None) if asked is searcher.store else (None, _inputs(asked, positions))
         sq_dist, ids = searcher.near(queries, settings.neighbours, own, inputs=inputs, released=settings.released)
         low, high = max(begin - first, 0), min(end - first, len(queries))
-        sq_dist, ids = sq_dist[low:high], ids[low:high]
-        try:
-            cut = {"top": settings.top, "threshold": settings.threshold}
-            counts, tokens, probs = searcher.rows(sq_dist, ids, settings.temperature, **cut)
-        except knn.RowError as error:
-            raise NumericsError(
-                f"targets: expected neighbours for position {first + low + error.row}, but {error.why}"
-            ) from None
-        if searcher.on_device is not None:  # types as on disk: 8,192 rows of 1,024 entries shrink from 134 MB to 67 MB
-            tokens, probs = tokens.int(), probs.to(getattr(torch, settings.dtype))
-        yield counts.cpu().numpy(), tokens.cpu().numpy(), probs.cpu().numpy(), int((ids[:, -1] < 0).sum())
+        yield _rows(searcher, settings, positions[low:high], sq_dist[low:high], ids[low:high])
+
+
+def _search_cells(searcher: search.Searcher, settings: TargetSettings, order: NDArray[np.int64]) -> Iterator[_Batch]:
+    """As `_search`, for positions in this order; no row depends on the batch."""
+    size = max(settings.batch_size, _CELL_QUERIES)
+    for low in range(0, len(order), size):
+        positions = order[low : low + size]
+        near = searcher.near(searcher.cells.keys(positions), settings.neighbours, positions)
+        yield _rows(searcher, settings, positions, *near)
+
+
+def _rows(
+    searcher: search.Searcher, settings: TargetSettings, positions: NDArray[np.int64], sq_dist: Tensor, ids: Tensor
+) -> _Batch:
+    """Aggregate the neighbours of a batch of positions."""
+    try:
+        cut = {"top": settings.top, "threshold": settings.threshold}
+        counts, tokens, probs = searcher.rows(sq_dist, ids, settings.temperature, **cut)
+    except knn.RowError as error:
+        raise NumericsError(
+            f"targets: expected neighbours for position {positions[error.row]}, but {error.why}"
+        ) from None
+    if searcher.on_device is not None:  # types as on disk: 8,192 rows of 1,024 entries shrink from 134 MB to 67 MB
+        tokens, probs = tokens.int(), probs.to(getattr(torch, settings.dtype))
+    return counts.cpu().numpy(), tokens.cpu().numpy(), probs.cpu().numpy(), int((ids[:, -1] < 0).sum())
 
 
 def _inputs(asked: Datastore, positions: NDArray[np.int64]) -> NDArray[np.int64]:

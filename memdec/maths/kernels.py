@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 LARGEST = 1e17  # squared distances of larger keys could overflow float32
-_LARGEST_BITS = int(np.float32(LARGEST).view(np.int32))
+LARGEST_BITS = int(np.float32(LARGEST).view(np.int32))
 _STRIP = 32  # number of distances whose minimum is compared with the limit first
 _AHEAD = 6  # number of candidates between the prefetch of a key and its use
 
@@ -40,7 +40,7 @@ def compiled(*signature: str, **options: Any) -> Callable[[Callable[..., Any]], 
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _widen(_typing: Any, value: Any) -> Any:
+def widened(_typing: Any, value: Any) -> Any:
     """Convert a key element to float32: uint16 holds float16 bits, int16 holds bfloat16 bits, float32 is unchanged.
 
     numba has no float16 on CPU. The conversion is one instruction (`vcvtph2ps`) on processors that have it.
@@ -93,10 +93,28 @@ def widen(keys: NDArray[Any], out: NDArray[np.float32], out_bits: NDArray[np.int
     largest = np.int32(0)
     for row in range(keys.shape[0]):
         for i in range(keys.shape[1]):
-            out[row, i] = _widen(keys[row, i])
+            out[row, i] = widened(keys[row, i])
         for i in range(keys.shape[1]):
             largest = max(largest, out_bits[row, i] & np.int32(0x7FFFFFFF))
-    return bool(largest < _LARGEST_BITS)
+    return bool(largest < LARGEST_BITS)
+
+
+@compiled()
+def gather(keys: NDArray[Any], first: int, positions: NDArray[Any], out: NDArray[Any]) -> None:
+    """Copy those keys of these positions that are in this part of the datastore, to the same rows of `out`.
+
+    Half the time of NumPy's `take`, because keys are prefetched; see `sq_distances` for the arguments.
+    """
+    n, width = keys.shape
+    for row in range(len(positions)):
+        if row + _AHEAD < len(positions):
+            soon = np.int64(positions[row + _AHEAD]) - first
+            if 0 <= soon < n:
+                _prefetch(keys, soon)
+        here = np.int64(positions[row]) - first
+        if 0 <= here < n:
+            for i in range(width):
+                out[row, i] = keys[here, i]
 
 
 @compiled(fastmath=True)
@@ -131,7 +149,7 @@ def sq_distances(
             if 0 <= here < n:
                 total = np.float32(0)
                 for i in range(width):
-                    difference = queries[row, i] - _widen(keys[here, i])
+                    difference = queries[row, i] - widened(keys[here, i])
                     total += difference * difference
                 sq_dist[row, column] = total
 

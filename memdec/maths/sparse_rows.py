@@ -21,6 +21,15 @@ class SparseRows:
         """Make rows from the output of `knn.aggregate`."""
         return cls(np.concatenate([[0], np.cumsum(counts.numpy())]), tokens.numpy(), probs.numpy())
 
+    def at(
+        self, rows: Int[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " nnz"], Float[np.ndarray, " nnz"]]:
+        """Numbers of entries, tokens and probabilities of these rows, in this order."""
+        begins = self.indptr[rows]
+        counts = self.indptr[rows + 1] - begins
+        entries = np.arange(counts.sum()) + np.repeat(begins - (np.cumsum(counts) - counts), counts)
+        return counts, self.tokens[entries], self.probs[entries]
+
     def __len__(self) -> int:
         return len(self.indptr) - 1
 

@@ -100,7 +100,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_store(home / "store", rng.normal(size=(N, 6)).astype(np.float16), stream, vocab=50)
     store = [home / "store" / "0"]
     numbers = {"centroids": 4, "code_size": 3, "check_queries": 8, "check_neighbours": 4, "check_nprobe": [2]}
-    for kind in ("exact", "ivfpq", "ivfflat"):
+    for kind in ("exact", "cells", "ivfpq", "ivfflat"):
         index.run(store, home / kind, IndexSettings(kind=kind, **numbers))  # type: ignore[arg-type]
     chosen = TargetSettings(neighbours=9, batch_size=32)
     targets.run(store, home / "exact", stream, home / "targets", chosen)
@@ -132,6 +132,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     ),
     "ivfpq/codes.npy": ("expected the content that was written", lambda world: near(world, "ivfpq")),
     "ivfpq/trained.safetensors": ("expected the content that was written", lambda world: near(world, "ivfpq")),
+    "cells/codes.npy": ("expected the content that was written", lambda world: near(world, "cells")),
     "ivfflat/codes.npy": ("expected the content that was written", lambda world: near(world, "ivfflat")),
     **{
         f"targets/{name}.npy": ("expected the content that was written", rows_of)
@@ -163,7 +164,7 @@ def test_a_flipped_bit_of_a_model_is_found(base_folder: Path, short_tokens: Path
         datastore.run(tmp_path / "model", short_tokens, tmp_path / "d", DatastoreSettings(), context=CONTEXT, stride=16)
 
 
-@pytest.mark.parametrize("kind", ["exact", "ivfpq", "ivfflat"])
+@pytest.mark.parametrize("kind", ["exact", "cells", "ivfpq", "ivfflat"])
 @pytest.mark.parametrize("fact", [{"width": 3}, {"width": 600}, {"positions": 10, "end": 10}, {"width": None}])
 def test_a_wrong_fact_is_an_error_and_not_a_crash(copy: Path, kind: str, fact: dict[str, Any]) -> None:
     """As an older version wrote its manifests, without checksum: only shapes can tell."""
@@ -198,12 +199,13 @@ def test_a_missing_fact_is_one_line(copy: Path) -> None:
         near(copy, "exact")
 
 
-def test_cells_and_codebooks_of_another_index_do_not_reach_faiss(copy: Path) -> None:
-    codes = np.load(copy / "ivfpq" / "codes.npy")
-    codes[7, 0] = 200
-    np.save(copy / "ivfpq" / "codes.npy", codes)
-    signed(copy / "ivfpq")
-    assert "expected cells below 4, found cell 200" in forked(lambda: near(copy, "ivfpq"))
+def test_cells_and_codebooks_of_another_index_do_not_reach_compiled_code(copy: Path) -> None:
+    for kind in ("ivfpq", "cells"):
+        codes = np.load(copy / kind / "codes.npy")
+        codes[7, 0] = 200
+        np.save(copy / kind / "codes.npy", codes)
+        signed(copy / kind)
+        assert "expected cells below 4, found cell 200" in forked(lambda kind=kind: near(copy, kind))
     shutil.copy(copy / "ivfflat" / "trained.safetensors", copy / "ivfpq")
     signed(copy / "ivfpq")
     assert "expected arrays {'centroids': (4, 6), 'codebooks': (1536,)}" in forked(lambda: near(copy, "ivfpq"))

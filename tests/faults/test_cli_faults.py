@@ -52,7 +52,7 @@ def test_help_shows_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
             "tune": "auto|float32|bfloat16|float16",
             "sweep": "train|valid|test",
             "adapt-vocab": "copy|random",
-            "index": "exact|ivfflat|ivfpq",
+            "index": "exact|cells|ivfflat|ivfpq",
         }
         assert choices[name] in out, out
 

@@ -47,6 +47,11 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
             "index.kind: expected ivfpq or ivfflat with datastore.stored false, found exact",
         ),
         (
+            {"datastore": {"stored": False}, "index": {"kind": "cells"}},
+            "index.kind: expected ivfpq or ivfflat with datastore.stored false, found cells",
+        ),
+        ({"index": {"kind": "cells", "centroids": 8}}, r"targets.nprobe: expected at most 8 cells"),
+        (
             {"datastore": {"stored": False}, "calibrate": {}},
             "calibrate: expected none with datastore.stored false, found it",
         ),

@@ -1,0 +1,101 @@
+"""Index kind `cells`: exact distances to all keys of the nearest cells, and no compression.
+
+The index is the centroids (`trained.safetensors`) and the cell of each key (`codes.npy`, one to three bytes). When it is
+loaded, positions are sorted by cell, 4 bytes each. The keys stay where they are: the keys of a cell are gathered when
+queries search it, once for many queries. `memdec.maths.cell_join` compares them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from memdec.artefacts import arrays
+from memdec.datastore import ivf
+from memdec.datastore.keys import Datastore
+from memdec.maths import cell_join
+from memdec.settings import IndexSettings
+
+Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
+Parts = list[tuple[int, NDArray[Any]]]
+
+
+class CellSearch:
+    """The cells of a folder's index.
+
+    Args:
+        store: The keys that it was made from.
+        settings: Settings of the index.
+        folder: Folder of the index.
+        parts: (first position, keys) of each shard of the datastore, as `kernels.bits`.
+    """
+
+    def __init__(self, store: Datastore, settings: IndexSettings, folder: Path, parts: Parts) -> None:
+        self._store, self._parts, self._nprobe = store, parts, 1
+        self._centroids = ivf.load_trained(folder, store, settings)["centroids"].astype(np.float32)
+        codes = arrays.load(folder / ivf.CODES, np.uint8, (store.n, ivf.cell_bytes(settings.centroids)))
+        cells = np.empty(store.n, np.int32)
+        for first in range(0, store.n, ivf.PER_CALL):
+            block = codes[first : first + ivf.PER_CALL]
+            cells[first : first + len(block)] = ivf.cells_of(block, settings.centroids, folder)
+        self._starts, self._positions = cell_join.grouped(cells, settings.centroids)
+
+    def set_nprobe(self, nprobe: int) -> None:
+        """Search the nearest `nprobe` cells from now on."""
+        self._nprobe = nprobe
+
+    def search(self, queries: Float[np.ndarray, "B D"], own: Int[np.ndarray, " B"], neighbours: int) -> Pair:
+        """The nearest keys without the queries' own positions, as `cell_join.nearest`.
+
+        Raises:
+            NumericsError: A key of these cells is NaN, infinite or too large.
+        """
+        probes = cell_join.nearest_cells(queries, self._centroids, self._nprobe)
+        return self.nearest(queries, own, probes, self._starts, self._positions, neighbours)
+
+    def nearest(
+        self,
+        queries: Float[np.ndarray, "B D"],
+        own: Int[np.ndarray, " B"],
+        probes: Int[np.ndarray, "B P"],
+        starts: Int[np.ndarray, " C+1"],
+        positions: Int[np.ndarray, " M"],
+        neighbours: int,
+    ) -> Pair:
+        """`cell_join.nearest` in any sets of keys of the datastore.
+
+        Raises:
+            NumericsError: A key of these sets is NaN, infinite or too large.
+        """
+        try:
+            return cell_join.nearest(queries, own, probes, starts, positions, self._parts, neighbours)
+        except cell_join.BadKeyError as error:
+            raise self._store.not_finite(error.position) from None
+
+    def order(self, begin: int, end: int) -> Int[np.ndarray, " n"]:
+        """The positions [begin, end) in the order of their cells."""
+        return self._positions[(self._positions >= begin) & (self._positions < end)].astype(np.int64)
+
+    def keys(self, positions: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n D"]:
+        """The keys of these positions as queries, in float32.
+
+        Raises:
+            NumericsError: One is NaN, infinite or too large.
+        """
+        room = np.empty((len(positions), self._store.width), self._parts[0][1].dtype)
+        return self._store.wide(cell_join.gathered(self._parts, positions, room), positions)
+
+
+class Assigner:
+    """Finds the cell of each key, as the codes of the index; with the interface of `ivf.Encoder`."""
+
+    def __init__(self, store: Datastore, settings: IndexSettings, folder: Path) -> None:
+        self._centroids = ivf.load_trained(folder, store, settings)["centroids"].astype(np.float32)
+        self.code_size = ivf.cell_bytes(settings.centroids)
+
+    def codes(self, keys: Float[np.ndarray, "n D"]) -> NDArray[np.uint8]:
+        """The number of the nearest centroid, lowest byte first, (n, code_size)."""
+        cells = cell_join.nearest_cells(keys, self._centroids, 1)
+        return np.ascontiguousarray(cells.astype("<i8").view(np.uint8).reshape(-1, 8)[:, : self.code_size])

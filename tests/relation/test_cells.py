@@ -1,0 +1,149 @@
+"""Index kind `cells`: neighbours of the searched cells are exact, and targets have the same bits however they are made."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from making import write_store, write_tokens
+from safetensors.numpy import load_file
+
+from memdec.artefacts import artefact
+from memdec.datastore import index, search, target_rows, targets
+from memdec.datastore.keys import Datastore
+from memdec.datastore.target_rows import TargetReader
+from memdec.errors import ArtifactError
+from memdec.settings import IndexSettings, TargetSettings
+
+N, D, V, CELLS = 900, 7, 30, 12
+SETTINGS = IndexSettings(kind="cells", centroids=CELLS, check_neighbours=20, check_queries=32, check_nprobe=[3, CELLS])
+CHOSEN = {"neighbours": 25, "temperature": 0.7, "nprobe": 3}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys in clusters, in three shards (`store`) and in one (`whole`), and their indexes.
+
+    The keys are multiples of 1/4, so that all distances are exact, with many ties.
+    """
+    folder, rng = tmp_path_factory.mktemp("cells"), np.random.default_rng(0)
+    keys = np.round(rng.normal(size=(30, D)) * 8)[rng.integers(0, 30, N)] / 4 + rng.integers(0, 2, (N, D))
+    stream = write_tokens(folder / "tokens", rng.integers(0, V, N).astype(np.uint16))
+    for name, edges in (("store", [0, 100, 640, N]), ("whole", [0, N])):
+        write_store(folder / name, keys.astype(np.float16), stream, edges=edges)
+        with warnings.catch_warnings(action="ignore"):
+            index.run(parts(folder / name), folder / f"index-{name}", SETTINGS)
+    index.run(parts(folder / "store"), folder / "exact", IndexSettings(check_queries=1))
+    return folder
+
+
+def parts(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+def made(home: Path, out: Path, *, kind: str = "index-store", store: str = "store", **changes: Any) -> TargetReader:
+    chosen = TargetSettings.model_validate(CHOSEN | changes)
+    folders = [out / str(shard) for shard in range(chosen.shards)]
+    for shard, folder in enumerate(folders):
+        targets.run(parts(home / store), home / kind, home / "tokens", folder, chosen, shard=shard)
+    return TargetReader(folders, artefact.read(home / "tokens", "tokens").facts["sha256"]["train"])
+
+
+def equal(one: TargetReader, other: TargetReader) -> None:
+    ours, theirs = one.rows([(0, N)]), other.rows([(0, N)])
+    for name in ("indptr", "tokens", "probs"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_neighbours_are_the_nearest_of_the_nearest_cells(home: Path) -> None:
+    """Everything again in float64: assignment of keys, cells of a query, distances, the order of ties."""
+    searcher = search.load(Datastore(parts(home / "store")), home / "index-store", 3)
+    own, queries = searcher.store.sample(40, 5)
+    keys = np.concatenate([block.copy() for _, block in searcher.store.blocks(0, N, 500)]).astype(np.float64)
+    centroids = load_file(home / "index-store" / "trained.safetensors")["centroids"].astype(np.float64)
+    cell = ((keys[:, None] - centroids) ** 2).sum(-1).argmin(1)
+    assert np.load(home / "index-store" / "codes.npy")[:, 0].tolist() == cell.tolist()
+    alone = searcher.search(queries, 25, own, released=True)  # without positions after the same token
+    for me, (sq_dist, ids) in ((own, alone), (own * 0 - 1, searcher.search(queries, 25))):
+        for row in range(40):
+            query = queries[row].astype(np.float64)
+            near = ((query - centroids) ** 2).sum(1).argsort(kind="stable")[:3]
+            there = [at for at in np.flatnonzero(np.isin(cell, near)) if at != me[row]]
+            true = sorted((float(((keys[at] - query) ** 2).sum()), at) for at in there)[:25]
+            missing = [(np.inf, -1)] * (25 - len(true))
+            assert list(zip(sq_dist[row].tolist(), ids[row].tolist(), strict=True)) == true + missing
+
+
+def test_all_cells_give_the_rows_of_exact_search(home: Path, tmp_path: Path) -> None:
+    ours, exact = (made(home, tmp_path / kind, kind=kind, nprobe=CELLS) for kind in ("index-store", "exact"))
+    equal(ours, exact)
+    check = artefact.read(home / "index-store", "index").facts["check"]["nprobe"]
+    assert check[str(CELLS)]["rescored"]["recall"] > 0.99
+    assert check["3"]["rescored"]["recall"] < check[str(CELLS)]["rescored"]["recall"]
+
+
+@pytest.mark.parametrize("changes", [{"shards": 3}, {"shards": 7}, {"batch_size": 5}, {"store": "whole"}])
+def test_shards_and_batches_change_no_bit(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    whole = made(home, tmp_path / "a")
+    monkeypatch.setattr(targets, "_CELL_QUERIES", 64)
+    equal(whole, made(home, tmp_path / "b", **changes))
+
+
+@pytest.mark.parametrize("where", ["searched", "copied"])
+def test_a_killed_shard_goes_on_and_gives_the_same_bits(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    whole = made(home, tmp_path / "whole")
+    monkeypatch.setattr(target_rows, "_CHECKPOINT", 0.0)
+    monkeypatch.setattr(targets, "_CELL_QUERIES", 100)
+    real, rows = target_rows.RowWriter.append, []
+
+    def killed(self: target_rows.RowWriter, *batch: Any) -> None:
+        rows.append(self.n)
+        if len(rows) == (5 if where == "searched" else 13):
+            raise KeyboardInterrupt
+        real(self, *batch)
+
+    monkeypatch.setattr(target_rows.RowWriter, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made(home, tmp_path / "killed", batch_size=100)
+    assert rows[-1] == (400 if where == "searched" else 300)
+    equal(made(home, tmp_path / "killed", batch_size=100), whole)
+    assert rows[len(rows) - 14 if where == "searched" else 13] == (400 if where == "searched" else 300)
+    assert not (tmp_path / "killed" / "0" / "work").exists()
+
+
+def test_rows_for_other_queries_remove_nothing(home: Path, tmp_path: Path) -> None:
+    """The same keys as queries of another datastore: a query finds itself at distance 0."""
+    store = Datastore(parts(home / "store"))
+    searcher = search.load(store, home / "index-store", 3)
+    own, queries = store.sample(30, 1)
+    sq_dist, ids = searcher.search(queries, 5)
+    assert (sq_dist[:, 0] == 0).all()
+    twins = [np.flatnonzero(found == me).size == 1 or found[0] < me for found, me in zip(ids, own, strict=True)]
+    assert all(twins)  # only five twins before it can push it out
+    one = [searcher.search(queries[i : i + 1], 5) for i in range(30)]
+    np.testing.assert_array_equal(ids, np.concatenate([near for _, near in one]))
+
+
+def test_short_rows_are_counted(home: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"\d+ of 900 rows have fewer than 300 neighbours in the 1 cells searched"):
+        made(home, tmp_path, neighbours=300, nprobe=1)
+    assert artefact.read(tmp_path / "0", "targets").facts["short_rows"] > 0
+
+
+def test_a_streamed_datastore_is_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Datastore.__init__
+
+    def streamed(self: Datastore, folders: Any) -> None:
+        real(self, folders)
+        self.parts = []
+
+    monkeypatch.setattr(Datastore, "__init__", streamed)
+    with pytest.raises(
+        ArtifactError, match="expected stored keys, found a streamed datastore; use kind ivfpq or ivfflat"
+    ):
+        index.run(parts(home / "store"), tmp_path / "i", SETTINGS)
