@@ -90,7 +90,7 @@ class Searcher:
         if settings.kind == "cells":
             from memdec.datastore.cells import CellSearch  # exact search needs no faiss
 
-            self.store.require_stored()
+            self.store.require_stored("use kind ivfpq or ivfflat, not cells")
             self.cells = CellSearch(store, settings, folder, self._parts)
         elif settings.has_cells:
             from memdec.datastore.ivf import IvfIndex
@@ -195,10 +195,9 @@ class Searcher:
             more = self.cells.nearest(
                 queries[rows], own[rows], tokens[rows, None], same.edges, same.positions, min(neighbours, _SAME_TOKEN)
             )
-            found = (
-                np.concatenate([one[rows], other], axis=1) for one, other in zip((sq_dist, ids), more, strict=True)
-            )
-            sq_dist[rows], ids[rows] = knn.drop_self(*found, own[rows], neighbours)
+            distances = np.concatenate([sq_dist[rows], more[0]], axis=1)
+            positions = np.concatenate([ids[rows], more[1]], axis=1)
+            sq_dist[rows], ids[rows] = knn.drop_self(distances, positions, own[rows], neighbours)
         return sq_dist, ids
 
     def rows(
