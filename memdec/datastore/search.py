@@ -192,13 +192,11 @@ class Searcher:
             tokens = np.maximum(inputs, 0)
             rows = np.flatnonzero((inputs >= 0) & (same.edges[tokens] < same.edges[tokens + 1]))
             # A token is a cell of its own. Equal distances have equal bits, so what is found twice counts once.
-            more = self.cells.nearest(
+            more_dist, more = self.cells.nearest(
                 queries[rows], own[rows], tokens[rows, None], same.edges, same.positions, min(neighbours, _SAME_TOKEN)
             )
-            found = (
-                np.concatenate([one[rows], other], axis=1) for one, other in zip((sq_dist, ids), more, strict=True)
-            )
-            sq_dist[rows], ids[rows] = knn.drop_self(*found, own[rows], neighbours)
+            more_dist, more = np.concatenate([sq_dist[rows], more_dist], 1), np.concatenate([ids[rows], more], 1)
+            sq_dist[rows], ids[rows] = knn.drop_self(more_dist, more, own[rows], neighbours)
         return sq_dist, ids
 
     def rows(
