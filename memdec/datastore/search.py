@@ -192,7 +192,7 @@ class Searcher:
             tokens = np.maximum(inputs, 0)
             rows = np.flatnonzero((inputs >= 0) & (same.edges[tokens] < same.edges[tokens + 1]))
             # A token is a cell of its own. Equal distances have equal bits, so what is found twice counts once.
-            more = self.cells.nearest(
+            more_dist, more = self.cells.nearest(
                 queries[rows], own[rows], tokens[rows, None], same.edges, same.positions, min(neighbours, _SAME_TOKEN)
             )
             distances = np.concatenate([sq_dist[rows], more[0]], axis=1)
