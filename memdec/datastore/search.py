@@ -195,8 +195,8 @@ class Searcher:
             more_dist, more = self.cells.nearest(
                 queries[rows], own[rows], tokens[rows, None], same.edges, same.positions, min(neighbours, _SAME_TOKEN)
             )
-            distances = np.concatenate([sq_dist[rows], more[0]], axis=1)
-            positions = np.concatenate([ids[rows], more[1]], axis=1)
+            distances = np.concatenate([sq_dist[rows], more_dist], axis=1)
+            positions = np.concatenate([ids[rows], more], axis=1)
             sq_dist[rows], ids[rows] = knn.drop_self(distances, positions, own[rows], neighbours)
         return sq_dist, ids
 
