@@ -48,11 +48,11 @@ smol: $(STAMP)
 	@cat build/smol/results/memories.md
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
 # All but the slow ones: three and a half minutes on two cores.
 core: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m 'not slow' tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow' tests
 
 # Plant known bugs one at a time; every one must make a test fail. Eight minutes of CPU time.
 mutants: $(STAMP)

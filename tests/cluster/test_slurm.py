@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 CONF = Path("/etc/slurm")  # Snakemake's plugin drops SLURM_CONF, so the file must be where Slurm looks by itself
 PATIENCE = 1200  # seconds for a step of Snakemake that takes a few on an idle machine
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]  # one Slurm at a time
 
 
 def lacking() -> str | None:
