@@ -240,7 +240,7 @@ def model_of(wildcards):
     if "model" in wildcards.keys():
         return wildcards.model
     if "key" in wildcards.keys():
-        return key_name(wildcards)
+        return key_name(wildcards.key)
     found = memory(wildcards)
     return found.key_model if found.neighbours else found.memory_model
 

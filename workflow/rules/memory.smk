@@ -9,9 +9,9 @@ use rule finetune as datastore with:
     benchmark:
         f"{BENCHMARK}/datastore/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     params:
-        launch=lambda w: launched(key_name(w)),
+        launch=lambda w: launched(key_name(w.key)),
         command="datastore",
-        options=lambda w: f"{sharded(w, 'datastore')} {WINDOW} {compute(key_name(w))}",
+        options=lambda w: f"{sharded(w, 'datastore')} {WINDOW} {compute(key_name(w.key))}",
         version=VERSIONS["datastore"],
 
 
@@ -58,7 +58,7 @@ use rule finetune as calibrate with:
                 options(section(study(w), "calibrate")),
                 words("--nprobe", study(w).targets.nprobe),
                 WINDOW,
-                compute(key_name(w)),
+                compute(key_name(w.key)),
             ]
         ),
         version=VERSIONS["calibration"],
@@ -102,7 +102,7 @@ use rule finetune as teacher with:
     params:
         launch="memdec",
         command="teacher",
-        options=lambda w: f"{sharded(w, 'teacher', 'knn_weight')} {WINDOW} {compute(key_name(w))}",
+        options=lambda w: f"{sharded(w, 'teacher', 'knn_weight')} {WINDOW} {compute(key_name(w.key))}",
         version=VERSIONS["teacher"],
 
 
@@ -120,7 +120,7 @@ use rule teacher as mixture with:
     benchmark:
         f"{BENCHMARK}/mixture/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     params:
-        options=lambda w: f"{sharded(w, 'teacher')} {WINDOW} {compute(key_name(w))}",
+        options=lambda w: f"{sharded(w, 'teacher')} {WINDOW} {compute(key_name(w.key))}",
 
 
 use rule corpus as adapt with:
