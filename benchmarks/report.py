@@ -65,10 +65,30 @@ def page(folder: Path) -> str:
         "",
         f"{int(kinds[0]['keys']):,} keys. Machine: {kinds[0]['machine']}.",
         "",
+        *_plan(_rows(folder / "plan.csv")),
+        "",
         *_gpu(folder / "gpu"),
         "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _plan(found: list[dict[str, str]]) -> list[str]:
+    """Make the lines of the section on `memdec plan`."""
+    columns = {
+        "rule": "rule", "jobs": "jobs", "planned_s": "planned, s", "measured_s": "measured, s",
+        "planned_mb": "planned, MB", "measured_mb": "measured, MB", "planned_disk_mb": "disk planned, MB",
+        "measured_disk_mb": "disk measured, MB",
+    }  # fmt: skip
+    return [
+        "## The plan against the run",
+        "",
+        "`benchmarks/plan.py`: Table 3 of the default scale, made from nothing on an idle machine, beside what `memdec plan`",
+        "says for an empty folder with the rates of that machine. Seconds are summed over the jobs of a rule; MB are those of",
+        "the largest job.",
+        "",
+        *_table(found, columns, 1),
+    ]
 
 
 # Requirement for each case on a GPU: the minimum ratio to its twin.

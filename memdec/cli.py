@@ -1052,6 +1052,49 @@ def compare(
 
 
 @app.command()
+def plan(
+    files: Annotated[
+        list[str],
+        typer.Argument(help="config files, and files to make such as results/table3.csv (default: results/all)"),
+    ] = [],
+    folder: Annotated[Path, typer.Option(help="folder of the run; what is finished there costs nothing")] = Path("."),
+    measure: Annotated[bool, typer.Option("--measure", help="measure this machine first, in about a minute")] = False,
+    rates: Annotated[
+        Path | None, typer.Option(help="rates of another machine (default: those measured here, or the published ones)")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="GB of main memory of a node (default: of this one)")
+    ] = None,
+    disk: Annotated[float | None, typer.Option(min=0, help="GB of free disk (default: in the folder)")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write, with Markdown beside it")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run costs before it starts: jobs, hours, memory, disk, downloads; exit 2 if it cannot fit."""
+    from memdec.planning import plan as planning
+    from memdec.planning import rates as planning_rates
+
+    if measure:
+        from memdec.planning import measure as planning_measure
+
+        to = rates or planning_rates.measured()
+        planning_measure.write(planning_measure.machine(), to)
+        options.wrote(to, "memdec plan")
+        if not files:
+            return
+    machine = planning_rates.load(rates)
+    configs = [Path(name) for name in files if name.endswith((".yaml", ".yml", ".json"))] or [cfg.DEFAULT]
+    targets = [name for name in files if Path(name) not in configs] or ["results/all"]
+    configs = cfg.with_default(configs)
+    found = planning.make(cfg.load(*configs), configs, targets, folder, machine)
+    _print(found.text(), found.data() if as_json else None)
+    if out is not None:
+        planning.write(found, out)
+    room = planning.free_disk(folder) if disk is None else disk * 1e9
+    planning.refuse(found, machine.cpu.memory if memory is None else memory * 1e9, room)
+    _say("fits. Next: snakemake with the same config and target")
+
+
+@app.command()
 def schema(
     out: Annotated[Path, typer.Argument(help="file to write, e.g. workflow/schemas/config.schema.json")],
     of: Annotated[

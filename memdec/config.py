@@ -365,6 +365,12 @@ class Config(Settings):
         given = self.per_model.get(model, ForModel()).systems
         return [name for name in self.systems if given is None or name in given]
 
+    def gpus(self, model: str, *, launched: bool) -> int:
+        """GPUs of a job with a model: `launched` is a stage that several processes can share, the others spread it."""
+        found = self.per_model.get(model, ForModel())
+        several = found.launch is not None if launched else found.compute.get("device") == "all"
+        return found.gpus if several else 1
+
     def for_model(self, model: str) -> "Config":
         """The config of jobs that train or evaluate a model: its entry of `per_model` laid over the sections."""
         if model not in self.per_model:

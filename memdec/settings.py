@@ -135,6 +135,11 @@ class _Corpus(Settings):
     max_bytes: dict[Split, PositiveInt] = Field(
         default_factory=dict, description="most UTF-8 bytes of each split; whole documents are chosen by hash (ours)"
     )
+    expected_bytes: PositiveInt | None = Field(
+        None,
+        description="UTF-8 bytes of all splits that are expected, for `memdec plan` and the requests of jobs before the corpus "
+        "is there; it changes no result (ours)",
+    )
     separator: Literal["eos", "none"] = Field(
         "eos", description="token after each document in the token stream; 'none' is the paper's WikiText-103"
     )
@@ -330,6 +335,15 @@ class AdaptSettings(Settings):
     )
 
 
+class Shape(Settings):
+    """The size of a model, as far as time and memory depend on it."""
+
+    parameters: PositiveFloat = Field(description="number of weights; those of a tied head count once")
+    width: PositiveInt = Field(description="hidden size")
+    layers: PositiveInt = Field(description="number of layers")
+    vocabulary: PositiveInt = Field(description="rows of the head")
+
+
 class ModelSpec(Settings):
     """A base model: pretrained, or (mini scale) trained from scratch on one corpus."""
 
@@ -350,6 +364,11 @@ class ModelSpec(Settings):
     corpus: Name | None = Field(None, description="corpus it is trained on")
     train: TrainSettings | None = None
     seed: Seed = Field(0, description="seed of a model from scratch: initial weights and order of the data")
+    shape: Shape | None = Field(
+        None,
+        description="size of a pretrained model that is not here yet, for `memdec plan` and the requests of jobs; it changes "
+        "no result (ours)",
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> "ModelSpec":

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -441,6 +442,26 @@ def test_the_papers_grid_is_planned_without_network(
     wanted = {table for study in config.studies.values() for table in study.tables}
     assert {f"results/{table}.csv" for table in wanted} <= outputs(text)
     assert len(re.findall(r"^(?:local)?rule .*:\n(?: .*\n)*? +resources: .*runtime=", text, re.MULTILINE)) >= least
+
+
+def test_the_plan_lists_every_job_and_says_what_does_not_fit(tmp_path: Path) -> None:
+    """The same jobs as a dry run; what one requests is what the plan says, with a margin; the sizes are no part of recipes."""
+    config = str(ROOT / "config" / "gpu.yaml")
+    target = "results/table10.csv"
+    command = ["memdec", "plan", config, target, "--folder", str(tmp_path), "--memory", "1000", "--json"]
+    found = json.loads(ran(*command, "--disk", "5000").splitlines()[0])
+    room = ("--resources", "mem_mb=1000000")  # Snakemake cuts requests to those of the machine that it runs on
+    text = snakemake(tmp_path, target, "-n", "-p", "--cores", "8", *room, "--configfile", config)
+    total = int(re.findall(r"^total +(\d+)$", text, re.MULTILINE)[-1])
+    assert found["total"]["jobs"] == total
+    assert not found["unknown"]
+    assert "expected_bytes" not in text.split("Job stats")[-1]
+    assert "vocabulary" not in text.split("Job stats")[-1]
+    asked = [int(each) for each in re.findall(r"[ ,]mem_mb=(\d+)", text)]
+    assert max(asked) == math.ceil(1.25 * found["largest"]["memory"]["bytes"] / 1e6)
+    run = subprocess.run([*command, "--disk", "1"], cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False)
+    assert run.returncode == 2
+    assert re.match(r"error: plan: disk: expected \d+ GB, found 1 GB; ", run.stderr.splitlines()[-1])
 
 
 def test_a_job_takes_the_gpus_and_the_launcher_of_its_model(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 import functools
 import glob
 import json
+import math
 import os
 import re
 import shlex
 
 from snakemake.logging import logger
 
-from memdec.artefacts import resources as machine
 from memdec.artefacts.artefact import VERSIONS
 from memdec.inference.systems import SYSTEMS
+from memdec.planning import plan, rates
+from memdec.planning.costs import Costs, Job
+from memdec.planning.sizes import UnknownSizeError
 from memdec.results import catalogue, figure_catalogue
 from memdec.tasks import needed
 
@@ -25,11 +28,7 @@ STUDIES = CONFIG.every_study()  # None is the common part
 MEMORIES = {name for study in STUDIES.values() for name in study.memory_names}
 # Whether jobs that run a model request a GPU. `auto` looks at this machine. If jobs run on other machines, set
 # `compute: {device: cuda}` in the config, or the resource in the profile: `set-resources: {train: {gpu: 1}, ...}`.
-GPU = int(
-    CONFIG.compute.device == "cuda"
-    or CONFIG.compute.device == "auto"
-    and machine.has_gpu()
-)
+GPU = int(plan.uses_gpu(CONFIG))
 
 
 wildcard_constraints:
@@ -102,7 +101,9 @@ def named(wildcards, input):
 
 def spec(kind, name):
     """Format one entry of the config as an option with JSON."""
-    entry = getattr(CONFIG, kind)[name].model_dump(mode="json", exclude_unset=True)
+    entry = getattr(CONFIG, kind)[name].model_dump(
+        mode="json", exclude_unset=True, exclude={"shape", "expected_bytes"}
+    )
     return words("--spec", json.dumps(entry, sort_keys=True))
 
 
@@ -219,20 +220,47 @@ def launched(model):
     return words(*start, "-m", "memdec.cli")
 
 
-def computing(launched=False):
-    """Resources of a rule that runs models; of one that several processes can share, with `launched`."""
+COSTS = Costs(CONFIG, rates.load(), Path(RUN), gpu=bool(GPU))
+UNKNOWN = {
+    "mem_mb": 8000,
+    "disk_mb": 1000,
+    "runtime": 600,
+}  # of a job whose model or text nothing gives the size of
 
-    def gpu(wildcards):
-        found = CONFIG.per_model.get(model_of(wildcards), configs.ForModel())
-        several = found.launch if launched else found.compute.get("device") == "all"
-        return GPU * (found.gpus if several else 1)
+
+def requested(rule):
+    """Memory, disk and minutes that a job of a rule requests, by the formulas of `memdec plan`; a retry asks for more."""
+
+    def request(name, of):
+        def asked(wildcards, attempt):
+            try:
+                cost = COSTS.of(Job(rule, dict(wildcards.items())))
+            except UnknownSizeError:
+                return UNKNOWN[name] * attempt
+            return math.ceil(of(cost)) * attempt
+
+        return asked
 
     return {
         "cpu": lambda wildcards, threads: threads,
-        "mem_mb": 2000,
-        "runtime": 600,
-        "gpu": gpu,
+        "mem_mb": request("mem_mb", lambda cost: 1.25 * cost.memory / 1e6),
+        # Without a shared folder the inputs are copied first.
+        "disk_mb": request(
+            "disk_mb",
+            lambda cost: 10 + (2 * cost.disk + 1.25 * cost.reads * APART) / 1e6,
+        ),
+        # Processors differ by a factor of three, and a job that is stopped is lost work.
+        "runtime": request("runtime", lambda cost: 30 + 3 * cost.seconds / 60),
     }
+
+
+def computing(rule, launched=False):
+    """What a job of a rule that runs models requests; `launched`: several processes can share it."""
+
+    def gpu(wildcards):
+        return GPU * CONFIG.gpus(model_of(wildcards), launched=launched)
+
+    return {**requested(rule), "gpu": gpu}
 
 
 def model_of(wildcards):

@@ -16,9 +16,7 @@ rule corpus:
         "../../environment.yml"
     threads: 1
     resources:
-        cpu=lambda wildcards, threads: threads,
-        mem_mb=1500,
-        runtime=120,
+        **requested("corpus"),
     params:
         launch="memdec",
         command="corpus",
@@ -54,6 +52,8 @@ use rule corpus as tokenizer with:
     benchmark:
         f"{BENCHMARK}/tokenizer/{{tokenizer}}.tsv"
     threads: 2
+    resources:
+        **requested("tokenizer"),
     params:
         command="tokenizer",
         options=lambda w: spec("tokenizers", w.tokenizer),
@@ -80,6 +80,8 @@ use rule corpus as tokens with:
         f"{LOG}/tokens/{{tokenizer}}/{{corpus}}.log",
     benchmark:
         f"{BENCHMARK}/tokens/{{tokenizer}}/{{corpus}}.tsv"
+    resources:
+        **requested("tokens"),
     params:
         command="tokens",
         options="",
@@ -96,6 +98,8 @@ use rule corpus as passages with:
         f"{LOG}/passages/{{tokenizer}}-{{domain}}.log",
     benchmark:
         f"{BENCHMARK}/passages/{{tokenizer}}-{{domain}}.tsv"
+    resources:
+        **requested("passages"),
     params:
         command="passages",
         options=lambda w: options(section(CONFIG, "passages")),

@@ -13,7 +13,7 @@ use rule finetune as score with:
         f"{BENCHMARK}/score/{{home}}-{{seed}}-{{memory}}.tsv"
     priority: 0
     resources:
-        **computing(),
+        **computing("score"),
     params:
         launch="memdec",
         command="score",
@@ -31,6 +31,8 @@ use rule corpus as evaluate with:
         f"{LOG}/evaluate/{{home}}-{{seed}}-{{memory}}-{{model}}.log",
     benchmark:
         f"{BENCHMARK}/evaluate/{{home}}-{{seed}}-{{memory}}-{{model}}.tsv"
+    resources:
+        **requested("evaluate"),
     params:
         command="mix",
         options=lambda w: f"{words('--name', w.memory, '--seed', w.seed)} {mixing(w)}",
@@ -49,6 +51,8 @@ use rule score as evaluate_systems with:
         f"{LOG}/evaluate_systems/{{home}}-{{seed}}-{{system}}-{{model}}.log",
     benchmark:
         f"{BENCHMARK}/evaluate_systems/{{home}}-{{seed}}-{{system}}-{{model}}.tsv"
+    resources:
+        **computing("evaluate_systems"),
     params:
         command="evaluate",
         options=evaluation,
@@ -68,6 +72,8 @@ use rule score as cases with:
         f"{LOG}/cases/{{home}}-{{seed}}-{{memory}}-{{model}}.log",
     benchmark:
         f"{BENCHMARK}/cases/{{home}}-{{seed}}-{{memory}}-{{model}}.tsv"
+    resources:
+        **computing("cases"),
     params:
         command="cases",
         options="",

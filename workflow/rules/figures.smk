@@ -11,7 +11,7 @@ use rule finetune as fidelity with:
         f"{BENCHMARK}/fidelity/{{home}}-{{seed}}-{{memory}}.tsv"
     priority: 0
     resources:
-        **computing(),
+        **computing("fidelity"),
     params:
         launch="memdec",
         command="fidelity",
@@ -31,6 +31,8 @@ use rule fidelity as shapes with:
         f"{LOG}/shapes/{{home}}-{{seed}}-{{memory}}.log",
     benchmark:
         f"{BENCHMARK}/shapes/{{home}}-{{seed}}-{{memory}}.tsv"
+    resources:
+        **computing("shapes"),
     params:
         command="shapes",
         options=lambda w: compared(w, "shapes"),
@@ -56,7 +58,7 @@ use rule finetune as latency with:
     priority: -10
     threads: workflow.cores
     resources:
-        **computing(),
+        **computing("latency"),
     params:
         launch="memdec",
         command="latency",

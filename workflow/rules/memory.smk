@@ -8,6 +8,8 @@ use rule finetune as datastore with:
         f"{LOG}/datastore/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
         f"{BENCHMARK}/datastore/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
+    resources:
+        **computing("datastore", launched=True),
     params:
         launch=lambda w: launched(key_name(w.key)),
         command="datastore",
@@ -26,7 +28,7 @@ use rule finetune as index with:
     benchmark:
         f"{BENCHMARK}/index/{{home}}-{{seed}}-{{key}}.tsv"
     resources:
-        **computing(),
+        **computing("index"),
     params:
         launch="memdec",
         command="index",
@@ -49,7 +51,7 @@ use rule finetune as calibrate with:
     benchmark:
         f"{BENCHMARK}/calibrate/{{home}}-{{seed}}-{{key}}.tsv"
     resources:
-        **computing(),
+        **computing("calibrate"),
     params:
         launch="memdec",
         command="calibrate",
@@ -78,7 +80,7 @@ use rule finetune as targets with:
     benchmark:
         f"{BENCHMARK}/targets/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     resources:
-        **computing(),
+        **computing("targets"),
     params:
         launch="memdec",
         command="targets",
@@ -98,7 +100,7 @@ use rule finetune as teacher with:
     benchmark:
         f"{BENCHMARK}/teacher/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
     resources:
-        **computing(),
+        **computing("teacher"),
     params:
         launch="memdec",
         command="teacher",
@@ -119,6 +121,8 @@ use rule teacher as mixture with:
         f"{LOG}/mixture/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.log",
     benchmark:
         f"{BENCHMARK}/mixture/{{home}}-{{seed}}-{{key}}-{{scatteritem}}.tsv"
+    resources:
+        **computing("mixture"),
     params:
         options=lambda w: f"{sharded(w, 'teacher')} {WINDOW} {compute(key_name(w.key))}",
 
@@ -135,9 +139,7 @@ use rule corpus as adapt with:
         f"{BENCHMARK}/adapt/{{home}}-{{seed}}-{{memory}}.tsv"
     priority: 5
     resources:
-        cpu=lambda wildcards, threads: threads,
-        mem_mb=2000,
-        runtime=600,
+        **requested("adapt"),
     params:
         command="adapt-vocab",
         options=lambda w: f"{options(section(study(w), 'adapt'))} {words('--seed', w.seed)}",
@@ -158,6 +160,8 @@ use rule finetune as train with:
         f"{LOG}/train/{{home}}-{{seed}}-{{memory}}.log",
     benchmark:
         f"{BENCHMARK}/train/{{home}}-{{seed}}-{{memory}}.tsv"
+    resources:
+        **computing("train", launched=True),
     params:
         launch=lambda w: launched(memory(w).memory_model),
         command="train",

@@ -12,7 +12,7 @@ use rule corpus as finetune with:
         f"{BENCHMARK}/finetune/{{home}}-{{seed}}-{{model}}.tsv"
     priority: 5
     resources:
-        **computing(launched=True),
+        **computing("finetune", launched=True),
     params:
         launch=lambda w: launched(w.model),
         command="finetune",
@@ -37,6 +37,8 @@ use rule finetune as dapt with:
         f"{LOG}/dapt/{{home}}-{{seed}}-{{model}}.log",
     benchmark:
         f"{BENCHMARK}/dapt/{{home}}-{{seed}}-{{model}}.tsv"
+    resources:
+        **computing("dapt", launched=True),
     params:
         options=lambda w: training(
             w,
@@ -64,6 +66,8 @@ use rule finetune as lora with:
     benchmark:
         f"{BENCHMARK}/lora/{{home}}-{{seed}}-{{model}}.tsv"
     priority: 0
+    resources:
+        **computing("lora", launched=True),
     params:
         command="lora",
         options=lambda w: training(
@@ -88,7 +92,7 @@ use rule finetune as model with:
         f"{BENCHMARK}/model/{{model}}.tsv"
     priority: 10
     resources:
-        **computing(),
+        **computing("model"),
     params:
         launch="memdec",
         command="model",

@@ -11,7 +11,7 @@ use rule evaluate as harness with:
     benchmark:
         f"{BENCHMARK}/harness/{{home}}-{{seed}}-{{suite}}-{{memory}}-{{model}}.tsv"
     resources:
-        **computing(),
+        **computing("harness"),
     params:
         command="harness",
         options=lambda w: " ".join([words("--name", w.memory), tasks(w)]),
@@ -32,6 +32,8 @@ use rule harness as harness_system with:
         f"{LOG}/harness/{{home}}-{{seed}}-{{suite}}-{{system}}-{{model}}.log",
     benchmark:
         f"{BENCHMARK}/harness/{{home}}-{{seed}}-{{suite}}-{{system}}-{{model}}.tsv"
+    resources:
+        **computing("harness_system"),
     params:
         options=lambda w: tasks(w),
 
@@ -46,5 +48,7 @@ use rule harness as harness_base with:
         f"{LOG}/harness/{{suite}}-{{model}}.log",
     benchmark:
         f"{BENCHMARK}/harness/{{suite}}-{{model}}.tsv"
+    resources:
+        **computing("harness_base"),
     params:
         options=lambda w: tasks(w),
