@@ -16,12 +16,27 @@ from memdec.planning import costs, plan, rates
 from memdec.planning.costs import Costs, Job
 from memdec.planning.sizes import Sizes, UnknownSizeError, bytes_per_token
 
-
 ROOT = Path(__file__).resolve().parents[2]
 MINI = cfg.load(ROOT / "config" / "mini.yaml")
 PUBLISHED = rates.load(rates.DEFAULT)
 TORCH = {"home": "torch", "seed": "0"}
-RULES = "corpus tokenizer tokens passages model finetune dapt lora train adapt datastore index calibrate targets teacher".split()
+RULES = [
+    "corpus",
+    "tokenizer",
+    "tokens",
+    "passages",
+    "model",
+    "finetune",
+    "dapt",
+    "lora",
+    "train",
+    "adapt",
+    "datastore",
+    "index",
+    "calibrate",
+    "targets",
+    "teacher",
+]
 
 
 def costing(config: cfg.Config, run: Path = Path("nowhere"), gpu: bool = False) -> Costs:
@@ -102,7 +117,11 @@ def test_a_rate_lies_between_the_measured_widths() -> None:
 
 def test_the_published_rates_of_a_gpu_are_those_that_were_measured() -> None:
     with (ROOT / "results/reference/gpu/gpu.csv").open(newline="") as lines:
-        rows = {(row["benchmark"], row["against"][:8]): row for row in csv.DictReader(lines) if row["vocabulary"] != "151936"}
+        rows = {
+            (row["benchmark"], row["against"][:8]): row
+            for row in csv.DictReader(lines)
+            if row["vocabulary"] != "151936"
+        }
     gpu = PUBLISHED.on(True)
     parameters, context, layers, width, vocabulary = 124.4e6, 1024, 12, 768, 50257  # GPT-2 small
     step = rows["step", "the same"]
@@ -119,7 +138,7 @@ def test_the_published_rates_of_a_gpu_are_those_that_were_measured() -> None:
 def test_the_plan_of_a_run_agrees_with_what_was_measured() -> None:
     """results/reference/plan.csv: 30 % of the time of all processors, 10 % of the largest memory and of the disk."""
     with (ROOT / "results/reference/plan.csv").open(newline="") as lines:
-        whole = [row for row in csv.DictReader(lines) if row["rule"] == "all"][0]
+        whole = next(row for row in csv.DictReader(lines) if row["rule"] == "all")
     for what, within in (("s", 0.3), ("mb", 0.1), ("disk_mb", 0.1)):
         assert float(whole[f"planned_{what}"]) == pytest.approx(float(whole[f"measured_{what}"]), rel=within)
 
@@ -169,7 +188,9 @@ def test_what_does_not_fit_is_one_error_with_all_of_it() -> None:
     found = plan.Plan("", PUBLISHED, False)
     found.add(Job("lora", TORCH | {"model": "gpt2-L"}), costs.Cost(10, memory=5e9, disk=2e12))
     plan.refuse(found, memory=6e9, disk=3e12)
-    with pytest.raises(ResourceError, match=r"^plan: disk: expected 2 TB, found 1 TB; .*; memory of lora torch 0 gpt2-L: "):
+    with pytest.raises(
+        ResourceError, match=r"^plan: disk: expected 2 TB, found 1 TB; .*; memory of lora torch 0 gpt2-L: "
+    ):
         plan.refuse(found, memory=4e9, disk=1e12)
 
 

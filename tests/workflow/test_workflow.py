@@ -459,7 +459,9 @@ def test_the_plan_lists_every_job_and_says_what_does_not_fit(tmp_path: Path) -> 
     assert "vocabulary" not in text.split("Job stats")[-1]
     asked = [int(each) for each in re.findall(r"^    resources: .*[ ,]mem_mb=(\d+)", text, re.MULTILINE)]
     assert max(asked) == math.ceil(1.25 * found["largest"]["memory"]["bytes"] / 1e6)
-    run = subprocess.run([*command, "--disk", "1"], cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False)
+    run = subprocess.run(
+        [*command, "--disk", "1"], cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False
+    )
     assert run.returncode == 2
     assert re.match(r"error: plan: disk: expected \d+ GB, found 1 GB; ", run.stderr.splitlines()[-1])
 

@@ -255,7 +255,7 @@ def requested(rule):
 
 
 def computing(rule, launched=False):
-    """What a job of a rule that runs models requests; `launched`: several processes can share it."""
+    """The same for a job that runs models, and its GPUs; several processes can share a stage with `launched`."""
 
     def gpu(wildcards):
         return GPU * CONFIG.gpus(model_of(wildcards), launched=launched)
