@@ -3,6 +3,7 @@
 Snakemake lists the jobs in a dry run, so what is there already costs nothing. `costs` gives each of them a cost.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -129,10 +130,14 @@ class Plan:
 
     def _summary(self) -> str:
         rates = self.machine.on(self.gpu)
+        n_cores = len(os.sched_getaffinity(0))
         lines = [
             f"{self.total.jobs} jobs: {_hours(self.total.cpu_seconds)} of processor cores"
             + (f", {_hours(self.total.gpu_seconds)} of GPUs" if self.total.gpu_seconds else "")
             + f"; {resources.size(self.total.disk)} of disk, {resources.size(self.total.download)} to download.",
+            f"With the {n_cores} processors of this machine at least {_hours(self.total.cpu_seconds / n_cores)}."
+            if not self.gpu
+            else f"With one GPU at least {_hours(self.total.gpu_seconds)}.",
             f"Rates: {rates.device} ({rates.source}).",
         ]
         for what, (job, cost) in self.largest.items():

@@ -221,3 +221,12 @@ def test_rates_that_are_not_rates_are_one_line(tmp_path: Path) -> None:
 
 def test_the_page_on_performance_has_the_comparison() -> None:
     assert "| calibrate" in report.page(ROOT / "results" / "reference")
+
+
+def test_what_a_node_without_a_shared_folder_copies_first_is_what_the_stages_before_left() -> None:
+    found = costing(MINI)
+    shards = found.of(Job("targets", TORCH | {"key": "gpt2-L", "scatteritem": "1-of-2"}))
+    keys = found.of(Job("datastore", TORCH | {"key": "gpt2-L", "scatteritem": "1-of-1"}))
+    train = found.of(Job("train", TORCH | {"memory": "memdec"}))
+    assert shards.reads == pytest.approx(keys.disk)
+    assert train.reads > 2 * shards.disk
