@@ -28,6 +28,7 @@ ORDER = [
     ["training", "inference"],
     ["modeling", "harness"],
     ["results"],
+    ["planning"],
     ["options"],
     ["cli"],
     ["__main__"],
