@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from making import CONTEXT, signed, write_store, write_tokens
@@ -361,10 +362,13 @@ def test_exact_search_of_very_many_keys_is_a_warning(
     store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index, "MANY", 2999)
+    settings = IndexSettings(check_queries=8, check_neighbours=8)
+    index.run(store, tmp_path / "few", settings, torch.device("cpu"))
+    monkeypatch.setattr(index, "MANY_ON_CPU", 2999)
     with pytest.warns(
         UserWarning, match=r"compares each query with all 3,000 keys: .* take \d\.\de\+\d+ operations; kinds cells"
     ):
-        index.run(store, tmp_path / "i", IndexSettings(check_queries=8, check_neighbours=8))
+        index.run(store, tmp_path / "i", settings, torch.device("cpu"))
 
 
 def test_fault_14_few_keys_per_centroid_are_a_warning(store: list[Path], tmp_path: Path) -> None:
