@@ -96,7 +96,7 @@ def run(
             if by_cell:
                 _write_by_cell(rows, searcher, settings, begin, end, build.work / "by-cell")
             else:
-                _write(rows, _search(searcher, asked, settings, begin + rows.n, end), end - begin, out)
+                _write(rows, in_order(searcher, asked, settings, begin + rows.n, end), end - begin, out)
             rows.finish()
         if rows.n_short:
             warnings.warn(
@@ -155,7 +155,7 @@ def _write_by_cell(
     order, n = searcher.cells.order(begin, end), end - begin
     work.mkdir(exist_ok=True)
     with RowWriter(work, work, *rows.dtypes) as found:
-        _write(found, _search_cells(searcher, settings, order[found.n :]), n, work, copies=2)
+        _write(found, in_cells(searcher, settings, order[found.n :]), n, work, copies=2)
         found.finish()
     place = np.empty(n, np.int64)
     place[order - begin] = np.arange(n)
@@ -188,7 +188,7 @@ def _write(rows: RowWriter, batches: Iterator[_Batch], n: int, out: Path, copies
             pending.result()
 
 
-def _search(
+def in_order(
     searcher: search.Searcher,
     asked: Datastore,
     settings: TargetSettings,
@@ -210,8 +210,8 @@ def _search(
         yield _rows(searcher, settings, positions[low:high], sq_dist[low:high], ids[low:high])
 
 
-def _search_cells(searcher: search.Searcher, settings: TargetSettings, order: NDArray[np.int64]) -> Iterator[_Batch]:
-    """As `_search`, for positions in this order; no row depends on the batch."""
+def in_cells(searcher: search.Searcher, settings: TargetSettings, order: NDArray[np.int64]) -> Iterator[_Batch]:
+    """As `in_order`, for positions in this order; no row depends on the batch."""
     size = max(settings.batch_size, _CELL_QUERIES)
     for low in range(0, len(order), size):
         positions = order[low : low + size]
