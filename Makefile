@@ -18,7 +18,7 @@ PROFILE ?= profiles/default
 # The recipe reads them as variables of the shell, so that none of their characters is taken for a command.
 export TARGET CONFIG FOLDER PROFILE
 
-.PHONY: install table3 repair smol test core mutants check bench bench-search bench-gpu report snakemake-report regression
+.PHONY: install table3 repair smol test core mutants check bench bench-search bench-cells bench-gpu report snakemake-report regression
 
 install: $(STAMP)
 
@@ -78,6 +78,11 @@ bench: $(STAMP)
 # Recall, total variation and speed of every kind of index on 300,000 keys; half an hour on two cores.
 bench-search: $(STAMP)
 	$(BIN)/python -m benchmarks.search --out results/search.csv
+
+# Kind `cells` against FAISS on 300,000 keys, and its growth with the number of keys; an hour on two cores.
+bench-cells: $(STAMP)
+	$(BIN)/python -m benchmarks.search --plan cells --out results/cells.csv
+	$(BIN)/python -m benchmarks.cell_growth --out results/cell-growth.csv
 
 # Where CUDA is: tests, hot paths, latency, Table 1 and tasks of one domain, in at most 13 minutes on an H100.
 bench-gpu: $(STAMP)

@@ -3,7 +3,9 @@
 The datastore has 300,000 keys (256 wide, float16) of a four-layer GPT-2. The text is the documentation inside installed
 packages, with a BPE of 50,257 tokens, windows of 512 and k = 1024; the released search was measured in the same
 setting. Model `random` has its initial weights; `trained` was trained on the text for one epoch. `--datastore` measures
-other keys instead, and `--cells` sets the number of cells of all kinds: about 2,048 for 300,000 keys.
+other keys instead.
+
+`--plan cells` compares kind `cells` with FAISS at 2,048 cells (`--cells`), and with the defaults of IVFPQ: 4,096 cells.
 
 Recall and total variation come from the index manifests (1,024 queries against exact search in float64). Speed is CPU
 time of one thread, the median of the repeats. Each repeat asks for other keys, in the order of cells, as targets do.
@@ -18,6 +20,7 @@ import statistics
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -36,14 +39,23 @@ COLUMNS = [
     "model", "index", "nprobe", "distances", "queries_per_s", "speed_to_released", "speed_to_default", "recall_1024", "tv_tau_1", "tv_tau_16",
     "bytes_per_token", "keys", "machine",
 ]  # fmt: skip
-KINDS = {
-    "cells {cells}": {"kind": "cells"},  # the first one: its order is that of the queries
-    "exact": {"kind": "exact"},
-    "ivfpq {cells}/64": {"kind": "ivfpq"},
-    "ivfpq {cells}/64, opq": {"kind": "ivfpq", "opq": True},
-    "ivfflat {cells}": {"kind": "ivfflat"},
+DEFAULT = "ivfpq 4096/64"
+PLANS: dict[str, dict[str, dict[str, Any]]] = {  # the order of the queries is that of the first kind
+    "search": {
+        "cells {cells}": {"kind": "cells"},
+        "exact": {"kind": "exact"},
+        DEFAULT: {"kind": "ivfpq", "centroids": 4096},
+        "ivfpq {cells}/64, opq": {"kind": "ivfpq", "opq": True},
+        "ivfflat {cells}": {"kind": "ivfflat"},
+    },
+    "cells": {
+        "cells {cells}": {"kind": "cells"},
+        "ivfflat {cells}": {"kind": "ivfflat"},
+        DEFAULT: {"kind": "ivfpq", "centroids": 4096},
+    },
 }
-DEFAULT = "ivfpq {cells}/64"
+CELLS = {"search": 4096, "cells": 2048}
+NPROBE = {"search": [32, 128], "cells": [8, 32, 64]}
 BYTES, K, CONTEXT = 1_250_000, 1024, 512
 GPT2 = ModelSpec(
     family="GPT-2",
@@ -83,13 +95,13 @@ def made(folder: Path) -> dict[str, Path]:
     return stores
 
 
-def rows(model: str, keys: Path, cells: int, repeats: int, n_queries: int) -> list[dict[str, object]]:
-    """Measure all kinds over a datastore: two rows each and nprobe, with the index's own distances and exact ones."""
+def rows(model: str, keys: Path, plan: str, cells: int, repeats: int, n_queries: int) -> list[dict[str, object]]:
+    """Measure the kinds of a plan over a datastore: two rows each and nprobe, with the index's distances and exact ones."""
     store, found = datastore.Datastore(keys), []
     order, plain_speed = np.arange(store.n), {}
-    for name, changes in KINDS.items():
+    for name, changes in PLANS[plan].items():
         settings = IndexSettings.model_validate(
-            {**changes, "centroids": cells, "check_queries": 1024, "check_nprobe": [32, 128]}
+            {"centroids": cells, **changes, "check_queries": 1024, "check_nprobe": NPROBE[plan]}
         )
         home = keys.with_name(f"{keys.name}-{artefact.digest(settings.model_dump(mode='json'))[:8]}")
         torch.set_num_threads(os.cpu_count() or 1)
@@ -108,6 +120,7 @@ def rows(model: str, keys: Path, cells: int, repeats: int, n_queries: int) -> li
             if name == DEFAULT:
                 plain_speed[nprobe] = speed[False]
             for released, kind in ((True, "released"), (False, "rescored")):
+                variation = check[kind]["total_variation"][str(min(K, store.n - 1))]
                 found.append(
                     {
                         "model": model,
@@ -117,8 +130,8 @@ def rows(model: str, keys: Path, cells: int, repeats: int, n_queries: int) -> li
                         "queries_per_s": speed[released],
                         "speed_to_released": f"{speed[released] / speed[True]:.2f}",
                         "recall_1024": f"{check[kind]['recall']:.4f}",
-                        "tv_tau_1": f"{check[kind]['total_variation']['1.0']:.4f}",
-                        "tv_tau_16": f"{check[kind]['total_variation']['16.0']:.4f}",
+                        "tv_tau_1": f"{variation['1']:.4f}",
+                        "tv_tau_16": f"{variation['16']:.4f}",
                         "bytes_per_token": f"{facts['bytes_per_key']:.1f}",
                         "keys": store.n,
                         "machine": machine(),
@@ -150,12 +163,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/search"), help="folder for datastores and indexes")
     parser.add_argument("--repeats", type=int, default=4, help="repeats; the first is a warm-up")
     parser.add_argument("--queries", type=int, default=4096)
-    parser.add_argument("--cells", type=int, default=4096, help="cells of each index (released: 4096)")
+    parser.add_argument("--plan", choices=PLANS, default="search", help="which kinds, and how many cells they search")
+    parser.add_argument("--cells", type=int, help="cells of each index but the default one; search: 4096, cells: 2048")
     parser.add_argument("--datastore", type=Path, action="append", help="keys to measure instead; repeat")
     parser.add_argument("--out", type=Path, default=Path("results/search.csv"))
     args = parser.parse_args()
     stores = {keys.name: keys for keys in args.datastore} if args.datastore else made(args.folder)
-    found = [row for name, keys in stores.items() for row in rows(name, keys, args.cells, args.repeats, args.queries)]
+    cells = args.cells or CELLS[args.plan]
+    found = [
+        row for name, keys in stores.items() for row in rows(name, keys, args.plan, cells, args.repeats, args.queries)
+    ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

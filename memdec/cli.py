@@ -374,11 +374,27 @@ def datastore(
 
 
 @stage(IndexSettings)
-def index(datastore: Datastore, out: Out, settings: IndexSettings, device: Device = "auto") -> None:
-    """Build the search index over the keys."""
+def index(
+    datastore: Datastore,
+    out: Out,
+    settings: IndexSettings,
+    max_tv: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="say which nprobe has at most this total variation, also of an index that is made already",
+        ),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Build the search index over the keys and measure how true its search is."""
+    from memdec.datastore import accuracy
     from memdec.datastore import index as stage_index
 
     stage_index.run(datastore, out, settings, _picked(device))
+    for line in accuracy.advice(max_tv, out) if max_tv is not None else []:
+        print(line)
 
 
 @stage(CalibrateSettings)
@@ -391,14 +407,30 @@ def calibrate(
     context: Context,
     stride: Stride,
     settings: CalibrateSettings,
-    nprobe: Annotated[int, typer.Option(min=1, help="cells of an ivf index to search, as for the targets")] = 32,
+    nprobe: Annotated[
+        int | None, typer.Option(min=1, help="cells of the index to search, as for the targets; default: 32 (released)")
+    ] = None,
+    max_tv: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="instead of --nprobe: largest total variation, as for the targets"),
+    ] = None,
     compute: Compute = AUTO,
 ) -> None:
     """Choose k, tau and top of the targets, and lambda of a mixed teacher, on valid."""
     from memdec.datastore import calibrate as stage_calibrate
 
     stage_calibrate.run(
-        model, datastore, index, tokens, out, settings, context=context, stride=stride, nprobe=nprobe, compute=compute
+        model,
+        datastore,
+        index,
+        tokens,
+        out,
+        settings,
+        context=context,
+        stride=stride,
+        nprobe=nprobe,
+        max_tv=max_tv,
+        compute=compute,
     )
 
 

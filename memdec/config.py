@@ -29,6 +29,7 @@ from memdec.errors import ConfigError, on_one_line
 from memdec.references import references
 from memdec.settings import (
     DEFAULT_MEMORY,
+    NPROBE,
     UNTUNED,
     AdaptSettings,
     CalibrateSettings,
@@ -630,8 +631,7 @@ class Config(Settings):
                 wrong.append("calibrate: expected none with datastore.stored false, found it; leave it out")
             if self.datastore.shards > 1:
                 wrong.append(f"datastore.shards: expected 1 with datastore.stored false, found {self.datastore.shards}")
-        if (fault := self.index.cells_fault(self.targets.nprobe)) is not None:
-            wrong.append(f"targets.nprobe: {fault}")
+        wrong += self._cells()
         if self.index.opq and self.index.kind != "ivfpq":
             wrong.append(f"index.opq: expected false with index.kind {self.index.kind}, found true")
         model = self.models.get(self.key_model)
@@ -648,6 +648,17 @@ class Config(Settings):
                     f"{self.targets.neighbours}"
                 )
         return wrong
+
+    def _cells(self) -> list[str]:
+        """Cells that the targets ask of the index but that it does not have or measure."""
+        if self.targets.max_tv is None:
+            fault = self.index.cells_fault(self.targets.nprobe or NPROBE)
+            return [] if fault is None else [f"targets.nprobe: {fault}"]
+        neighbours, temperatures = [self.targets.neighbours], [self.targets.temperature]
+        if self.calibrate is not None:
+            neighbours, temperatures = self.calibrate.neighbours, self.calibrate.temperatures
+        fault = self.index.bound_fault(neighbours, temperatures)
+        return [] if fault is None else [f"targets.max_tv: {fault}"]
 
 
 def owner(studies: Mapping[str | None, Config], study: str | None, *kinds: str) -> str | None:

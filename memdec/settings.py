@@ -32,6 +32,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy, torch and transformers all take
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+NPROBE = 32  # cells of an index that a search visits by default (released: 32)
 DEFAULT_MEMORY = "memdec"  # the memory that 'key_model', 'memory_model' and 'memory' describe
 WITHOUT_MEMORY = "systems"  # folder of the evaluations that use no memory
 FORGETTING = "forgetting.json"  # records of general corpora in an evaluation
@@ -436,6 +437,29 @@ class IndexSettings(Settings):
         """Whether the index has cells, of which a search visits only some."""
         return self.kind != "exact"
 
+    @property
+    def measured_neighbours(self) -> list[int]:
+        """The k at which the index measures its total variation: those of `calibrate`'s candidates below the main one."""
+        candidates = CalibrateSettings().neighbours if self.has_cells else []
+        return sorted({self.check_neighbours, *(k for k in candidates if k < self.check_neighbours)})
+
+    @property
+    def measured_temperatures(self) -> list[float]:
+        """The tau at which it is measured: `calibrate`'s candidates, which contain the paper's 1 and 16."""
+        return CalibrateSettings().temperatures
+
+    def bound_fault(self, neighbours: Iterable[int], temperatures: Iterable[float]) -> str | None:
+        """Why a bound of total variation says nothing about these k and tau in this index, or None."""
+        for name, wanted, known in (
+            ("k", neighbours, self.measured_neighbours),
+            ("tau", temperatures, self.measured_temperatures),
+        ):
+            missing = sorted({float(each) for each in wanted} - set(map(float, known)))
+            if missing and self.has_cells:
+                listed = ", ".join(f"{each:g}" for each in known)
+                return f"expected one of {name} {listed}, at which the index measures it, found {missing[0]:g}"
+        return None
+
     def cells_fault(self, nprobe: int) -> str | None:
         """The fault of a search of `nprobe` cells in this index, or None."""
         if not self.has_cells or nprobe <= self.centroids:
@@ -443,22 +467,37 @@ class IndexSettings(Settings):
         return f"expected at most {self.centroids} cells (centroids of the index), found {nprobe}"
 
 
-class SearchSettings(Settings):
+class _Neighbours(Settings):
+    neighbours: PositiveInt = Field(1024, description="k (released: 1024; the paper prints none for the kNN-LM)")
+
+
+class SearchSettings(_Neighbours):
     """The search for nearest neighbours, for targets and for the kNN-LM."""
 
-    neighbours: PositiveInt = Field(1024, description="k (released: 1024; the paper prints none for the kNN-LM)")
-    nprobe: PositiveInt = Field(32, description="number of cells of the index to search (released: 32)")
+    nprobe: PositiveInt = Field(NPROBE, description="number of cells of the index to search (released: 32)")
 
 
-class KnnSettings(SearchSettings):
-    """p_kNN as used for the targets that memories are trained on."""
-
+class _Temperature(Settings):
     temperature: PositiveFloat = Field(16.0, description="tau; divides the squared distance (released: 16)")
 
 
-class TargetSettings(KnnSettings):
+class KnnSettings(_Temperature, SearchSettings):
+    """p_kNN as used for the targets that memories are trained on."""
+
+
+class TargetSettings(_Temperature, _Neighbours):
     """kNN next-token distributions for the training positions."""
 
+    nprobe: PositiveInt | None = Field(
+        None, description="number of cells of the index to search; default: 32 (released), or as few as max_tv allows"
+    )
+    max_tv: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="instead of nprobe: largest mean total variation of p_kNN against exact search; the smallest nprobe "
+        "that the index measured within it is taken (ours)",
+    )
     top: PositiveInt | None = Field(
         None, description="keep this many most likely tokens of each row and renormalise (released: all)"
     )
@@ -473,6 +512,14 @@ class TargetSettings(KnnSettings):
     )
     shards: PositiveInt = Field(1, description="number of parts; several jobs can make them in parallel")
     batch_size: PositiveInt = Field(1024, description="queries per search")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if self.nprobe is not None and self.max_tv is not None:
+            raise ValueError(
+                f"max_tv: expected it in place of nprobe, found both ({self.max_tv:g}, nprobe {self.nprobe}); leave out one"
+            )
+        return self
 
 
 class CalibrateSettings(Settings):

@@ -23,15 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memdec.artefacts import artefact, devices
-from memdec.datastore import search
+from memdec.datastore import accuracy, search
 from memdec.datastore.keys import Datastore, Forward
-from memdec.errors import ArtifactError
+from memdec.errors import ArtifactError, ConfigError
 from memdec.maths import calibration, fidelity, mixing, weighing
 from memdec.maths.sparse_rows import SparseRows, probability_of
 from memdec.maths.windows import Window, sample, windows
 from memdec.models import loading
 from memdec.settings import (
     AUTO,
+    NPROBE,
     CalibrateSettings,
     Compute,
     DatastoreSettings,
@@ -60,7 +61,8 @@ def run(
     *,
     context: int,
     stride: int,
-    nprobe: int = 32,
+    nprobe: int | None = None,
+    max_tv: float | None = None,
     compute: Compute = AUTO,
 ) -> None:
     """Choose the settings of the targets.
@@ -74,12 +76,13 @@ def run(
         settings: The candidates.
         context: Most tokens that the model sees at once.
         stride: Tokens scored per window.
-        nprobe: Cells of an IVF index to search, as for the targets.
+        nprobe: Cells of the index to search, as for the targets; None: 32, or as few as `max_tv` allows.
+        max_tv: Instead of `nprobe`: the largest total variation at the largest k and any tau of the candidates.
         compute: Device, and the type of the model's weights.
 
     Raises:
         ArtifactError: The keys are of another model, or the index of other keys.
-        ConfigError: There are fewer keys than the largest k.
+        ConfigError: There are fewer keys than the largest k, or `accuracy.within` finds no nprobe.
     """
     store, source, base = Datastore(datastore), artefact.read(stream, "tokens"), loading.known(model_folder, "model")
     if store.model != base.recipe:
@@ -87,17 +90,24 @@ def run(
             f"{store.folder}: expected keys of {model_folder}, found those of another model; run `memdec datastore` with it"
         )
     tokens.check_same(source.facts["tokenizer_sha256"], base.facts["tokenizer_sha256"], f"{model_folder} with {stream}")
-    wanted = SearchSettings(neighbours=max(settings.neighbours), nprobe=nprobe)
+    most = max(settings.neighbours)
+    if max_tv is not None and nprobe is not None:
+        raise ConfigError(
+            f"max_tv: expected it in place of nprobe, found both ({max_tv:g}, nprobe {nprobe}); leave out one"
+        )
+    if max_tv is not None:
+        nprobe = accuracy.within(max_tv, index_folder, most, settings.temperatures).nprobe
+    wanted = SearchSettings(neighbours=most, nprobe=nprobe or NPROBE)
     found = search.check(store, index_folder, wanted)
     plain = {**settings.model_dump(mode="json", exclude={"batch_size"}), "context": context, "stride": stride}
-    plain["nprobe"] = nprobe
+    plain["nprobe"] = wanted.nprobe
     plain["precision"] = devices.precision(compute)
     inputs = {"model": base.recipe, "datastore": store.recipe, "index": found.recipe, "tokens": source.recipe}
     with artefact.building(out, "calibration", plain, inputs) as build:
         if build is None:
             return
         passes = _Passes(model_folder, stream, settings, context, stride, compute)
-        searcher = search.load(store, index_folder, nprobe, devices.pick(compute))
+        searcher = search.load(store, index_folder, wanted.nprobe, devices.pick(compute))
         log_p_key, entropy = passes.key("valid", [1.0])
         asked = list(passes.queries(store, "valid"))
         by = _neighbours(asked, searcher, settings)

@@ -7,6 +7,7 @@ Output: `trained.safetensors` (centroids, codebooks, rotation) and `codes.npy` [
 kind `cells` has no codes).
 The manifest holds recall@k against exact search in float64, and the total variation distance between both p_kNN. They
 are measured on a sample of queries at several nprobe, with exact distances (rescored) and with the index's (released).
+`memdec.datastore.accuracy` measures them, and finds the nprobe for a bound.
 """
 
 import time
@@ -18,25 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from numpy.typing import NDArray
 from safetensors.numpy import load, save
 from tqdm import tqdm
 
 from memdec.artefacts import arrays, artefact, devices, resources
+from memdec.datastore import accuracy
 from memdec.datastore.keys import Datastore, is_array
-from memdec.datastore.search import BLOCK, Pair, Searcher
+from memdec.datastore.search import BLOCK, Searcher
 from memdec.errors import ConfigError
 from memdec.maths import knn
 from memdec.maths.exact_search import Nearest
-from memdec.maths.sparse_rows import SparseRows, total_variation
 from memdec.settings import IndexSettings
 
 PER_CALL = 65_536  # keys encoded per call
 _CHECKPOINT = 60.0  # seconds between two checkpoints
 _EXACT = 0.999  # warn if the recall of exact search is lower; ties between distances may cost a little
-MANY = 1_000_000  # keys from which an exact search of all of them by all of them takes hours
+MANY = 1_000_000  # keys from which an exact search of all of them by all of them takes long on a GPU
+MANY_ON_CPU = 100_000  # the same on a CPU, where kind `cells` then takes a fraction of the time
 _POINTS = 39  # training keys per centroid below which FAISS warns
-_TEMPERATURES = (1.0, 16.0)  # temperatures at which total variation is measured
 
 
 def run(
@@ -50,7 +50,7 @@ def run(
     `device` runs k-means and search; None means a GPU if there is one.
     """
     store = Datastore(datastore)
-    _check(store, settings)
+    _check(store, settings, device)
     with artefact.building(out, "index", settings, {"datastore": store.recipe}) as build:
         if build is None:
             return
@@ -67,7 +67,7 @@ def _sizes(out: Path) -> list[int]:
     return [path.stat().st_size for path in (out / "codes.npy", out / "trained.safetensors") if path.exists()]
 
 
-def _check(store: Datastore, settings: IndexSettings) -> None:
+def _check(store: Datastore, settings: IndexSettings, device: torch.device | None) -> None:
     """Check beforehand what would otherwise fail, or give a useless index, after hours of work."""
     kind, d, n = settings.kind, store.width, store.n
     if settings.opq and kind != "ivfpq":
@@ -75,7 +75,7 @@ def _check(store: Datastore, settings: IndexSettings) -> None:
     if kind in ("exact", "cells"):
         store.require_stored(f"use kind ivfpq or ivfflat, not {kind}")
     if kind == "exact":
-        if n > MANY:
+        if n > (MANY_ON_CPU if devices.pick_for(device).type == "cpu" else MANY):
             warnings.warn(
                 f"index: exact search compares each query with all {n:,} keys: targets of every position take "
                 f"{2.0 * n * n * d:.1e} operations; kinds cells, ivfflat and ivfpq search the nearest cells only",
@@ -167,54 +167,11 @@ def _fill(
         codes.flush()
     sq_dist, ids = truth.result()
     true = knn.drop_self(sq_dist.numpy(), ids.numpy(), own, neighbours)
-    return {
-        "check": {
-            "queries": len(own),
-            "neighbours": neighbours,
-            "nprobe": _measure(store, out, settings, queries, own, true, device),
-        }
-    }
-
-
-def _measure(
-    store: Datastore,
-    out: Path,
-    settings: IndexSettings,
-    queries: NDArray[np.float32],
-    own: NDArray[np.int64],
-    true: Pair,
-    device: torch.device | None,
-) -> dict[str, Any]:
-    """Recall and total variation against the exact neighbours, for each nprobe and kind of distance."""
-    searcher, neighbours = Searcher(store, settings, out, device), true[1].shape[1]
-    results: dict[str, Any] = {}
-    cells = sorted({min(nprobe, settings.centroids) for nprobe in settings.check_nprobe})
-    for nprobe in cells if settings.has_cells else ["all"]:
-        if isinstance(nprobe, int):
-            searcher.set_nprobe(nprobe)
-        results[str(nprobe)] = {}
-        for name, released in (("rescored", False), ("released", True)):
-            if released or store.parts:
-                near = searcher.search(queries, neighbours, own, released=released)
-                results[str(nprobe)][name] = {
-                    "recall": knn.recall(near[1], true[1]),
-                    "total_variation": {str(t): _variation(searcher, near, true, t) for t in _TEMPERATURES},
-                }
-    if settings.kind == "exact" and results["all"]["rescored"]["recall"] < _EXACT:
+    measured = accuracy.measure(Searcher(store, settings, out, device), queries, own, true)
+    if settings.kind == "exact" and measured["all"]["rescored"]["recall"] < _EXACT:
         warnings.warn(
-            f"index: exact search found {results['all']['rescored']['recall']:.4f} of the true neighbours; float32 "
+            f"index: exact search found {measured['all']['rescored']['recall']:.4f} of the true neighbours; float32 "
             "cannot resolve the distances between these keys, check the key point",
             stacklevel=2,
         )
-    return results
-
-
-def _variation(searcher: Searcher, near: Pair, true: Pair, temperature: float) -> float:
-    """Mean total variation between the p_kNN of two sets of neighbours; a row without neighbours counts as 1."""
-    there = np.asarray(np.isfinite(near[0]).any(1))
-
-    def rows(pair: Pair) -> SparseRows:
-        sq_dist, ids = (torch.from_numpy(each[there]) for each in pair)
-        return SparseRows.of(*searcher.rows(sq_dist, ids, temperature))
-
-    return float((total_variation(rows(near), rows(true)).sum() + (~there).sum()) / len(there))
+    return {"check": {"queries": len(own), "neighbours": neighbours, "nprobe": measured}}

@@ -28,12 +28,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from memdec.artefacts import artefact, devices, resources
-from memdec.datastore import device_search, search
+from memdec.datastore import accuracy, device_search, search
 from memdec.datastore.keys import Datastore
 from memdec.datastore.target_rows import RowWriter, load_rows
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.maths import knn
-from memdec.settings import TargetSettings
+from memdec.settings import SearchSettings, TargetSettings
 from memdec.text import tokens
 
 _CELL_QUERIES = 4096  # queries per search in cells: distances, positions and rows take 200 MB with k = 1024
@@ -70,14 +70,17 @@ def run(
     asked = Datastore(queries) if queries else store
     if asked.recipe == store.recipe:
         asked = store
-    found = search.check(store, index_folder, settings, own=asked is store)
+    chosen = accuracy.of_targets(settings, index_folder)
+    wanted = SearchSettings(neighbours=settings.neighbours, nprobe=chosen.nprobe)
+    found = search.check(store, index_folder, wanted, own=asked is store)
     if source.facts["sha256"][store.settings.split] != store.facts["tokens_sha256"]:
         raise ArtifactError(
             f"{store.folder}: expected keys of {stream}, found keys of other tokens; run `memdec datastore` again"
         )
     _check(store, asked, settings)
-    # The batch size changes rows by rounding at most, so it is not part of the recipe.
-    plain = {**settings.model_dump(mode="json", exclude={"batch_size"}), "shard": shard}
+    # The batch size changes rows by rounding at most, so it is not part of the recipe; nor is how nprobe was chosen.
+    plain = settings.model_dump(mode="json", exclude={"batch_size", "max_tv"})
+    plain |= {"nprobe": chosen.nprobe, "shard": shard}
     inputs = {"datastore": store.recipe, "index": found.recipe, "tokens": source.recipe}
     if asked is not store:
         inputs["queries"] = asked.recipe
@@ -87,18 +90,18 @@ def run(
         begin, end = shard * asked.n // settings.shards, (shard + 1) * asked.n // settings.shards
         values = tokens.load_stream(stream, store.settings.split)
         _check_values(values, store, stream)
-        searcher = search.load(store, index_folder, settings.nprobe, device)
+        searcher = search.load(store, index_folder, chosen.nprobe, device)
         by_cell = searcher.cells is not None and asked is store
         with RowWriter(out, build.work, values.dtype, np.dtype(settings.dtype)) as rows:
             if by_cell:
                 _write_by_cell(rows, searcher, settings, begin, end, build.work / "by-cell")
             else:
-                _write(rows, _search(searcher, asked, settings, begin + rows.n, end), end - begin, out)
+                _write(rows, in_order(searcher, asked, settings, begin + rows.n, end), end - begin, out)
             rows.finish()
         if rows.n_short:
             warnings.warn(
                 f"targets: {rows.n_short} of {rows.n} rows have fewer than {settings.neighbours} neighbours in the "
-                f"{settings.nprobe} cells searched; raise 'nprobe'",
+                f"{chosen.nprobe} cells searched; raise 'nprobe'",
                 stacklevel=2,
             )
         build.facts.update(
@@ -106,6 +109,7 @@ def run(
             end=end,
             entries=rows.n_entries,
             short_rows=rows.n_short,
+            total_variation=chosen.total_variation,
             device=devices.described(devices.pick_for(device)),
             positions=asked.n,
             tokens_sha256=asked.facts["tokens_sha256"],
@@ -151,7 +155,7 @@ def _write_by_cell(
     order, n = searcher.cells.order(begin, end), end - begin
     work.mkdir(exist_ok=True)
     with RowWriter(work, work, *rows.dtypes) as found:
-        _write(found, _search_cells(searcher, settings, order[found.n :]), n, work, copies=2)
+        _write(found, in_cells(searcher, settings, order[found.n :]), n, work, copies=2)
         found.finish()
     place = np.empty(n, np.int64)
     place[order - begin] = np.arange(n)
@@ -184,7 +188,7 @@ def _write(rows: RowWriter, batches: Iterator[_Batch], n: int, out: Path, copies
             pending.result()
 
 
-def _search(
+def in_order(
     searcher: search.Searcher,
     asked: Datastore,
     settings: TargetSettings,
@@ -206,8 +210,8 @@ def _search(
         yield _rows(searcher, settings, positions[low:high], sq_dist[low:high], ids[low:high])
 
 
-def _search_cells(searcher: search.Searcher, settings: TargetSettings, order: NDArray[np.int64]) -> Iterator[_Batch]:
-    """As `_search`, for positions in this order; no row depends on the batch."""
+def in_cells(searcher: search.Searcher, settings: TargetSettings, order: NDArray[np.int64]) -> Iterator[_Batch]:
+    """As `in_order`, for positions in this order; no row depends on the batch."""
     size = max(settings.batch_size, _CELL_QUERIES)
     for low in range(0, len(order), size):
         positions = order[low : low + size]

@@ -31,7 +31,7 @@ _TILE = 16  # queries that are compared with the same 4 dimensions; their distan
 _HELD = 8192  # keys that are gathered at once: 4 MB in float16 at width 256
 _SORTED = 64  # queries whose neighbours are sorted at once: 512 kB with k = 1024 stay in the level 2 cache
 _FEWEST = 256  # queries that are not shared among threads, each of which would gather the same keys
-_ROOM = 1024  # candidates collected between two selections of the nearest, at least
+_ROOM = 1024  # candidates collected between two selections of the nearest, at least; never fewer than a piece
 _GROUP = 24 * 2**20  # bytes of candidates of the queries that a thread handles at once
 _1, _2, _3, _ROW = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(_PIECE)
 _INF = int(np.float32(np.inf).view(np.int32))

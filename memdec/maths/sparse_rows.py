@@ -43,12 +43,15 @@ def probability_of(rows: SparseRows, tokens: Int[np.ndarray, " N"]) -> Float[np.
 
 def total_variation(ours: SparseRows, other: SparseRows) -> Float[np.ndarray, " N"]:
     """Total variation distance (half the L1 distance, from 0 to 1) of each pair of rows."""
-    out = np.empty(len(ours))
-    for row in range(len(ours)):
-        both: dict[int, float] = {}
-        for rows, sign in ((ours, 1.0), (other, -1.0)):
-            span = slice(rows.indptr[row], rows.indptr[row + 1])
-            for token, prob in zip(rows.tokens[span].tolist(), rows.probs[span].tolist(), strict=True):
-                both[token] = both.get(token, 0.0) + sign * prob
-        out[row] = 0.5 * sum(map(abs, both.values()))
-    return out
+    numbers = np.arange(len(ours))
+    row = np.concatenate([np.repeat(numbers, np.diff(rows.indptr)) for rows in (ours, other)])
+    token = np.concatenate([ours.tokens, other.tokens]).astype(np.int64)
+    if not len(token):
+        return np.zeros(len(ours))
+    difference = np.concatenate([ours.probs, other.probs]).astype(np.float64)
+    difference[len(ours.probs) :] *= -1
+    entry = row * (token.max() + 1) + token
+    order = np.argsort(entry, kind="stable")
+    first = np.flatnonzero(np.diff(entry[order], prepend=-1))
+    apart = np.abs(np.add.reduceat(difference[order], first))
+    return 0.5 * np.bincount(row[order][first], apart, minlength=len(ours))

@@ -7,7 +7,7 @@ from typing import Any
 
 from memdec.artefacts import artefact, devices
 from memdec.config import Config
-from memdec.datastore import calibrate
+from memdec.datastore import accuracy, calibrate
 from memdec.errors import ConfigError
 from memdec.inference.mixture import MemDecForCausalLM
 from memdec.inference.systems import SYSTEMS, Parts
@@ -71,7 +71,8 @@ def run(
     inputs = {"base": loading.known(base, "model").recipe, "memory": loading.known(memory, "memory", "model").recipe}
     inputs["index"] = artefact.read(index_folder, "index").recipe
     targets = calibrate.targets(config.targets, calibration)
-    same = {name: getattr(targets, name) for name in ("neighbours", "temperature", "nprobe")}
+    same: dict[str, Any] = {name: getattr(targets, name) for name in ("neighbours", "temperature")}
+    same["nprobe"] = accuracy.of_targets(targets, index_folder).nprobe
     dtype, device = devices.precision(config.compute), str(devices.pick(config.compute))
     plain = {"cases": [case.model_dump(mode="json") for case in config.cases], **same, "precision": dtype}
     with artefact.building(out, "cases", plain, inputs) as build:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from memdec.artefacts import artefact
 from memdec.cli import app
 from memdec.config import load
-from memdec.datastore import calibrate, index, keys, targets
+from memdec.datastore import accuracy, calibrate, index, keys, targets
 from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError
 from memdec.maths import calibration
@@ -204,3 +205,36 @@ def test_bad_input(
     with pytest.raises((ArtifactError, ConfigError), match=message):
         calibrate.run(model, [home / "d"], home / "i", token_folder, home / "bad", settings, **WINDOW)
     assert not (home / "bad").exists()
+
+
+def test_a_bound_of_total_variation_chooses_the_cells(home: Path, base_folder: Path, token_folder: Path) -> None:
+    """The same calibration as with the chosen nprobe; k is the largest candidate, and the worst tau counts."""
+    cells = IndexSettings(
+        kind="ivfflat", centroids=8, check_neighbours=max(SETTINGS.neighbours), check_nprobe=[1, 4, 8]
+    )
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        index.run([home / "d"], home / "cells", cells)
+    settings = SETTINGS.model_copy(update={"temperatures": [1.0, 16.0]})
+    check = artefact.read(home / "cells", "index").facts["check"]["nprobe"]
+    bound = max(check["4"]["rescored"]["total_variation"]["20"][tau] for tau in ("1", "16"))
+    nprobe = accuracy.within(bound, home / "cells", max(SETTINGS.neighbours), [1.0, 16.0]).nprobe
+    assert nprobe == 4
+    for name, chosen in (("by-bound", {"max_tv": bound}), ("stated", {"nprobe": nprobe})):
+        calibrate.run(
+            base_folder, [home / "d"], home / "cells", token_folder, home / name, settings, **WINDOW, **chosen
+        )
+    assert (
+        artefact.read(home / "by-bound", "calibration").recipe == artefact.read(home / "stated", "calibration").recipe
+    )
+    with pytest.raises(ConfigError, match=r"max_tv: expected it in place of nprobe, found both \(0.1, nprobe 4\)"):
+        calibrate.run(
+            base_folder,
+            [home / "d"],
+            home / "cells",
+            token_folder,
+            home / "x",
+            settings,
+            **WINDOW,
+            nprobe=4,
+            max_tv=0.1,
+        )

@@ -1,19 +1,21 @@
 """Index kind `cells`: neighbours of the searched cells are exact, and targets have the same bits however they are made."""
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from making import write_store, write_tokens
+from making import signed, write_store, write_tokens
 from safetensors.numpy import load_file
 
 from memdec.artefacts import artefact
 from memdec.datastore import index, search, target_rows, targets
 from memdec.datastore.keys import Datastore
 from memdec.datastore.target_rows import TargetReader
-from memdec.errors import ArtifactError
+from memdec.errors import ArtifactError, ConfigError, NumericsError
+from memdec.maths import cell_join
 from memdec.settings import IndexSettings, TargetSettings
 
 N, D, V, CELLS = 900, 7, 30, 12
@@ -147,3 +149,95 @@ def test_a_streamed_datastore_is_refused(home: Path, tmp_path: Path, monkeypatch
         ArtifactError, match="expected stored keys, found a streamed datastore; use kind ivfpq or ivfflat"
     ):
         index.run(parts(home / "store"), tmp_path / "i", SETTINGS)
+
+
+def built(folder: Path, keys: Any, **settings: Any) -> Path:
+    """A home as above, of these keys, with 30 tokens that repeat."""
+    stream = write_tokens(folder / "tokens", np.arange(len(keys), dtype=np.uint16) % V)
+    write_store(folder / "store", keys, stream, edges=[0, len(keys) // 3, len(keys)])
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        index.run(parts(folder / "store"), folder / "index-store", IndexSettings(**SETTINGS.model_dump() | settings))
+        index.run(parts(folder / "store"), folder / "exact", IndexSettings(check_queries=1, check_neighbours=1))
+    return folder
+
+
+def test_fewer_keys_than_cells_are_refused_before_any_work(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"^index: expected at least 4096 training keys for 4096 centroids, found 900; lower 'centroids', raise "
+        r"'sample', or use kind exact$",
+    ):
+        index.run(parts(home / "store"), tmp_path / "i", IndexSettings(kind="cells"))
+    assert not (tmp_path / "i").exists()
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_cell_with_most_keys_takes_no_more_memory_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """Half of all keys, or all of them, are copies of one: they are one cell, in which a query compares with each."""
+    rng, n = np.random.default_rng(0), 6000
+    keys = (np.round(rng.normal(size=(n, D)) * 8) / 4).astype(np.float16)  # all distances are exact
+    same = rng.permutation(n)[: int(share * n)]
+    keys[same] = keys[same[0]]
+    home = built(tmp_path, keys)
+    counts = np.bincount(np.load(home / "index-store" / "codes.npy")[:, 0], minlength=CELLS)
+    assert counts.max() >= share * n
+    monkeypatch.setattr(cell_join, "_HELD", 700)
+    real, held = cell_join.gathered, []
+
+    def gathered(shards: Any, positions: Any, out: Any) -> Any:
+        if len(positions) and out.base is not None:  # the keys that queries are compared with; not the queries
+            held.append(len(positions))
+        return real(shards, positions, out)
+
+    monkeypatch.setattr(cell_join, "gathered", gathered)
+    ours = made(home, tmp_path / "cells", nprobe=CELLS)
+    assert max(held) <= 700
+    exact = made(home, tmp_path / "e", kind="exact")
+    for name in ("indptr", "tokens", "probs"):
+        np.testing.assert_array_equal(getattr(ours.rows([(0, n)]), name), getattr(exact.rows([(0, n)]), name))
+    assert artefact.read(tmp_path / "cells" / "0", "targets").facts["short_rows"] == 0
+
+
+def test_thousands_of_equal_keys_are_neighbours_by_position(tmp_path: Path) -> None:
+    """With one cell searched, too: equal keys are in one cell. No key is its own neighbour."""
+    keys = np.zeros((4000, D), np.float16)
+    keys[:1000] = np.arange(1, 1001)[:, None] * 0.5
+    home = built(tmp_path, keys)
+    searcher = search.load(Datastore(parts(home / "store")), home / "index-store", 1)
+    own = np.array([1000, 1010, 3999])
+    sq_dist, ids = searcher.search(np.zeros((3, D), np.float32), 20, own)
+    assert (sq_dist == 0).all()
+    assert ids.tolist() == [[at for at in range(1000, 1022) if at != me][:20] for me in own]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_key_that_is_no_number_is_named(home: Path, tmp_path: Path, bad: float) -> None:
+    """By the index, and by the targets where the key turned bad behind the index."""
+    shutil.copytree(home / "store", tmp_path / "store")
+    keys = np.lib.format.open_memmap(tmp_path / "store" / "1" / "keys.npy", mode="r+")
+    keys[7, 3] = bad
+    keys.flush()
+    signed(tmp_path / "store" / "1")
+    message = (
+        r"expected finite keys below 1e\+17, found NaN, inf or a larger one at position 107; run `memdec datastore`"
+    )
+    with pytest.raises(NumericsError, match=message):
+        index.run(parts(tmp_path / "store"), tmp_path / "i", SETTINGS)
+    for name in ("index-store", "tokens"):
+        (tmp_path / name).symlink_to(home / name)
+    with pytest.raises(NumericsError, match=message):
+        made(tmp_path, tmp_path / "t")
+
+
+def test_a_row_without_any_neighbour_is_named(tmp_path: Path) -> None:
+    """A key that is alone in its cell and whose token is not rare: one cell has nothing for it."""
+    keys = np.random.default_rng(0).normal(size=(8000, D)).astype(np.float16)
+    keys[5000] = 3000
+    home = built(tmp_path, keys)
+    with pytest.raises(
+        NumericsError, match=r"for position 5000, but it has no neighbour: search more cells \(nprobe\)"
+    ):
+        made(home, tmp_path / "t", nprobe=1)
+    made(home, tmp_path / "more", nprobe=2)

@@ -52,6 +52,19 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
         ),
         ({"index": {"kind": "cells", "centroids": 8}}, r"targets.nprobe: expected at most 8 cells"),
         (
+            {"targets": {"nprobe": 32, "max_tv": 0.01}},
+            r"targets.max_tv: expected it in place of nprobe, found both \(0.01, nprobe 32\); leave out one",
+        ),
+        ({"targets": {"max_tv": 1}}, "targets.max_tv: .* less than 1, found 1"),
+        (
+            {"index": {"kind": "cells"}, "targets": {"neighbours": 100, "max_tv": 0.01}, "calibrate": None},
+            "targets.max_tv: expected one of k 64, 256, 1024, at which the index measures it, found 100",
+        ),
+        (
+            {"index": {"kind": "cells"}, "targets": {"max_tv": 0.01}, "calibrate": {"temperatures": [1, 3]}},
+            "targets.max_tv: expected one of tau 0.25, .*, 256, at which the index measures it, found 3",
+        ),
+        (
             {"datastore": {"stored": False}, "calibrate": {}},
             "calibrate: expected none with datastore.stored false, found it",
         ),

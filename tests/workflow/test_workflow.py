@@ -331,6 +331,22 @@ def test_the_control_of_another_domain_takes_the_memory_of_the_next(tmp_path: Pa
     assert "--control" in command
 
 
+def test_a_bound_of_total_variation_reaches_targets_and_calibration(tmp_path: Path) -> None:
+    config = yaml.safe_load(MINI.read_text())
+    config |= {"index": {"kind": "cells", "centroids": 64}, "targets": config["targets"] | {"max_tv": 0.01}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    home = "results/mini/torch/seed0/keys"
+    key = next(iter(config["models"]))
+    targets = [f"{home}/{key}/{place}/manifest.json" for place in ("calibration", "targets/1-of-2")]
+    text = snakemake(tmp_path, *targets, "-n", "-p", "--cores", "1", "--configfile", str(tmp_path / "c.yaml"))
+    for command in ("calibrate", "targets"):
+        (line,) = re.findall(rf"^.*memdec {command} .*$", text, re.MULTILINE)
+        assert "--max-tv 0.01" in line
+        assert "--nprobe" not in line
+    plain = snakemake(tmp_path, *targets, "-n", "-p", "--cores", "1")
+    assert "--nprobe 32" in "".join(re.findall(r"^.*memdec calibrate .*$", plain, re.MULTILINE))
+
+
 def outputs(text: str) -> set[str]:
     """Files that the jobs of a dry run make."""
     return {file for line in re.findall(r"^ +output: (.*)$", text, re.MULTILINE) for file in line.split(", ")}

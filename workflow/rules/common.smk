@@ -80,6 +80,13 @@ def section(config, name):
     return {} if found is None else found.model_dump(mode="json", exclude_unset=True)
 
 
+def cells_searched(targets):
+    """How many cells of the index the targets search, as an option: their number, or the bound that chooses it."""
+    if targets.max_tv is not None:
+        return words("--max-tv", targets.max_tv)
+    return words("--nprobe", targets.nprobe or typed.NPROBE)
+
+
 def shard(wildcards):
     """Format the scatter item i-of-n as command line options."""
     number, total = wildcards.scatteritem.split("-of-")

@@ -58,7 +58,7 @@ use rule finetune as calibrate with:
         options=lambda w: " ".join(
             [
                 options(section(study(w), "calibrate")),
-                words("--nprobe", study(w).targets.nprobe),
+                cells_searched(study(w).targets),
                 WINDOW,
                 compute(key_name(w.key)),
             ]
