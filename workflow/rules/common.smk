@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+from itertools import product
 
 from snakemake.logging import logger
 
