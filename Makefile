@@ -54,6 +54,21 @@ test: $(STAMP)
 core: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow' tests
 
+# The tests without the slow ones, with the lowest version of every dependency, in an environment of its own under build/:
+# 1.5 GB, and some ten minutes on two idle cores. Torch is the one of constraints.txt: of its lowest version, 2.11, the
+# package index has only builds that bring gigabytes of CUDA along; that version was tried on a GPU. LOWEST_TORCH=2.11 takes it.
+LOWEST := build/lowest
+LOWEST_TORCH ?= $(patsubst torch==%,%,$(filter torch==%,$(file < constraints.txt)))
+LOWEST_TESTS ?= tests
+.PHONY: test-lowest
+test-lowest:
+	mkdir -p $(LOWEST)
+	$(PYTHON) -m tests.lowest torch==$(LOWEST_TORCH) > $(LOWEST)/constraints.txt
+	test -x $(LOWEST)/venv/bin/python || $(PYTHON) -m venv $(LOWEST)/venv
+	$(LOWEST)/venv/bin/pip install -q -c $(LOWEST)/constraints.txt torch
+	$(LOWEST)/venv/bin/pip install -q -c $(LOWEST)/constraints.txt -e '.[cpu,dev]'
+	. $(LOWEST)/venv/bin/activate && python -m pytest -n 2 --dist loadgroup -m 'not slow' $(LOWEST_TESTS)
+
 # Plant known bugs one at a time; every one must make a test fail. Eight minutes of CPU time.
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py
@@ -83,6 +98,11 @@ bench-search: $(STAMP)
 bench-cells: $(STAMP)
 	$(BIN)/python -m benchmarks.search --plan cells --out results/cells.csv
 	$(BIN)/python -m benchmarks.cell_growth --out results/cell-growth.csv
+
+# CPU time and memory of each stage at 1, 4 and 16 times the input: some nine minutes of CPU time.
+.PHONY: bench-growth
+bench-growth: $(STAMP)
+	$(BIN)/python -m benchmarks.growth --out results/growth.csv
 
 # Where CUDA is: tests, hot paths, latency, Table 1 and tasks of one domain, in at most 13 minutes on an H100.
 bench-gpu: $(STAMP)

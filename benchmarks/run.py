@@ -27,7 +27,7 @@ COLUMNS = [
 CLEAR = Path("/proc/self/clear_refs")
 
 
-def _peak_mb(reset: bool = False) -> float:
+def peak_mb(reset: bool = False) -> float:
     """Peak resident memory in MB since the last reset, or since the process began if the system has no reset."""
     if reset and CLEAR.exists():
         CLEAR.write_text("5")  # else the memory used while making the inputs would hide growth
@@ -43,9 +43,9 @@ def measure(name: str, side: int, n: int) -> tuple[float, float, float]:
     torch.set_num_threads(1)
     case = next(case for case in CASES if case.name == name)
     work = case.make(n)[side]
-    before = _peak_mb(reset=True)
+    before = peak_mb(reset=True)
     result = work()
-    grown = _peak_mb() - before
+    grown = peak_mb() - before
     n_bytes = result.n_bytes / n if isinstance(result, Files) else 0.0
     del result
     start = time.process_time()

@@ -454,6 +454,21 @@ def targets(
     stage_targets.run(datastore, index, tokens, out, settings, shard=shard, queries=queries, device=picked)
 
 
+@stage(torch=False)
+def free(
+    datastore: Datastore,
+    targets: Annotated[
+        list[Path], typer.Option(help="target folder that was made from the keys; repeat for every one")
+    ],
+    out: Annotated[Path, typer.Option(help="JSON file to write, with the bytes that became free")],
+    index: Annotated[list[Path], typer.Option(help="index folder; repeat")] = [],
+) -> None:
+    """Remove keys and indexes whose targets are made; their manifests stay, so that nothing is made again."""
+    from memdec.datastore import free as command_free
+
+    command_free.run(datastore, index, targets, out)
+
+
 @stage(PassageSettings, torch=False)
 def passages(tokens: Tokens, out: Out, settings: PassageSettings) -> None:
     """Cut the training text into passages and index them with BM25, for In-Context RAG."""

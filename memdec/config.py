@@ -319,6 +319,11 @@ class Config(Settings):
     finetune: TrainSettings = TrainSettings()
     dapt: TrainSettings | None = Field(None, description="training of the DAPT baseline (default: as finetune)")
     datastore: DatastoreSettings = DatastoreSettings()
+    keep_keys: bool = Field(
+        True,
+        description="false: on the way to results/all, keys and index are removed once all targets are made from them, "
+        "where nothing else reads them",
+    )
     index: IndexSettings = IndexSettings()
     targets: TargetSettings = TargetSettings()
     teacher: TeacherSettings = TeacherSettings()

@@ -40,6 +40,7 @@ MANIFEST = "manifest.json"
 # damaged mark means that the files are of no known recipe: nothing can be resumed from them.
 MARK = ".memdec"
 LOCK = ".memdec.lock"  # locked while a process builds in the folder; the file is not removed
+FREED = ".memdec.freed"  # names of files that were removed because nothing needs them any more (`free`)
 WORK = "work"  # checkpoints and other files needed only to resume; not part of the artefact
 TEMPORARY = re.compile(r"\..+\.(\d+)")  # name of a file that is being written (`write_bytes`), with its process
 _FRESH = 1.0  # seconds for which a changed file is hashed again, because two changes may have one time stamp
@@ -411,7 +412,8 @@ def _finish(build: Build, kind: str, version: int, plain: dict[str, Any], inputs
 
 def _is_part(name: Path) -> bool:
     """Whether a file, named relative to its artefact, is part of it."""
-    return name.parts[0] != WORK and name.name not in (MANIFEST, MARK, LOCK) and not TEMPORARY.fullmatch(name.name)
+    ours = (MANIFEST, MARK, LOCK, FREED)
+    return name.parts[0] != WORK and name.name not in ours and not TEMPORARY.fullmatch(name.name)
 
 
 def _leftovers(path: Path) -> list[Path]:
@@ -452,16 +454,16 @@ def examine(path: Path) -> tuple[Manifest | None, list[str]]:
 
 def _is_current(path: Path, kind: str, recipe: str) -> bool:
     try:
-        return read(path, kind).recipe == recipe
+        return read(path, kind, freed=True).recipe == recipe
     except ArtifactError:
         return False
 
 
-def read(path: Path, kind: str, whole: bool = False) -> Manifest:
+def read(path: Path, kind: str, whole: bool = False, *, freed: bool = False) -> Manifest:
     """Read and check the manifest and the files of an artefact of the given kind.
 
     Files up to `SMALL` bytes are hashed, with `whole` also the larger ones; a file that did not change is hashed once
-    per process.
+    per process. With `freed`, files that `free` has removed may be missing.
 
     Raises:
         ArtifactError: The artefact is missing, unfinished, unreadable or of another kind, its manifest was changed, or
@@ -481,7 +483,45 @@ def read(path: Path, kind: str, whole: bool = False) -> Manifest:
         raise ArtifactError(f"{path}: expected a {kind} artefact, found one of kind {manifest.kind}; check the path")
     for problem in damage(path, manifest, None if whole else SMALL):
         raise ArtifactError(f"{problem}; {again}")
+    gone = [] if freed else [name for name in _freed(path) if name in manifest.files and not (path / name).exists()]
+    if gone:
+        raise ArtifactError(
+            f"{path}: expected {', '.join(gone)}, found that `memdec free` removed it after its last use "
+            f"(`keep_keys: false`); {again}"
+        )
     return manifest
+
+
+def free(path: Path, kind: str) -> int:
+    """Remove the files of an artefact that nothing will read any more; its manifest stays, with its time.
+
+    So whatever was made from the artefact counts as up to date, and the artefact itself as made. A killed call can be
+    repeated.
+
+    Returns:
+        Bytes on disk that became free.
+
+    Raises:
+        ArtifactError: The artefact is damaged, or a process builds in its folder.
+    """
+    manifest, n_bytes = read(path, kind, freed=True), 0
+    with locked(path):
+        write_json(path / FREED, sorted(manifest.files))
+        for name in manifest.files:
+            file = path / name
+            if file.exists():
+                n_bytes += file.stat().st_size
+                file.unlink()
+    return n_bytes
+
+
+def _freed(path: Path) -> list[str]:
+    """Names of the files that `free` has removed from an artefact, or was about to remove; none if that is unreadable."""
+    try:
+        found = json.loads((path / FREED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 def _parsed(file: Path, again: str) -> Manifest:
@@ -508,10 +548,13 @@ def damage(path: Path, manifest: Manifest, up_to: int | None = None, *, again: b
         up_to: Hash only files of at most so many bytes; None: all files.
         again: Hash files again that this process has hashed before.
     """
+    freed = set(_freed(path))
     for name, listed in manifest.files.items():
         file = path / name
         try:
             there = file.stat() if file.is_file() else None
+            if there is None and name in freed:
+                continue
             if there is None or there.st_size != listed.bytes:
                 what = "no such file" if there is None else f"{there.st_size} bytes"
                 yield f"{file}: expected {listed.bytes} bytes, found {what}"
@@ -638,7 +681,8 @@ def _refuse_replacing(path: Path, kind: str, recipe: str) -> None:
 def _claim(path: Path, recipe: str) -> None:
     """Mark the folder with this recipe; keep its files if they are of the same recipe, else remove them."""
     there = owner(path)
-    (path / MANIFEST).unlink(missing_ok=True)
+    for name in (MANIFEST, FREED):
+        (path / name).unlink(missing_ok=True)
     if there not in (None, recipe):
         # A kill below leaves a folder that is marked as ours, but not files that a build could take for its own.
         write_text(path / MARK, "")

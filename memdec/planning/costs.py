@@ -19,7 +19,7 @@ from typing import NamedTuple
 from memdec.config import Config, Memory
 from memdec.planning.rates import Machine, Rates
 from memdec.planning.sizes import Sizes
-from memdec.settings import UNTUNED, DocstringCorpus, HubCorpus, IndexSettings, Shape, TrainSettings
+from memdec.settings import NPROBE, UNTUNED, DocstringCorpus, HubCorpus, IndexSettings, Shape, TrainSettings
 from memdec.tasks import needed
 
 DISTINCT = 0.23  # distinct next tokens among k neighbours, as a part of k: those of k = 1,024 in the scale `mini`
@@ -349,7 +349,7 @@ class _Formulas:
     def _search(self, queries: float, n: float, shape: Shape, k: int) -> float:
         """Seconds of a search of k neighbours among n keys."""
         index = self.study.index
-        compared = _compared(index, self.study.targets.nprobe, n)
+        compared = _compared(index, self.study.targets.nprobe or NPROBE, n)
         return (
             queries * compared * 2 * shape.width / self.rates.at("search", shape.width)
             + queries * k / self.rates.gather

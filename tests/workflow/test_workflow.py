@@ -683,3 +683,82 @@ def test_a_tiny_run_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "results" / "table3.csv").read_text() == table
     shutil.rmtree(targets / "1-of-2")
     assert planned(repair(tmp_path, "-n", *words)) == hang_on_it
+
+
+# --- keep_keys: false ---------------------------------------------------------------------------------------------------
+
+
+BEFORE = {"index", "calibrate", "targets", "free_keys"}  # rules that may read keys which will go
+
+
+def jobs(text: str) -> list[tuple[str, set[str], str]]:
+    """Rule, inputs and output of each job of a dry run."""
+    found = re.findall(r"^(?:local)?rule (\w+):\n((?:    .*\n)+)", text, re.MULTILINE)
+
+    def files(said: str, name: str) -> set[str]:
+        return {file for line in re.findall(rf"^    {name}: (.*)$", said, re.MULTILINE) for file in line.split(", ")}
+
+    return [(rule, files(said, "input"), min(files(said, "output"), default="")) for rule, said in found]
+
+
+@pytest.mark.parametrize("name", ["mini", "paper"])
+def test_keys_go_after_all_who_read_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_rows(tmp_path / "rows", monkeypatch)
+    (tmp_path / "free.yaml").write_text("keep_keys: false\n")
+    config = str(MINI.with_stem(name))
+    words = ["-n", "--cores", "8", "--configfile", config]
+    kept = planned(snakemake(tmp_path, *words, "--", "results/all"))
+    text = snakemake(tmp_path, *words, str(tmp_path / "free.yaml"), "--", "results/all")
+    assert planned(text) == kept | {"free_keys": planned(text)["free_keys"]}  # no other job because of it
+
+    found = jobs(text)
+    freeing = [(inputs, output) for rule, inputs, output in found if rule == "free_keys"]
+    assert freeing
+    for inputs, output in freeing:
+        taken = {file for file in inputs if "/datastore/" in file or file.endswith("/index/manifest.json")}
+        readers = [(rule, made) for rule, read, made in found if read & taken]
+        assert {rule for rule, _ in readers} <= BEFORE
+        assert {made for rule, made in readers} <= inputs | {output}
+
+
+@pytest.mark.slow
+def test_a_run_without_its_keys_gives_the_same_table_and_makes_nothing_twice(tmp_path: Path) -> None:
+    for name in ("general", "domain"):
+        (tmp_path / f"{name}.txt").write_text(made_text(300, len(name)))
+    model = {"family": "GPT-2", "architecture": "gpt2", "width": 16, "layers": 2, "heads": 2, "tokenizer": "bpe"}
+    texts = {
+        n: {"source": "files", "path": str(tmp_path / f"{n}.txt"), "min_bytes": 100} for n in ("general", "domain")
+    }
+    config = {
+        "scale": "tiny",
+        "context": 32,
+        "stride": 16,
+        "tokenizers": {"bpe": {"train_on": ["general"], "vocab_size": 300}},
+        "corpora": texts,
+        "models": {"tiny": {**model, "corpus": "general", "train": {"epochs": 0.2}}},
+        "domains": ["domain"],
+        "systems": ["base", "MemDec"],
+        "key_model": "tiny",
+        "memory_model": "tiny",
+        "targets": {"neighbours": 8, "shards": 2},
+        "memory": {"epochs": 0.5},
+        "evaluate": {"resamples": 20, "neighbours": 8},
+        "studies": {"main": {"tables": ["table3"]}},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (tmp_path / "free.yaml").write_text("keep_keys: false\n")
+    words = ["--cores", "2", "--configfile", str(tmp_path / "tiny.yaml")]
+    freeing = [*words, str(tmp_path / "free.yaml"), "--", "results/all"]
+    snakemake(tmp_path, *words, "--", "results/all")
+    table, folder = tmp_path / "results" / "table3.csv", tmp_path / "results" / "tiny" / "domain" / "seed0"
+    numbers = table.read_text()
+    keys = folder / "keys" / "tiny" / "datastore" / "1-of-1" / "keys.npy"
+    assert keys.is_file()
+
+    # Told later to free them, the run removes the keys and makes again only what is written from the config.
+    assert set(planned(snakemake(tmp_path, *freeing))) <= {"free_keys", "table", "claims", "report_page", "everything"}
+    assert not keys.exists()
+    assert (table.read_text(), (folder / "memory" / "memdec" / "manifest.json").is_file()) == (numbers, True)
+    assert "Nothing to be done" in snakemake(tmp_path, *freeing)
+    assert "Nothing to be done" in repair(tmp_path, *freeing)
+    assert "Nothing to be done" in repair(tmp_path, *freeing[:-1], "results/table3.csv")

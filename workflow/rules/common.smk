@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+from itertools import product
 
 from snakemake.logging import logger
 

@@ -57,6 +57,7 @@ rule everything:
         figures=FIGURES,
         claims="results/claims.csv",
         page="results/report.html",
+        freed=freed(),
     output:
         "results/all",
     log:
