@@ -142,7 +142,10 @@ def main() -> None:
     args = parser.parse_args()
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # memory of one size never counts for another
         both = [(n, width) for width in args.widths for n in args.sizes]
-        write(args.out, COLUMNS, [pool.apply(measure, one) for one in tqdm(both, desc="cell growth")])
+        rows = [pool.apply(measure, one) for one in tqdm(both, desc="cell growth")]
+        pool.close()
+        pool.join()  # else the last process is ended before it has removed its temporary folder
+    write(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":
