@@ -1,6 +1,7 @@
 """The workflow on a real Slurm of one machine: `profiles/slurm`. Needs root and the packages slurm-wlm and munge."""
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -198,8 +199,13 @@ def test_without_a_shared_folder_the_table_is_the_same(cluster: Slurm, tiny_tabl
 
 
 def test_the_reduced_run_agrees_with_the_committed_one(cluster: Slurm, tmp_path: Path) -> None:
+    """Table 3 of the regression run. Its baseline has tables of tasks as well, whose rows need not be here."""
     regression, table = ROOT / "tests" / "regression", "results/table3.csv"
     cluster.finished(cluster.snakemake(tmp_path, regression / "reduced.yaml", table))
-    command = [str(BIN / "memdec"), "check", "--baseline", str(regression / "reduced.json"), str(tmp_path / table)]
+    known = json.loads((regression / "reduced.json").read_text())
+    known |= {"rows": {}, "cells": {name: cell for name, cell in known["cells"].items() if name.startswith("table3:")}}
+    assert len(known["cells"]) >= 6
+    (tmp_path / "baseline.json").write_text(json.dumps(known))
+    command = [str(BIN / "memdec"), "check", "--baseline", str(tmp_path / "baseline.json"), str(tmp_path / table)]
     check = subprocess.run(command, capture_output=True, text=True, check=False)
     assert check.returncode == 0, check.stdout + check.stderr
