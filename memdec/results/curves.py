@@ -120,10 +120,8 @@ def dots(found: Sequence[Dot], x: str, name: str) -> str:
             for place, dot in enumerate(per_row[row]):
                 look = _look(dot.look)
                 y = number + 0.7 * ((place + 0.5) / len(per_row[row]) - 0.5)
-                ends = [[dot.value - (dot.low or dot.value)], [(dot.high or dot.value) - dot.value]]
-                axes.errorbar(
-                    [dot.value], [y], xerr=ends, fmt=look["marker"], color=look["color"], elinewidth=1.4, markersize=6
-                )
+                axes.hlines(y, dot.low or dot.value, dot.high or dot.value, colors=look["color"], linewidth=1.4)
+                axes.plot([dot.value], [y], look["marker"], color=look["color"], markersize=6)
         axes.set_yticks(range(len(rows)), [textwrap.fill(row, 18) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)

@@ -347,7 +347,7 @@ def _line(
     value, low, high = (rows[name].to_numpy(float) * scale for name in names)
     look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
     axes.plot(rows[x], value, label=label, linestyle="-" if joined else "none", **look)
-    axes.errorbar(rows[x], value, yerr=[value - low, high - value], fmt="none", elinewidth=0.8, ecolor=look["color"])
+    axes.vlines(rows[x], low, high, colors=look["color"], linewidth=0.8)
 
 
 def _scale(axes: Axes, spread: float) -> bool:

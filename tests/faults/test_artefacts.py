@@ -566,7 +566,7 @@ def test_rules_declare_manifests_only() -> None:
     files = {file for block in outputs for file in re.findall(r"[\w{}]+\.\w+(?=\")", block)}
     tables = {"{table}.csv", "cells.csv", "items.npz", "{table}.md", "{table}.tex", "provenance.json", "table.rst"}
     figures = {"{figure}.csv", "{figure}.svg", "{figure}.png"}
-    assert files == {"claims.csv", "claims.md", "report.html"} | tables | figures
+    assert files == {"claims.csv", "claims.md", "report.html", "freed.json"} | tables | figures
     artefacts = [block for block in outputs if "built(" in block]  # its manifest, or without a shared folder all of it
     assert len(artefacts) > 15
     assert all(re.fullmatch(r" +manifest=built\((?:.|\n)*\),\n", block) for block in artefacts)
