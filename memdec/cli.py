@@ -1102,7 +1102,10 @@ def compare(
 def plan(
     files: Annotated[
         list[str],
-        typer.Argument(help="config files, and files to make such as results/table3.csv (default: results/all)"),
+        typer.Argument(
+            help="config files, or overlays of the default one, and files to make such as results/table3.csv (default: "
+            "results/all); may be left out with --measure"
+        ),
     ] = [],
     folder: Annotated[Path, typer.Option(help="folder of the run; what is finished there costs nothing")] = Path("."),
     measure: Annotated[bool, typer.Option("--measure", help="measure this machine first, in about a minute")] = False,
@@ -1128,6 +1131,8 @@ def plan(
         options.wrote(to, "memdec plan")
         if not files:
             return
+    if not files:
+        raise ConfigError("plan: expected a config file or a file to make, found none; give config/mini.yaml")
     machine = planning_rates.load(rates)
     configs = [Path(name) for name in files if name.endswith((".yaml", ".yml", ".json"))] or [cfg.DEFAULT]
     targets = [name for name in files if Path(name) not in configs] or ["results/all"]

@@ -195,8 +195,10 @@ def make(config: Config, files: Sequence[Path], targets: Sequence[str], folder: 
         machine: Rates.
 
     Raises:
-        ConfigError: Snakemake cannot list the jobs; the message is its last line.
+        ConfigError: The folder is not there, or Snakemake cannot list the jobs; the message begins as its own.
     """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: expected the folder of the run, found none; make it, or leave --folder out")
     gpu = uses_gpu(config)
     found = Plan(f"{' '.join(targets)} of {' + '.join(map(str, files))}", machine, gpu)
     costs = Costs(config, machine, folder / "results" / config.scale, gpu=gpu)
