@@ -48,11 +48,11 @@ smol: $(STAMP)
 	@cat build/smol/results/memories.md
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+	$(BIN)/python -m pytest -n 2 tests
 
 # All but the slow ones: three and a half minutes on two cores.
 core: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow' tests
+	$(BIN)/python -m pytest -n 2 -m 'not slow' tests
 
 # The tests without the slow ones, with the lowest version of every dependency, in an environment of its own under build/:
 # 1.5 GB, and some ten minutes on two idle cores. Torch is the one of constraints.txt: of its lowest version, 2.11, the
@@ -67,7 +67,7 @@ test-lowest:
 	test -x $(LOWEST)/venv/bin/python || $(PYTHON) -m venv $(LOWEST)/venv
 	$(LOWEST)/venv/bin/pip install -q -c $(LOWEST)/constraints.txt torch
 	$(LOWEST)/venv/bin/pip install -q -c $(LOWEST)/constraints.txt -e '.[cpu,dev]'
-	. $(LOWEST)/venv/bin/activate && python -m pytest -n 2 --dist loadgroup -m 'not slow' $(LOWEST_TESTS)
+	. $(LOWEST)/venv/bin/activate && python -m pytest -n 2 -m 'not slow' $(LOWEST_TESTS)
 
 # Plant known bugs one at a time; every one must make a test fail. Eight minutes of CPU time.
 mutants: $(STAMP)

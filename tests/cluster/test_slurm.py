@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -19,7 +21,7 @@ BIN = Path(sys.executable).parent
 CONF = Path("/etc/slurm")  # Snakemake's plugin drops SLURM_CONF, so the file must be where Slurm looks by itself
 PATIENCE = 1200  # seconds for a step of Snakemake that takes a few on an idle machine
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]  # one Slurm at a time
+pytestmark = pytest.mark.slow
 
 
 def lacking() -> str | None:
@@ -112,7 +114,14 @@ def said(*command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+def alone() -> Iterator[None]:
+    """One Slurm at a time on a machine, as its files and ports are the same for all workers of pytest."""
+    with FileLock(Path(tempfile.gettempdir()) / "memdec-slurm.lock"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     if reason := lacking():
         pytest.skip(reason)
     slurm = Slurm(tmp_path_factory.mktemp("slurm") / "run")
