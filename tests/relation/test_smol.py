@@ -60,7 +60,7 @@ def test_at_alpha_0_the_mixture_is_hf(home: Path) -> None:
     ours = MemDecInterp(**arguments, memory=str(home / "memory"), alpha=0.0)
     found, expected = (lm.loglikelihood(requests(), disable_tqdm=True) for lm in (ours, HFLM(**arguments)))
     for (log_p, greedy), (theirs, their_greedy) in zip(found, expected, strict=True):
-        assert log_p == pytest.approx(theirs, rel=1e-5)  # 30 layers in float32 round in the fifth digit of a token
+        assert log_p == pytest.approx(theirs, rel=1e-5, abs=1e-4)  # float32 rounds in the fifth digit of a token
         assert greedy == their_greedy
     assert found[0][1]
     ours.set_weight(0.5)
