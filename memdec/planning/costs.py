@@ -91,6 +91,11 @@ class _Formulas:
         return self.costs.for_model(os.path.dirname(self.w["home"]) or None, name)
 
     @property
+    def cpu(self) -> Rates:
+        """Rates of the processors."""
+        return self.costs.machine.cpu
+
+    @property
     def domain(self) -> str:
         return os.path.basename(self.w["home"])
 
@@ -145,7 +150,7 @@ class _Formulas:
 
     def corpus(self) -> Cost:
         """bytes / (rate of text), and 4 s for each package with docstrings; memory: 10 bytes a byte where we split it"""
-        spec, cpu = self.config.corpora[self.w["corpus"]], self.costs.machine.cpu
+        spec, cpu = self.config.corpora[self.w["corpus"]], self.cpu
         n = self.sizes.n_bytes(self.w["corpus"])
         packages = len(spec.packages) if isinstance(spec, DocstringCorpus) else 0
         seconds = cpu.light + n / cpu.text + SECONDS_OF_PACKAGES * packages
@@ -154,13 +159,13 @@ class _Formulas:
 
     def tokenizer(self) -> Cost:
         """train bytes / (rate of text)"""
-        spec, cpu = self.config.tokenizers[self.w["tokenizer"]], self.costs.machine.cpu
+        spec, cpu = self.config.tokenizers[self.w["tokenizer"]], self.cpu
         n = sum(self.sizes.n_bytes(name, "train") for name in spec.train_on or [])
         return Cost(cpu.light + n / cpu.text, cpu.process / 2 + 10 * n, 1e5)
 
     def tokens(self) -> Cost:
         """start + bytes / (rate of text); memory: the text and 34 bytes a token"""
-        cpu, vocabulary = self.costs.machine.cpu, self.sizes.vocabulary(self.w["tokenizer"])
+        cpu, vocabulary = self.cpu, self.sizes.vocabulary(self.w["tokenizer"])
         model = next(name for name, each in self.config.models.items() if each.tokenizer == self.w["tokenizer"])
         n, n_tokens = self.sizes.n_bytes(self.w["corpus"]), self.sizes.n_tokens(model, self.w["corpus"])
         width = 2 if vocabulary < 2**16 else 4
@@ -168,7 +173,7 @@ class _Formulas:
 
     def passages(self) -> Cost:
         """start + bytes / (rate of text)"""
-        cpu = self.costs.machine.cpu
+        cpu = self.cpu
         n = self.sizes.n_bytes(self.w["domain"], "train")
         return Cost(cpu.start / 2 + n / cpu.text, cpu.process + 10 * n, 2 * n)
 
@@ -184,7 +189,7 @@ class _Formulas:
         there = isinstance(spec.pretrained, str) and os.path.exists(spec.pretrained)
         copied = spec.layers is not None or str(spec.pretrained).endswith(".gguf")
         size = 2 * shape.parameters
-        rates = self.costs.machine.cpu
+        rates = self.cpu
         return Cost(
             rates.start,
             rates.process + (4 * shape.parameters if copied else 0),
@@ -203,7 +208,7 @@ class _Formulas:
         name = self.w["model"]
         config = self._for_model(name)
         n = self._tokens(name, "train"), self._tokens(name, "valid")
-        return self._training(name, config.dapt or config.finetune, *n, tuned=True, budget=1.0)
+        return self._training(name, config.dapt or config.finetune, *n, tuned=True, share=1.0)
 
     def lora(self) -> Cost:
         """as finetune, with 4 P for the frozen weights and 6 for each of the adapter, within the FLOP budget"""
@@ -215,13 +220,13 @@ class _Formulas:
             shape = self.sizes.shape(name)
             adapter = settings.rank * shape.layers * 20 * shape.width  # query, key, value, two of the MLP with 4 D
         n = self._tokens(name, "train"), self._tokens(name, "valid")
-        return self._training(name, settings, *n, tuned=True, budget=1.0, adapter=adapter)
+        return self._training(name, settings, *n, tuned=True, share=1.0, adapter=adapter)
 
     def train(self) -> Cost:
         """as finetune, within the share of the FLOP budget; the mixtures with the bases that watch it are evaluated"""
         found = self.memory
         n = self._tokens(found.memory_model, "train"), self._tokens(found.memory_model, "valid")
-        cost = self._training(found.memory_model, found.train, *n, tuned=True, budget=found.share)
+        cost = self._training(found.memory_model, found.train, *n, tuned=True, share=found.share)
         rows = n[0] * self._row(self.sizes.shape(found.memory_model))
         cost = replace(cost, reads=cost.reads + rows * (found.targets != "none"))
         bases = [self.sizes.shape(name) for name in found.watched]
@@ -231,23 +236,23 @@ class _Formulas:
     def adapt(self) -> Cost:
         """start; two models in memory"""
         shape = self.sizes.shape(self.memory.memory_model)
-        rates = self.costs.machine.cpu
+        rates = self.cpu
         return Cost(rates.start, rates.process + 8 * shape.parameters, 4 * shape.parameters)
 
     def _training(
         self, name: str, settings: TrainSettings, n: float, n_valid: float, tuned: bool = False,
-        budget: float | None = None, adapter: float | None = None,
+        share: float | None = None, adapter: float | None = None,
     ) -> Cost:  # fmt: skip
+        """Cost of a training on n tokens; `share` of the FLOP budget limits it (None: no budget), `adapter` counts LoRA's weights."""
         shape = self.sizes.shape(name)
         attention = 4 * self.config.context * shape.width * shape.layers
         weights = 6 * shape.parameters if adapter is None else 4 * shape.parameters + 6 * adapter
         step = weights + 3 * attention
-        epochs = settings.epochs * (budget or 1.0) if budget else settings.epochs
-        limit = self.study.budget if budget is not None else None
+        epochs, limit = settings.epochs, self.study.budget if share is not None else None
         if limit is not None:
             most = self.sizes.shape(limit.model)
             ceiling = limit.epochs * (6 * most.parameters + 3 * 4 * self.config.context * most.width * most.layers)
-            epochs = min(epochs, ceiling * (budget or 1.0) / step)
+            epochs = min(epochs, ceiling * (share or 1.0) / step)
         first = not tuned or int(self.w["seed"]) == self.study.seeds[0]
         epochs *= 1 + settings.trial * len(settings.learning_rates) * first
         every = settings.evaluate_every or (1.0 if settings.keep_best else epochs)
@@ -400,7 +405,7 @@ class _Formulas:
 
     def evaluate(self) -> Cost:
         """arithmetic on the scores of both"""
-        cpu = self.costs.machine.cpu
+        cpu = self.cpu
         return Cost(cpu.light, cpu.process / 5, 12 * self._tokens(self.w["model"], "valid", "test"))
 
     def _evaluated(self, name: str, shape: Shape, n: float) -> Cost:
@@ -438,11 +443,6 @@ class _Formulas:
         tokens = (settings.repeats + settings.warmup) * (settings.prompt_tokens + sum(settings.new_tokens)) * 6
         seconds = self.rates.start + tokens * (0.002 + self._forward(shape) / self.rates.at("score", shape.width))
         return self._placed(0.0, 2 * self._bytes() * shape.parameters, self.w["model"], seconds=seconds, disk=1e5)
-
-    @property
-    def cpu(self) -> Rates:
-        """Rates of the processors."""
-        return self.costs.machine.cpu
 
 
 def _compared(index: IndexSettings, nprobe: int, n: float) -> float:

@@ -135,12 +135,25 @@ def test_the_published_rates_of_a_gpu_are_those_that_were_measured() -> None:
     assert gpu.device == step["device"]
 
 
-def test_the_plan_of_a_run_agrees_with_what_was_measured() -> None:
+def test_the_plan_of_a_run_agrees_with_what_was_measured(tmp_path: Path) -> None:
     """results/reference/plan.csv: 30 % of the time of all processors, 10 % of the largest memory and of the disk."""
     with (ROOT / "results/reference/plan.csv").open(newline="") as lines:
-        whole = next(row for row in csv.DictReader(lines) if row["rule"] == "all")
-    for what, within in (("s", 0.3), ("mb", 0.1), ("disk_mb", 0.1)):
-        assert float(whole[f"planned_{what}"]) == pytest.approx(float(whole[f"measured_{what}"]), rel=within)
+        measured = next(row for row in csv.DictReader(lines) if row["rule"] == "all")
+    files = [ROOT / "config" / "mini.yaml"]
+    found = plan.make(MINI, files, ["results/table3.csv"], tmp_path, PUBLISHED).total
+    assert found.jobs == int(measured["jobs"])
+    assert found.cpu_seconds == pytest.approx(float(measured["measured_s"]), rel=0.3)
+    assert found.memory / 1e6 == pytest.approx(float(measured["measured_mb"]), rel=0.1)
+    assert found.disk / 1e6 == pytest.approx(float(measured["measured_disk_mb"]), rel=0.1)
+
+
+def test_a_share_of_the_epochs_is_counted_once() -> None:
+    data = cfg.read(ROOT / "config" / "mini.yaml") | {"memories": {"tenth": {"share": 0.1}}, "budget": None}
+    data = {**data, "memory": {"epochs": 10}, "studies": {}}
+    costing_now = costing(cfg.checked(data, "here"))
+    whole, tenth = (costing_now.of(Job("train", TORCH | {"memory": name})).seconds for name in ("memdec", "tenth"))
+    start = PUBLISHED.cpu.start
+    assert tenth - start == pytest.approx((whole - start) / 10, rel=0.25)  # evaluations of the bases once each
 
 
 def test_more_text_epochs_and_rates_cost_more_and_a_later_seed_takes_the_first_ones_rate() -> None:
