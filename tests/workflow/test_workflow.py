@@ -32,8 +32,8 @@ def repair(folder: Path, *words: str) -> str:
     return ran("bash", str(ROOT / "workflow" / "repair.sh"), str(folder), *words)
 
 
-def ran(*command: str) -> str:
-    """What a command says that succeeds."""
+def started(*command: str) -> subprocess.CompletedProcess[str]:
+    """A command as a user's shell runs it, with this environment's programs first."""
     # Any folder does for what is not read.
     environment = {
         "MEMDEC_TEST_DATA": "/",
@@ -41,7 +41,12 @@ def ran(*command: str) -> str:
         **os.environ,
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+
+
+def ran(*command: str) -> str:
+    """What a command says that succeeds."""
+    run = started(*command)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout + run.stderr
 
@@ -475,9 +480,7 @@ def test_the_plan_lists_every_job_and_says_what_does_not_fit(tmp_path: Path) -> 
     assert "vocabulary" not in text.split("Job stats")[-1]
     asked = [int(each) for each in re.findall(r"^    resources: .*[ ,]mem_mb=(\d+)", text, re.MULTILINE)]
     assert max(asked) == math.ceil(1.25 * found["largest"]["memory"]["bytes"] / 1e6)
-    run = subprocess.run(
-        [*command, "--disk", "1"], cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False
-    )
+    run = started(*command, "--disk", "1")
     assert run.returncode == 2
     assert re.match(r"error: plan: disk: expected \d+ GB, found 1 GB; ", run.stderr.splitlines()[-1])
 
