@@ -30,7 +30,7 @@ from memdec.text import tokens
 from memdec.training import checkpoints
 from memdec.training.batches import Collate, Order, WindowData
 
-_CHECKPOINTS = 20  # number of checkpoints written during a training run without evaluations
+_CHECKPOINTS = 20  # number of checkpoints written during a training run, beside those of its evaluations
 
 
 class LossModel(nn.Module):
@@ -278,6 +278,13 @@ class _Beta(TrainerCallback):
         self.model.objective = objectives.Hybrid(self.start + (self.end - self.start) * min(done, 1.0))
 
 
+class _SaveEvaluated(TrainerCallback):
+    """Save at every evaluation, as the best of them is loaded at the end."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_save or control.should_evaluate
+
+
 class _Resume(TrainerCallback):
     def __init__(self, trainer: LossTrainer, folder: Path) -> None:
         self.trainer, self.folder = trainer, folder
@@ -303,11 +310,12 @@ class _Patience(TrainerCallback):
 
 
 def fit(
-    model: Any, settings: TrainSettings, task: Task, work: Path, scored: Path | None = None
+    model: Any, settings: TrainSettings, task: Task, work: Path, scored: Path | None = None, share: float = 1.0
 ) -> tuple[dict[str, Any], LossTrainer]:
     """Train a model in place, resuming from the last checkpoint in `work`.
 
-    `scored` is the folder of the bases' scores, if it is not `work`.
+    `scored` is the folder of the bases' scores, if it is not `work`. `share` is the part of a whole training that this one
+    is: it has as large a part of the checkpoints.
 
     Returns:
         Facts about the run for the manifest, and the trainer, whose weights may be sharded over processes.
@@ -326,7 +334,7 @@ def fit(
                 f"{task.ceiling:.3g}; raise budget.epochs"
             )
         steps = min(steps, int(task.ceiling / cost * (1 + 1e-9)))
-    _plan(arguments, settings, steps, rounds)
+    _plan(arguments, settings, steps, rounds, share)
     start = _last_checkpoint(work, settings.keep_best, arguments)
     loading.check_head(_causal(model))
     loading.fuse_activations(model)
@@ -341,7 +349,7 @@ def fit(
         where=str(task.stream / "train.npy"),
         base_scores=_base_scores(task, valid, arguments, scored or work),
         alphas=memory.alphas,
-        callbacks=[_Patience(settings.patience)] if settings.patience is not None else [],
+        callbacks=[_SaveEvaluated(), *([_Patience(settings.patience)] if settings.patience is not None else [])],
     )
     if memory.objective == "hybrid" and memory.kl_weight_end is not None:
         trainer.add_callback(_Beta(trainer.model, memory.kl_weight, memory.kl_weight_end))
@@ -459,18 +467,15 @@ def _arguments(settings: TrainSettings, work: Path, seed: int, compute: Compute)
     return arguments
 
 
-def _plan(arguments: TrainingArguments, settings: TrainSettings, steps: int, rounds: int) -> None:
+def _plan(arguments: TrainingArguments, settings: TrainSettings, steps: int, rounds: int, share: float = 1.0) -> None:
     """Set the number of updates, and the intervals of evaluation and saving."""
     arguments.max_steps = steps
     arguments.warmup_steps = int(settings.warmup * steps)
     arguments.logging_steps = max(1, steps // 20)
-    arguments.set_save("steps", steps=max(1, steps // _CHECKPOINTS))
+    arguments.set_save("steps", steps=max(1, int(steps / (share * _CHECKPOINTS))))
     if settings.keep_best or settings.evaluate_every is not None:
         every = max(1, round((settings.evaluate_every or 1) * rounds))
         arguments.set_evaluate("steps", steps=every, delay=0, batch_size=settings.batch_size * 2)
-        # Save at every evaluation, and in between at least as often as without evaluations.
-        parts = next(n for n in range(1, every + 1) if every % n == 0 and every // n <= max(1, steps // _CHECKPOINTS))
-        arguments.set_save("steps", steps=every // parts)
     arguments.load_best_model_at_end = settings.keep_best
 
 

@@ -99,7 +99,7 @@ def _tried(make: Callable[[], Any], settings: S, rate: float, task: fitting.Task
     trial = _with_rate(settings, rate).model_copy(update={"epochs": settings.epochs * settings.trial})
     result: dict[str, Any] = {"learning_rate": rate, "score": None, "flops": 0.0, "updates": 0}
     try:
-        facts, trainer = fitting.fit(make(), trial, task, folder, work)
+        facts, trainer = fitting.fit(make(), trial, task, folder, work, settings.trial)
         result |= {"score": facts["evaluations"][-1]["score"], "flops": facts["flops"], "updates": facts["updates"]}
         first = trainer.args.process_index == 0
     except NumericsError as error:
