@@ -81,6 +81,7 @@ check: $(STAMP)
 	. $(BIN)/activate && snakemake --lint
 	$(BIN)/python -m benchmarks.report --check
 	$(BIN)/python -m docs.build --check
+	for bug in tests/mutants/*.patch; do git apply --check --recount -C1 $$bug || exit 1; done
 
 # Every command of README.md and the other pages, run in a scratch folder or skipped with its reason.
 .PHONY: docs-check

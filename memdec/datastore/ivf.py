@@ -46,7 +46,8 @@ class IvfIndex:
         codes = arrays.load(folder / CODES, np.uint8, (store.n, int(index.sa_code_size())))
         for first in tqdm(range(0, store.n, PER_CALL), desc="load index", unit="block", mininterval=2):
             block = np.ascontiguousarray(codes[first : first + PER_CALL])
-            cells_of(block, settings.centroids, folder)  # FAISS would write beyond its lists
+            if settings.centroids > 1:  # FAISS leaves out the number of an only cell
+                cells_of(block, settings.centroids, folder)  # FAISS would write beyond its lists
             index.add_sa_codes(block, np.arange(first, first + len(block)))
         self._on_gpu = bool(_n_gpus(device))
         if self._on_gpu:

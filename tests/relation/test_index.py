@@ -98,6 +98,14 @@ def test_search_against_brute_force(store: list[Path], home: Path, settings: dic
         assert 0 <= check[name]["total_variation"]["50"]["16"] < 0.2
 
 
+@pytest.mark.parametrize("kind", ["ivfflat", "cells"])
+def test_an_only_cell_holds_every_key(store: list[Path], tmp_path: Path, kind: str) -> None:
+    searcher = built(store, tmp_path / "one", nprobe=1, kind=kind, centroids=1, check_queries=16, check_nprobe=[1])
+    own, queries = searcher.store.sample(30, 5)
+    _, ids = searcher.search(queries, 20, own)
+    np.testing.assert_array_equal(ids, brute(searcher.store, queries, 20, own))
+
+
 def test_queries_from_outside_keep_everything(store: list[Path], home: Path) -> None:
     searcher = built(store, home / "exact", **KINDS[0])
     own, queries = searcher.store.sample(30, 5)
