@@ -38,8 +38,9 @@ class Nearest:
         self.queries, self.neighbours = queries - self._centre, neighbours
         self._norms = (self.queries * self.queries).sum(1, keepdim=True)
         self._keys = self._sq_dist = queries.new_empty(0)
-        self._near = queries.new_full((len(queries), 4 * neighbours), np.inf)
-        self._ids = torch.full((len(queries), 4 * neighbours), -1)
+        room = kernels.buffer_width(neighbours)
+        self._near = queries.new_full((len(queries), room), np.inf)
+        self._ids = torch.full((len(queries), room), -1)
         self._counts = np.zeros(len(queries), np.int64)
         self._limits = np.full(len(queries), np.inf, queries.numpy().dtype)
 

@@ -65,6 +65,24 @@ def test_a_buffer_that_fills_many_times() -> None:
     assert found(nearest)[0] == plain([[0] * 4], keys.astype(int).tolist(), 7)[0]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e30], ids=["alike", "one far away"])
+@pytest.mark.parametrize("levels", [3, 10**6], ids=["ties", "no ties"])
+def test_a_cut_keeps_what_a_stable_sort_has_first(dtype: type, scale: float, levels: int) -> None:
+    rng = np.random.default_rng(1)
+    for end, neighbours in ((5, 7), (400, 1), (400, 57), (400, 399), (400, 400)):
+        near = (rng.integers(0, levels, 500) / levels - 0.5).astype(dtype)
+        near[3] *= scale
+        ids = np.arange(500) * 2
+        first = np.sort(np.argsort(near[:end], kind="stable")[:neighbours])
+        expected, largest = near[first].copy(), near[first].max()
+        kept, limit = kernels.cut(near, ids, end, neighbours)
+        assert kept == len(first)
+        assert limit == largest
+        np.testing.assert_array_equal(near[:kept], expected)
+        np.testing.assert_array_equal(ids[:kept], first * 2)
+
+
 def on_disk(keys: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
     narrow = torch.from_numpy(keys).to(getattr(torch, dtype))
     return kernels.bits(narrow.view(torch.int16).numpy() if dtype == "bfloat16" else narrow.numpy())
