@@ -54,6 +54,12 @@ test: $(STAMP)
 core: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m 'not slow' tests
 
+# The workflow on a real Slurm of this machine, for root: apt-get install slurm-wlm munge rsync. Ten minutes on two cores.
+.PHONY: test-cluster
+test-cluster: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[cpu,dev,cluster]'
+	. $(BIN)/activate && python -m pytest -rs tests/cluster
+
 # The tests without the slow ones, with the lowest version of every dependency, in an environment of its own under build/:
 # 1.5 GB, and some ten minutes on two idle cores. Torch is the one of constraints.txt: of its lowest version, 2.11, the
 # package index has only builds that bring gigabytes of CUDA along; that version was tried on a GPU. LOWEST_TORCH=2.11 takes it.
