@@ -198,7 +198,8 @@ def cut(near: Any, ids: Any, end: int, neighbours: int) -> tuple[int, Any]:
         for place in range(end):
             count = np.int32(count + (near[place] <= limit))
         if count == neighbours:
-            return _up_to(near, ids, end, limit)
+            kept, largest = _up_to(near, ids, end, limit)
+            return kept, largest
         if limit in (low, high):
             break
         if count > neighbours:
