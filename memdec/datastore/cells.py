@@ -53,24 +53,8 @@ class CellSearch:
             NumericsError: A key of these cells is NaN, infinite or too large.
         """
         probes = cell_join.nearest_cells(queries, self._centroids, self._nprobe)
-        return self.nearest(queries, own, probes, self._starts, self._positions, neighbours)
-
-    def nearest(
-        self,
-        queries: Float[np.ndarray, "B D"],
-        own: Int[np.ndarray, " B"],
-        probes: Int[np.ndarray, "B P"],
-        starts: Int[np.ndarray, " C+1"],
-        positions: Int[np.ndarray, " M"],
-        neighbours: int,
-    ) -> Pair:
-        """`cell_join.nearest` in any sets of keys of the datastore.
-
-        Raises:
-            NumericsError: A key of these sets is NaN, infinite or too large.
-        """
         try:
-            return cell_join.nearest(queries, own, probes, starts, positions, self._parts, neighbours)
+            return cell_join.nearest(queries, own, probes, self._starts, self._positions, self._parts, neighbours)
         except cell_join.BadKeyError as error:
             raise self._store.not_finite(error.position) from None
 

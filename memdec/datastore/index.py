@@ -51,7 +51,8 @@ def run(
     """
     store = Datastore(datastore)
     _check(store, settings, device)
-    with artefact.building(out, "index", settings, {"datastore": store.recipe}) as build:
+    stage = "cells" if settings.kind == "cells" else None
+    with artefact.building(out, "index", settings, {"datastore": store.recipe}, stage=stage) as build:
         if build is None:
             return
         if settings.has_cells:

@@ -30,7 +30,7 @@ Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 class _SameToken:
-    """Extra candidates for search in cells: all positions with the same input token, for tokens rare in the datastore.
+    """Extra candidates for FAISS's search in cells: all positions with the same input token, for tokens rare in the datastore.
 
     The nearest keys of a rare token are mostly keys of the same token. They are too few to form a cell, so IVF search
     often misses them. Most neighbours that it misses and that matter are found here.
@@ -96,8 +96,8 @@ class Searcher:
             from memdec.datastore.ivf import IvfIndex
 
             self._ivf = IvfIndex(store, settings, folder, device)
-        if settings.has_cells and store.parts:
-            self._same_token = _SameToken(store.values, store.facts["vocab_size"])
+            if store.parts:
+                self._same_token = _SameToken(store.values, store.facts["vocab_size"])
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search the nearest `nprobe` cells from now on; no effect on an exact index.
@@ -155,9 +155,10 @@ class Searcher:
             own: Position of each query in the datastore; None if the queries are not keys of the datastore.
             inputs: If the queries are not keys of the datastore: the last input token of each query, which is the token
                 before its position; -1 if unknown.
-            released: Use the distances of the index and its order, as the released code does. Otherwise more candidates
-                are fetched, positions with the same rare input token are added, and all are sorted by exact distance.
-                The result is then also independent of the batch.
+            released: Use the distances of a FAISS index and its order, as the released code does. Otherwise more
+                candidates are fetched, positions with the same rare input token are added, and all are sorted by exact
+                distance. The result is then also independent of the batch. Kind `cells` has exact distances anyway, and
+                adds nothing.
 
         Returns:
             Squared distances (float32) and positions, shape (B, neighbours), nearest first, ties by position. Where the
@@ -173,7 +174,8 @@ class Searcher:
         elif self._same_token is not None:
             inputs = np.where(own > 0, self.store.values[np.maximum(own, 1) - 1].astype(np.int64), -1)
         if self.cells is not None:
-            return self._in_cells(queries, neighbours, own, None if released else inputs)
+            found: Pair = self.cells.search(queries, own, neighbours)
+            return found
         fetch = min(neighbours + 1 + (0 if released else _MORE), self.store.n)
         sq_dist, ids = self._candidates(np.ascontiguousarray(queries, dtype=np.float32), fetch)
         if not released:
@@ -181,24 +183,6 @@ class Searcher:
                 ids = np.concatenate([ids, self._same_token.of(inputs)], axis=1)
             sq_dist = knn.exact_distances(queries, self._parts, ids)
         return knn.drop_self(sq_dist, ids, own, neighbours)
-
-    def _in_cells(
-        self, queries: NDArray[np.float32], neighbours: int, own: NDArray[np.int64], inputs: NDArray[np.int64] | None
-    ) -> Pair:
-        """Search an index of kind `cells`, and the positions after the same rare token where `inputs` are given."""
-        sq_dist, ids = self.cells.search(queries, own, neighbours)
-        same = self._same_token
-        if inputs is not None and same is not None:
-            tokens = np.maximum(inputs, 0)
-            rows = np.flatnonzero((inputs >= 0) & (same.edges[tokens] < same.edges[tokens + 1]))
-            # A token is a cell of its own. Equal distances have equal bits, so what is found twice counts once.
-            more_dist, more = self.cells.nearest(
-                queries[rows], own[rows], tokens[rows, None], same.edges, same.positions, min(neighbours, _SAME_TOKEN)
-            )
-            distances = np.concatenate([sq_dist[rows], more_dist], axis=1)
-            positions = np.concatenate([ids[rows], more], axis=1)
-            sq_dist[rows], ids[rows] = knn.drop_self(distances, positions, own[rows], neighbours)
-        return sq_dist, ids
 
     def rows(
         self, sq_dist: Float[Tensor, "B K"], ids: Int[Tensor, "B K"], temperature: float, **cut: Any

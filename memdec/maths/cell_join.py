@@ -3,13 +3,12 @@
 All queries that search a cell are compared with it together, so that its keys are read and converted once. The cells of
 an index are one use. Finding a query's nearest cells is another: there the centroids are the keys of a single cell.
 
-Every distance is a sum of squared differences in a fixed order, with a fixed rounding at each step (`_fma`). So it
+Every distance is a sum of squared differences in a fixed order, with a fixed rounding at each step (`_add_squares`). So it
 depends on its query and its key only. Neighbours are ordered by (distance, position), which has no ties. So the result
 is the same to the last bit for any group of queries, any order of the cells and any number of threads.
 
-A matrix product |k|^2 - 2 q k would not be faster on a CPU. It takes 6 ns for a query and a key of width 256, and the
-differences take 7 ns, because a processor subtracts and adds at the same time. Its rounding depends on its shape, so
-exact distances would have to follow for the k best and a margin, scattered over the memory.
+A matrix product |k|^2 - 2 q k needs one operation for a dimension in the place of two. But its rounding depends on its
+shape, so exact distances would have to follow for the k best and a margin, scattered over the memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,22 +17,23 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from memdec.maths.kernels import LARGEST_BITS, NOBODY, compiled, gather, in_threads, unpack_distinct, widened
 
-_PIECE = 256  # keys that are compared at once; 4 dimensions of them (4 kB) stay in the level 1 cache
-_DIMS = 4  # dimensions that are compared between reading and writing a distance
-_LANES = 16  # the number of keys of a piece is rounded up to a multiple; one vector instruction takes so many
-_TILE = 16  # queries that are compared with the same 4 dimensions; their distances (16 kB) stay in that cache, too
+_PIECE = 256  # keys whose distances are looked at together
+_LANES = 16  # keys that are compared at once; of width 256 they and `_TILE` queries (32 kB) fit into the level 1 cache
+_TOGETHER = 4  # queries that share the reading of these keys, and whose sums stay in registers
+_TILE = 16  # queries that are compared with the same keys one after the other
 _HELD = 8192  # keys that are gathered at once: 4 MB in float16 at width 256
 _SORTED = 64  # queries whose neighbours are sorted at once: 512 kB with k = 1024 stay in the level 2 cache
 _FEWEST = 256  # queries that are not shared among threads, each of which would gather the same keys
 _ROOM = 1024  # candidates collected between two selections of the nearest, at least; never fewer than a piece
-_GROUP = 24 * 2**20  # bytes of candidates of the queries that a thread handles at once
-_1, _2, _3, _ROW = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(_PIECE)
+_GROUP = 64 * 2**20  # bytes of candidates of the queries that a thread handles at once
 _INF = int(np.float32(np.inf).view(np.int32))
 Parts = Sequence[tuple[int, NDArray[Any]]]
 Pair = tuple[Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]
@@ -58,7 +58,7 @@ def nearest(
 ) -> Pair:
     """Find the nearest keys of each query in the cells that it names.
 
-    Memory: 30 MB for each of torch's threads with k = 1024, whatever the number of queries, of keys and of cells, and
+    Memory: 80 MB for each of torch's threads with k = 1024, whatever the number of queries, of keys and of cells, and
     the result.
 
     Args:
@@ -79,7 +79,7 @@ def nearest(
     """
     sq_dist = np.full((len(queries), neighbours), np.inf, np.float32)
     ids = np.full((len(queries), neighbours), -1)
-    room = 2 * neighbours + _ROOM
+    room = neighbours + _ROOM
 
     def work(begin: int, end: int) -> None:
         found = _Group(queries[begin:end], own[begin:end], neighbours, room)
@@ -125,13 +125,11 @@ class _Group:
         self, queries: Float[np.ndarray, "B D"], own: Int[np.ndarray, " B"], neighbours: int, room: int
     ) -> None:
         n, width = queries.shape
-        full = -(-width // _DIMS) * _DIMS  # more dimensions in which all are 0 change no distance
-        self._queries = np.zeros((n, full), np.float32)
-        self._queries[:, :width] = queries
-        self._own, self._neighbours = own.astype(np.int64), neighbours
+        self._queries = np.ascontiguousarray(queries, np.float32)
+        self._own, self._neighbours = own.astype(np.uint32), neighbours  # -1 becomes `NOBODY`, which no key is
         self._near, self._ids = np.empty((n, room), np.float32), np.empty((n, room), np.uint32)
         self._counts, self._limits = np.zeros(n, np.int64), np.full(n, np.inf, np.float32)
-        self._panel, self._strip = _aligned(full, _PIECE), _aligned(_LANES, width)
+        self._panel, self._strip = _aligned(_PIECE, width), _aligned(_LANES, width)
         self._tile = _aligned(_TILE, _PIECE)
 
     def compare(
@@ -219,19 +217,72 @@ def _chunks(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _fma(_typing: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c with one rounding. Otherwise the compiler would choose between one and two, loop by loop."""
+def _add_squares(
+    _typing: Any,
+    queries: Any,
+    query0: Any,
+    query1: Any,
+    query2: Any,
+    query3: Any,
+    panel: Any,
+    keys: Any,
+    width: Any,
+    tile: Any,
+    out: Any,
+    row: Any,
+) -> Any:
+    """Write the squared distances of `_TOGETHER` queries to `_LANES` keys.
 
-    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.fma(*args)
+    Every sum runs over the dimensions in order, in one `fma(difference, difference, sum)` each, with one rounding. The
+    compiler would keep these sums in memory, and choose between one and two roundings loop by loop.
 
-    single = types.float32
-    return single(single, single, single), codegen
+    Args:
+        queries: Queries; arrays are flat, and places are uint64.
+        query0: Place of the first number of a query; likewise `query1`, `query2` and `query3`.
+        panel: Keys as `_lay_out` writes them, at a multiple of 64 bytes.
+        keys: Place of the first number of the first of these keys.
+        width: Dimensions.
+        tile: Distances, at a multiple of 64 bytes.
+        out: Place of the first distance of the first query.
+        row: Numbers from there to the first distance of the next query.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number, place, index = ir.FloatType(), ir.IntType(64), ir.IntType(32)
+        vector = ir.VectorType(number, _LANES)
+        every = ir.Constant(ir.VectorType(index, _LANES), [0] * _LANES)
+        blank, aligned = ir.Constant(vector, ir.Undefined), 4 * _LANES
+        fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{_LANES}f32"
+        )
+        flat_queries, flat_panel, flat_tile = (
+            context.make_array(signature.args[at])(context, builder, args[at]).data for at in (0, 5, 8)
+        )
+
+        def vector_at(flat: Any, at: Any) -> Any:
+            return builder.bitcast(builder.gep(flat, [at]), vector.as_pointer())
+
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * _LANES)) for _ in range(_TOGETHER)]
+        with cgutils.for_range(builder, args[7], intp=place) as loop:
+            at = builder.add(args[6], builder.mul(loop.index, ir.Constant(place, _LANES)))
+            some = builder.load(vector_at(flat_panel, at), align=aligned)
+            for total, query in zip(sums, args[1 : 1 + _TOGETHER], strict=True):
+                one = builder.load(builder.gep(flat_queries, [builder.add(query, loop.index)]))
+                first = builder.insert_element(blank, one, ir.Constant(index, 0))
+                difference = builder.fsub(builder.shuffle_vector(first, blank, every), some)
+                builder.store(builder.call(fma, [difference, difference, builder.load(total)]), total)
+        for number_of, total in enumerate(sums):
+            at = builder.add(args[9], builder.mul(args[10], ir.Constant(place, number_of)))
+            builder.store(builder.load(total), vector_at(flat_tile, at), align=aligned)
+        return context.get_dummy_value()
+
+    u = types.uint64
+    return types.void(queries, u, u, u, u, panel, u, u, tile, u, u), codegen
 
 
 @compiled()
 def _lay_out(keys: Any, begin: int, n: int, strip: Any, strip_bits: Any, panel: Any) -> int:
-    """Write the keys begin ... begin + n - 1 by dimension, in float32: number d of key j becomes panel[d, j].
+    """Write the keys begin ... begin + n - 1 in float32, `_LANES` of them at a time by dimension, into the flat panel.
 
     Returns:
         -1, or the number of the first key that is not finite or too large.
@@ -248,38 +299,11 @@ def _lay_out(keys: Any, begin: int, n: int, strip: Any, strip_bits: Any, panel: 
                 if largest >= LARGEST_BITS:
                     return begin + low + j
         for d in range(width):
-            out = panel[d, low : low + _LANES]
+            place = low * width + d * _LANES
+            out = panel[place : place + _LANES]
             for j in range(_LANES):
                 out[j] = strip[j, d]
     return -1
-
-
-@compiled()
-def _add_squares(queries: Any, one: Any, other: Any, panel: Any, keys: Any, n: Any, tile: Any, out: Any) -> None:
-    """Add the squares of `_DIMS` differences of two queries to n keys; two share the reading of the keys.
-
-    Arrays are flat, and places unsigned: views would take as long as the sums, and the compiler uses no vectors where a
-    place may be negative.
-
-    Args:
-        queries: Queries.
-        one: Place of the first number of one query.
-        other: The same of the other query.
-        panel: Keys by dimension.
-        keys: Place of the first number of the first key.
-        n: Number of keys.
-        tile: Sums.
-        out: Place of the first sum of one query; those of the other query are `_PIECE` further on.
-    """
-    a0, a1, a2, a3 = queries[one], queries[one + _1], queries[one + _2], queries[one + _3]
-    b0, b1, b2, b3 = queries[other], queries[other + _1], queries[other + _2], queries[other + _3]
-    for j in range(n):
-        at = keys + j
-        k0, k1, k2, k3 = panel[at], panel[at + _ROW], panel[at + _2 * _ROW], panel[at + _3 * _ROW]
-        x0, x1, x2, x3 = a0 - k0, a1 - k1, a2 - k2, a3 - k3
-        y0, y1, y2, y3 = b0 - k0, b1 - k1, b2 - k2, b3 - k3
-        tile[out + j] += _fma(x3, x3, _fma(x2, x2, _fma(x1, x1, x0 * x0)))
-        tile[out + j + _ROW] += _fma(y3, y3, _fma(y2, y2, _fma(y1, y1, y0 * y0)))
 
 
 @compiled()
@@ -306,39 +330,44 @@ def _compare(
     """See `_Group.compare`; returns the number of the first key that cannot be compared, or -1."""
     room, width = near.shape[1], queries.shape[1]
     flat_queries, flat_panel, flat_tile = queries.reshape(-1), panel.reshape(-1), tile.reshape(-1)
+    flat_near, flat_ids = near.reshape(-1), ids.reshape(-1)
     for piece in range(len(begins)):
         first, n = edges[piece], edges[piece + 1] - edges[piece]
-        bad: int = _lay_out(keys, first, n, strip, strip_bits, panel)
+        bad: int = _lay_out(keys, first, n, strip, strip_bits, flat_panel)
         if bad >= 0:
             return bad
-        there, full = positions[first : first + n], (n + _LANES - 1) // _LANES * _LANES
+        there = positions[first : first + n]
         for low in range(begins[piece], ends[piece], _TILE):
             size = min(_TILE, ends[piece] - low)
-            tile[:] = 0
-            for d in range(0, width, _DIMS):
-                for i in range(0, size, 2):
-                    # Without a second query the last one takes its place. Its sums go to the unused next row.
-                    one, other = rows[low + i] * width + d, rows[low + min(i + 1, size - 1)] * width + d
+            for begin in range(0, n, _LANES):
+                for i in range(0, size, _TOGETHER):
+                    # In the place of queries that are missing stands the last one; nobody reads their distances.
+                    at, last = low + i, low + size - 1
                     _add_squares(
                         flat_queries,
-                        np.uint64(one),
-                        np.uint64(other),
+                        np.uint64(rows[at] * width),
+                        np.uint64(rows[min(at + 1, last)] * width),
+                        np.uint64(rows[min(at + 2, last)] * width),
+                        np.uint64(rows[min(at + 3, last)] * width),
                         flat_panel,
-                        np.uint64(d * _PIECE),
-                        np.uint64(full),
+                        np.uint64(begin * width),
+                        np.uint64(width),
                         flat_tile,
-                        np.uint64(i * _PIECE),
+                        np.uint64(i * _PIECE + begin),
+                        np.uint64(_PIECE),
                     )
             for i in range(size):
-                row, found = rows[low + i], tile[i]
-                end = counts[row]
-                if end + n > room:
-                    end, limits[row] = _cut(near[row], near_bits[row], ids[row], end, neighbours)
-                limit, me, near_row, ids_row = limits[row], own[row], near[row], ids[row]
-                for j in range(n):  # no branch: `end` advances only past a candidate
-                    near_row[end], ids_row[end] = found[j], there[j]
-                    end += (found[j] <= limit) & (there[j] != me)
-                counts[row] = end
+                row = rows[low + i]
+                if counts[row] + n > room:
+                    counts[row], limits[row] = _cut(near[row], near_bits[row], ids[row], counts[row], neighbours)
+                # Flat arrays and unsigned places: negative ones would be tested for at every number.
+                limit, me, here = limits[row], own[row], np.uint64(row) * np.uint64(room)
+                end, found = here + np.uint64(counts[row]), np.uint64(i * _PIECE)
+                for j in range(np.uint64(n)):  # no branch: `end` advances only past a candidate
+                    distance, position = flat_tile[found + j], there[j]
+                    flat_near[end], flat_ids[end] = distance, position
+                    end += np.uint64((distance <= limit) & (position != me))
+                counts[row] = np.int64(end - here)
     return -1
 
 

@@ -183,14 +183,13 @@ def test_positions_after_the_same_rare_token(values: list[int], limit: int) -> N
         assert [at for at in row if at >= 0] == (after if len(after) <= limit else [])
 
 
-@pytest.mark.parametrize("kind", ["ivfpq", "cells"])
-def test_positions_after_the_same_rare_token_are_candidates_of_approximate_search(tmp_path: Path, kind: str) -> None:
+def test_positions_after_the_same_rare_token_are_candidates_of_approximate_search(tmp_path: Path) -> None:
     """Random keys in many cells of which one is searched: nothing but the token could lead to the others."""
     rng = np.random.default_rng(0)
     values = rng.integers(0, 100, 2000).astype(np.uint16)
     keys = rng.normal(size=(2000, 6)).astype(np.float32)
     store = write_store(tmp_path / "s", keys, write_tokens(tmp_path / "t", values))
-    searcher = built(store, tmp_path / "i", nprobe=1, **{**PQ, "centroids": 256, "kind": kind})
+    searcher = built(store, tmp_path / "i", nprobe=1, **{**PQ, "centroids": 256})
     own = np.arange(1000, 1050)
     after = [np.flatnonzero(values[:-1] == values[at - 1]) + 1 for at in own]
     for found in (
