@@ -10,13 +10,14 @@ other keys instead.
 Recall and total variation come from the index manifests (1,024 queries against exact search in float64). Speed is CPU
 time of one thread, the median of the repeats. Each repeat asks for other keys, in the order of cells, as targets do.
 All kinds get the same queries; FAISS searches them one by one. `speed_to_default` compares with re-ranked IVFPQ at the
-same nprobe.
+same nprobe. `rows_per_s` is `memdec targets` from its start to the rows on the disk: those of one shard of eight.
 """
 
 import argparse
 import csv
 import os
 import statistics
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -29,15 +30,23 @@ from numpy.typing import NDArray
 
 from memdec.artefacts import artefact
 from memdec.artefacts.provenance import machine
-from memdec.datastore import index, search
+from memdec.datastore import index, search, targets
 from memdec.datastore import keys as datastore
-from memdec.settings import DatastoreSettings, DocstringCorpus, IndexSettings, ModelSpec, TokenizerSpec, TrainSettings
+from memdec.settings import (
+    DatastoreSettings,
+    DocstringCorpus,
+    IndexSettings,
+    ModelSpec,
+    TargetSettings,
+    TokenizerSpec,
+    TrainSettings,
+)
 from memdec.text import corpora, tokens
 from memdec.training import stages
 
 COLUMNS = [
     "model", "index", "nprobe", "distances", "queries_per_s", "speed_to_released", "speed_to_default", "recall_1024", "tv_tau_1", "tv_tau_16",
-    "bytes_per_token", "keys", "machine",
+    "bytes_per_token", "rows_per_s", "keys", "machine",
 ]  # fmt: skip
 DEFAULT = "ivfpq 4096/64"
 PLANS: dict[str, dict[str, dict[str, Any]]] = {  # the order of the queries is that of the first kind
@@ -55,8 +64,9 @@ PLANS: dict[str, dict[str, dict[str, Any]]] = {  # the order of the queries is t
     },
 }
 CELLS = {"search": 4096, "cells": 2048}
-NPROBE = {"search": [32, 128], "cells": [8, 32, 36, 64]}
+NPROBE = {"search": [32, 128], "cells": [8, 32, 34, 64]}
 BYTES, K, CONTEXT = 1_250_000, 1024, 512
+SHARDS, SHARD = 8, 3  # of the targets that are made end to end
 GPT2 = ModelSpec(
     family="GPT-2",
     tokenizer="bpe",
@@ -95,7 +105,9 @@ def made(folder: Path) -> dict[str, Path]:
     return stores
 
 
-def rows(model: str, keys: Path, plan: str, cells: int, repeats: int, n_queries: int) -> list[dict[str, object]]:
+def rows(
+    model: str, keys: Path, stream: Path, plan: str, cells: int, repeats: int, n_queries: int
+) -> list[dict[str, object]]:
     """Measure the kinds of a plan over a datastore: a row for each, nprobe and kind of distances.
 
     Kind `cells` has exact distances alone.
@@ -138,6 +150,7 @@ def rows(model: str, keys: Path, plan: str, cells: int, repeats: int, n_queries:
                         "tv_tau_1": f"{variation['1']:.4f}",
                         "tv_tau_16": f"{variation['16']:.4f}",
                         "bytes_per_token": f"{facts['bytes_per_key']:.1f}",
+                        "rows_per_s": "" if released else f"{_end_to_end(keys, home, stream, nprobe):.0f}",
                         "keys": store.n,
                         "machine": machine(),
                     }
@@ -162,6 +175,20 @@ def _speed(searcher: search.Searcher, order: NDArray[np.int64], repeats: int, n_
     return {released: 1 / statistics.median(found[1:]) for released, found in seconds.items()}
 
 
+def _end_to_end(keys: Path, home: Path, stream: Path, nprobe: str) -> float:
+    """Rows of targets per CPU second, as `memdec targets` makes them."""
+    n = datastore.Datastore(keys).n
+    settings = TargetSettings(
+        neighbours=min(K, n - 1), nprobe=None if nprobe == "all" else int(nprobe), shards=min(SHARDS, n)
+    )
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
+        start = time.process_time()
+        targets.run(keys, home, stream, Path(folder) / "targets", settings, shard=min(SHARD, settings.shards - 1))
+        seconds = time.process_time() - start
+        made_here = artefact.read(Path(folder) / "targets", "targets").facts
+    return float((made_here["end"] - made_here["begin"]) / seconds)
+
+
 def main() -> None:
     """Measure and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -171,12 +198,18 @@ def main() -> None:
     parser.add_argument("--plan", choices=PLANS, default="search", help="which kinds, and how many cells they search")
     parser.add_argument("--cells", type=int, help="cells of each index but the default one; search: 4096, cells: 2048")
     parser.add_argument("--datastore", type=Path, action="append", help="keys to measure instead; repeat")
+    parser.add_argument("--tokens", type=Path, help="token stream of these keys")
     parser.add_argument("--out", type=Path, default=Path("results/search.csv"))
     args = parser.parse_args()
+    if bool(args.datastore) != bool(args.tokens):
+        parser.error("expected --datastore and --tokens together; give both, or none for the keys of this benchmark")
     stores = {keys.name: keys for keys in args.datastore} if args.datastore else made(args.folder)
+    stream = args.tokens or args.folder / "tokens"
     cells = args.cells or CELLS[args.plan]
     found = [
-        row for name, keys in stores.items() for row in rows(name, keys, args.plan, cells, args.repeats, args.queries)
+        row
+        for name, keys in stores.items()
+        for row in rows(name, keys, stream, args.plan, cells, args.repeats, args.queries)
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="", encoding="utf-8") as file:

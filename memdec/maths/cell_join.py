@@ -32,7 +32,6 @@ _TILE = 16  # queries that are compared with the same keys one after the other
 _HELD = 8192  # keys that are gathered at once: 4 MB in float16 at width 256
 _SORTED = 64  # queries whose neighbours are sorted at once: 512 kB with k = 1024 stay in the level 2 cache
 _FEWEST = 256  # queries that are not shared among threads, each of which would gather the same keys
-_ROOM = 1024  # candidates collected between two selections of the nearest, at least; never fewer than a piece
 _GROUP = 64 * 2**20  # bytes of candidates of the queries that a thread handles at once
 _INF = int(np.float32(np.inf).view(np.int32))
 Parts = Sequence[tuple[int, NDArray[Any]]]
@@ -58,7 +57,7 @@ def nearest(
 ) -> Pair:
     """Find the nearest keys of each query in the cells that it names.
 
-    Memory: 80 MB for each of torch's threads with k = 1024, whatever the number of queries, of keys and of cells, and
+    Memory: 70 MB for each of torch's threads, whatever the number of queries, of keys and of cells, and
     the result.
 
     Args:
@@ -79,7 +78,7 @@ def nearest(
     """
     sq_dist = np.full((len(queries), neighbours), np.inf, np.float32)
     ids = np.full((len(queries), neighbours), -1)
-    room = neighbours + _ROOM
+    room = neighbours + max(_PIECE, neighbours // 2)  # of candidates, between two selections of the nearest
 
     def work(begin: int, end: int) -> None:
         found = _Group(queries[begin:end], own[begin:end], neighbours, room)
