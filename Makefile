@@ -54,7 +54,7 @@ test: $(STAMP)
 core: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m 'not slow' tests
 
-# The workflow on a real Slurm of this machine, for root: apt-get install slurm-wlm munge rsync. Ten minutes on two cores.
+# The workflow on a real Slurm of this machine, for root: apt-get install slurm-wlm munge rsync. It mostly waits, ten to twenty minutes.
 .PHONY: test-cluster
 test-cluster: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e '.[cpu,dev,cluster]'
