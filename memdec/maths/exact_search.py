@@ -87,8 +87,12 @@ class Nearest:
         }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Resume from `state()`."""
-        self._near, self._ids = torch.from_numpy(state["near"]), torch.from_numpy(state["ids"])
+        """Resume from `state()`; that of another version may have another room."""
+        room = state["near"].shape[1]
+        if room < self._near.shape[1]:
+            self._near[:, :room], self._ids[:, :room] = torch.from_numpy(state["near"]), torch.from_numpy(state["ids"])
+        else:
+            self._near, self._ids = torch.from_numpy(state["near"]), torch.from_numpy(state["ids"])
         self._counts, self._limits = state["counts"].copy(), state["limits"].copy()
 
 

@@ -65,6 +65,24 @@ def test_a_buffer_that_fills_many_times() -> None:
     assert found(nearest)[0] == plain([[0] * 4], keys.astype(int).tolist(), 7)[0]
 
 
+@pytest.mark.parametrize("room", [4, 5000])
+def test_a_state_of_another_room_is_gone_on_from(room: int) -> None:
+    """Before, the buffer had 4 k places: with k = 1 fewer than a strip."""
+    keys = torch.arange(200, 0, -1, dtype=torch.float32)[:, None]
+    nearest = Nearest(torch.zeros(1, 1), 1)
+    nearest.update(keys[:3], 0)
+    state = nearest.state()
+    for name, blank in (("near", np.inf), ("ids", -1)):
+        wide = np.full((1, room), blank, state[name].dtype)
+        wide[:, :3] = state[name][:, :3]
+        state[name] = wide
+    again = Nearest(torch.zeros(1, 1), 1)
+    again.restore(state)
+    again.update(keys[3:], 3)
+    assert found(again) == [[(1, 199)]]
+    assert again.state()["near"].shape[1] >= kernels.buffer_width(1)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("scale", [1.0, 1e30], ids=["alike", "one far away"])
 @pytest.mark.parametrize("levels", [3, 10**6], ids=["ties", "no ties"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from making import CONTEXT, spec
 from torch import nn
+from transformers import TrainerControl
 
 from memdec.artefacts import artefact
 from memdec.maths import objectives
@@ -56,6 +57,17 @@ def test_evaluations_are_counted_in_epochs(tmp_path: Path) -> None:
     best = planned(tmp_path, keep_best=True)
     assert (best.eval_steps, best.load_best_model_at_end) == (ROUNDS, True)
     assert (best.metric_for_best_model, best.greater_is_better) == ("eval_score", False)
+
+
+def test_a_trial_has_its_part_of_the_checkpoints_and_evaluations_are_saved_beside_them(tmp_path: Path) -> None:
+    best = planned(tmp_path, keep_best=True)
+    assert best.save_steps == 2  # 20 of 50 updates, whatever the 10 between evaluations
+    fitting._plan(best, TrainSettings(keep_best=True), 5, ROUNDS, 0.1)
+    assert best.save_steps == 2
+    for evaluated, saved, expected in ((True, False, True), (False, False, False), (False, True, True)):
+        control = TrainerControl(should_evaluate=evaluated, should_save=saved)
+        fitting._SaveEvaluated().on_step_end(best, None, control)
+        assert control.should_save == expected
 
 
 def test_the_rate_rises_over_a_share_of_the_steps_and_falls_in_a_line_to_zero(tmp_path: Path) -> None:
