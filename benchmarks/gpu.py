@@ -38,9 +38,12 @@ from benchmarks.cases import (
 from memdec.artefacts import devices
 from memdec.datastore import index, search
 from memdec.datastore import keys as datastore
+from memdec.datastore.device_cells import QUERIES
+from memdec.maths.exact_search import product_of
 from memdec.maths.knn import aggregate
 from memdec.maths.losses import fused_loss
 from memdec.maths.objectives import Hybrid
+from memdec.maths.sparse_rows import SparseRows, total_variation
 from memdec.models import loading
 from memdec.models.keypoints import KeyPoint
 from memdec.settings import IndexSettings
@@ -67,13 +70,16 @@ class Sizes:
     key_width: int = 768
     neighbours: int = 1024
     queries: int = 4096
+    cells: int = 1024
+    nprobe: int = 32
+    joined: int = 131_072  # queries of the search in cells, an eighth of the keys
     rows: int = 16_384
     swept: int = 4096
     repeats: int = 3
     seconds: float = 12.0  # time after which a case is not repeated
 
 
-TINY = Sizes(2, 64, ((300, 64), (500, 128)), 2, 3000, 32, 64, 50, 64, 200, 2, 2.0)
+TINY = Sizes(2, 64, ((300, 64), (500, 128)), 2, 3000, 32, 64, 50, 30, 8, 400, 64, 200, 2, 2.0)
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Bench:
         unit: Unit of `n` per second; ms is the time of one call.
         tolerance: Largest allowed relative L2 distance between the results.
         shrinks: Whether to add a row with a smaller n if the twin does not fit.
+        note: What the row says beside its figures, from the rate of ours.
     """
 
     name: str
@@ -99,6 +106,7 @@ class Bench:
     vocabulary: int | str = ""
     width: int | str = ""
     shrinks: bool = False
+    note: Callable[[float], str] | None = None
 
 
 # --- what is measured ---------------------------------------------------------------------------------------------
@@ -117,6 +125,16 @@ def benches(sizes: Sizes, device: str) -> Iterator[Bench]:
     for twin, against in ((search_on_cpu, "the same search on the CPU"), (search_plain, "matrix products and topk")):
         work = partial(exact_search, twin=twin, sizes=sizes, device=device)
         yield Bench("search", against, work, sizes.queries, "queries/s", 1e-3, width=sizes.key_width)
+    yield Bench(
+        "cells",
+        "a product and topk for each cell",
+        partial(cell_search, sizes=sizes, device=device),
+        sizes.joined,
+        "queries/s",
+        1e-3,
+        width=sizes.key_width,
+        note=partial(about_cells, sizes=sizes, device=device),
+    )
     yield Bench(
         "aggregation", "dense rows", partial(aggregation, device=device), sizes.rows, "rows/s", 1e-5, vocabulary=V
     )
@@ -270,6 +288,91 @@ def search_plain(folders: tuple[Path, Path], n: int, sizes: Sizes, device: str) 
     return work
 
 
+@cache
+def cells_of(sizes: Sizes, device: str) -> search.Searcher:
+    """The search in the nearest cells of the same keys."""
+    store, _ = store_of(sizes, device)
+    made = store.parent / "cells"
+    sample = max(sizes.keys // 16, sizes.cells)
+    chosen = {"kind": "cells", "centroids": sizes.cells, "sample": sample, "check_queries": 1, "check_nprobe": [1]}
+    index.run(store, made, IndexSettings.model_validate(chosen | {"check_neighbours": sizes.neighbours}))
+    return search.load(datastore.Datastore(store), made, sizes.nprobe)
+
+
+def cell_search(n: int, *, sizes: Sizes, device: str) -> Sides:
+    """Distances of the nearest keys in the nearest cells, for keys in the order of their cells, as in stage `targets`."""
+    searcher = cells_of(sizes, device)
+    order = searcher.cells.order(0, searcher.store.n)
+    positions = order[len(order) // 2 :][:n]
+
+    def ours() -> list[Tensor]:
+        size = QUERIES
+        return [
+            torch.cat(
+                [searcher.near_keys(positions[low : low + size], sizes.neighbours)[0] for low in range(0, n, size)]
+            )
+        ]
+
+    return ours, cells_plain(searcher, positions, sizes, device)
+
+
+def cells_plain(searcher: search.Searcher, positions: np.ndarray, sizes: Sizes, device: str) -> Work:
+    """Plain search in cells: all queries of a cell are compared with it in float32, with topk after each cell."""
+    made: list[Any] = []
+
+    def work() -> list[Tensor]:
+        if not made:
+            everything = torch.from_numpy(np.concatenate([part for _, part in searcher.store.parts])).to(device).float()
+            centroids = torch.from_numpy(searcher.cells.centroids).to(device)
+            cell = torch.cat([torch.cdist(block, centroids).argmin(1) for block in everything.split(65_536)])
+            made.extend((everything, centroids, [(cell == one).nonzero()[:, 0] for one in range(sizes.cells)]))
+        everything, centroids, members = made
+        own = torch.from_numpy(positions).to(device)
+        queries = everything[own]
+        probes = torch.cdist(queries, centroids).topk(sizes.nprobe, largest=False).indices
+        asked = torch.zeros(len(queries), sizes.cells, dtype=torch.bool, device=device).scatter_(1, probes, True)
+        best = torch.full((len(queries), sizes.neighbours), torch.inf, device=device)
+        for one, keys in enumerate(members):
+            rows = asked[:, one].nonzero()[:, 0]
+            k = everything[keys]
+            sq_dist = torch.addmm((k * k).sum(1)[None], queries[rows], k.T, alpha=-2)
+            sq_dist[keys[None] == own[rows, None]] = torch.inf
+            best[rows] = torch.cat([best[rows], sq_dist], 1).topk(sizes.neighbours, largest=False).values
+        return [(best + (queries * queries).sum(1, keepdim=True)).sort(1).values]
+
+    return work
+
+
+def about_cells(rate: float, *, sizes: Sizes, device: str) -> str:
+    """Total variation against exact search, and the part of the device's matrix rate that these queries/s use."""
+    searcher, folders = cells_of(sizes, device), store_of(sizes, device)
+    exact = search.load(datastore.Datastore(folders[0]), folders[1])
+    own, queries = queries_of(searcher.store, sizes.queries)
+    rows = []
+    for each in (searcher, exact):
+        near = each.near(queries, sizes.neighbours, own)
+        rows.append(SparseRows.of(*(x.cpu() for x in each.rows(*near, 1.0))))
+    centroids = torch.from_numpy(searcher.cells.centroids).to(device)
+    probes = torch.cdist(torch.from_numpy(queries).to(device), centroids).topk(sizes.nprobe, largest=False).indices
+    met = float(np.diff(searcher.cells.starts)[probes.cpu().numpy()].sum(1).mean())
+    share = 2 * met * sizes.key_width * rate / matrix_rate(device)
+    return (
+        f"TV {total_variation(*rows).mean():.1g} at tau 1; {met:,.0f} keys a query, {100 * share:.0f} % of the rate of TF32 "
+        "products"
+    )
+
+
+def matrix_rate(device: str) -> float:
+    """Operations per second of a large TF32 product."""
+    size = 8192 if device == "cuda" else 512
+    one, other = (torch.randn(size, size, device=device) for _ in range(2))
+    with product_of(tf32=True):
+        meter = Meter(lambda: [one @ other], device)
+        for _ in range(4):
+            meter.call()
+    return 2 * size**3 / statistics.median(meter.seconds[1:])
+
+
 def aggregation(n: int, *, device: str) -> Sides:
     """p_kNN rows in CSR form from 1024 neighbours each, in batches of 1,024: probabilities and their tokens."""
     batches = neighbour_batches(n, 1024, device=device)
@@ -405,6 +508,8 @@ def measure(bench: Bench, sizes: Sizes, device: str) -> dict[str, Any]:
         found[name] = f"{1000 * seconds if bench.unit == 'ms' else bench.n / seconds:.4g}"
         if meter.cuda:
             found[f"peak_gb_{name}"] = f"{meter.peak / 1e9:.2f}"
+    if bench.note is not None and meters[0].work is not None:
+        found["note"] = bench.note(bench.n / statistics.median(meters[0].seconds[1:]))
     if all(meter.work is not None for meter in meters):
         found["ratio"] = f"{statistics.median(meters[1].seconds[1:]) / statistics.median(meters[0].seconds[1:]):.3g}"
     return found
@@ -434,7 +539,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="small sizes on any device")
     parser.add_argument(
-        "--only", action="append", default=[], help="loss, step, search, aggregation, keys, sweep; repeat"
+        "--only", action="append", default=[], help="loss, step, search, cells, aggregation, keys, sweep; repeat"
     )
     parser.add_argument("--out", type=Path, default=Path("results/gpu/gpu.csv"))
     args = parser.parse_args()

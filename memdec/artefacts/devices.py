@@ -69,6 +69,14 @@ def described(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that a search can use: the device's free memory and what torch has reserved but does not use."""
+    if device.type != "cuda":
+        return resources.free_memory()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + unused)
+
+
 def is_cuda(device: str | torch.device) -> bool:
     """Whether a device is a CUDA GPU."""
     return torch.device(device).type == "cuda"

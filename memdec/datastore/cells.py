@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from memdec.artefacts import arrays
+from memdec.artefacts import arrays, devices
 from memdec.datastore import ivf
 from memdec.datastore.keys import Datastore
-from memdec.maths import cell_join
+from memdec.maths import cell_join, exact_search
 from memdec.settings import IndexSettings
 
 Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -30,21 +31,28 @@ class CellSearch:
         settings: Settings of the index.
         folder: Folder of the index.
         parts: (first position, keys) of each shard of the datastore, as `kernels.bits`.
+
+    Attributes:
+        store: The keys.
+        centroids: Centroids, float32, shape (C, D).
+        starts: Cell c has the keys positions[starts[c] : starts[c + 1]].
+        positions: Positions of the keys, cell after cell.
+        nprobe: Number of cells that a query searches.
     """
 
     def __init__(self, store: Datastore, settings: IndexSettings, folder: Path, parts: Parts) -> None:
-        self._store, self._parts, self._nprobe = store, parts, 1
-        self._centroids = ivf.load_trained(folder, store, settings)["centroids"].astype(np.float32)
+        self.store, self._parts, self.nprobe = store, parts, 1
+        self.centroids = ivf.load_trained(folder, store, settings)["centroids"].astype(np.float32)
         codes = arrays.load(folder / ivf.CODES, np.uint8, (store.n, ivf.cell_bytes(settings.centroids)))
         cells = np.empty(store.n, np.int32)
         for first in range(0, store.n, ivf.PER_CALL):
             block = codes[first : first + ivf.PER_CALL]
             cells[first : first + len(block)] = ivf.cells_of(block, settings.centroids, folder)
-        self._starts, self._positions = cell_join.grouped(cells, settings.centroids)
+        self.starts, self.positions = cell_join.grouped(cells, settings.centroids)
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search the nearest `nprobe` cells from now on."""
-        self._nprobe = nprobe
+        self.nprobe = nprobe
 
     def search(self, queries: Float[np.ndarray, "B D"], own: Int[np.ndarray, " B"], neighbours: int) -> Pair:
         """The nearest keys without the queries' own positions, as `cell_join.nearest`.
@@ -52,15 +60,15 @@ class CellSearch:
         Raises:
             NumericsError: A key of these cells is NaN, infinite or too large.
         """
-        probes = cell_join.nearest_cells(queries, self._centroids, self._nprobe)
+        probes = cell_join.nearest_cells(queries, self.centroids, self.nprobe)
         try:
-            return cell_join.nearest(queries, own, probes, self._starts, self._positions, self._parts, neighbours)
+            return cell_join.nearest(queries, own, probes, self.starts, self.positions, self._parts, neighbours)
         except cell_join.BadKeyError as error:
-            raise self._store.not_finite(error.position) from None
+            raise self.store.not_finite(error.position) from None
 
     def order(self, begin: int, end: int) -> Int[np.ndarray, " n"]:
         """The positions [begin, end) in the order of their cells."""
-        return self._positions[(self._positions >= begin) & (self._positions < end)].astype(np.int64)
+        return self.positions[(self.positions >= begin) & (self.positions < end)].astype(np.int64)
 
     def keys(self, positions: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n D"]:
         """The keys of these positions as queries, in float32.
@@ -68,18 +76,30 @@ class CellSearch:
         Raises:
             NumericsError: One is NaN, infinite or too large.
         """
-        room = np.empty((len(positions), self._store.width), self._parts[0][1].dtype)
-        return self._store.wide(cell_join.gathered(self._parts, positions, room), positions)
+        return self.store.wide(self.raw(positions), positions)
+
+    def raw(self, positions: Int[np.ndarray, " n"]) -> NDArray[Any]:
+        """The keys of these positions in their format on disk (`kernels.bits`)."""
+        room = np.empty((len(positions), self.store.width), self._parts[0][1].dtype)
+        return cell_join.gathered(self._parts, positions, room)
 
 
 class Assigner:
     """Finds the cell of each key, as the codes of the index; with the interface of `ivf.Encoder`."""
 
-    def __init__(self, store: Datastore, settings: IndexSettings, folder: Path) -> None:
+    def __init__(
+        self, store: Datastore, settings: IndexSettings, folder: Path, device: torch.device | None = None
+    ) -> None:
+        self._device = devices.pick_for(device)
         self._centroids = ivf.load_trained(folder, store, settings)["centroids"].astype(np.float32)
         self.code_size = ivf.cell_bytes(settings.centroids)
 
     def codes(self, keys: Float[np.ndarray, "n D"]) -> NDArray[np.uint8]:
         """The number of the nearest centroid, lowest byte first, (n, code_size)."""
-        cells = cell_join.nearest_cells(keys, self._centroids, 1)
+        if self._device.type == "cpu":
+            cells = cell_join.nearest_cells(keys, self._centroids, 1)
+        else:
+            queries, centroids = (torch.from_numpy(each).to(self._device) for each in (keys, self._centroids))
+            room = devices.free_memory(self._device) // 2
+            cells = exact_search.nearest_cells(queries, centroids, 1, room=room).cpu().numpy()
         return np.ascontiguousarray(cells.astype("<i8").view(np.uint8).reshape(-1, 8)[:, : self.code_size])

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memdec.artefacts import resources
+from memdec.artefacts.devices import free_memory
 from memdec.datastore.keys import DISK, Datastore
 from memdec.maths import exact_search, kernels
 
@@ -216,11 +216,3 @@ class DeviceSearch:
         if not float(keys.abs().amax()) < kernels.LARGEST:  # `not <` is also true for NaN
             bad = ~(keys.float().abs() < kernels.LARGEST)
             raise self.store.not_finite(first + int(bad.any(1).nonzero()[0, 0]))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of memory that a search can use: the device's free memory and what torch has reserved but does not use."""
-    if device.type != "cuda":
-        return resources.free_memory()
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0] + unused)

@@ -112,13 +112,15 @@ def _check(store: Datastore, settings: IndexSettings, device: torch.device | Non
     )
 
 
-def _encoder(store: Datastore, out: Path, settings: IndexSettings) -> Any | None:
+def _encoder(store: Datastore, out: Path, settings: IndexSettings, device: torch.device | None) -> Any | None:
     """What gives a key its cell and code; None for exact search, which has neither."""
     if not settings.has_cells:
         return None
     from memdec.datastore import cells, ivf  # exact search needs no faiss
 
-    return (cells.Assigner if settings.kind == "cells" else ivf.Encoder)(store, settings, out)
+    if settings.kind == "cells":
+        return cells.Assigner(store, settings, out, device)
+    return ivf.Encoder(store, settings, out)
 
 
 def _fill(
@@ -128,7 +130,7 @@ def _fill(
     own, queries = store.sample(min(settings.check_queries, store.n), settings.seed + 1)
     neighbours = min(settings.check_neighbours, store.n - 1)
     truth = Nearest(torch.from_numpy(queries).double(), neighbours + 1)
-    encoder, codes = _encoder(store, out, settings), None
+    encoder, codes = _encoder(store, out, settings, device), None
     mark, done, hashed = work / "filled", 0, xxhash.xxh3_128()
     shape = (store.n, encoder.code_size) if encoder is not None else (0, 0)
     data = artefact.read_mark(mark)

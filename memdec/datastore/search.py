@@ -78,7 +78,7 @@ class Searcher:
         self, store: Datastore, settings: IndexSettings, folder: Path, device: torch.device | None = None
     ) -> None:
         self.store, self.settings, self._device = store, settings, device
-        self._on_device: DeviceSearch | None = None
+        self._on_device: Any = None
         self._values: Tensor | None = None
         self._ivf: Any = None
         self._same_token: _SameToken | None = None
@@ -111,13 +111,18 @@ class Searcher:
                 index.set_nprobe(nprobe)
 
     @property
-    def on_device(self) -> DeviceSearch | None:
-        """The exact search on a GPU, which holds the keys from the first use on; None if the CPU searches."""
+    def on_device(self) -> Any | None:
+        """The `DeviceSearch` or `DeviceCells` of a GPU, which holds keys from the first use on; None if the CPU searches."""
         device = devices.pick_for(self._device)
-        if self.settings.kind != "exact" or not self.store.parts or device.type == "cpu":
+        if self.settings.kind not in ("exact", "cells") or not self.store.parts or device.type == "cpu":
             return None
         if self._on_device is None:
-            self._on_device = DeviceSearch(self.store, device, tf32=device.type == "cuda")
+            if self.cells is not None:
+                from memdec.datastore.device_cells import DeviceCells  # exact search needs no faiss
+
+                self._on_device = DeviceCells(self.cells, device)
+            else:
+                self._on_device = DeviceSearch(self.store, device, tf32=device.type == "cuda")
         return self._on_device
 
     def near(
@@ -137,6 +142,14 @@ class Searcher:
             return there.search(torch.from_numpy(queries), neighbours, None if own is None else torch.from_numpy(own))
         sq_dist, ids = self.search(queries, neighbours, own, inputs=inputs, released=released)
         return torch.from_numpy(sq_dist), torch.from_numpy(ids)
+
+    def near_keys(
+        self, positions: Int[np.ndarray, " B"], neighbours: int
+    ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
+        """As `near` for keys of the datastore, of an index of kind `cells`."""
+        if (there := self.on_device) is not None:
+            return there.search(there.keys(positions), neighbours, torch.from_numpy(positions))
+        return self.near(self.cells.keys(positions), neighbours, positions)
 
     def search(
         self,
@@ -174,6 +187,9 @@ class Searcher:
         elif self._same_token is not None:
             inputs = np.where(own > 0, self.store.values[np.maximum(own, 1) - 1].astype(np.int64), -1)
         if self.cells is not None:
+            if self.on_device is not None:
+                near, positions = self.near(queries, neighbours, own)
+                return near.cpu().numpy(), positions.cpu().numpy()
             found: Pair = self.cells.search(queries, own, neighbours)
             return found
         fetch = min(neighbours + 1 + (0 if released else _MORE), self.store.n)

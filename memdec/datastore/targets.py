@@ -213,10 +213,13 @@ def in_order(
 def in_cells(searcher: search.Searcher, settings: TargetSettings, order: NDArray[np.int64]) -> Iterator[_Batch]:
     """As `in_order`, for positions in this order; no row depends on the batch."""
     size = max(settings.batch_size, _CELL_QUERIES)
+    if searcher.on_device is not None:
+        from memdec.datastore.device_cells import QUERIES  # exact search needs no faiss
+
+        size = max(size, QUERIES)
     for low in range(0, len(order), size):
         positions = order[low : low + size]
-        near = searcher.near(searcher.cells.keys(positions), settings.neighbours, positions)
-        yield _rows(searcher, settings, positions, *near)
+        yield _rows(searcher, settings, positions, *searcher.near_keys(positions, settings.neighbours))
 
 
 def _rows(

@@ -20,6 +20,7 @@ from memdec.maths import kernels
 
 _ROWS = 64  # queries that a thread handles at a time
 _UNIT = 2.0**-24  # largest relative rounding error of one float32 operation
+_CELLS_MORE = 16  # cells beyond P whose distances are compared: float64 products leave no doubt about the others
 _PAIRS = 16_384  # (query, key) pairs whose exact distances are computed at once: 14 bytes x 768 each, 180 MB
 
 
@@ -142,10 +143,16 @@ def lower_bounds(
     A distance is never below its bound plus `own_part`. Queries and keys are float32 with a common centre subtracted.
     With `tf32` the queries must already be rounded.
     """
-    norms = _sq_norms(keys).mul_(1 - slack(keys.shape[1], tf32=tf32)).float()
+    norms, keys = key_parts(keys, tf32=tf32)
     # cuBLAS adds one-dimensional norms while it writes the product; norms of shape [1, n] would first be expanded to
     # [B, n].
-    return torch.addmm(norms, queries, (to_tf32(keys) if tf32 else keys).T, alpha=-2)
+    return torch.addmm(norms, queries, keys.T, alpha=-2)
+
+
+def key_parts(keys: Float[Tensor, "n D"], *, tf32: bool = False) -> tuple[Float[Tensor, " n"], Float[Tensor, "n D"]]:
+    """What `lower_bounds` adds to the product, and what it multiplies: norms, and the keys, rounded with `tf32`."""
+    norms = _sq_norms(keys).mul_(1 - slack(keys.shape[1], tf32=tf32)).float()
+    return norms, to_tf32(keys) if tf32 else keys
 
 
 def own_part(queries: Float[Tensor, "B D"], *, tf32: bool = False) -> Float[Tensor, "B 1"]:
@@ -186,6 +193,10 @@ def row_distances(queries: Float[Tensor, "B D"], keys: Tensor, places: Int[Tenso
         keys: Keys in their type on disk (float16, bfloat16 or float32), shape (n, D).
         places: Row numbers in `keys`, C for each query.
     """
+    if queries.is_cuda:
+        from memdec.maths import gathered  # needs Triton, which comes with torch for CUDA
+
+        return gathered.row_distances(queries, keys, places)
     out, size = queries.new_empty(places.shape), max(1, _PAIRS // max(1, places.shape[1]))
     for low in range(0, len(places), size):
         out[low : low + size] = _sq_norms(torch.sub(keys[places[low : low + size]], queries[low : low + size, None]))
@@ -202,6 +213,31 @@ def pair_distances(
             torch.sub(keys[places[low : low + _PAIRS]], queries[rows[low : low + _PAIRS]])
         )
     return out
+
+
+def nearest_cells(
+    queries: Float[Tensor, "B D"], centroids: Float[Tensor, "C D"], n: int, *, room: int
+) -> Int[Tensor, "B P"]:
+    """The `n` nearest cells of each query, nearest first, ties by number, as `cell_join.nearest_cells`.
+
+    Args:
+        queries: float32.
+        centroids: float32, on the same device.
+        n: P, at most C.
+        room: Bytes of memory.
+    """
+    fetch = min(n + _CELLS_MORE, len(centroids))
+    wide = centroids.double()
+    norms = (wide * wide).sum(1)
+    found = []
+    size = max(1, room // (32 * len(centroids)))
+    for low in range(0, len(queries), size):
+        some = queries[low : low + size]
+        near = torch.addmm(norms, some.double(), wide.T, alpha=-2)
+        cells = near.topk(fetch, largest=False, sorted=False).indices
+        codes = encode(row_distances(some, centroids, cells), cells)
+        found.append(decode(codes.sort(1).values[:, :n])[1])
+    return torch.cat(found) if found else torch.empty(0, n, dtype=torch.long, device=queries.device)
 
 
 def _sq_norms(apart: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:

@@ -9,7 +9,9 @@ import torch
 from making import spec, write_store, write_tokens
 from scipy.sparse import csr_matrix
 
-from memdec.datastore import device_search, index, search, target_rows, targets
+from memdec.datastore import device_cells, device_search, index, search, target_rows, targets
+from memdec.datastore.cells import CellSearch
+from memdec.datastore.device_cells import DeviceCells
 from memdec.datastore.device_search import DeviceSearch
 from memdec.datastore.keys import Datastore
 from memdec.inference.mixture import MemDecForCausalLM
@@ -147,6 +149,60 @@ def test_targets(folder: Path, store: Datastore, tmp_path: Path, monkeypatch: py
     check_rows(sparse(found["cpu"]), sparse(found["cuda"]), asked(store, N).double(), 100)
 
 
+@pytest.fixture(scope="module")
+def in_cells(folder: Path, store: Datastore) -> CellSearch:
+    """An index of kind `cells` (folder `c`) of which 10 of 100 cells are searched, with its search on the CPU."""
+    chosen = IndexSettings(kind="cells", centroids=100, check_queries=1, check_nprobe=[1], sample=5000)
+    index.run([folder / "s" / "0", folder / "s" / "1"], folder / "c", chosen)
+    found: CellSearch = search.load(store, folder / "c", 10, torch.device("cpu")).cells
+    return found
+
+
+def test_distances_to_gathered_keys_are_those_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        queries, keys = (torch.randn(n, 200, generator=generator) for n in (50, 400))
+        keys, places = keys.to(dtype), torch.randint(400, (50, 37), generator=generator)
+        found = exact_search.row_distances(queries.cuda(), keys.cuda(), places.cuda())
+        torch.testing.assert_close(found.cpu(), exact_search.row_distances(queries, keys, places), atol=0, rtol=2e-7)
+
+
+@pytest.mark.parametrize("room", [None, 60_000_000, 4_000_000])
+def test_search_in_cells(store: Datastore, in_cells: CellSearch, room: int | None) -> None:
+    """The neighbours that the CPU finds in the same cells, the same bits whatever fits on the device and by part."""
+    queries, own = asked(store, 3000), torch.arange(3000)
+    near, ids = in_cells.search(queries.numpy(), own.numpy(), 200)
+    found = []
+    for size in (3000, 700):
+        ours = DeviceCells(in_cells, torch.device("cuda"), room=room)
+        assert ours.resident == (room != 4_000_000)
+        parts = [ours.search(queries[at : at + size], 200, own[at : at + size]) for at in range(0, 3000, size)]
+        found.append([torch.cat(each).cpu() for each in zip(*parts, strict=True)])
+        assert ours.n_settled < 600
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    torch.testing.assert_close(found[0][0], torch.from_numpy(near), atol=0, rtol=WIDTH * 2.0**-24)
+    assert (found[0][1].numpy() == ids).mean() > 0.999
+
+
+def test_targets_in_cells(
+    folder: Path, store: Datastore, in_cells: CellSearch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of CUDA in shards and other batches: the same bits; those of the CPU as for exact search."""
+    made = [folder / "s" / "0", folder / "s" / "1"], folder / "c", folder / "t"
+    found = {}
+    for name, shards, size in (("cuda", 1, 32_768), ("parts", 3, 3000), ("cpu", 1, 3000)):
+        monkeypatch.setattr(device_cells, "QUERIES", size)
+        chosen = TargetSettings(neighbours=100, temperature=TEMPERATURE, shards=shards, nprobe=10)
+        folders = [tmp_path / name / str(shard) for shard in range(shards)]
+        for shard, out in enumerate(folders):
+            targets.run(*made, out, chosen, shard=shard, device=torch.device("cpu") if name == "cpu" else None)
+        found[name] = target_rows.TargetReader(folders, store.facts["tokens_sha256"]).rows([(0, N)])
+    for field in ("indptr", "tokens", "probs"):
+        np.testing.assert_array_equal(getattr(found["parts"], field), getattr(found["cuda"], field))
+    apart = abs(sparse(found["cpu"]) - sparse(found["cuda"])).max(axis=1).toarray()[:, 0]
+    assert (apart > 1e-6).mean() <= 1e-3
+
+
 TEMPERATURE = 16.0
 
 
@@ -205,7 +261,7 @@ def test_the_fused_loss(objective: objectives.Objective) -> None:
     hidden, head = torch.randn(300, 64, generator=gen), torch.randn(5000, 64, generator=gen) * 0.2
     found = {}
     for device in ("cpu", "cuda"):
-        h, w = (x.to(device).requires_grad_() for x in (hidden, head))
+        h, w = (x.clone().to(device).requires_grad_() for x in (hidden, head))
         loss = fused_loss(h, w, *(x.to(device) for x in rows(300, 5000, 40)), objective, 128).loss
         loss.backward()
         found[device] = [x.detach().cpu() for x in (loss, h.grad, w.grad)]
