@@ -4,16 +4,15 @@
 #   a  tests/gpu                                                        tests.txt
 #   b  hot paths against plain twins (benchmarks/gpu.py)                gpu.csv
 #   c  latency at the paper's shapes, random weights                    latency.csv
-#   d  Table 1 of one domain: config/smol.yaml and gpu-run.yaml         table1.csv, table1.md
-#   e  nine DCPMI and thirteen domain tasks, with the models of d       tasks.csv
+#   d  Tables 1, 2 and 14 to 16 of one domain (config/gpu-run.yaml)     tables.tgz, for `python -m docs.publish`
 #
 # Each part has a time limit and writes its files as soon as they are there; a failed one does not stop the others.
 # OUT/summary.json says how each ended, on what device and with which versions; the exit status is 1 if any part failed.
 # That holds too for a part that a signal to this script ends (`timeout 300 bash benchmarks/gpu.sh ...`).
 # At most 780 seconds on an H100 with 16 slow cores, by which the limits were set. --tiny: toy sizes on any device.
 #
-# d reads MEMDEC_TEST_DATA (corpora) and MEMDEC_SMOL (folder with SmolLM2-135M), e MEMDEC_DATA (rows of the tasks).
-# WORK (default build/gpu) is for everything else; e finds there what an earlier call of d made.
+# d reads MEMDEC_TEST_DATA (corpora), MEMDEC_SMOL (folder with SmolLM2-135M) and MEMDEC_DATA (rows of the tasks).
+# WORK (default build/gpu) is for everything else; there d goes on where it was stopped.
 set -euo pipefail
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 2; }
@@ -27,14 +26,14 @@ while (($#)); do
   case $1 in
     --tiny) tiny=(--tiny) ;;
     --now) now=$2; shift ;; # this part, in this very process: how the script calls itself
-    [a-e]) if [[ $out ]]; then parts+=("$1"); else out=$1; fi ;;
+    [a-d]) if [[ $out ]]; then parts+=("$1"); else out=$1; fi ;;
     -*) usage ;;
     *) if [[ $out ]]; then usage; else out=$1; fi ;;
   esac
   shift
 done
 [[ $out ]] || usage
-((${#parts[@]})) || parts=(a b c d e)
+((${#parts[@]})) || parts=(a b c d)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 work=${WORK:-$root/build/gpu}/${tiny:+tiny}
@@ -55,18 +54,18 @@ part_c() {
 }
 
 part_d() {
-  local configs=(config/smol.yaml config/smol-domains.yaml config/gpu-run.yaml) file
-  ((${#tiny[@]})) && configs=(config/mini.yaml config/gpu-tiny.yaml)
-  # A lock is what a run leaves that a time limit has ended. Three jobs share the GPU: the models are small, and half of
-  # the time goes into the starts of processes.
-  "$python" -m snakemake --snakefile Snakefile --directory "$work/table" --nolock --cores "$(nproc)" --resources gpu=3 \
-    --configfile "${configs[@]}" -- results/table1.csv
-  for file in table1.csv table1.md; do cp "$work/table/results/$file" "$out/"; done
+  local configs=(config/smol.yaml config/smol-domains.yaml config/gpu-run.yaml) tables=(results/table{1,2,14,15,16}.csv)
+  ((${#tiny[@]})) && configs=(config/mini.yaml config/gpu-tiny.yaml) tables=(results/table{1,2,16}.csv)
+  trap pack_tables EXIT # also at the limit
+  # A lock is what a run leaves that a time limit has ended. Six jobs share the GPU: the models are small, and half of the
+  # time goes into the starts of processes.
+  "$python" -m snakemake --snakefile Snakefile --directory "$work/table" --nolock --keep-going --cores "$(nproc)" \
+    --resources gpu=6 --configfile "${configs[@]}" -- "${tables[@]}"
 }
 
-part_e() {
-  local found=("$work"/table/results/*/config.json)
-  "$python" -m benchmarks.tasks "$(dirname "${found[0]}")" "${tiny[@]}" --out "$out/tasks.csv"
+pack_tables() {
+  find "$work/table/results" -maxdepth 1 -type f -printf '%f\0' | sort -z |
+    tar czf "$out/tables.tgz" -C "$work/table/results" --null --files-from -
 }
 
 case $now in
@@ -74,13 +73,12 @@ case $now in
   b) part_b ;;
   c) part_c ;;
   d) part_d ;;
-  e) part_e ;;
 esac
 [[ -z $now ]] || exit 0
 
-# Seconds, 780 in all. Measured: a over 60 (a third of it imports), b 164, c 150 for one of two prompts with more than twice
-# the new tokens, d 246, e 105 for all but LoRA.
-declare -A limits=([a]=90 [b]=175 [c]=120 [d]=265 [e]=130)
+# Seconds, 780 in all. Measured on an H200: a 31 and the start, d 330; on an H100 b 164 without search in cells, c 150 for
+# one of two prompts with more than twice the new tokens.
+declare -A limits=([a]=60 [b]=215 [c]=120 [d]=385)
 "$python" -m benchmarks.summary "$out" start "${tiny[@]}" "${parts[@]}"
 failed=0 running='' stopped=''
 # `timeout` passes the signal on to its part, and the loop writes how that part ended.

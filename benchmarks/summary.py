@@ -19,8 +19,7 @@ PARTS = {
     "a": ("tests/gpu", ["tests.txt"]),
     "b": ("hot paths against plain twins", ["gpu.csv"]),
     "c": ("latency at the paper's shapes", ["latency.csv"]),
-    "d": ("Table 1 of one domain", ["table1.csv", "table1.md"]),
-    "e": ("DCPMI and domain tasks", ["tasks.csv"]),
+    "d": ("Tables 1, 2 and 14 to 16 of one domain", ["tables.tgz"]),
 }
 ENDED = {124: "timeout", 137: "timeout", 129: "stopped", 130: "stopped", 143: "stopped"}  # by its limit, by a signal
 _LINES = 30  # lines kept from the log of a failed part
@@ -38,7 +37,7 @@ def versions() -> dict[str, str]:
 
 
 def start(out: Path, tiny: bool, parts: Sequence[str]) -> int:
-    """Start a summary; keep the other parts of an earlier run if machine, versions and code are unchanged.
+    """Start a summary, or go on with that of earlier visits: a part says where and by which code it ran.
 
     The files of `parts` are removed, and until a part ends its status is "unfinished".
     """
@@ -48,7 +47,7 @@ def start(out: Path, tiny: bool, parts: Sequence[str]) -> int:
     if not cuda and not tiny:
         print("benchmarks/gpu.sh: expected a CUDA device, found none; --tiny runs anywhere", file=sys.stderr)
         return 2
-    found: dict[str, Any] = {
+    where: dict[str, Any] = {
         "tiny": tiny,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "cuda": torch.version.cuda if cuda else None,
@@ -57,15 +56,13 @@ def start(out: Path, tiny: bool, parts: Sequence[str]) -> int:
         "versions": versions(),
     }
     path = out / "summary.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    kept = before.pop("parts", {})
-    kept = kept if before == found else {}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for part in parts:
         about, files = PARTS[part]
         for name in files:
             (out / name).unlink(missing_ok=True)
-        kept[part] = {"what": about, "status": "unfinished", "files": []}
-    artefact.write_json(path, found | {"parts": dict(sorted(kept.items()))})
+        found[part] = {"what": about, "status": "unfinished", "files": [], "where": where}
+    artefact.write_json(path, dict(sorted(found.items())))
     return 0
 
 
@@ -81,14 +78,14 @@ def add(out: Path, part: str, status: int, seconds: float, limit: int, log: Path
         "wall_s": round(seconds, 1),
         "limit_s": limit,
         "files": [name for name in files if (out / name).is_file()],
+        "where": found[part]["where"],
     }
     if part == "a" and (out / "tests.txt").is_file():
         entry["says"] = _says((out / "tests.txt").read_text(encoding="utf-8"), entry["status"])
     if status:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         entry["log"] = [line for line in lines if line.strip() and not _BAR.search(line)][-_LINES:]
-    found["parts"] = dict(sorted({**found["parts"], part: entry}.items()))
-    artefact.write_json(path, found)
+    artefact.write_json(path, found | {part: entry})
 
 
 def _says(tests: str, status: str) -> str:

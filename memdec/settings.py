@@ -60,15 +60,20 @@ def _expanded(text: str) -> str:
     return text
 
 
+FOLDERS = ("MEMDEC_TEST_DATA", "MEMDEC_SMOL")  # variables that name folders in our configs
+
+
 def portable(value: Any) -> Any:
-    """Write the test data's folder in settings as `${MEMDEC_TEST_DATA}`, so that they are equal on all machines."""
-    folder = os.environ.get("MEMDEC_TEST_DATA")
+    """Write folders in settings by the variables that name them, so that settings are equal on all machines."""
     if isinstance(value, dict):
         return {key: portable(each) for key, each in value.items()}
     if isinstance(value, list):
         return [portable(each) for each in value]
-    if isinstance(value, str) and folder and (value == folder or value.startswith(f"{folder}/")):
-        return "${MEMDEC_TEST_DATA}" + value.removeprefix(folder)
+    if isinstance(value, str):
+        for name in FOLDERS:
+            folder = os.environ.get(name)
+            if folder and (value == folder or value.startswith(f"{folder}/")):
+                return f"${{{name}}}{value.removeprefix(folder)}"
     return value
 
 

@@ -2,7 +2,7 @@
 
 The index is the centroids (`trained.safetensors`) and the cell of each key (`codes.npy`, one to three bytes). When it is
 loaded, positions are sorted by cell, 4 bytes each. The keys stay where they are: the keys of a cell are gathered when
-queries search it, once for many queries. `memdec.maths.cell_join` compares them.
+queries search it, once for many queries. `memdec.maths.cell_join` compares them on the CPU, `device_cells` on a GPU.
 """
 
 from pathlib import Path

@@ -188,7 +188,7 @@ class DeviceCells:
 
     def _turns(self, part: Int[Tensor, " pairs"]) -> Iterator[NDArray[np.int64]]:
         """The parts that are searched, as many at a time as the device can hold."""
-        parts = part.unique().cpu().numpy()
+        parts = np.flatnonzero(torch.bincount(part).cpu().numpy())
         total = np.cumsum(self._n_steps[parts])
         low = 0
         while low < len(parts):
@@ -249,8 +249,8 @@ class DeviceCells:
         order = pairs.part.argsort(stable=True)
         row = pairs.row[order]
         begin = row * pairs.steps + pairs.begin[order]
-        parts, counts = pairs.part[order].unique_consecutive(return_counts=True)
-        parts, ends = parts.cpu().numpy(), counts.cumsum(0).cpu().numpy()
+        counts = torch.bincount(pairs.part).cpu().numpy()
+        parts, ends = np.flatnonzero(counts), np.cumsum(counts[counts > 0])
         steps = torch.arange(int(self._n_steps[parts].max()), device=self.device)
         low = 0
         with exact_search.product_of(tf32=True):

@@ -2,7 +2,7 @@
 
 Exact search reads all keys in blocks, or keeps them on the GPU (`device_search`). For ivfflat and ivfpq, FAISS searches
 only the nearest cells (`ivf`). In both cases the candidates are then sorted by exact distances to the stored keys. Kind
-`cells` computes exact distances to all keys of the nearest cells (`cells`).
+`cells` computes exact distances to all keys of the nearest cells (`cells`, and `device_cells` on a GPU).
 """
 
 from pathlib import Path
@@ -139,7 +139,9 @@ class Searcher:
         They may differ from those of the CPU in the last bits, because the order of summation differs.
         """
         if (there := self.on_device) is not None:
-            return there.search(torch.from_numpy(queries), neighbours, None if own is None else torch.from_numpy(own))
+            own_there = None if own is None else torch.from_numpy(own)
+            found: tuple[Tensor, Tensor] = there.search(torch.from_numpy(queries), neighbours, own_there)
+            return found
         sq_dist, ids = self.search(queries, neighbours, own, inputs=inputs, released=released)
         return torch.from_numpy(sq_dist), torch.from_numpy(ids)
 
@@ -148,7 +150,8 @@ class Searcher:
     ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
         """As `near` for keys of the datastore, of an index of kind `cells`."""
         if (there := self.on_device) is not None:
-            return there.search(there.keys(positions), neighbours, torch.from_numpy(positions))
+            found: tuple[Tensor, Tensor] = there.search(there.keys(positions), neighbours, torch.from_numpy(positions))
+            return found
         return self.near(self.cells.keys(positions), neighbours, positions)
 
     def search(

@@ -4,8 +4,6 @@ torch would write the gathered keys, read them for the differences, write those,
 with every build of torch for CUDA; only `exact_search.row_distances` imports this module, and only there.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -25,15 +23,16 @@ def row_distances(queries: Float[Tensor, "B D"], keys: Tensor, places: Int[Tenso
     out = torch.empty(places.shape, dtype=torch.float32, device=queries.device)
     blocks = triton.cdiv(places.shape[1], _KEYS)
     if out.numel():
-        with torch.cuda.device_of(queries):
+        with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
             _row_distances[(len(places) * blocks,)](
                 queries, keys, places, out, places.shape[1], blocks, queries.shape[1], _KEYS, _DIMENSIONS
             )
     return out
 
 
+# Triton compiles the function with its annotations, of which it knows its own alone.
 @triton.jit  # type: ignore[untyped-decorator]
-def _row_distances(
+def _row_distances(  # type: ignore[no-untyped-def]
     queries,
     keys,
     places,

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import gpu, report, summary
+from docs import publish
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -45,21 +47,24 @@ def test_every_part_at_toy_sizes(tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == {"summary.json", *files}
 
     found = json.loads((out / "summary.json").read_text())
-    assert {name: part["status"] for name, part in found["parts"].items()} == dict.fromkeys("abcde", "ok")
-    assert all(0 < part["wall_s"] < part["limit_s"] for part in found["parts"].values())
-    assert found["tiny"]
-    assert found["device"]
-    assert {"torch", "transformers"} < set(found["versions"])
+    assert {name: part["status"] for name, part in found.items()} == dict.fromkeys("abcd", "ok")
+    assert all(0 < part["wall_s"] < part["limit_s"] for part in found.values())
+    where = found["a"]["where"]
+    assert where["tiny"]
+    assert where["device"]
+    assert {"torch", "transformers"} < set(where["versions"])
     tests = (out / "tests.txt").read_text()
     assert "test_cuda.py::test_exact_search" in tests
-    assert ("skipped" if found["device"] == "cpu" else "passed") in found["parts"]["a"]["says"]
+    assert ("skipped" if where["device"] == "cpu" else "passed") in found["a"]["says"]
 
     hot = pd.read_csv(out / "gpu.csv")
     assert list(hot.columns) == gpu.COLUMNS
     assert (
-        list(hot["benchmark"]) == ["loss"] * 2 + ["step"] * 2 + ["search"] * 2 + ["aggregation", "keys"] + ["sweep"] * 2
+        list(hot["benchmark"])
+        == ["loss"] * 2 + ["step"] * 2 + ["search"] * 2 + ["cells", "aggregation", "keys"] + ["sweep"] * 2
     )
-    assert hot["note"].isna().all()
+    assert hot["note"][hot["benchmark"] != "cells"].isna().all()
+    assert hot["note"][6].startswith("TV 0.")
     assert hot["ratio"].map(math.isfinite).all()
     assert set(report.GOALS) <= set(zip(hot["benchmark"], hot["against"], strict=True))
 
@@ -70,33 +75,31 @@ def test_every_part_at_toy_sizes(tmp_path: Path) -> None:
     assert latency["ratio_to_base"].map(math.isfinite).all()
     assert set(latency["paper_ratio"][latency["system"] == "MemDec"]) == {report.OVERHEAD}
 
-    table = pd.read_csv(out / "table1.csv")
+    with tarfile.open(out / "tables.tgz") as packed:
+        packed.extractall(tmp_path / "tables", filter="data")
+    table = pd.read_csv(tmp_path / "tables" / "table1.csv")
     assert list(table["method"]) == ["base", "DAPT", "LoRA", "MemDec", "control: DAPT"]
-    assert re.search(r"^\| MemDec +\|", (out / "table1.md").read_text(), re.MULTILINE)
-    tasks = pd.read_csv(out / "tasks.csv")
-    assert list(tasks["task"]) == ["dcpmi_cb_kl", "memdec_scotus"]
-    assert list(tasks["n"]) == [2, 2]
-    assert tasks[["base", "DAPT", "LoRA", "MemDec"]].map(lambda value: 0 <= value <= 1).all(axis=None)
-    assert list(tasks["alpha"]) == [0.3, 0.6]
+    for name, column in (("table2", "CB"), ("table16", "SCOTUS_micro")):
+        found = pd.read_csv(tmp_path / "tables" / f"{name}.csv")
+        assert {"base", "DAPT", "MemDec"} <= set(found["method"])
+        assert found[column].between(0, 100).all()
+    assert publish.publish(tmp_path / "tables", tmp_path / "reference")
 
-    # The models of d are there; without rows e says so.
-    again = script(tmp_path, "--tiny", "e", MEMDEC_DATA=str(tmp_path))
+    # A part that ran elsewhere keeps its place; this one finds what it made before.
+    again = script(tmp_path, "--tiny", "d", MEMDEC_DATA=str(tmp_path / "data"))
     assert again.returncode == 0, again.stdout
-    tasks = pd.read_csv(out / "tasks.csv")
-    assert tasks["note"].str.startswith("no rows").all()
-    assert set(json.loads((out / "summary.json").read_text())["parts"]) == set("abcde")
+    assert set(json.loads((out / "summary.json").read_text())) == set("abcd")
 
 
 @pytest.mark.slow
 def test_a_failed_part_stops_nothing(tmp_path: Path) -> None:
-    """e has no models without d; a runs after it all the same."""
-    run = script(tmp_path, "--tiny", "e", "a")
+    """d finds no rows of its tasks and says so; a runs after it all the same."""
+    run = script(tmp_path, "--tiny", "d", "a", MEMDEC_DATA=str(tmp_path))
     assert run.returncode == 1
-    parts = json.loads((tmp_path / "out" / "summary.json").read_text())["parts"]
-    assert {name: part["status"] for name, part in parts.items()} == {"a": "ok", "e": "failed"}
-    assert parts["e"]["exit"] == 1
-    assert "config.json" in "\n".join(parts["e"]["log"])
-    assert not parts["e"]["files"]
+    parts = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {name: part["status"] for name, part in parts.items()} == {"a": "ok", "d": "failed"}
+    assert parts["d"]["exit"] == 1
+    assert "MEMDEC_DATA" in "\n".join(parts["d"]["log"])
 
 
 def test_a_signal_leaves_a_summary(tmp_path: Path) -> None:
@@ -119,7 +122,7 @@ def test_a_signal_leaves_a_summary(tmp_path: Path) -> None:
             time.sleep(0.05)
         run.terminate()
         assert run.wait(timeout=30) == 1
-    parts = json.loads((out / "summary.json").read_text())["parts"]
+    parts = json.loads((out / "summary.json").read_text())
     assert {name: part["status"] for name, part in parts.items()} == {"a": "stopped", "b": "unfinished"}
     assert parts["a"]["wall_s"] < 30
     assert not (out / "gpu.csv").exists()
@@ -157,7 +160,7 @@ def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_did_not_run(tmp_path: Path) -> None:
-    part = {"what": "latency", "status": "timeout", "wall_s": 9.0, "limit_s": 9, "files": ["latency.csv"]}
+    part = {"what": "latency", "status": "timeout", "wall_s": 9.0, "limit_s": 9}
     about = {
         "device": "D",
         "cuda": "13",
@@ -165,7 +168,7 @@ def test_the_page_says_what_did_not_run(tmp_path: Path) -> None:
         "commit": "c",
         "versions": dict.fromkeys(summary.versions(), "1"),
     }
-    (tmp_path / "summary.json").write_text(json.dumps(about | {"parts": {"c": part}}))
+    (tmp_path / "summary.json").write_text(json.dumps({"c": part | {"where": about}, "d": part | {"where": about | {"device": "E"}}}))
     row = {
         "system": "MemDec", "phase": "total", "prompt_tokens": "128", "n_tokens": "48", "tokens_per_s": "9",
         "ratio_to_base": "1.5", "ratio_low": "1.4", "ratio_high": "1.6", "paper_ratio": "1.28", "device": "D", "turns": "3",
@@ -174,13 +177,14 @@ def test_the_page_says_what_did_not_run(tmp_path: Path) -> None:
     pd.DataFrame([row]).to_csv(tmp_path / "latency.csv", index=False)
     lines = report._gpu(tmp_path)
     assert any(re.search(r"\| c +\| latency +\| timeout", line) for line in lines)
+    assert any(line.startswith("- Part d: E, ") for line in lines)
     assert "- Not measured: prompts of 1,024 tokens." in lines
     assert "- MemDec misses its goal: 1.50 (total, prompt of 128)." in lines
 
 
 def test_what_is_published_names_no_folder() -> None:
-    files = list((ROOT / "results" / "reference" / "gpu").iterdir())
-    assert len(files) == sum(len(names) for _, names in summary.PARTS.values()) + 1
+    files = [path for name in ("gpu", "gpu-run") for path in (ROOT / "results" / "reference" / name).iterdir()]
+    assert {"summary.json", "tests.txt", "gpu.csv", "latency.csv", "table2.csv", "table16.csv"} <= {path.name for path in files}
     assert not re.search("/(root|opt|home|tmp|work)/", "".join(path.read_text() for path in files))
 
 
