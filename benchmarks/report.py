@@ -177,8 +177,12 @@ def _visit(parts: dict[str, Any]) -> list[str]:
     places: dict[str, list[str]] = {}
     for name, part in parts.items():
         where = part["where"]
-        versions = ", ".join(f"{package} {where['versions'][package]}" for package in ("python", "torch", "transformers"))
-        place = f"{where['device']}, CUDA {where['cuda']}; host: {where['machine']}; {versions}; commit {where['commit']}"
+        versions = ", ".join(
+            f"{package} {where['versions'][package]}" for package in ("python", "torch", "transformers")
+        )
+        place = (
+            f"{where['device']}, CUDA {where['cuda']}; host: {where['machine']}; {versions}; commit {where['commit']}"
+        )
         places.setdefault(place, []).append(name)
     lines += [f"- Part{'s' * (len(names) > 1)} {', '.join(names)}: {place}." for place, names in places.items()]
     return [*lines, ""]

@@ -116,7 +116,16 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
 
 def test_portable_settings_name_no_folder_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMDEC_TEST_DATA", "/some/data")
-    plain = {"paths": ["/some/data/train.txt", "/some/database"], "model": "/some/data", "n": 3}
+    monkeypatch.setenv("MEMDEC_SMOL", "/some/smollm2")
+    plain = {
+        "paths": ["/some/data/train.txt", "/some/database"],
+        "model": "/some/data",
+        "base": "/some/smollm2",
+        "n": 3,
+    }
     assert portable(plain) == {
-        "paths": ["${MEMDEC_TEST_DATA}/train.txt", "/some/database"], "model": "${MEMDEC_TEST_DATA}", "n": 3
-    }  # fmt: skip
+        "paths": ["${MEMDEC_TEST_DATA}/train.txt", "/some/database"],
+        "model": "${MEMDEC_TEST_DATA}",
+        "base": "${MEMDEC_SMOL}",
+        "n": 3,
+    }

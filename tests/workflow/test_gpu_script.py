@@ -93,12 +93,12 @@ def test_every_part_at_toy_sizes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_failed_part_stops_nothing(tmp_path: Path) -> None:
-    """d finds no rows of its tasks and says so; a runs after it all the same."""
+    """d finds no rows of its tasks and says so before it starts; a runs after it all the same."""
     run = script(tmp_path, "--tiny", "d", "a", MEMDEC_DATA=str(tmp_path))
     assert run.returncode == 1
     parts = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {name: part["status"] for name, part in parts.items()} == {"a": "ok", "d": "failed"}
-    assert parts["d"]["exit"] == 1
+    assert parts["d"]["exit"] == 2
     assert "MEMDEC_DATA" in "\n".join(parts["d"]["log"])
 
 
@@ -168,7 +168,9 @@ def test_the_page_says_what_did_not_run(tmp_path: Path) -> None:
         "commit": "c",
         "versions": dict.fromkeys(summary.versions(), "1"),
     }
-    (tmp_path / "summary.json").write_text(json.dumps({"c": part | {"where": about}, "d": part | {"where": about | {"device": "E"}}}))
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"c": part | {"where": about}, "d": part | {"where": about | {"device": "E"}}})
+    )
     row = {
         "system": "MemDec", "phase": "total", "prompt_tokens": "128", "n_tokens": "48", "tokens_per_s": "9",
         "ratio_to_base": "1.5", "ratio_low": "1.4", "ratio_high": "1.6", "paper_ratio": "1.28", "device": "D", "turns": "3",
@@ -184,7 +186,9 @@ def test_the_page_says_what_did_not_run(tmp_path: Path) -> None:
 
 def test_what_is_published_names_no_folder() -> None:
     files = [path for name in ("gpu", "gpu-run") for path in (ROOT / "results" / "reference" / name).iterdir()]
-    assert {"summary.json", "tests.txt", "gpu.csv", "latency.csv", "table2.csv", "table16.csv"} <= {path.name for path in files}
+    assert {"summary.json", "tests.txt", "gpu.csv", "latency.csv", "table2.csv", "table16.csv"} <= {
+        path.name for path in files
+    }
     assert not re.search("/(root|opt|home|tmp|work)/", "".join(path.read_text() for path in files))
 
 
