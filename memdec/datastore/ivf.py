@@ -22,6 +22,7 @@ from tqdm import tqdm
 from memdec.artefacts import arrays, artefact, devices
 from memdec.datastore.keys import Datastore
 from memdec.errors import ArtifactError, outside
+from memdec.maths import cell_join
 from memdec.settings import IndexSettings
 
 PER_CALL = 65_536  # keys per FAISS call
@@ -195,6 +196,8 @@ def train(store: Datastore, out: Path, settings: IndexSettings, device: torch.de
     on_gpu = faiss.index_cpu_to_all_gpus(cells) if _n_gpus(device) else cells
     clustering.train(keys, on_gpu)
     centroids = faiss.vector_to_array(clustering.centroids).reshape(-1, store.width)
+    if settings.kind == "cells":
+        centroids = centroids[cell_join.side_by_side(centroids)]
     # Residuals are computed from the centroids as stored, so storing them in half the bytes loses no accuracy.
     with np.errstate(over="ignore"):
         narrow = centroids.astype(np.float16 if store.settings.dtype == "float16" else np.float32)

@@ -32,6 +32,8 @@ _TILE = 16  # queries that are compared with the same keys one after the other
 _HELD = 8192  # keys that are gathered at once: 4 MB in float16 at width 256
 _SORTED = 64  # queries whose neighbours are sorted at once: 512 kB with k = 1024 stay in the level 2 cache
 _FEWEST = 256  # queries that are not shared among threads, each of which would gather the same keys
+_STEPS = 10  # power iterations for the widest direction; it need not be exact
+_TINY = float(np.finfo(np.float32).tiny)
 _GROUP = 64 * 2**20  # bytes of candidates of the queries that a thread handles at once
 _INF = int(np.float32(np.inf).view(np.int32))
 Parts = Sequence[tuple[int, NDArray[Any]]]
@@ -100,6 +102,24 @@ def nearest_cells(
     one, n_cells = np.zeros((len(queries), 1), np.int64), len(centroids)
     nobody, numbers = np.full(len(queries), -1), np.arange(n_cells, dtype=np.uint32)
     return nearest(queries, nobody, one, np.array([0, n_cells]), numbers, [(0, centroids)], n)[1]
+
+
+def side_by_side(points: Float[np.ndarray, "n D"]) -> Int[np.ndarray, " n"]:
+    """An order in which near points are near each other: halves along the widest direction, and halves of these.
+
+    Queries in the order of such cells search few different ones.
+    """
+    order = np.arange(len(points))
+    parts = [order]
+    while parts:
+        part = parts.pop()
+        apart = points[part] - points[part].mean(0)
+        widest = apart[np.square(apart).sum(1).argmax()]  # a start that is not at right angles to it
+        for _ in range(_STEPS):
+            widest = apart.T @ (apart @ (widest / max(float(np.linalg.norm(widest)), _TINY)))
+        part[:] = part[np.argsort(apart @ widest, kind="stable")]
+        parts += [half for half in np.split(part, [len(part) // 2]) if len(half) > 1]
+    return order
 
 
 def gathered(parts: Parts, positions: Int[np.ndarray, " n"], out: NDArray[Any]) -> NDArray[Any]:

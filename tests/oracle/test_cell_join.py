@@ -117,3 +117,16 @@ def test_nearest_cells_are_sorted_with_ties_by_number() -> None:
         [1, 3, 2],
         [4, 0, 2],
     ]
+
+
+@pytest.mark.parametrize("n", [1, 2, 64])
+def test_near_points_are_side_by_side(n: int) -> None:
+    """Each of eight clusters, and each four of them, is one piece of the order; equal points are no trouble."""
+    cluster = np.arange(n) % 8
+    far = np.array([[8 * (i // 4), 4 * (i // 2 % 2), 2 * (i % 2)] for i in range(8)], np.float32)
+    points = far[cluster] + np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32) * 0.01
+    order = cell_join.side_by_side(points)
+    assert sorted(order.tolist()) == list(range(n))
+    assert np.count_nonzero(np.diff(cluster[order])) <= 7
+    assert np.count_nonzero(np.diff(cluster[order] // 4)) <= 1
+    assert sorted(cell_join.side_by_side(np.ones((n, 3), np.float32)).tolist()) == list(range(n))
