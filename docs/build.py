@@ -1,24 +1,43 @@
 """Generated text: `python -m docs.build [--check]`.
 
 README.md and docs/*.md: a block between `<!-- generated: FILE -->` and `<!-- end -->` is the file that a rule wrote. With
-`<!-- generated: FILE, rows: PATTERN -->` it has only the rows of the table in which the pattern is found.
+`<!-- generated: FILE, rows: PATTERN -->` it has only the rows of the table in which the pattern is found. Of a CSV file it is
+a table of the columns in `<!-- generated: FILE.csv, columns: NAME NAME -->`, with four digits of each number.
 environment.yml: the pins of constraints.txt for conda users, with faiss-gpu in the place of faiss-cpu.
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
+from memdec.artefacts import markdown
+
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- generated: (\S+?)(?:, rows: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- generated: (\S+?)(?:, columns: ([\w ]+?))?(?:, rows: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def filled(text: str) -> str:
     """The text with every block replaced by the file it names."""
-    return BLOCK.sub(
-        lambda m: m[1] + chosen((ROOT / m[2]).read_text(encoding="utf-8").strip(), m[3]) + "\n" + m[4], text
-    )
+    return BLOCK.sub(lambda m: m[1] + chosen(_table(ROOT / m[2], (m[3] or "").split()), m[4]) + "\n" + m[5], text)
+
+
+def _table(path: Path, columns: Sequence[str]) -> str:
+    """The text of a file, or a table of these columns of a CSV file: words first, then numbers."""
+    if not columns:
+        return path.read_text(encoding="utf-8").strip()
+    shown = pd.read_csv(path)[list(columns)]
+    words = sum(not pd.api.types.is_numeric_dtype(kind) for kind in shown.dtypes)
+    rows = [
+        [f"{cell:.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell for cell in row]
+        for row in shown.astype(object).itertuples(index=False)
+    ]
+    return markdown.table([name.replace("_", " ") for name in columns], rows, words)
 
 
 def chosen(table: str, pattern: str | None) -> str:

@@ -212,19 +212,19 @@ def aggregate_torch(
     seen = torch.where(weight > 0, place, n_neighbours).flatten()  # a missing neighbour does not count as an occurrence
     place = seen.new_full((len(row),), n_neighbours).scatter_reduce_(0, entry, seen, "amin")
 
-    # First sort by row, then falling probability, then token, to choose what to drop. At the end sort the kept entries
-    # by row, then by first occurrence.
-    order = tokens.argsort(stable=True)
-    order = order[mass[order].argsort(descending=True, stable=True)]
-    order = order[row[order].argsort(stable=True)]
-    counts = torch.bincount(row, minlength=n_rows)
-    rank = torch.arange(len(row), device=key.device) - (counts.cumsum(0) - counts)[row[order]]
-    keep = mass[order] > max(threshold, 0.0)
-    keep |= rank == 0
-    if top is not None:
-        keep &= rank < top
-    order = order[keep]
-    order = order[(row[order] * n_neighbours + place[order]).argsort()]
+    keep = mass > max(threshold, 0.0)
+    if threshold > 0 or top is not None:
+        # Entries by row, then falling probability, then token: within a row they are in the order of tokens already.
+        order = mass.argsort(descending=True, stable=True)
+        order = order[row[order].argsort(stable=True)]
+        counts = torch.bincount(row, minlength=n_rows)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(row), device=key.device) - (counts.cumsum(0) - counts)[row[order]]
+        keep |= rank == 0
+        if top is not None:
+            keep &= rank < top
+    row, tokens, mass, place = row[keep], tokens[keep], mass[keep], place[keep]
+    order = (row * n_neighbours + place).argsort()  # by row, then first occurrence
     row, tokens, mass = row[order], tokens[order], mass[order]
     return torch.bincount(row, minlength=n_rows), tokens, mass / _sums(row, mass, n_rows)[row]
 

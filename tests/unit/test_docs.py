@@ -74,6 +74,17 @@ def test_rows_of_a_generated_table() -> None:
         build.chosen(table, "z")
 
 
+def test_a_block_shows_columns_of_a_csv_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    (tmp_path / "a.csv").write_text("what,left_out,n_tokens,value\ntext,1,7,-0.5\nkeys,2,50000,1.23456\n")
+    made = build.filled("<!-- generated: a.csv, columns: what n_tokens value, rows: keys -->\nold\n<!-- end -->\n")
+    _, head, _, row, end = made.splitlines()
+    assert [cell.strip() for cell in head.split("|")] == ["", "what", "n tokens", "value", ""]
+    assert [cell.strip() for cell in row.split("|")] == ["", "keys", "50,000", "1.235", ""]
+    assert end == "<!-- end -->"
+    assert build.filled(made) == made
+
+
 def finished(folder: Path, name: str, scale: str) -> None:
     is_figure = name.startswith("figure")
     for ending in (".csv", ".svg", ".png") if is_figure else (".csv", ".cells.csv", ".md", ".tex", ".items.npz"):
