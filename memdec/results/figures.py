@@ -261,7 +261,7 @@ def gains(table: pd.DataFrame) -> Figure:
                 axes.set_xscale("log")
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
                 axes.xaxis.set_minor_locator(NullLocator())
-                axes.set_xticks(sorted(set(shown[x])))
+                axes.set_xticks(_apart(sorted(set(shown[x]))))
                 axes.tick_params(axis="x", labelrotation=30)
             axes.axhline(0, color="black", linewidth=0.8)
             axes.set_xlabel(title)
@@ -274,11 +274,23 @@ def gains(table: pd.DataFrame) -> Figure:
         return figure
 
 
+def _apart(values: list[float]) -> list[float]:
+    """Those of ascending values whose labels do not lie on each other on a logarithmic axis."""
+    room = (values[-1] / values[0]) ** _TICK
+    kept = values[:1]
+    for value in values[1:]:
+        if value >= kept[-1] * room:
+            kept.append(value)
+    return kept
+
+
 def _text_of(domain: str, known: set[str]) -> str:
     """NAME of a corpus NAME-LENGTH, if there is a corpus of that name."""
     name = domain.rpartition("-")[0]
     return name if name in known else domain
 
+
+_TICK = 0.06  # of an axis, for a label
 
 # For each axis of `gains`: the column on the x axis (none: the studies), and its title.
 _GAINS = {

@@ -249,6 +249,22 @@ def test_gains_need_a_twin_on_hard_labels() -> None:
         figure_catalogue.figure(config(memories={"kl": {"train": {"objective": "kl"}}}), "gains")
 
 
+def test_labels_of_near_values_do_not_lie_on_each_other() -> None:
+    rows = [
+        {"study": f"s{value}", "axis": axis, "domain": "law", "model": "m", "value": 1.0, "low": 0.5, "high": 1.5}
+        | {"key_perplexity": value, "tokens": 9, "memory_parameters": 9}
+        for axis, value in [("reference", 16.3), ("key model", 17.6), ("key model", 17.7), ("key model", 25.3)]
+    ]
+    figure = figures.gains(pd.DataFrame(rows))
+    FigureCanvasAgg(figure).draw()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert len(boxes) == 3
+    centres = [(box.x0 + box.x1) / 2 for box in boxes]
+    assert all(
+        later - earlier > 0.5 * box.width for earlier, later, box in zip(centres, centres[1:], boxes, strict=False)
+    )
+
+
 def test_several_studies_may_fill_gains_and_no_other_figure() -> None:
     studies = {name: {"tables": ["gains", "memories"]} for name in ("one", "two")}
     with pytest.raises(
