@@ -93,7 +93,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 @pytest.mark.parametrize("path", sorted((PACKAGE / "maths").glob("*.py")), ids=name_of)
 def test_the_formulas_know_no_files_and_no_models(path: Path) -> None:
     outside = {name.split(".")[0] for name in imported(path)} - {"memdec"} - set(sys.stdlib_module_names)
-    assert outside <= {"numpy", "torch", "jaxtyping", "numba", "llvmlite", "scipy"}
+    assert outside <= {"numpy", "torch", "jaxtyping", "numba", "llvmlite", "scipy", "triton"}
     assert not {"pathlib", "os", "shutil"} & set(imported(path))
 
 
