@@ -236,21 +236,24 @@ BUS = 10e9  # bytes/s, assumed
 def _in_cells(rows: list[dict[str, str]]) -> list[str]:
     """What the search in cells was measured beside its speed, its goal, and what it would cost at the paper's size."""
     found = {row["benchmark"]: row for row in rows}
-    row = found.get("cells", {})
-    if not row.get("ours"):
+    row, sums = found.get("cells"), found.get("aggregation")
+    if row is None or not row["ratio"]:
         return []
     rate = float(row["ours"])
     met = "met" if rate >= QUERIES_IN_CELLS else "not met"
+    lines = [f"- Search in cells: {rate:,.0f} queries/s; goal {QUERIES_IN_CELLS:,}: {met}. {row['note']}."]
+    if sums is None or not sums["ratio"]:
+        return [*lines, ""]
     search = POSITIONS / rate * WIDTH / float(row["width"])
     calls = POSITIONS / QUERIES
     copies = calls * DIFFERENT * POSITIONS / CELLS * WIDTH * 2 / BUS
-    sums = POSITIONS / float(found["aggregation"]["ours"])
+    rows_made = POSITIONS / float(sums["ours"])
     return [
-        f"- Search in cells: {rate:,.0f} queries/s; goal {QUERIES_IN_CELLS:,}: {met}. {row['note']}.",
+        *lines,
         f"- Estimate for the {POSITIONS / 1e6:.0f} M positions of WikiText-103 with keys of GPT-2 XL (374 GB, width 1,600), which do not fit on the",
-        f"  device: {search / 60:.0f} minutes of search at this rate for twice the width, {sums / 60:.0f} of aggregation, and "
+        f"  device: {search / 60:.0f} minutes of search at this rate for twice the width, {rows_made / 60:.0f} of aggregation, and "
         f"{copies / 60:.0f} for cells that come over the bus,",
-        f"  at {BUS / 1e9:.0f} GB/s and {DIFFERENT} cells a call: {(search + sums + copies) / 3600:.1f} hours; goal 2. Nothing of that size was measured.",
+        f"  at {BUS / 1e9:.0f} GB/s and {DIFFERENT} cells a call: {(search + rows_made + copies) / 3600:.1f} hours; goal 2. Nothing of that size was measured.",
         "",
     ]
 

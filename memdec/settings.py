@@ -60,7 +60,7 @@ def _expanded(text: str) -> str:
     return text
 
 
-FOLDERS = ("MEMDEC_TEST_DATA", "MEMDEC_SMOL")  # variables that name folders in our configs
+_FOLDERS = ("MEMDEC_TEST_DATA", "MEMDEC_SMOL")  # variables that name folders in our configs
 
 
 def portable(value: Any) -> Any:
@@ -70,7 +70,7 @@ def portable(value: Any) -> Any:
     if isinstance(value, list):
         return [portable(each) for each in value]
     if isinstance(value, str):
-        for name in FOLDERS:
+        for name in _FOLDERS:
             folder = os.environ.get(name)
             if folder and (value == folder or value.startswith(f"{folder}/")):
                 return f"${{{name}}}{value.removeprefix(folder)}"

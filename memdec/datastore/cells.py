@@ -92,6 +92,7 @@ class Assigner:
     ) -> None:
         self._device = devices.pick_for(device)
         self._centroids = ivf.load_trained(folder, store, settings)["centroids"].astype(np.float32)
+        self._there = torch.from_numpy(self._centroids).to(self._device)
         self.code_size = ivf.cell_bytes(settings.centroids)
 
     def codes(self, keys: Float[np.ndarray, "n D"]) -> NDArray[np.uint8]:
@@ -99,7 +100,6 @@ class Assigner:
         if self._device.type == "cpu":
             cells = cell_join.nearest_cells(keys, self._centroids, 1)
         else:
-            queries, centroids = (torch.from_numpy(each).to(self._device) for each in (keys, self._centroids))
-            room = devices.free_memory(self._device) // 2
-            cells = exact_search.nearest_cells(queries, centroids, 1, room=room).cpu().numpy()
+            queries, room = torch.from_numpy(keys).to(self._device), devices.free_memory(self._device) // 2
+            cells = exact_search.nearest_cells(queries, self._there, 1, room=room).cpu().numpy()
         return np.ascontiguousarray(cells.astype("<i8").view(np.uint8).reshape(-1, 8)[:, : self.code_size])

@@ -171,12 +171,15 @@ class DeviceCells:
         row, part = self._pairs(
             exact_search.nearest_cells(queries, self._centroids, self._index.nprobe, room=self._room)
         )
-        for parts in self._turns(part):
+        turns = self._turns(part)
+        for parts in turns:
             self._hold(parts)
-            here = torch.isin(part, torch.from_numpy(parts).to(self.device))
+            here = slice(None) if len(turns) == 1 else torch.isin(part, torch.from_numpy(parts).to(self.device))
             for some, pairs in self._passes(row[here], part[here], len(queries), codes.shape[1]):
                 found = self._nearest(queries[some], own[some], pairs, codes.shape[1])
-                codes[some] = torch.cat([codes[some], found], 1).sort(1).values[:, : codes.shape[1]]
+                if len(turns) > 1:
+                    found = torch.cat([codes[some], found], 1).sort(1).values[:, : codes.shape[1]]
+                codes[some] = found
 
     def _pairs(self, probes: Int[Tensor, "B P"]) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
         """Query and part of every pair, in the order of queries."""
@@ -186,16 +189,17 @@ class DeviceCells:
         number = torch.arange(len(pair), device=self.device) - (count.cumsum(0) - count)[pair]
         return pair // probes.shape[1], self._part_of_cell[cell[pair]] + number
 
-    def _turns(self, part: Int[Tensor, " pairs"]) -> Iterator[NDArray[np.int64]]:
+    def _turns(self, part: Int[Tensor, " pairs"]) -> list[NDArray[np.int64]]:
         """The parts that are searched, as many at a time as the device can hold."""
         parts = np.flatnonzero(torch.bincount(part).cpu().numpy())
         total = np.cumsum(self._n_steps[parts])
-        low = 0
+        turns, low = [], 0
         while low < len(parts):
             before = total[low - 1] if low else 0
             high = int(np.searchsorted(total, before + self._capacity, side="right"))
-            yield parts[low:high]
+            turns.append(parts[low:high])
             low = high
+        return turns
 
     def _passes(
         self, row: Int[Tensor, " pairs"], part: Int[Tensor, " pairs"], n: int, neighbours: int
@@ -293,12 +297,11 @@ class DeviceCells:
         if not len(missing):
             return
         steps = np.cumsum(self._n_steps[missing])
-        self._at[missing] = self._used + steps - self._n_steps[missing]
-        self._used += int(steps[-1])
+        first = self._used + steps - self._n_steps[missing]
         # The place of every key, and its number in `positions`.
         sizes = self._sizes[missing]
         inside = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        places = np.repeat(self._at[missing] * _STEP, sizes) + inside
+        places = np.repeat(first * _STEP, sizes) + inside
         chosen = self._index.positions[np.repeat(self._first[missing], sizes) + inside]
         for low in range(0, len(chosen), _BLOCK):
             positions = chosen[low : low + _BLOCK]
@@ -308,6 +311,9 @@ class DeviceCells:
             norms, moved = exact_search.key_parts(keys.float() - self._centre, tf32=True)
             self._keys[to], self._norms[to], self._moved[to] = keys, norms, moved
             self._ids[to] = torch.from_numpy(positions.astype(np.int64)).to(self.device)
+        # Not before all are there: a bad key stops the copying.
+        self._at[missing] = first
+        self._used += int(steps[-1])
         self._place = torch.from_numpy(self._at).to(self.device, copy=True)
 
     def _copied(self, keys: NDArray[Any]) -> Tensor:

@@ -113,8 +113,13 @@ def test_a_bad_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(searcher.cells, "raw", broken)
     with pytest.raises(NumericsError, match="position 1234"):
         DeviceCells(searcher.cells, CPU)
+    streamed = DeviceCells(searcher.cells, CPU, room=50_000)
     with pytest.raises(NumericsError, match="position 1234"):
-        DeviceCells(searcher.cells, CPU, room=50_000).keys(np.array([5, 1234]))
+        streamed.keys(np.array([5, 1234]))
+    monkeypatch.setattr(searcher.cells, "nprobe", CELLS)
+    for _ in range(2):  # a cell whose copying was stopped does not count as there
+        with pytest.raises(NumericsError, match="position 1234"):
+            streamed.search(torch.zeros(1, D), 5)
 
 
 @pytest.fixture

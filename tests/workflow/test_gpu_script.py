@@ -159,6 +159,23 @@ def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
     assert "- Below its goal: search: 0.5." in lines
 
 
+def test_the_page_compares_search_in_cells_with_its_goal(tmp_path: Path) -> None:
+    """The estimate for the paper's size needs the rate of aggregation, too."""
+    row = dict.fromkeys(gpu.COLUMNS, "") | {"benchmark": "cells", "ours": "274000", "width": "768", "ratio": "2.5"}
+    sums = dict.fromkeys(gpu.COLUMNS, "") | {"benchmark": "aggregation", "ours": "410000", "ratio": "0.2"}
+    for cells, rows, met, estimates in (
+        (row, [], "274,000 queries/s; goal 200,000: met", 0),
+        (row | {"ours": "199000"}, [sums], "199,000 queries/s; goal 200,000: not met", 1),
+        (row, [sums | {"ours": "", "ratio": "", "note": "error"}], "goal 200,000: met", 0),
+    ):
+        pd.DataFrame([cells, *rows]).to_csv(tmp_path / "gpu.csv", index=False)
+        lines = "\n".join(report._gpu(tmp_path))
+        assert met in lines
+        assert lines.count("Estimate") == estimates
+    pd.DataFrame([row | {"ours": gpu.NO_ROOM, "ratio": ""}]).to_csv(tmp_path / "gpu.csv", index=False)
+    assert "Search in cells" not in "\n".join(report._gpu(tmp_path))
+
+
 def test_the_page_says_what_did_not_run(tmp_path: Path) -> None:
     part = {"what": "latency", "status": "timeout", "wall_s": 9.0, "limit_s": 9}
     about = {
