@@ -98,7 +98,7 @@ def test_a_failed_part_stops_nothing(tmp_path: Path) -> None:
     assert run.returncode == 1
     parts = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {name: part["status"] for name, part in parts.items()} == {"a": "ok", "d": "failed"}
-    assert parts["d"]["exit"] == 2
+    assert parts["d"]["exit"] == 1
     assert "MEMDEC_DATA" in "\n".join(parts["d"]["log"])
 
 
