@@ -3,6 +3,8 @@
 The index is the centroids (`trained.safetensors`) and the cell of each key (`codes.npy`, one to three bytes). When it is
 loaded, positions are sorted by cell, 4 bytes each. The keys stay where they are: the keys of a cell are gathered when
 queries search it, once for many queries. `memdec.maths.cell_join` compares them on the CPU, `device_cells` on a GPU.
+
+A query whose last input token is rare is compared with the positions after that token, too (`rare_tokens`).
 """
 
 from pathlib import Path
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from memdec.artefacts import arrays, devices
 from memdec.datastore import ivf
 from memdec.datastore.keys import Datastore
+from memdec.datastore.rare_tokens import MOST, RareTokens
 from memdec.maths import cell_join, exact_search
 from memdec.settings import IndexSettings
 
@@ -38,6 +41,8 @@ class CellSearch:
         starts: Cell c has the keys positions[starts[c] : starts[c + 1]].
         positions: Positions of the keys, cell after cell.
         nprobe: Number of cells that a query searches.
+        rare: Positions after rare tokens.
+        rare_cells: Cell of each of these.
     """
 
     def __init__(self, store: Datastore, settings: IndexSettings, folder: Path, parts: Parts) -> None:
@@ -49,20 +54,54 @@ class CellSearch:
             block = codes[first : first + ivf.PER_CALL]
             cells[first : first + len(block)] = ivf.cells_of(block, settings.centroids, folder)
         self.starts, self.positions = cell_join.grouped(cells, settings.centroids)
+        self.rare = RareTokens(store.values, store.facts["vocab_size"])
+        self.rare_cells = cells[self.rare.positions]
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search the nearest `nprobe` cells from now on."""
         self.nprobe = nprobe
 
-    def search(self, queries: Float[np.ndarray, "B D"], own: Int[np.ndarray, " B"], neighbours: int) -> Pair:
+    def search(
+        self,
+        queries: Float[np.ndarray, "B D"],
+        own: Int[np.ndarray, " B"],
+        neighbours: int,
+        inputs: Int[np.ndarray, " B"] | None = None,
+    ) -> Pair:
         """The nearest keys without the queries' own positions, as `cell_join.nearest`.
 
+        Args:
+            queries: float32, finite.
+            own: Position of each query, -1 if it is no key.
+            neighbours: K.
+            inputs: Last input token of each query, -1 if it has none; None: search in cells only.
+
         Raises:
-            NumericsError: A key of these cells is NaN, infinite or too large.
+            NumericsError: A key that is compared is NaN, infinite or too large.
         """
         probes = cell_join.nearest_cells(queries, self.centroids, self.nprobe)
+        found = self._nearest(queries, own, probes, self.starts, self.positions, neighbours)
+        if inputs is not None:
+            begin, end = self.rare.spans(inputs)
+            rows = np.flatnonzero(begin < end)
+            after = inputs[rows, None]  # a token is a cell of its own
+            more = self._nearest(
+                queries[rows], own[rows], after, self.rare.edges, self.rare.positions, min(neighbours, MOST)
+            )
+            cell_join.merge(found, rows, more)
+        return found
+
+    def _nearest(
+        self,
+        queries: Float[np.ndarray, "B D"],
+        own: Int[np.ndarray, " B"],
+        probes: Int[np.ndarray, "B P"],
+        starts: Int[np.ndarray, " C+1"],
+        positions: Int[np.ndarray, " M"],
+        neighbours: int,
+    ) -> Pair:
         try:
-            return cell_join.nearest(queries, own, probes, self.starts, self.positions, self._parts, neighbours)
+            return cell_join.nearest(queries, own, probes, starts, positions, self._parts, neighbours)
         except cell_join.BadKeyError as error:
             raise self.store.not_finite(error.position) from None
 

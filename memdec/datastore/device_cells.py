@@ -8,6 +8,8 @@ All queries of a call that search a cell are compared with it in one matrix prod
 3. Proof: if the k-th exact distance is below the largest bound of the candidates, no other key of these cells can be
    nearer. For the few queries without this proof, exact distances to all keys of their cells are computed.
 
+Then positions after the same rare token (`rare_tokens`) are added, by their exact distances.
+
 So the result is that of exact distances, with ties broken by position. It does not depend on the other queries of a call,
 the memory of the device or the rounding of the products. `cells.CellSearch` on the CPU gives the same neighbours, but
 for ties up to rounding.
@@ -45,6 +47,7 @@ _WORK = 0.6  # fraction of the remaining memory for one pass; the model needs me
 _BYTES = 12  # bytes per bound of a pass: the bound, and the copies that the selection makes of some bounds
 _BYTES_CHOSEN = 128  # bytes per candidate: its place, its distance, its code, and what their sort needs
 _BYTES_SETTLED = 64  # the same for each key of a query that needs step 3
+_BYTES_RARE = 64  # the same for each position after a rare token, beside its query and its key
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class DeviceCells:
         self._n_parts = torch.from_numpy(n_parts).to(device)
         self._part_of_cell = torch.from_numpy(np.cumsum(n_parts) - n_parts).to(device)
         self._steps = torch.from_numpy(self._n_steps).to(device)
+        self._rare = torch.from_numpy(index.rare.positions.astype(np.int64)).to(device)
+        self._rare_cells = torch.from_numpy(index.rare_cells.astype(np.int64)).to(device)
 
         room = free_memory(device) if room is None else room
         # A held key is there as stored, in float32 with the centre subtracted, with its norm and its position.
@@ -134,15 +139,25 @@ class DeviceCells:
         Raises:
             NumericsError: One is NaN, infinite or too large.
         """
+        keys, place = self._found(torch.from_numpy(positions).to(self.device))
+        return keys[place].float()
+
+    def _found(self, positions: Int[Tensor, " n"]) -> tuple[Tensor, Int[Tensor, " n"]]:
+        """Keys as on disk, and which of them belong to these positions; copied to the device if not all are there."""
         if self._place_of is not None:
-            return self._keys[self._place_of[torch.from_numpy(positions).to(self.device)]].float()
-        keys = self._copied(self._index.raw(positions))
-        self._check(positions, keys)
-        return keys.float()
+            return self._keys, self._place_of[positions]
+        there = positions.cpu().numpy()
+        keys = self._copied(self._index.raw(there))
+        self._check(there, keys)
+        return keys, torch.arange(len(keys), device=self.device)
 
     @torch.no_grad()
     def search(
-        self, queries: Float[Tensor, "B D"], neighbours: int, own: Int[Tensor, " B"] | None = None
+        self,
+        queries: Float[Tensor, "B D"],
+        neighbours: int,
+        own: Int[Tensor, " B"] | None = None,
+        inputs: Int[np.ndarray, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
         """Find the nearest keys of each query in its nearest cells, without the query's own position.
 
@@ -150,6 +165,7 @@ class DeviceCells:
             queries: float32, on any device.
             neighbours: K.
             own: Position of each query in the datastore, -1 for a query from outside; None if all are from outside.
+            inputs: Last input token of each query, -1 if it has none; None: search in cells only.
 
         Returns:
             Squared distances (float32) and positions, on the device of the search, nearest first, ties by position.
@@ -162,15 +178,16 @@ class DeviceCells:
         with torch.autocast(self.device.type, enabled=False):  # bfloat16 products would break the bounds
             for low in range(0, len(queries), QUERIES):
                 some = slice(low, low + QUERIES)
-                self._search(queries[some], own[some], codes[some])
+                self._search(queries[some], own[some], None if inputs is None else inputs[some], codes[some])
         self.n_searched += len(queries)
         return exact_search.decode(codes)
 
-    def _search(self, queries: Tensor, own: Tensor, codes: Int[Tensor, "B K"]) -> None:
+    def _search(
+        self, queries: Tensor, own: Tensor, inputs: Int[np.ndarray, " B"] | None, codes: Int[Tensor, "B K"]
+    ) -> None:
         """Write the codes (`exact_search.encode`) of the nearest keys, nearest first."""
-        row, part = self._pairs(
-            exact_search.nearest_cells(queries, self._centroids, self._index.nprobe, room=self._room)
-        )
+        probes = exact_search.nearest_cells(queries, self._centroids, self._index.nprobe, room=self._room)
+        row, part = self._pairs(probes)
         turns = self._turns(part)
         for parts in turns:
             self._hold(parts)
@@ -180,6 +197,43 @@ class DeviceCells:
                 if len(turns) > 1:
                     found = torch.cat([codes[some], found], 1).sort(1).values[:, : codes.shape[1]]
                 codes[some] = found
+        if inputs is not None:
+            self._add_rare(queries, own, inputs, probes, codes)
+
+    def _add_rare(
+        self, queries: Tensor, own: Tensor, inputs: Int[np.ndarray, " B"], probes: Tensor, codes: Int[Tensor, "B K"]
+    ) -> None:
+        """Keep those positions after the same rare token that are nearer, in place of the last ones."""
+        begin, end = (torch.from_numpy(edge).to(self.device) for edge in self._index.rare.spans(inputs))
+        widest = int((end - begin).max()) if len(inputs) else 0
+        if not widest:
+            return
+        width, n_cells = queries.shape[1], len(self._centroids)
+        per_query = n_cells + widest * (_BYTES_RARE + width * (4 + self._keys.element_size()))
+        size = max(1, self._room // per_query)
+        for low in range(0, len(queries), size):
+            some = slice(low, low + size)
+            entry = begin[some, None] + torch.arange(widest, device=self.device)
+            there = entry < end[some, None]
+            entry.masked_fill_(~there, 0)
+            searched = torch.zeros(len(entry), n_cells, dtype=torch.bool, device=self.device)
+            searched.scatter_(1, probes[some], True)
+            there &= ~searched.gather(1, self._rare_cells[entry]) & (self._rare[entry] != own[some, None])
+            row, column = there.nonzero(as_tuple=True)
+            if not len(row):
+                continue
+            ids = self._rare[entry[row, column]]
+            keys, place = self._found(ids)
+            sq_dist = exact_search.row_distances(queries[some][row], keys, place[:, None])[:, 0]
+            found = exact_search.encode(sq_dist, ids)
+            nearer = found < codes[some][row, -1]
+            row, found = row[nearer], found[nearer]
+            count = torch.bincount(row, minlength=len(entry))
+            more = codes.new_full((len(entry), int(count.max())), exact_search.NONE)
+            more[row, torch.arange(len(row), device=self.device) - (count.cumsum(0) - count)[row]] = found
+            rows = count.nonzero()[:, 0]
+            both = torch.cat([codes[low + rows], more[rows]], 1)
+            codes[low + rows] = both.sort(1).values[:, : codes.shape[1]]
 
     def _pairs(self, probes: Int[Tensor, "B P"]) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
         """Query and part of every pair, in the order of queries."""

@@ -2,7 +2,8 @@
 
 Exact search reads all keys in blocks, or keeps them on the GPU (`device_search`). For ivfflat and ivfpq, FAISS searches
 only the nearest cells (`ivf`). In both cases the candidates are then sorted by exact distances to the stored keys. Kind
-`cells` computes exact distances to all keys of the nearest cells (`cells`, and `device_cells` on a GPU).
+`cells` computes exact distances to all keys of the nearest cells (`cells`, and `device_cells` on a GPU). All search in
+cells adds positions after the same rare token (`rare_tokens`).
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from memdec.artefacts import artefact, devices, resources
 from memdec.datastore.device_search import DeviceSearch
 from memdec.datastore.keys import Datastore
+from memdec.datastore.rare_tokens import RareTokens
 from memdec.errors import ArtifactError, ConfigError
 from memdec.maths import kernels, knn
 from memdec.maths.exact_search import Nearest
@@ -24,44 +26,7 @@ from memdec.settings import IndexSettings, SearchSettings, parse
 
 BLOCK = 2048  # keys per block of exact search: the distances of a block fit into the CPU cache
 _MORE = 16  # candidates fetched beyond k, so that rounding does not decide which key is the k-th neighbour
-_TOKENS = 1 << 22  # tokens counted per block: NumPy converts a block to 64-bit integers
-_SAME_TOKEN = 256  # an input token with at most so many positions is rare: all of them are candidates
 Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
-
-
-class _SameToken:
-    """Extra candidates for FAISS's search in cells: all positions with the same input token, for tokens rare in the datastore.
-
-    The nearest keys of a rare token are mostly keys of the same token. They are too few to form a cell, so IVF search
-    often misses them. Most neighbours that it misses and that matter are found here.
-    """
-
-    def __init__(self, values: NDArray[np.integer], vocab_size: int) -> None:
-        inputs, counts = values[:-1], np.zeros(vocab_size, np.int64)
-        blocks = range(0, len(inputs), _TOKENS)
-        for first in blocks:
-            found = np.bincount(inputs[first : first + _TOKENS], minlength=vocab_size)
-            if len(found) > vocab_size:
-                raise ArtifactError(
-                    f"datastore: expected tokens below its vocabulary of {vocab_size}, found {len(found) - 1}; run `memdec "
-                    "datastore` again"
-                )
-            counts += found
-        rare = counts <= _SAME_TOKEN
-        positions = np.concatenate(
-            [first + 1 + np.flatnonzero(rare[inputs[first : first + _TOKENS]]) for first in blocks]
-        )
-        # Those after token t are positions[edges[t] : edges[t + 1]].
-        self.positions = positions[np.argsort(values[positions - 1], kind="stable")].astype(np.uint32)
-        self.edges = np.concatenate([[0], np.cumsum(np.where(rare, counts, 0))])
-
-    def of(self, inputs: Int[np.ndarray, " B"]) -> Int[np.ndarray, "B C"]:
-        """Positions with these input tokens (-1: no token), padded with -1."""
-        begin, end = self.edges[inputs], self.edges[np.maximum(inputs, -1) + 1]
-        end = np.where(inputs < 0, begin, end)
-        places = begin[:, None] + np.arange(int((end - begin).max()))
-        there = places < end[:, None]
-        return np.where(there, self.positions[np.where(there, places, 0)].astype(np.int64) if there.any() else -1, -1)
 
 
 class Searcher:
@@ -81,7 +46,7 @@ class Searcher:
         self._on_device: Any = None
         self._values: Tensor | None = None
         self._ivf: Any = None
-        self._same_token: _SameToken | None = None
+        self._rare: RareTokens | None = None  # those of search in cells with FAISS
         self.cells: Any = None  # the `cells.CellSearch` of an index of this kind
         # Candidates are at random positions: reading them from memory takes half the time of a memory map, whose pages
         # are small.
@@ -97,7 +62,7 @@ class Searcher:
 
             self._ivf = IvfIndex(store, settings, folder, device)
             if store.parts:
-                self._same_token = _SameToken(store.values, store.facts["vocab_size"])
+                self._rare = RareTokens(store.values, store.facts["vocab_size"])
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search the nearest `nprobe` cells from now on; no effect on an exact index.
@@ -139,8 +104,9 @@ class Searcher:
         They may differ from those of the CPU in the last bits, because the order of summation differs.
         """
         if (there := self.on_device) is not None:
+            more = {} if self.cells is None else {"inputs": None if released else self._inputs(own, inputs)}
             own_there = None if own is None else torch.from_numpy(own)
-            found: tuple[Tensor, Tensor] = there.search(torch.from_numpy(queries), neighbours, own_there)
+            found: tuple[Tensor, Tensor] = there.search(torch.from_numpy(queries), neighbours, own_there, **more)
             return found
         sq_dist, ids = self.search(queries, neighbours, own, inputs=inputs, released=released)
         return torch.from_numpy(sq_dist), torch.from_numpy(ids)
@@ -150,7 +116,8 @@ class Searcher:
     ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
         """As `near` for keys of the datastore, of an index of kind `cells`."""
         if (there := self.on_device) is not None:
-            found: tuple[Tensor, Tensor] = there.search(there.keys(positions), neighbours, torch.from_numpy(positions))
+            own, inputs = torch.from_numpy(positions), self._inputs(positions, None)
+            found: tuple[Tensor, Tensor] = there.search(there.keys(positions), neighbours, own, inputs=inputs)
             return found
         return self.near(self.cells.keys(positions), neighbours, positions)
 
@@ -173,8 +140,8 @@ class Searcher:
                 before its position; -1 if unknown.
             released: Use the distances of a FAISS index and its order, as the released code does. Otherwise more
                 candidates are fetched, positions with the same rare input token are added, and all are sorted by exact
-                distance. The result is then also independent of the batch. Kind `cells` has exact distances anyway, and
-                adds nothing.
+                distance. The result is then also independent of the batch. Kind `cells` has exact distances anyway, but
+                adds these positions only then.
 
         Returns:
             Squared distances (float32) and positions, shape (B, neighbours), nearest first, ties by position. Where the
@@ -185,23 +152,31 @@ class Searcher:
         """
         if not released:
             self.store.require_stored("set `released: true` (targets), or store the keys")
+        if self.cells is not None and self.on_device is not None:
+            near, positions = self.near(queries, neighbours, own, inputs=inputs, released=released)
+            return near.cpu().numpy(), positions.cpu().numpy()
+        if self.cells is not None or self._rare is not None:
+            inputs = None if released else self._inputs(own, inputs)
         if own is None:
             own = np.full(len(queries), -1)
-        elif self._same_token is not None:
-            inputs = np.where(own > 0, self.store.values[np.maximum(own, 1) - 1].astype(np.int64), -1)
         if self.cells is not None:
-            if self.on_device is not None:
-                near, positions = self.near(queries, neighbours, own)
-                return near.cpu().numpy(), positions.cpu().numpy()
-            found: Pair = self.cells.search(queries, own, neighbours)
+            found: Pair = self.cells.search(queries, own, neighbours, inputs)
             return found
         fetch = min(neighbours + 1 + (0 if released else _MORE), self.store.n)
         sq_dist, ids = self._candidates(np.ascontiguousarray(queries, dtype=np.float32), fetch)
         if not released:
-            if self._same_token is not None and inputs is not None:
-                ids = np.concatenate([ids, self._same_token.of(inputs)], axis=1)
+            if self._rare is not None and inputs is not None:
+                ids = np.concatenate([ids, self._rare.of(inputs)], axis=1)
             sq_dist = knn.exact_distances(queries, self._parts, ids)
         return knn.drop_self(sq_dist, ids, own, neighbours)
+
+    def _inputs(
+        self, own: Int[np.ndarray, " B"] | None, inputs: Int[np.ndarray, " B"] | None
+    ) -> Int[np.ndarray, " B"] | None:
+        """Last input token of each query, -1 if it has none: that before its own position, or as given; None if unknown."""
+        if own is None:
+            return inputs
+        return np.where(own > 0, self.store.values[np.maximum(own, 1) - 1].astype(np.int64), -1)
 
     def rows(
         self, sq_dist: Float[Tensor, "B K"], ids: Int[Tensor, "B K"], temperature: float, **cut: Any

@@ -95,6 +95,28 @@ def nearest(
     return sq_dist, ids
 
 
+def merge(found: Pair, rows: Int[np.ndarray, " b"], more: Pair) -> None:
+    """Keep the nearest of `found` and `more`, in place; both are results of `nearest`, of the same queries.
+
+    Equal pairs have equal bits, so what is in both counts once.
+
+    Args:
+        found: Squared distances and positions, (B, K).
+        rows: Rows of `found` to which those of `more` belong, each once.
+        more: Other neighbours, (b, M).
+    """
+    (sq_dist, ids), (more_dist, more_ids) = found, more
+
+    def work(begin: int, end: int) -> None:
+        some = slice(begin, end)
+        _merge(
+            sq_dist.view(np.int32), ids, rows[some], more_dist[some].view(np.int32), more_ids[some],
+            np.empty(ids.shape[1], np.int32), np.empty(ids.shape[1], np.int64),
+        )  # fmt: skip
+
+    in_threads(work, len(rows), _FEWEST)
+
+
 def nearest_cells(
     queries: Float[np.ndarray, "B D"], centroids: Float[np.ndarray, "C D"], n: int
 ) -> Int[np.ndarray, "B P"]:
@@ -438,6 +460,33 @@ def _pack(near: Any, bits: Any, ids: Any, counts: Any, codes: Any) -> None:
         for j in range(end):
             codes[row, j] = np.uint64(bits[row, j]) << np.uint64(32) | np.uint64(ids[row, j])
         codes[row, end:] = np.uint64(_INF) << np.uint64(32) | np.uint64(NOBODY)
+
+
+@compiled()
+def _merge(bits: Any, ids: Any, rows: Any, more_bits: Any, more_ids: Any, kept_bits: Any, kept_ids: Any) -> None:
+    """See `merge`; distances are given by their bits, which sort like them, and a missing neighbour is position -1."""
+    n, n_more = len(kept_ids), more_ids.shape[1]
+    for number in range(len(rows)):
+        row = rows[number]
+        # The last one found: no neighbour beyond it can stay. +inf where there is room.
+        if n_more == 0 or more_ids[number, 0] < 0 or more_bits[number, 0] > bits[row, n - 1]:
+            continue
+        i = j = 0
+        for at in range(n):
+            one = i < n and ids[row, i] >= 0
+            other = j < n_more and more_ids[number, j] >= 0
+            if one and other:
+                near, nearer = bits[row, i], more_bits[number, j]
+                one = near < nearer or (near == nearer and ids[row, i] <= more_ids[number, j])
+                other = nearer < near or (near == nearer and more_ids[number, j] <= ids[row, i])
+            if one:
+                kept_bits[at], kept_ids[at] = bits[row, i], ids[row, i]
+            elif other:
+                kept_bits[at], kept_ids[at] = more_bits[number, j], more_ids[number, j]
+            else:
+                kept_bits[at], kept_ids[at] = _INF, -1
+            i, j = i + one, j + other
+        bits[row], ids[row] = kept_bits, kept_ids
 
 
 @compiled()

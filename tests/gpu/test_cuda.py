@@ -171,12 +171,16 @@ def test_distances_to_gathered_keys_are_those_of_torch() -> None:
 def test_search_in_cells(store: Datastore, in_cells: CellSearch, room: int | None) -> None:
     """The neighbours that the CPU finds in the same cells, the same bits whatever fits on the device and by part."""
     queries, own = asked(store, 3000), torch.arange(3000)
-    near, ids = in_cells.search(queries.numpy(), own.numpy(), 200)
+    inputs = np.append(-1, store.values[:2999]).astype(np.int64)
+    near, ids = in_cells.search(queries.numpy(), own.numpy(), 200, inputs)
     found = []
     for size in (3000, 700):
         ours = DeviceCells(in_cells, torch.device("cuda"), room=room)
         assert ours.resident == (room != 4_000_000)
-        parts = [ours.search(queries[at : at + size], 200, own[at : at + size]) for at in range(0, 3000, size)]
+        parts = [
+            ours.search(queries[at : at + size], 200, own[at : at + size], inputs[at : at + size])
+            for at in range(0, 3000, size)
+        ]
         found.append([torch.cat(each).cpu() for each in zip(*parts, strict=True)])
         assert ours.n_settled < 600
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -58,7 +58,7 @@ def equal(one: TargetReader, other: TargetReader) -> None:
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
 
-def test_neighbours_are_the_nearest_of_the_nearest_cells(home: Path) -> None:
+def test_neighbours_are_the_nearest_of_the_nearest_cells_and_after_a_rare_token(home: Path) -> None:
     """Everything again in float64: assignment of keys, cells of a query, distances, the order of ties."""
     searcher = search.load(Datastore(parts(home / "store")), home / "index-store", 3)
     own, queries = searcher.store.sample(40, 5)
@@ -66,12 +66,20 @@ def test_neighbours_are_the_nearest_of_the_nearest_cells(home: Path) -> None:
     centroids = load_file(home / "index-store" / "trained.safetensors")["centroids"].astype(np.float64)
     cell = ((keys[:, None] - centroids) ** 2).sum(-1).argmin(1)
     assert np.load(home / "index-store" / "codes.npy")[:, 0].tolist() == cell.tolist()
-    alone = searcher.search(queries, 25, own, released=True)  # without positions after the same token
-    for me, (sq_dist, ids) in ((own, alone), (own * 0 - 1, searcher.search(queries, 25))):
+    values = searcher.store.values.astype(int)
+    no_key, no_token = np.full(40, -1), np.full(40, -1)
+    for me, inputs, (sq_dist, ids) in (
+        (own, no_token, searcher.search(queries, 25, own, released=True)),
+        (own, np.where(own > 0, values[own - 1], -1), searcher.search(queries, 25, own)),
+        (no_key, no_token, searcher.search(queries, 25)),
+        (no_key, np.arange(40) % V, searcher.search(queries, 25, inputs=np.arange(40) % V)),
+    ):
         for row in range(40):
             query = queries[row].astype(np.float64)
             near = ((query - centroids) ** 2).sum(1).argsort(kind="stable")[:3]
-            there = [at for at in np.flatnonzero(np.isin(cell, near)) if at != me[row]]
+            after = np.append(-1, values[:-1]) == inputs[row]  # of a rare token: all of the 30 are
+            after[0] = False
+            there = [at for at in np.flatnonzero(np.isin(cell, near) | after) if at != me[row]]
             true = sorted((float(((keys[at] - query) ** 2).sum()), at) for at in there)[:25]
             missing = [(np.inf, -1)] * (25 - len(true))
             assert list(zip(sq_dist[row].tolist(), ids[row].tolist(), strict=True)) == true + missing

@@ -43,18 +43,20 @@ def made(folder: Path, keys: NDArray[np.float16]) -> search.Searcher:
     return search.load(Datastore(store), folder / "index", 4)
 
 
+@pytest.mark.parametrize("rare", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "twins", "skewed"])
 def test_the_neighbours_are_those_of_the_cpu_whatever_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, rare: bool
 ) -> None:
     """Few spare candidates, so that many queries need the full search; large cells cut; cells that come and go."""
     searcher = made(tmp_path, keys_of(kind))
     own, queries = searcher.store.sample(400, 1)
+    inputs = np.random.default_rng(3).integers(-1, V, 400) if rare else None
     own[:50] = -1
     monkeypatch.setattr(device_cells, "_MORE", 2)
     settled = set()
     for neighbours in (1, 60, 500):
-        near, ids = searcher.cells.search(queries, own, neighbours)
+        near, ids = searcher.cells.search(queries, own, neighbours, inputs)
         for room, largest in ((None, 1 << 15), (2_000_000, 90), (250_000, 1 << 15), (250_000, 90)):
             monkeypatch.setattr(device_cells, "_LARGEST", largest)
             ours = DeviceCells(searcher.cells, CPU, room=room)
@@ -63,7 +65,10 @@ def test_the_neighbours_are_those_of_the_cpu_whatever_the_memory(
             for size in (400, 130):
                 parts = [
                     ours.search(
-                        torch.from_numpy(queries[at : at + size]), neighbours, torch.from_numpy(own[at : at + size])
+                        torch.from_numpy(queries[at : at + size]),
+                        neighbours,
+                        torch.from_numpy(own[at : at + size]),
+                        None if inputs is None else inputs[at : at + size],
                     )
                     for at in range(0, 400, size)
                 ]

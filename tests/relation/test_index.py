@@ -17,7 +17,7 @@ from making import CONTEXT, signed, write_store, write_tokens
 from numpy.typing import NDArray
 
 from memdec.artefacts import artefact
-from memdec.datastore import index, ivf, search
+from memdec.datastore import index, ivf, rare_tokens, search
 from memdec.datastore import keys as datastore
 from memdec.datastore.keys import Datastore
 from memdec.errors import ArtifactError, ConfigError, NumericsError, ResourceError
@@ -176,20 +176,21 @@ def test_missing_neighbours_are_told(store: list[Path], home: Path) -> None:
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=40), st.integers(0, 4))
 def test_positions_after_the_same_rare_token(values: list[int], limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_SAME_TOKEN", limit)
-        found = search._SameToken(np.array(values, np.uint16), 7).of(np.arange(-1, 7))
+        patch.setattr(rare_tokens, "MOST", limit)
+        found = rare_tokens.RareTokens(np.array(values, np.uint16), 7).of(np.arange(-1, 7))
     for row, token in zip(found, range(-1, 7), strict=True):
         after = [at + 1 for at, value in enumerate(values[:-1]) if value == token]
         assert [at for at in row if at >= 0] == (after if len(after) <= limit else [])
 
 
-def test_positions_after_the_same_rare_token_are_candidates_of_approximate_search(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ivfpq", "cells"])
+def test_positions_after_the_same_rare_token_are_candidates_of_approximate_search(tmp_path: Path, kind: str) -> None:
     """Random keys in many cells of which one is searched: nothing but the token could lead to the others."""
     rng = np.random.default_rng(0)
     values = rng.integers(0, 100, 2000).astype(np.uint16)
     keys = rng.normal(size=(2000, 6)).astype(np.float32)
     store = write_store(tmp_path / "s", keys, write_tokens(tmp_path / "t", values))
-    searcher = built(store, tmp_path / "i", nprobe=1, **{**PQ, "centroids": 256})
+    searcher = built(store, tmp_path / "i", nprobe=1, **{**PQ, "centroids": 256, "kind": kind})
     own = np.arange(1000, 1050)
     after = [np.flatnonzero(values[:-1] == values[at - 1]) + 1 for at in own]
     for found in (
