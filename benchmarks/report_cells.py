@@ -6,7 +6,7 @@ import statistics
 from memdec.artefacts import markdown
 
 # Kind `cells` has to be so many times as fast as re-ranked IVFPQ with 32 of 4,096 cells, at this part of its TV or less,
-# and as FAISS's IVFFlat alone at the same cells and nprobe, which finds the same keys.
+# and as FAISS's IVFFlat alone at the same cells and nprobe, which finds the same keys but those after the same rare token.
 TO_DEFAULT, TV_PART, TO_IVFFLAT = 4, 0.5, 2
 END_TO_END = 3  # and so many times as fast in all that `memdec targets` does
 EXPONENT, PEAK_MB = 0.55, 600  # most growth of the time per row with N, and of memory
@@ -24,8 +24,8 @@ def against_faiss(rows: list[dict[str, str]]) -> list[str]:
         "## Kind `cells` against FAISS",
         "",
         "`python -m benchmarks.search --plan cells`: keys, k, TV and speed as above, all in one run, each with one thread.",
-        "Targets use `exact` distances: IVFPQ is then re-ranked, and positions after the same rare token are added to FAISS's",
-        "kinds. Distances `of the index` come without both: `ivfflat` and `ivfpq` are then FAISS alone, as released. Rows of",
+        "Targets use `exact` distances: IVFPQ is then re-ranked, and positions after the same rare token are added to every",
+        "kind. Distances `of the index` come without both: `ivfflat` and `ivfpq` are then FAISS alone, as released. Rows of",
         "targets are whole runs of `memdec targets` on an eighth of the positions: start, search, aggregation and writing.",
         "",
         *_table(rows, shown, 4),

@@ -64,7 +64,7 @@ PLANS: dict[str, dict[str, dict[str, Any]]] = {  # the order of the queries is t
     },
 }
 CELLS = {"search": 4096, "cells": 2048}
-NPROBE = {"search": [32, 128], "cells": [8, 16, 32, 64]}
+NPROBE = {"search": [32, 128], "cells": [8, 32, 34, 64]}
 BYTES, K, CONTEXT = 1_250_000, 1024, 512
 SHARDS, SHARD = 8, 3  # of the targets that are made end to end
 GPT2 = ModelSpec(
