@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from making import signed, write_store, write_tokens
 from safetensors.numpy import load_file
 
@@ -83,6 +85,31 @@ def test_neighbours_are_the_nearest_of_the_nearest_cells_and_after_a_rare_token(
             true = sorted((float(((keys[at] - query) ** 2).sum()), at) for at in there)[:25]
             missing = [(np.inf, -1)] * (25 - len(true))
             assert list(zip(sq_dist[row].tolist(), ids[row].tolist(), strict=True)) == true + missing
+
+
+neighbour_lists = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=8).map(
+    lambda all_: sorted({*all_})
+)
+
+
+@given(st.lists(st.tuples(neighbour_lists, neighbour_lists), min_size=1, max_size=4), st.integers(1, 6))
+def test_merged_neighbours_are_the_nearest_of_both_once(
+    both: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]], k: int
+) -> None:
+    """The first of two lists of (distance, position) are those of the index; every second row gets no others."""
+
+    def arrays(lists: list[list[tuple[int, int]]], width: int) -> cell_join.Pair:
+        padded = [[*each[:width], *[(np.inf, -1)] * (width - len(each))] for each in lists]
+        return np.array([[d for d, _ in row] for row in padded], np.float32).reshape(len(lists), width), np.array(
+            [[at for _, at in row] for row in padded], np.int64
+        ).reshape(len(lists), width)
+
+    found, rows = arrays([one[:k] for one, _ in both], k), np.arange(0, len(both), 2)
+    cell_join.merge(found, rows, arrays([other for _, other in both[::2]], 8))
+    for row, (one, other) in enumerate(both):
+        true = sorted({*one[:k], *(other if row % 2 == 0 else [])})[:k]
+        here = list(zip(*(each[row].tolist() for each in found), strict=True))
+        assert here == true + [(np.inf, -1)] * (k - len(true))
 
 
 def test_all_cells_give_the_rows_of_exact_search(home: Path, tmp_path: Path) -> None:
