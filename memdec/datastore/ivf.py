@@ -49,7 +49,9 @@ class IvfIndex:
             block = np.ascontiguousarray(codes[first : first + PER_CALL])
             if settings.centroids > 1:  # FAISS leaves out the number of an only cell
                 cells_of(block, settings.centroids, folder)  # FAISS would write beyond its lists
-            index.add_sa_codes(block, np.arange(first, first + len(block)))
+            # By a name, as FAISS up to 1.13 keeps no reference, and would read freed memory.
+            positions = np.arange(first, first + len(block))
+            index.add_sa_codes(block, positions)
         self._on_gpu = bool(_n_gpus(device))
         if self._on_gpu:
             options = faiss.GpuMultipleClonerOptions()

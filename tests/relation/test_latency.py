@@ -164,7 +164,7 @@ def test_an_artefact_with_figures(
     assert set(manifest.files) == names | {f"{f}.{e}" for f in ("latency", "growth") for e in ("png", "svg")}
     assert (out / "latency.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     rows = json.loads((out / "records.json").read_text())
-    table = pd.read_csv(out / "latency.csv")
+    table = pd.read_csv(out / "latency.csv", float_precision="round_trip")
     assert len(rows) == len(table) == 5 * 5
     assert table["seconds"].tolist() == [row["seconds"] for row in rows]
     lines = (out / "latency.md").read_text().splitlines()
