@@ -425,7 +425,10 @@ class IndexSettings(Settings):
     centroids: PositiveInt = Field(4096, description="cells of an index that is not exact (released: 4096)")
     code_size: PositiveInt = Field(64, description="bytes of a key's compressed code in ivfpq (released: 64)")
     opq: bool = Field(False, description="rotate the keys before ivfpq (ours)")
-    sample: PositiveInt = Field(1_000_000, description="keys that train the cells and codes (released: 1,000,000)")
+    sample: PositiveInt = Field(
+        1_000_000,
+        description="keys that train the cells and codes (released: 1,000,000); kind cells takes 64 a cell at most",
+    )
     seed: int = Field(0, ge=0, lt=2**31 - 1, description="seed of the sample and of k-means")
     check_queries: PositiveInt = Field(
         256, description="queries used to measure the index's recall and total variation (ours)"
@@ -441,6 +444,15 @@ class IndexSettings(Settings):
     def has_cells(self) -> bool:
         """Whether the index has cells, of which a search visits only some."""
         return self.kind != "exact"
+
+    @property
+    def training(self) -> tuple[int, int]:
+        """Rounds of k-means, and the keys that train the index.
+
+        FAISS's own rounds are 25. Kind `cells` has no codes to train; more than 10 rounds over 64 keys a cell would take most
+        of the time of its index and find no truer neighbours.
+        """
+        return (10, min(self.sample, 64 * self.centroids)) if self.kind == "cells" else (25, self.sample)
 
     @property
     def measured_neighbours(self) -> list[int]:

@@ -83,7 +83,7 @@ def _check(store: Datastore, settings: IndexSettings, device: torch.device | Non
                 stacklevel=2,
             )
         return
-    sample = min(settings.sample, n)
+    sample = min(settings.training[1], n)
     if kind == "ivfpq" and d % settings.code_size:
         fits = [m for m in range(1, d + 1) if d % m == 0]
         near = sorted(sorted(fits, key=lambda m: abs(m - settings.code_size))[:3])

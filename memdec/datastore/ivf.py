@@ -180,7 +180,8 @@ def train(store: Datastore, out: Path, settings: IndexSettings, device: torch.de
     path = out / TRAINED
     if _is_trained(path, store, settings):
         return
-    _, keys = store.sample(settings.sample, settings.seed)
+    rounds, sample = settings.training
+    _, keys = store.sample(sample, settings.seed)
     trained: Trained = {}
     if settings.opq:
         opq = faiss.OPQMatrix(store.width, settings.code_size)
@@ -194,6 +195,7 @@ def train(store: Datastore, out: Path, settings: IndexSettings, device: torch.de
         keys = rotate(keys, trained)
     clustering = faiss.Clustering(store.width, settings.centroids)
     clustering.seed, clustering.min_points_per_centroid, clustering.verbose = settings.seed, 1, True
+    clustering.niter = rounds
     cells = faiss.IndexFlatL2(store.width)
     on_gpu = faiss.index_cpu_to_all_gpus(cells) if _n_gpus(device) else cells
     clustering.train(keys, on_gpu)

@@ -282,11 +282,13 @@ class _Formulas:
         return self._placed(held, self._bytes() * shape.parameters, self.key, launched=True, seconds=seconds, disk=size)
 
     def index(self) -> Cost:
-        """start + sample x centroids x 20 rounds and N x centroids distances, and the queries that check it"""
+        """start + sample x centroids x rounds and N x centroids distances, and the queries that check it"""
         settings, shape = self.study.index, self.sizes.shape(self.key)
         n = self._tokens(self.key, self.study.datastore.split)
         rate, cells = self.rates.at("search", shape.width), settings.centroids if settings.has_cells else 0
-        work = (20 * min(settings.sample, n) + n) * cells * 2 * shape.width / self.rates.at("score", shape.width)
+        rounds, most = settings.training
+        sample = min(most, n)
+        work = (rounds * sample + n) * cells * 2 * shape.width / self.rates.at("score", shape.width)
         checks = settings.check_queries * n * 2 * shape.width / rate if settings.has_cells else 0.0
         size = {
             "exact": 0.0,
@@ -294,9 +296,7 @@ class _Formulas:
             "ivfflat": n * (shape.width * 2 + 8),
             "ivfpq": n * (settings.code_size + 8),
         }[settings.kind] + 4 * cells * shape.width
-        held = min(settings.sample, n) * shape.width * 4 * settings.has_cells + (
-            size if settings.kind != "cells" else 0
-        )
+        held = sample * shape.width * 4 * settings.has_cells + (size if settings.kind != "cells" else 0)
         return self._search_cost(work + checks + self._again(n, shape), held, size)
 
     def calibrate(self) -> Cost:
