@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.special import softmax
 
 from memdec.artefacts import artefact
+from memdec.datastore.keys import Datastore
 from memdec.datastore.search import Pair, Searcher
 from memdec.errors import ConfigError
 from memdec.maths import knn
@@ -65,6 +67,22 @@ def measure(
             recall = knn.recall(near[1], true[1])
             results[str(nprobe)][name] = {"recall": recall, "total_variation": variations}
     return results
+
+
+def same_place(store: Datastore, own: Int[np.ndarray, " B"], true: Pair) -> float:
+    """The share of p_kNN (tau 1) that is on keys of the query's own place in its window, mean over queries.
+
+    Args:
+        store: The keys.
+        own: Positions of the queries.
+        true: As in `measure`.
+    """
+    sq_dist, ids = true
+    if not ids.shape[1]:
+        return 0.0
+    weights = softmax(-sq_dist.astype(np.float64), axis=1)
+    there = store.places(ids) == store.places(own)[:, None]
+    return float((weights * there).sum(1).mean())
 
 
 def _name(temperature: float) -> str:

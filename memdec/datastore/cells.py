@@ -4,7 +4,8 @@ The index is the centroids (`trained.safetensors`) and the cell of each key (`co
 loaded, positions are sorted by cell, 4 bytes each. The keys stay where they are: the keys of a cell are gathered when
 queries search it, once for many queries. `memdec.maths.cell_join` compares them on the CPU, `device_cells` on a GPU.
 
-A query whose last input token is rare is compared with the positions after that token, too (`rare_tokens`).
+A query is also compared with positions that are likely neighbours in other cells: those after its last input token if
+that is rare, and in some datastores those of its own place in a window (`candidates`).
 """
 
 from pathlib import Path
@@ -16,9 +17,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from memdec.artefacts import arrays, devices
-from memdec.datastore import ivf
+from memdec.datastore import candidates, ivf
 from memdec.datastore.keys import Datastore
-from memdec.datastore.rare_tokens import MOST, RareTokens
 from memdec.maths import cell_join, exact_search
 from memdec.settings import IndexSettings
 
@@ -34,6 +34,7 @@ class CellSearch:
         settings: Settings of the index.
         folder: Folder of the index.
         parts: (first position, keys) of each shard of the datastore, as `kernels.bits`.
+        by_place: Whether positions of the query's own place in a window are candidates (`candidates.by_place`).
 
     Attributes:
         store: The keys.
@@ -41,11 +42,12 @@ class CellSearch:
         starts: Cell c has the keys positions[starts[c] : starts[c + 1]].
         positions: Positions of the keys, cell after cell.
         nprobe: Number of cells that a query searches.
-        rare: Positions after rare tokens.
-        rare_cells: Cell of each of these.
+        beside: Sets of positions that are candidates beside those of the cells, and the cell of each of their positions.
     """
 
-    def __init__(self, store: Datastore, settings: IndexSettings, folder: Path, parts: Parts) -> None:
+    def __init__(
+        self, store: Datastore, settings: IndexSettings, folder: Path, parts: Parts, *, by_place: bool = False
+    ) -> None:
         self.store, self._parts, self.nprobe = store, parts, 1
         self.centroids = ivf.load_trained(folder, store, settings)["centroids"].astype(np.float32)
         codes = arrays.load(folder / ivf.CODES, np.uint8, (store.n, ivf.cell_bytes(settings.centroids)))
@@ -54,8 +56,10 @@ class CellSearch:
             block = codes[first : first + ivf.PER_CALL]
             cells[first : first + len(block)] = ivf.cells_of(block, settings.centroids, folder)
         self.starts, self.positions = cell_join.grouped(cells, settings.centroids)
-        self.rare = RareTokens(store.values, store.facts["vocab_size"])
-        self.rare_cells = cells[self.rare.positions]
+        sets = [candidates.rare_tokens(store.values, store.facts["vocab_size"])]
+        if by_place:
+            sets.append(candidates.same_place(store.places(np.arange(store.n))))
+        self.beside = [(each, cells[each.positions]) for each in sets]
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search the nearest `nprobe` cells from now on."""
@@ -74,7 +78,7 @@ class CellSearch:
             queries: float32, finite.
             own: Position of each query, -1 if it is no key.
             neighbours: K.
-            inputs: Last input token of each query, -1 if it has none; None: search in cells only.
+            inputs: Last input token of each query, -1 if it has none; None: search in cells only, without `beside`.
 
         Raises:
             NumericsError: A key that is compared is NaN, infinite or too large.
@@ -82,14 +86,20 @@ class CellSearch:
         probes = cell_join.nearest_cells(queries, self.centroids, self.nprobe)
         found = self._nearest(queries, own, probes, self.starts, self.positions, neighbours)
         if inputs is not None:
-            begin, end = self.rare.spans(inputs)
-            rows = np.flatnonzero(begin < end)
-            after = inputs[rows, None]  # a token is a cell of its own
-            more = self._nearest(
-                queries[rows], own[rows], after, self.rare.edges, self.rare.positions, min(neighbours, MOST)
-            )
-            cell_join.merge(found, rows, more)
+            for (beside, _), number in zip(self.beside, self.numbers(own, inputs), strict=True):
+                begin, end = beside.spans(number)
+                rows = np.flatnonzero(begin < end)
+                if not len(rows):
+                    continue
+                chosen = number[rows, None]  # a set is searched as one more cell
+                most = min(neighbours, beside.largest)
+                more = self._nearest(queries[rows], own[rows], chosen, beside.edges, beside.positions, most)
+                cell_join.merge(found, rows, more)
         return found
+
+    def numbers(self, own: Int[np.ndarray, " B"], inputs: Int[np.ndarray, " B"]) -> list[Int[np.ndarray, " B"]]:
+        """The set of each query in each of `beside`: its last input token, and its place; -1 for none."""
+        return [inputs, np.where(own < 0, -1, self.store.places(own))][: len(self.beside)]
 
     def _nearest(
         self,

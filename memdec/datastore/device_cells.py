@@ -8,7 +8,7 @@ All queries of a call that search a cell are compared with it in one matrix prod
 3. Proof: if the k-th exact distance is below the largest bound of the candidates, no other key of these cells can be
    nearer. For the few queries without this proof, exact distances to all keys of their cells are computed.
 
-Then positions after the same rare token (`rare_tokens`) are added, by their exact distances.
+Then positions that are candidates beside the cells (`candidates`) are added, by their exact distances.
 
 So the result is that of exact distances, with ties broken by position. It does not depend on the other queries of a call,
 the memory of the device or the rounding of the products. `cells.CellSearch` on the CPU gives the same neighbours, but
@@ -47,7 +47,7 @@ _WORK = 0.6  # fraction of the remaining memory for one pass; the model needs me
 _BYTES = 12  # bytes per bound of a pass: the bound, and the copies that the selection makes of some bounds
 _BYTES_CHOSEN = 128  # bytes per candidate: its place, its distance, its code, and what their sort needs
 _BYTES_SETTLED = 64  # the same for each key of a query that needs step 3
-_BYTES_RARE = 64  # the same for each position after a rare token, beside its query and its key
+_BYTES_BESIDE = 64  # the same for each position beside the cells, without its query and its key
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,10 @@ class DeviceCells:
         self._n_parts = torch.from_numpy(n_parts).to(device)
         self._part_of_cell = torch.from_numpy(np.cumsum(n_parts) - n_parts).to(device)
         self._steps = torch.from_numpy(self._n_steps).to(device)
-        self._rare = torch.from_numpy(index.rare.positions.astype(np.int64)).to(device)
-        self._rare_cells = torch.from_numpy(index.rare_cells.astype(np.int64)).to(device)
+        self._beside = [
+            tuple(torch.from_numpy(each.astype(np.int64)).to(device) for each in (beside.positions, cells))
+            for beside, cells in index.beside
+        ]
 
         room = free_memory(device) if room is None else room
         # A held key is there as stored, in float32 with the centre subtracted, with its norm and its position.
@@ -198,18 +200,24 @@ class DeviceCells:
                     found = torch.cat([codes[some], found], 1).sort(1).values[:, : codes.shape[1]]
                 codes[some] = found
         if inputs is not None:
-            self._add_rare(queries, own, inputs, probes, codes)
+            numbers = self._index.numbers(own.cpu().numpy(), inputs)
+            for (beside, _), there, number in zip(self._index.beside, self._beside, numbers, strict=True):
+                spans = (torch.from_numpy(edge).to(self.device) for edge in beside.spans(number))
+                self._add(queries, own, (*there, *spans), probes, codes)
 
-    def _add_rare(
-        self, queries: Tensor, own: Tensor, inputs: Int[np.ndarray, " B"], probes: Tensor, codes: Int[Tensor, "B K"]
+    def _add(
+        self, queries: Tensor, own: Tensor, beside: tuple[Tensor, ...], probes: Tensor, codes: Int[Tensor, "B K"]
     ) -> None:
-        """Keep those positions after the same rare token that are nearer, in place of the last ones."""
-        begin, end = (torch.from_numpy(edge).to(self.device) for edge in self._index.rare.spans(inputs))
-        widest = int((end - begin).max()) if len(inputs) else 0
+        """Keep those positions of each query's set that are nearer, in place of the last ones.
+
+        `beside` is the positions of all sets, their cells, and where the set of each query begins and ends.
+        """
+        positions, cells, begin, end = beside
+        widest = int((end - begin).max()) if len(begin) else 0
         if not widest:
             return
         width, n_cells = queries.shape[1], len(self._centroids)
-        per_query = n_cells + widest * (_BYTES_RARE + width * (4 + self._keys.element_size()))
+        per_query = n_cells + widest * (_BYTES_BESIDE + width * (4 + self._keys.element_size()))
         size = max(1, self._room // per_query)
         for low in range(0, len(queries), size):
             some = slice(low, low + size)
@@ -218,11 +226,11 @@ class DeviceCells:
             entry.masked_fill_(~there, 0)
             searched = torch.zeros(len(entry), n_cells, dtype=torch.bool, device=self.device)
             searched.scatter_(1, probes[some], True)
-            there &= ~searched.gather(1, self._rare_cells[entry]) & (self._rare[entry] != own[some, None])
+            there &= ~searched.gather(1, cells[entry]) & (positions[entry] != own[some, None])
             row, column = there.nonzero(as_tuple=True)
             if not len(row):
                 continue
-            ids = self._rare[entry[row, column]]
+            ids = positions[entry[row, column]]
             keys, place = self._found(ids)
             sq_dist = exact_search.row_distances(queries[some][row], keys, place[:, None])[:, 0]
             found = exact_search.encode(sq_dist, ids)
@@ -232,8 +240,10 @@ class DeviceCells:
             more = codes.new_full((len(entry), int(count.max())), exact_search.NONE)
             more[row, torch.arange(len(row), device=self.device) - (count.cumsum(0) - count)[row]] = found
             rows = count.nonzero()[:, 0]
-            both = torch.cat([codes[low + rows], more[rows]], 1)
-            codes[low + rows] = both.sort(1).values[:, : codes.shape[1]]
+            both = torch.cat([codes[low + rows], more[rows]], 1).sort(1).values
+            # What another set gave, too, has the same code.
+            twice = torch.nn.functional.pad(both[:, 1:] == both[:, :-1], (1, 0))
+            codes[low + rows] = both.masked_fill_(twice, exact_search.NONE).sort(1).values[:, : codes.shape[1]]
 
     def _pairs(self, probes: Int[Tensor, "B P"]) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
         """Query and part of every pair, in the order of queries."""

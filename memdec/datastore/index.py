@@ -23,7 +23,7 @@ from safetensors.numpy import load, save
 from tqdm import tqdm
 
 from memdec.artefacts import arrays, artefact, devices, resources
-from memdec.datastore import accuracy
+from memdec.datastore import accuracy, candidates
 from memdec.datastore.keys import Datastore, is_array
 from memdec.datastore.search import BLOCK, Searcher
 from memdec.errors import ConfigError
@@ -170,11 +170,18 @@ def _fill(
         codes.flush()
     sq_dist, ids = truth.result()
     true = knn.drop_self(sq_dist.numpy(), ids.numpy(), own, neighbours)
-    measured = accuracy.measure(Searcher(store, settings, out, device), queries, own, true)
+    checked: dict[str, Any] = {"queries": len(own), "neighbours": neighbours}
+    by_place = False
+    if settings.kind == "cells":
+        checked["same_place"] = accuracy.same_place(store, own, true)
+        by_place = candidates.by_place(checked["same_place"], store.stride, settings.centroids)
+    checked["nprobe"] = measured = accuracy.measure(
+        Searcher(store, settings, out, device, by_place=by_place), queries, own, true
+    )
     if settings.kind == "exact" and measured["all"]["rescored"]["recall"] < _EXACT:
         warnings.warn(
             f"index: exact search found {measured['all']['rescored']['recall']:.4f} of the true neighbours; float32 "
             "cannot resolve the distances between these keys, check the key point",
             stacklevel=2,
         )
-    return {"check": {"queries": len(own), "neighbours": neighbours, "nprobe": measured}}
+    return {"check": checked, **({"by_place": by_place} if settings.kind == "cells" else {})}

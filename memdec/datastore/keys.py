@@ -26,7 +26,7 @@ from tqdm import tqdm
 from memdec.artefacts import arrays, artefact, devices, resources
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.maths import kernels
-from memdec.maths.windows import Window, windows
+from memdec.maths.windows import Window, places, windows
 from memdec.models import loading
 from memdec.models.keypoints import KeyPoint
 from memdec.settings import AUTO, Compute, DatastoreSettings, parse
@@ -287,6 +287,15 @@ class Datastore:
     def edges(self) -> Int[np.ndarray, " passes+1"]:
         """First position of each forward pass, then the end of the last one."""
         return _edges(_passes(self.n, *self._window, self.settings.batch_size), self.n)
+
+    @property
+    def stride(self) -> int:
+        """Positions by which windows move; all but the first window give so many keys."""
+        return int(self._window[1])
+
+    def places(self, positions: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+        """Place of these positions in their windows (`windows.places`)."""
+        return places(positions, self.n, *self._window)
 
     @property
     def values(self) -> NDArray[np.integer]:

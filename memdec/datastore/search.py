@@ -3,7 +3,7 @@
 Exact search reads all keys in blocks, or keeps them on the GPU (`device_search`). For ivfflat and ivfpq, FAISS searches
 only the nearest cells (`ivf`). In both cases the candidates are then sorted by exact distances to the stored keys. Kind
 `cells` computes exact distances to all keys of the nearest cells (`cells`, and `device_cells` on a GPU). All search in
-cells adds positions after the same rare token (`rare_tokens`).
+cells adds positions after the same rare token, and kind `cells` some of the same place in a window (`candidates`).
 """
 
 from pathlib import Path
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memdec.artefacts import artefact, devices, resources
+from memdec.datastore import candidates
 from memdec.datastore.device_search import DeviceSearch
 from memdec.datastore.keys import Datastore
-from memdec.datastore.rare_tokens import RareTokens
 from memdec.errors import ArtifactError, ConfigError
 from memdec.maths import kernels, knn
 from memdec.maths.exact_search import Nearest
@@ -37,16 +37,23 @@ class Searcher:
         settings: Settings of the index.
         folder: Folder of the index.
         device: Where to search; None means a GPU if there is one.
+        by_place: Whether kind `cells` has positions of the query's own place as candidates (`candidates.by_place`).
     """
 
     def __init__(
-        self, store: Datastore, settings: IndexSettings, folder: Path, device: torch.device | None = None
+        self,
+        store: Datastore,
+        settings: IndexSettings,
+        folder: Path,
+        device: torch.device | None = None,
+        *,
+        by_place: bool = False,
     ) -> None:
         self.store, self.settings, self._device = store, settings, device
         self._on_device: Any = None
         self._values: Tensor | None = None
         self._ivf: Any = None
-        self._rare: RareTokens | None = None  # those of search in cells with FAISS
+        self._rare: candidates.Sets | None = None  # those of search in cells with FAISS
         self.cells: Any = None  # the `cells.CellSearch` of an index of this kind
         # Candidates are at random positions: reading them from memory takes half the time of a memory map, whose pages
         # are small.
@@ -56,13 +63,13 @@ class Searcher:
             from memdec.datastore.cells import CellSearch  # exact search needs no faiss
 
             self.store.require_stored("use kind ivfpq or ivfflat, not cells")
-            self.cells = CellSearch(store, settings, folder, self._parts)
+            self.cells = CellSearch(store, settings, folder, self._parts, by_place=by_place)
         elif settings.has_cells:
             from memdec.datastore.ivf import IvfIndex
 
             self._ivf = IvfIndex(store, settings, folder, device)
             if store.parts:
-                self._rare = RareTokens(store.values, store.facts["vocab_size"])
+                self._rare = candidates.rare_tokens(store.values, store.facts["vocab_size"])
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search the nearest `nprobe` cells from now on; no effect on an exact index.
@@ -272,7 +279,8 @@ def check_neighbours(store: Datastore, neighbours: int, *, own: bool = False) ->
 
 def load(store: Datastore, folder: Path, nprobe: int = 32, device: torch.device | None = None) -> Searcher:
     """Load the search over a datastore and its index, after checking that they match; `device` as for `Searcher`."""
-    settings: IndexSettings = parse(IndexSettings, check_same(store, folder).settings, str(folder))
-    searcher = Searcher(store, settings, folder, device)
+    manifest = check_same(store, folder)
+    settings: IndexSettings = parse(IndexSettings, manifest.settings, str(folder))
+    searcher = Searcher(store, settings, folder, device, by_place=manifest.facts.get("by_place", False))
     searcher.set_nprobe(nprobe)
     return searcher

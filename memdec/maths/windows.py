@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int
 from numpy.typing import NDArray
 
 from memdec.errors import ConfigError
@@ -66,6 +67,14 @@ def windows(n_tokens: int, context: int, stride: int) -> list[Window]:
     if context < 1 or not 1 <= stride <= context:
         raise ConfigError(f"windows: need 1 <= stride <= context, found stride {stride}, context {context}")
     return list(_generate(n_tokens, context, stride))
+
+
+def places(positions: Int[np.ndarray, "*shape"], n_tokens: int, context: int, stride: int) -> Int[np.ndarray, "*shape"]:
+    """Place of each of these positions among the predictions of its window, 0 to `context` - 1."""
+    steps = np.maximum(0, (positions - context) // stride + 1)
+    end = np.minimum(context + stride * steps, n_tokens)
+    place: NDArray[np.integer] = positions - np.maximum(0, end - context)
+    return place
 
 
 def sample(parts: Sequence[Window], stride: int, most: int, seed: int) -> list[Window]:

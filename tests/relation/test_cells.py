@@ -18,6 +18,7 @@ from memdec.datastore.keys import Datastore
 from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.maths import cell_join
+from memdec.maths.windows import windows
 from memdec.settings import IndexSettings, TargetSettings
 
 N, D, V, CELLS = 900, 7, 30, 12
@@ -60,9 +61,14 @@ def equal(one: TargetReader, other: TargetReader) -> None:
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
 
-def test_neighbours_are_the_nearest_of_the_nearest_cells_and_after_a_rare_token(home: Path) -> None:
+@pytest.mark.parametrize("by_place", [False, True])
+def test_neighbours_are_the_nearest_of_the_nearest_cells_and_of_the_other_candidates(
+    home: Path, by_place: bool
+) -> None:
     """Everything again in float64: assignment of keys, cells of a query, distances, the order of ties."""
-    searcher = search.load(Datastore(parts(home / "store")), home / "index-store", 3)
+    searcher = search.Searcher(Datastore(parts(home / "store")), SETTINGS, home / "index-store", by_place=by_place)
+    searcher.set_nprobe(3)
+    place = np.concatenate([np.arange(each.first, each.end) - each.begin for each in windows(N, 16, 8)])
     own, queries = searcher.store.sample(40, 5)
     keys = np.concatenate([block.copy() for _, block in searcher.store.blocks(0, N, 500)]).astype(np.float64)
     centroids = load_file(home / "index-store" / "trained.safetensors")["centroids"].astype(np.float64)
@@ -81,10 +87,32 @@ def test_neighbours_are_the_nearest_of_the_nearest_cells_and_after_a_rare_token(
             near = ((query - centroids) ** 2).sum(1).argsort(kind="stable")[:3]
             after = np.append(-1, values[:-1]) == inputs[row]  # of a rare token: all of the 30 are
             after[0] = False
-            there = [at for at in np.flatnonzero(np.isin(cell, near) | after) if at != me[row]]
+            level = (place == place[me[row]]) & bool(by_place and me[row] >= 0 and inputs is not no_token)
+            there = [at for at in np.flatnonzero(np.isin(cell, near) | after | level) if at != me[row]]
             true = sorted((float(((keys[at] - query) ** 2).sum()), at) for at in there)[:25]
             missing = [(np.inf, -1)] * (25 - len(true))
             assert list(zip(sq_dist[row].tolist(), ids[row].tolist(), strict=True)) == true + missing
+
+
+def test_keys_of_the_same_place_are_candidates_where_most_of_p_knn_is_on_them(tmp_path: Path) -> None:
+    """Keys of which the place in the window decides, as those of an untrained model with absolute positions."""
+    rng = np.random.default_rng(0)
+    stream = write_tokens(tmp_path / "tokens", rng.integers(0, V, N).astype(np.uint16))
+    place = np.concatenate([np.arange(each.first, each.end) - each.begin for each in windows(N, 16, 8)])
+    keys = {"place": 9 * rng.normal(size=(16, D))[place] + rng.normal(size=(N, D)), "none": rng.normal(size=(N, D))}
+    for name, each in keys.items():
+        store = write_store(tmp_path / name, each.astype(np.float32), stream)
+        for cells in (40, 70):  # of one place are some 112 keys: those of 5 cells, and of 9
+            folder = tmp_path / f"{name}-{cells}"
+            with warnings.catch_warnings(action="ignore"):
+                index.run(store, folder, SETTINGS.model_copy(update={"centroids": cells}))
+            facts = artefact.read(folder, "index").facts
+            assert facts["by_place"] == (name == "place" and cells == 40)
+            share = facts["check"]["same_place"]
+            assert share > 0.9 if name == "place" else share < 0.5
+            assert len(search.load(Datastore(store), folder, 1).cells.beside) == 1 + facts["by_place"]
+    recall = {cells: artefact.read(tmp_path / f"place-{cells}", "index").facts["check"]["nprobe"] for cells in (40, 70)}
+    assert recall[40]["1"]["rescored"]["recall"] == 1 > recall[70]["1"]["rescored"]["recall"]
 
 
 neighbour_lists = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=8).map(

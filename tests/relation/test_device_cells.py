@@ -32,7 +32,7 @@ def keys_of(kind: str) -> NDArray[np.float16]:
     return keys.astype(np.float16)
 
 
-def made(folder: Path, keys: NDArray[np.float16]) -> search.Searcher:
+def made(folder: Path, keys: NDArray[np.float16], *, by_place: bool = False) -> search.Searcher:
     """The search in 4 of 20 cells."""
     rng = np.random.default_rng(1)
     stream = write_tokens(folder / "tokens", rng.integers(0, V, len(keys)).astype(np.uint16))
@@ -40,18 +40,20 @@ def made(folder: Path, keys: NDArray[np.float16]) -> search.Searcher:
     chosen = IndexSettings(kind="cells", centroids=CELLS, check_queries=1, check_neighbours=20, check_nprobe=[4])
     with warnings.catch_warnings(action="ignore"):
         index.run(store, folder / "index", chosen)
-    return search.load(Datastore(store), folder / "index", 4)
+    searcher = search.Searcher(Datastore(store), chosen, folder / "index", by_place=by_place)
+    searcher.set_nprobe(4)
+    return searcher
 
 
-@pytest.mark.parametrize("rare", [False, True])
+@pytest.mark.parametrize("beside", ["nothing", "tokens", "tokens and places"])
 @pytest.mark.parametrize("kind", ["normal", "twins", "skewed"])
 def test_the_neighbours_are_those_of_the_cpu_whatever_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, rare: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, beside: str
 ) -> None:
     """Few spare candidates, so that many queries need the full search; large cells cut; cells that come and go."""
-    searcher = made(tmp_path, keys_of(kind))
+    searcher = made(tmp_path, keys_of(kind), by_place="places" in beside)
     own, queries = searcher.store.sample(400, 1)
-    inputs = np.random.default_rng(3).integers(-1, V, 400) if rare else None
+    inputs = None if beside == "nothing" else np.random.default_rng(3).integers(-1, V, 400)
     own[:50] = -1
     monkeypatch.setattr(device_cells, "_MORE", 2)
     settled = set()

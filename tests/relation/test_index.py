@@ -17,7 +17,7 @@ from making import CONTEXT, signed, write_store, write_tokens
 from numpy.typing import NDArray
 
 from memdec.artefacts import artefact
-from memdec.datastore import index, ivf, rare_tokens, search
+from memdec.datastore import candidates, index, ivf, search
 from memdec.datastore import keys as datastore
 from memdec.datastore.keys import Datastore
 from memdec.errors import ArtifactError, ConfigError, NumericsError, ResourceError
@@ -176,8 +176,8 @@ def test_missing_neighbours_are_told(store: list[Path], home: Path) -> None:
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=40), st.integers(0, 4))
 def test_positions_after_the_same_rare_token(values: list[int], limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rare_tokens, "MOST", limit)
-        found = rare_tokens.RareTokens(np.array(values, np.uint16), 7).of(np.arange(-1, 7))
+        patch.setattr(candidates, "MOST", limit)
+        found = candidates.rare_tokens(np.array(values, np.uint16), 7).of(np.arange(-1, 7))
     for row, token in zip(found, range(-1, 7), strict=True):
         after = [at + 1 for at, value in enumerate(values[:-1]) if value == token]
         assert [at for at in row if at >= 0] == (after if len(after) <= limit else [])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lm_eval.utils import get_rolling_token_windows
 
 from memdec.errors import ConfigError
-from memdec.maths.windows import Window, windows
+from memdec.maths.windows import Window, places, windows
 
 
 def test_the_picture() -> None:
@@ -29,6 +29,8 @@ def test_every_position_once_and_as_lm_eval(n: int, context: int, data: st.DataO
     ]
     assert ours == theirs
     assert all(part.n_inputs == min(context, n) for part in parts)
+    there = [p - part.begin for part in parts for p in range(part.first, part.end)]
+    assert places(np.arange(n), n, context, stride).tolist() == there
 
 
 @pytest.mark.parametrize(("context", "stride"), [(0, 1), (4, 0), (4, 5)])
