@@ -99,7 +99,9 @@ class CellSearch:
 
     def numbers(self, own: Int[np.ndarray, " B"], inputs: Int[np.ndarray, " B"]) -> list[Int[np.ndarray, " B"]]:
         """The set of each query in each of `beside`: its last input token, and its place; -1 for none."""
-        return [inputs, np.where(own < 0, -1, self.store.places(own))][: len(self.beside)]
+        if len(self.beside) == 1:
+            return [inputs]
+        return [inputs, np.where(own < 0, -1, self.store.places(own))]
 
     def _nearest(
         self,
