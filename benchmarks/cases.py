@@ -431,7 +431,7 @@ def targets_end_to_end(n: int) -> tuple[Work, Work]:
     """Targets of a store, k = 256, from keys to files, against numpy search, dense scatter, a loop and JSON lists."""
     width, k, temperature = 64, 256, 16.0
     store, stream, keys = _store(n, width, 20_000)
-    index.run(store, store.parent / "index", IndexSettings(check_queries=1))
+    index.run(store, store.parent / "index", IndexSettings(kind="exact", check_queries=1))
 
     def ours() -> Files:
         folder = _scratch()

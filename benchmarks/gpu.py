@@ -223,7 +223,8 @@ def store_of(sizes: Sizes, device: str) -> tuple[Path, Path]:
     keys = (0.7 * draw(500, sizes.key_width))[cluster] + draw(sizes.keys, sizes.key_width)
     store, _ = write_store(keys.half().cpu().numpy(), (cluster * 97).cpu().numpy().astype(np.uint16))
     # One check query is enough: its result is not used, and each costs a conversion of all keys to float64.
-    index.run(store, store.parent / "index", IndexSettings(check_queries=1, check_neighbours=sizes.neighbours))
+    settings = IndexSettings(kind="exact", check_queries=1, check_neighbours=sizes.neighbours)
+    index.run(store, store.parent / "index", settings)
     return store, store.parent / "index"
 
 

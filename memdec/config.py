@@ -626,7 +626,7 @@ class Config(Settings):
         """Settings of datastore, index and targets that contradict each other."""
         wrong = []
         if not self.datastore.stored:
-            if self.index.kind in ("exact", "cells"):
+            if self.index.kind in ("auto", "exact", "cells"):
                 wrong.append(
                     f"index.kind: expected ivfpq or ivfflat with datastore.stored false, found {self.index.kind}"
                 )

@@ -5,6 +5,7 @@ script, or this project ("ours").
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -414,13 +415,17 @@ class DatastoreSettings(Settings):
     batch_size: PositiveInt = Field(16, description="windows per forward pass")
 
 
+FEW_KEYS = 100_000  # above so many keys, kind `cells` takes a fraction of the time of exact search on a CPU
+
+
 class IndexSettings(Settings):
     """Search index over the keys; the defaults of IVFPQ are the paper's."""
 
-    kind: Literal["exact", "cells", "ivfflat", "ivfpq"] = Field(
-        "exact",
+    kind: Literal["auto", "exact", "cells", "ivfflat", "ivfpq"] = Field(
+        "auto",
         description="exact: compare with all keys; cells: exact distances to the keys of the nearest cells, for many "
-        "queries at once (ours); ivfflat, ivfpq: FAISS compares each query with the keys of the nearest cells",
+        "queries at once (ours); ivfflat, ivfpq: FAISS compares each query with the keys of the nearest cells; auto: exact "
+        "up to 100,000 keys, above that cells, four times the root of their number",
     )
     centroids: PositiveInt = Field(4096, description="cells of an index that is not exact (released: 4096)")
     code_size: PositiveInt = Field(64, description="bytes of a key's compressed code in ivfpq (released: 64)")
@@ -440,10 +445,21 @@ class IndexSettings(Settings):
         description="values of nprobe to measure, which helps to choose 'targets.nprobe' (ours)",
     )
 
+    def for_size(self, n: int) -> "IndexSettings":
+        """These settings with the kind and the cells that `auto` means for n keys.
+
+        The size alone decides, so that the same text gives the same targets on any machine.
+        """
+        if self.kind != "auto":
+            return self
+        if n <= FEW_KEYS:
+            return self.model_copy(update={"kind": "exact"})
+        return self.model_copy(update={"kind": "cells", "centroids": round(4 * math.sqrt(n))})
+
     @property
     def has_cells(self) -> bool:
-        """Whether the index has cells, of which a search visits only some."""
-        return self.kind != "exact"
+        """Whether the index has cells, of which a search visits only some; `auto` has to be settled before (`for_size`)."""
+        return self.kind not in ("auto", "exact")
 
     @property
     def training(self) -> tuple[int, int]:
@@ -457,7 +473,7 @@ class IndexSettings(Settings):
     @property
     def measured_neighbours(self) -> list[int]:
         """The k at which the index measures its total variation: those of `calibrate`'s candidates below the main one."""
-        candidates = CalibrateSettings().neighbours if self.has_cells else []
+        candidates = CalibrateSettings().neighbours if self.kind != "exact" else []
         return sorted({self.check_neighbours, *(k for k in candidates if k < self.check_neighbours)})
 
     @property
@@ -472,7 +488,7 @@ class IndexSettings(Settings):
             ("tau", temperatures, self.measured_temperatures),
         ):
             missing = sorted({float(each) for each in wanted} - set(map(float, known)))
-            if missing and self.has_cells:
+            if missing and self.kind != "exact":  # an index of kind auto may get cells
                 listed = ", ".join(f"{each:g}" for each in known)
                 return f"expected one of {name} {listed}, at which the index measures it, found {missing[0]:g}"
         return None

@@ -29,13 +29,12 @@ from memdec.datastore.search import BLOCK, Searcher
 from memdec.errors import ConfigError
 from memdec.maths import knn
 from memdec.maths.exact_search import Nearest
-from memdec.settings import IndexSettings
+from memdec.settings import FEW_KEYS, IndexSettings
 
 PER_CALL = 65_536  # keys encoded per call
 _CHECKPOINT = 60.0  # seconds between two checkpoints
 _EXACT = 0.999  # warn if the recall of exact search is lower; ties between distances may cost a little
 MANY = 1_000_000  # keys from which an exact search of all of them by all of them takes long on a GPU
-MANY_ON_CPU = 100_000  # the same on a CPU, where kind `cells` then takes a fraction of the time
 _POINTS = 39  # training keys per centroid below which FAISS warns
 
 
@@ -50,6 +49,7 @@ def run(
     `device` runs k-means and search; None means a GPU if there is one.
     """
     store = Datastore(datastore)
+    settings = settings.for_size(store.n)
     _check(store, settings, device)
     stage = "cells" if settings.kind == "cells" else None
     with artefact.building(out, "index", settings, {"datastore": store.recipe}, stage=stage) as build:
@@ -76,7 +76,7 @@ def _check(store: Datastore, settings: IndexSettings, device: torch.device | Non
     if kind in ("exact", "cells"):
         store.require_stored(f"use kind ivfpq or ivfflat, not {kind}")
     if kind == "exact":
-        if n > (MANY_ON_CPU if devices.pick_for(device).type == "cpu" else MANY):
+        if n > (FEW_KEYS if devices.pick_for(device).type == "cpu" else MANY):
             warnings.warn(
                 f"index: exact search compares each query with all {n:,} keys: targets of every position take "
                 f"{2.0 * n * n * d:.1e} operations; kinds cells, ivfflat and ivfpq search the nearest cells only",

@@ -283,8 +283,8 @@ class _Formulas:
 
     def index(self) -> Cost:
         """start + sample x centroids x rounds and N x centroids distances, and the queries that check it"""
-        settings, shape = self.study.index, self.sizes.shape(self.key)
-        n = self._tokens(self.key, self.study.datastore.split)
+        shape, n = self.sizes.shape(self.key), self._tokens(self.key, self.study.datastore.split)
+        settings = self.study.index.for_size(int(n))
         rate, cells = self.rates.at("search", shape.width), settings.centroids if settings.has_cells else 0
         rounds, most = settings.training
         sample = min(most, n)
@@ -318,8 +318,9 @@ class _Formulas:
         queries, k = n * self._part(), self._k
         seconds = self._search(queries, n, shape, k) + self._again(queries, shape)
         held = settings.batch_size * k * 24.0
-        if self.study.index.kind in ("ivfflat", "ivfpq"):
-            held += n * (shape.width * 2 if self.study.index.kind == "ivfflat" else self.study.index.code_size + 8)
+        index = self.study.index
+        if index.kind in ("ivfflat", "ivfpq"):
+            held += n * (shape.width * 2 if index.kind == "ivfflat" else index.code_size + 8)
         return self._search_cost(seconds, held, queries * self._row(shape))
 
     def teacher(self) -> Cost:
@@ -447,6 +448,7 @@ class _Formulas:
 
 def _compared(index: IndexSettings, nprobe: int, n: float) -> float:
     """Keys that a query is compared with, in distances to whole keys."""
+    index = index.for_size(int(n))
     if not index.has_cells:
         return n
     probed = n * min(nprobe, index.centroids) / index.centroids

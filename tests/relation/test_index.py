@@ -370,13 +370,29 @@ def test_exact_search_of_very_many_keys_is_a_warning(
     store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index, "MANY", 2999)
-    settings = IndexSettings(check_queries=8, check_neighbours=8)
+    settings = IndexSettings(kind="exact", check_queries=8, check_neighbours=8)
     index.run(store, tmp_path / "few", settings, torch.device("cpu"))
-    monkeypatch.setattr(index, "MANY_ON_CPU", 2999)
+    monkeypatch.setattr(index, "FEW_KEYS", 2999)
     with pytest.warns(
         UserWarning, match=r"compares each query with all 3,000 keys: .* take \d\.\de\+\d+ operations; kinds cells"
     ):
         index.run(store, tmp_path / "i", settings, torch.device("cpu"))
+
+
+def test_the_number_of_keys_alone_decides_what_auto_means(
+    store: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to a limit exact search, above it four cells for each root of a key; the artefact is that of the stated kind."""
+    checks = {"check_queries": 8, "check_neighbours": 8}
+    assert IndexSettings().kind == "auto"
+    for limit, stated in ((3000, {"kind": "exact"}), (2999, {"kind": "cells", "centroids": 219})):
+        monkeypatch.setattr("memdec.settings.FEW_KEYS", limit)
+        with warnings.catch_warnings(action="ignore"):
+            index.run(store, tmp_path / f"auto-{limit}", IndexSettings(**checks))
+            index.run(store, tmp_path / f"stated-{limit}", IndexSettings(**checks, **stated))
+        ours, theirs = (artefact.read(tmp_path / f"{name}-{limit}", "index") for name in ("auto", "stated"))
+        assert (ours.settings, ours.recipe) == (theirs.settings, theirs.recipe)
+        assert ours.settings["kind"] == stated["kind"]
 
 
 def test_fault_14_few_keys_per_centroid_are_a_warning(store: list[Path], tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
         ({"corpora": {"a": {"source": "files"}}}, "either 'path' .* or 'paths'"),
         (
             {"datastore": {"stored": False}},
-            "index.kind: expected ivfpq or ivfflat with datastore.stored false, found exact",
+            "index.kind: expected ivfpq or ivfflat with datastore.stored false, found auto",
         ),
         (
             {"datastore": {"stored": False}, "index": {"kind": "cells"}},
