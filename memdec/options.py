@@ -197,6 +197,7 @@ _FACTS = (
     "positions",
     "width",
     "keys",
+    "cells",
     "entries",
     "passages",
     "valid_perplexity",

@@ -61,6 +61,8 @@ def run(
             ivf.train(store, out, settings, device)
         facts = _fill(store, out, settings, build.work, device)
         build.facts.update(keys=store.n, width=store.width, bytes_per_key=sum(_sizes(out)) / store.n, **facts)
+        if settings.has_cells:
+            build.facts["cells"] = settings.centroids
         build.facts["device"] = devices.described(devices.pick_for(device))
 
 

@@ -393,6 +393,7 @@ def test_the_number_of_keys_alone_decides_what_auto_means(
         ours, theirs = (artefact.read(tmp_path / f"{name}-{limit}", "index") for name in ("auto", "stated"))
         assert (ours.settings, ours.recipe) == (theirs.settings, theirs.recipe)
         assert ours.settings["kind"] == stated["kind"]
+        assert ours.facts.get("cells") == stated.get("centroids")
 
 
 def test_fault_14_few_keys_per_centroid_are_a_warning(store: list[Path], tmp_path: Path) -> None:
