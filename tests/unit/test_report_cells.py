@@ -49,9 +49,12 @@ def test_growth_is_the_slope_of_logarithms(power: float, peak: float, verdict: s
     rows = [
         {"width": "64", "n": str(n), "us_per_row": str(3 * n**power), "peak_mb": str(peak if n > 1000 else 1)}
         | dict.fromkeys(("cells", "nprobe", "us_per_row_exact", "us_per_key", "keys_mb", "machine"), "1")
+        | {f"{what}_{kind}": str(4 * n**power) for what in ("us_per_row", "tv") for kind in ("ivfflat", "ivfpq")}
+        | {"tv": "0.1"}
         for n in (1000, 4000, 16000)
     ]
     text = "\n".join(report_cells.growth(rows))
     assert f"1,000 to 16,000 keys: time per row grows as N^{power:.2f}. The goal is at most N^0.55: {verdict}" in text
-    assert "Not measured: 3,000,000 keys." in text
+    assert "Not measured: 3,000,000 keys of width 64." in text
+    assert "1.3 to 1.3 times as fast as IVFPQ in the same cells." in text
     assert f"at most {peak} MB. The goal is less than 600 MB: {verdict}" in text
