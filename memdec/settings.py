@@ -466,7 +466,7 @@ class IndexSettings(Settings):
         """Rounds of k-means, and the keys that train the index.
 
         FAISS's own rounds are 25. Kind `cells` has no codes to train; more than 6 rounds over 64 keys a cell would take most
-        of the time of its index, and one cell more in the search gives truer neighbours than they do.
+        of the time of its index, and two more cells in the search find more than four more rounds do.
         """
         return (6, min(self.sample, 64 * self.centroids)) if self.kind == "cells" else (25, self.sample)
 
