@@ -149,11 +149,13 @@ def test_targets(folder: Path, store: Datastore, tmp_path: Path, monkeypatch: py
     check_rows(sparse(found["cpu"]), sparse(found["cuda"]), asked(store, N).double(), 100)
 
 
+CELLS = IndexSettings(kind="cells", centroids=100, check_queries=1, check_nprobe=[1], sample=5000)
+
+
 @pytest.fixture(scope="module")
 def in_cells(folder: Path, store: Datastore) -> CellSearch:
     """An index of kind `cells` (folder `c`) of which 10 of 100 cells are searched, with its search on the CPU."""
-    chosen = IndexSettings(kind="cells", centroids=100, check_queries=1, check_nprobe=[1], sample=5000)
-    index.run([folder / "s" / "0", folder / "s" / "1"], folder / "c", chosen)
+    index.run([folder / "s" / "0", folder / "s" / "1"], folder / "c", CELLS)
     found: CellSearch = search.load(store, folder / "c", 10, torch.device("cpu")).cells
     return found
 
@@ -168,8 +170,19 @@ def test_distances_to_gathered_keys_are_those_of_torch() -> None:
 
 
 @pytest.mark.parametrize("room", [None, 60_000_000, 4_000_000])
-def test_search_in_cells(store: Datastore, in_cells: CellSearch, room: int | None) -> None:
-    """The neighbours that the CPU finds in the same cells, the same bits whatever fits on the device and by part."""
+@pytest.mark.parametrize("by_place", [False, True])
+def test_search_in_cells(
+    folder: Path, store: Datastore, in_cells: CellSearch, room: int | None, by_place: bool
+) -> None:
+    """The neighbours that the CPU finds in the same cells, the same bits whatever fits on the device and by part.
+
+    All tokens are rare, so their positions are candidates, too, and with `by_place` those of the query's own place.
+    """
+    if by_place:
+        searcher = search.Searcher(store, CELLS, folder / "c", by_place=True)
+        searcher.set_nprobe(in_cells.nprobe)
+        in_cells = searcher.cells
+    assert len(in_cells.beside) == 1 + by_place
     queries, own = asked(store, 3000), torch.arange(3000)
     inputs = np.append(-1, store.values[:2999]).astype(np.int64)
     near, ids = in_cells.search(queries.numpy(), own.numpy(), 200, inputs)
