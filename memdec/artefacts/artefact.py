@@ -60,7 +60,7 @@ VERSIONS = {
     "memory": 2,
     "datastore": 2,
     "index": 2,
-    "cells": 7,  # an index of this kind
+    "cells": 8,  # an index of this kind
     "targets": 2,
     "teacher": 1,
     "calibration": 1,

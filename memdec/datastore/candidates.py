@@ -7,6 +7,8 @@ With an untrained model of absolute positions most of p_kNN is on keys of the qu
 in many cells, a few in each. `accuracy.same_place` measures how much it is.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ MOST = 256  # a token with at most so many positions is rare
 MOSTLY = 0.5  # from this share of p_kNN on, the keys of the query's own place are candidates
 _CELLS = 8  # but not if they are more than in so many cells
 _TOKENS = 1 << 22  # tokens counted per block: NumPy converts a block to 64-bit integers
+SetOf = Callable[[Int[np.ndarray, " n"]], Int[np.ndarray, " n"]]
 
 
 class Sets:
@@ -25,15 +28,16 @@ class Sets:
     Args:
         positions: Positions, uint32, ascending within a set, set after set.
         sizes: Number of positions of each set.
+        set_of: Gives the set of each of some positions, -1 if it is in none.
 
     Attributes:
         positions: As given.
+        set_of: As given.
         edges: Set s is positions[edges[s] : edges[s + 1]].
-        largest: Number of positions of the largest set.
     """
 
-    def __init__(self, positions: NDArray[np.uint32], sizes: Int[np.ndarray, " sets"]) -> None:
-        self.positions, self.largest = positions, int(sizes.max(initial=0))
+    def __init__(self, positions: NDArray[np.uint32], sizes: Int[np.ndarray, " sets"], set_of: SetOf) -> None:
+        self.positions, self.set_of = positions, set_of
         self.edges = np.concatenate([[0], np.cumsum(sizes)])
 
     def spans(self, sets: Int[np.ndarray, " B"]) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
@@ -76,12 +80,18 @@ def rare_tokens(values: NDArray[np.integer], vocab_size: int) -> Sets:
         or [np.empty(0, np.int64)]
     )
     in_order = positions[np.argsort(values[positions - 1], kind="stable")].astype(np.uint32)
-    return Sets(in_order, np.where(rare, counts, 0))
+
+    def set_of(some: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        tokens = values[np.maximum(some - 1, 0)].astype(np.int64)
+        return np.where(rare[tokens] & (some > 0), tokens, -1)
+
+    return Sets(in_order, np.where(rare, counts, 0), set_of)
 
 
-def same_place(places: Int[np.ndarray, " N"]) -> Sets:
-    """The positions of each place in a window; `places` is that of every position."""
-    return Sets(np.argsort(places, kind="stable").astype(np.uint32), np.bincount(places))
+def same_place(places: SetOf, n: int) -> Sets:
+    """The positions of each place in a window; `places` gives that of each of some positions, which are below n."""
+    every = places(np.arange(n))
+    return Sets(np.argsort(every, kind="stable").astype(np.uint32), np.bincount(every), places)
 
 
 def by_place(share: float, stride: int, centroids: int) -> bool:

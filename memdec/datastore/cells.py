@@ -58,7 +58,7 @@ class CellSearch:
         self.starts, self.positions = cell_join.grouped(cells, settings.centroids)
         sets = [candidates.rare_tokens(store.values, store.facts["vocab_size"])]
         if by_place:
-            sets.append(candidates.same_place(store.places(np.arange(store.n))))
+            sets.append(candidates.same_place(store.places, store.n))
         self.beside = [(each, cells[each.positions]) for each in sets]
 
     def set_nprobe(self, nprobe: int) -> None:
@@ -83,39 +83,22 @@ class CellSearch:
         Raises:
             NumericsError: A key that is compared is NaN, infinite or too large.
         """
-        probes = cell_join.nearest_cells(queries, self.centroids, self.nprobe)
-        found = self._nearest(queries, own, probes, self.starts, self.positions, neighbours)
+        probes, beside = cell_join.nearest_cells(queries, self.centroids, self.nprobe), []
         if inputs is not None:
-            for (beside, _), number in zip(self.beside, self.numbers(own, inputs), strict=True):
-                begin, end = beside.spans(number)
-                rows = np.flatnonzero(begin < end)
-                if not len(rows):
-                    continue
-                chosen = number[rows, None]  # a set is searched as one more cell
-                most = min(neighbours, beside.largest)
-                more = self._nearest(queries[rows], own[rows], chosen, beside.edges, beside.positions, most)
-                cell_join.merge(found, rows, more)
-        return found
+            for (sets, cells), number in zip(self.beside, self.numbers(own, inputs), strict=True):
+                begin, end = sets.spans(number)
+                chosen = np.where(begin < end, number, -1)
+                beside.append(cell_join.Beside(chosen, sets.edges, sets.positions, cells, sets.set_of))
+        try:
+            return cell_join.nearest(queries, own, probes, self.starts, self.positions, self._parts, neighbours, beside)
+        except cell_join.BadKeyError as error:
+            raise self.store.not_finite(error.position) from None
 
     def numbers(self, own: Int[np.ndarray, " B"], inputs: Int[np.ndarray, " B"]) -> list[Int[np.ndarray, " B"]]:
         """The set of each query in each of `beside`: its last input token, and its place; -1 for none."""
         if len(self.beside) == 1:
             return [inputs]
         return [inputs, np.where(own < 0, -1, self.store.places(own))]
-
-    def _nearest(
-        self,
-        queries: Float[np.ndarray, "B D"],
-        own: Int[np.ndarray, " B"],
-        probes: Int[np.ndarray, "B P"],
-        starts: Int[np.ndarray, " C+1"],
-        positions: Int[np.ndarray, " M"],
-        neighbours: int,
-    ) -> Pair:
-        try:
-            return cell_join.nearest(queries, own, probes, starts, positions, self._parts, neighbours)
-        except cell_join.BadKeyError as error:
-            raise self.store.not_finite(error.position) from None
 
     def order(self, begin: int, end: int) -> Int[np.ndarray, " n"]:
         """The positions [begin, end) in the order of their cells."""

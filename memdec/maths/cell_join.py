@@ -1,18 +1,18 @@
 """Nearest keys of many queries, where each query names the cells (sets of keys) in which it searches.
 
-All queries that search a cell are compared with it together, so that its keys are read and converted once. The cells of
-an index are one use. Finding a query's nearest cells is another: there the centroids are the keys of a single cell.
+All queries that search a cell are compared with it together, so that its keys are read and converted once.
 
 Every distance is a sum of squared differences in a fixed order, with a fixed rounding at each step (`_add_squares`). So it
 depends on its query and its key only. Neighbours are ordered by (distance, position), which has no ties. So the result
 is the same to the last bit for any group of queries, any order of the cells and any number of threads.
 
 A matrix product |k|^2 - 2 q k needs one operation for a dimension in the place of two. But its rounding depends on its
-shape, so exact distances would have to follow for the k best and a margin, scattered over the memory.
+shape, so exact distances have to follow for those that may be among the best. For the few nearest cells of a query that
+pays (`nearest_cells`). For the k nearest keys it would not: they are scattered over the memory.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from memdec.maths import exact_search
 from memdec.maths.kernels import LARGEST_BITS, NOBODY, compiled, gather, in_threads, unpack_distinct, widened
 
 _PIECE = 256  # keys whose distances are looked at together
@@ -32,6 +33,8 @@ _TILE = 16  # queries that are compared with the same keys one after the other
 _HELD = 8192  # keys that are gathered at once: 4 MB in float16 at width 256
 _SORTED = 64  # queries whose neighbours are sorted at once: 512 kB with k = 1024 stay in the level 2 cache
 _FEWEST = 256  # queries that are not shared among threads, each of which would gather the same keys
+_BOUNDS = 1 << 20  # distances of queries to centroids that are looked at together: 4 MB
+_NONE = -2  # no set, other than the -1 of a key
 _STEPS = 10  # power iterations for the widest direction; it need not be exact
 _TINY = float(np.finfo(np.float32).tiny)
 _GROUP = 64 * 2**20  # bytes of candidates of the queries that a thread handles at once
@@ -48,6 +51,24 @@ class BadKeyError(ValueError):
         self.position = position
 
 
+class Beside(NamedTuple):
+    """Other sets of keys than the cells, of which a query searches one.
+
+    Attributes:
+        chosen: Set of each query, (B,); -1 for none.
+        starts: Set s has the keys positions[starts[s] : starts[s + 1]].
+        positions: Positions of the keys, set after set.
+        cells: Cell of each of these keys.
+        set_of: Gives the set of each of some positions, -1 if it is in none.
+    """
+
+    chosen: Int[np.ndarray, " B"]
+    starts: Int[np.ndarray, " S+1"]
+    positions: Int[np.ndarray, " M"]
+    cells: Int[np.ndarray, " M"]
+    set_of: Callable[[Int[np.ndarray, " n"]], Int[np.ndarray, " n"]]
+
+
 def nearest(
     queries: Float[np.ndarray, "B D"],
     own: Int[np.ndarray, " B"],
@@ -56,8 +77,9 @@ def nearest(
     positions: Int[np.ndarray, " N"],
     parts: Parts,
     neighbours: int,
+    beside: Sequence[Beside] = (),
 ) -> Pair:
-    """Find the nearest keys of each query in the cells that it names.
+    """Find the nearest keys of each query in the cells that it names, and in sets beside them.
 
     Memory: 70 MB for each of torch's threads, whatever the number of queries, of keys and of cells, and
     the result.
@@ -70,24 +92,32 @@ def nearest(
         positions: Positions of the keys, cell after cell.
         parts: (first position, keys) of each shard of the datastore, as in `knn.exact_distances`.
         neighbours: K.
+        beside: At most two kinds of other sets. A key that a query meets in several ways counts once.
 
     Returns:
-        Squared distances (float32) and positions (int64), nearest first, ties by position. Where the cells have fewer
-        keys, the rest is +inf and -1.
+        Squared distances (float32) and positions (int64), nearest first, ties by position. Where there are fewer keys,
+        the rest is +inf and -1.
 
     Raises:
-        BadKeyError: A key of these cells cannot be compared.
+        BadKeyError: A key of these cells and sets cannot be compared.
     """
     sq_dist = np.full((len(queries), neighbours), np.inf, np.float32)
     ids = np.full((len(queries), neighbours), -1)
     room = neighbours + max(_PIECE, neighbours // 2)  # of candidates, between two selections of the nearest
 
     def work(begin: int, end: int) -> None:
-        found = _Group(queries[begin:end], own[begin:end], neighbours, room)
+        searched = probes[begin:end]
+        found = _Group(queries[begin:end], own[begin:end], searched, len(starts) - 1, neighbours, room)
         held = np.empty((_HELD, queries.shape[1]), parts[0][1].dtype)  # allocated once: a page at first use is slow
-        for pieces, places in _chunks(probes[begin:end], starts):
+        for pieces, places in _chunks(searched, starts):
             chosen = positions[places]
-            found.compare(gathered(parts, chosen, held[: len(chosen)]), chosen, *pieces)
+            found.compare(gathered(parts, chosen, held[: len(chosen)]), chosen, pieces)
+        for kind, sets in enumerate(beside):
+            for pieces, places in _chunks(sets.chosen[begin:end, None], sets.starts):
+                chosen = sets.positions[places]
+                before = beside[0].set_of(chosen.astype(np.int64)) if kind else np.full(len(chosen), -1)
+                met = sets.cells[places], before, beside[0].chosen[begin:end]
+                found.compare(gathered(parts, chosen, held[: len(chosen)]), chosen, pieces, met)
         found.result(sq_dist[begin:end], ids[begin:end])
 
     share = max(_FEWEST, -(-len(queries) // torch.get_num_threads()))
@@ -95,35 +125,33 @@ def nearest(
     return sq_dist, ids
 
 
-def merge(found: Pair, rows: Int[np.ndarray, " b"], more: Pair) -> None:
-    """Keep the nearest of `found` and `more`, in place; both are results of `nearest`, of the same queries.
-
-    Equal pairs have equal bits, so what is in both counts once.
-
-    Args:
-        found: Squared distances and positions, (B, K).
-        rows: Rows of `found` to which those of `more` belong, each once.
-        more: Other neighbours, (b, M).
-    """
-    (sq_dist, ids), (more_dist, more_ids) = found, more
-
-    def work(begin: int, end: int) -> None:
-        some = slice(begin, end)
-        _merge(
-            sq_dist.view(np.int32), ids, rows[some], more_dist[some].view(np.int32), more_ids[some],
-            np.empty(ids.shape[1], np.int32), np.empty(ids.shape[1], np.int64),
-        )  # fmt: skip
-
-    in_threads(work, len(rows), _FEWEST)
-
-
 def nearest_cells(
     queries: Float[np.ndarray, "B D"], centroids: Float[np.ndarray, "C D"], n: int
 ) -> Int[np.ndarray, "B P"]:
-    """The `n` nearest cells of each query, nearest first, ties by number; `n` is at most C."""
-    one, n_cells = np.zeros((len(queries), 1), np.int64), len(centroids)
-    nobody, numbers = np.full(len(queries), -1), np.arange(n_cells, dtype=np.uint32)
-    return nearest(queries, nobody, one, np.array([0, n_cells]), numbers, [(0, centroids)], n)[1]
+    """The `n` nearest cells of each query, nearest first, ties by number; `n` is at most C.
+
+    A matrix product gives lower bounds of all distances (`exact_search`). Those that may be among the nearest are computed
+    exactly, with sums in float64. So the result depends on the query and the centroids only.
+    """
+    centre = centroids.mean(0)
+    norms, moved = exact_search.key_parts(torch.from_numpy(centroids - centre))
+    found = np.empty((len(queries), n), np.int64)
+    size = max(1, _BOUNDS // len(centroids))
+    room = torch.empty(min(size, len(queries)), len(centroids))
+    for low in range(0, len(queries), size):
+        some = np.ascontiguousarray(queries[low : low + size], np.float32)
+        apart = torch.from_numpy(some - centre)
+        bounds = torch.addmm(norms, apart, moved.T, alpha=-2, out=room[: len(some)])
+        rows = bounds.numpy(), exact_search.own_part(apart)[:, 0].numpy(), some, found[low : low + size]
+
+        def work(begin: int, end: int, rows: Any = rows) -> None:
+            exact, codes = np.empty(1, np.float32), np.empty(len(centroids), np.uint64)
+            some = (each[begin:end] for each in rows)
+            loss = np.float32(2 * exact_search.slack(centroids.shape[1]))
+            _choose(*some, centroids, norms.numpy(), loss, exact, exact.view(np.int32), codes)
+
+        in_threads(work, len(some), _FEWEST)
+    return found
 
 
 def side_by_side(points: Float[np.ndarray, "n D"]) -> Int[np.ndarray, " n"]:
@@ -160,14 +188,21 @@ def grouped(cells: Int[np.ndarray, " N"], n_cells: int) -> tuple[Int[np.ndarray,
 
 
 class _Group:
-    """A few queries and the nearest keys that they have met so far."""
+    """A few queries, the cells that they search, and the nearest keys that they have met so far."""
 
     def __init__(
-        self, queries: Float[np.ndarray, "B D"], own: Int[np.ndarray, " B"], neighbours: int, room: int
+        self,
+        queries: Float[np.ndarray, "B D"],
+        own: Int[np.ndarray, " B"],
+        probes: Int[np.ndarray, "B P"],
+        n_cells: int,
+        neighbours: int,
+        room: int,
     ) -> None:
         n, width = queries.shape
         self._queries = np.ascontiguousarray(queries, np.float32)
         self._own, self._neighbours = own.astype(np.uint32), neighbours  # -1 becomes `NOBODY`, which no key is
+        self._probes, self._marks = probes, np.full(n_cells, -1, np.int32)
         self._near, self._ids = np.empty((n, room), np.float32), np.empty((n, room), np.uint32)
         self._counts, self._limits = np.zeros(n, np.int64), np.full(n, np.inf, np.float32)
         self._panel, self._strip = _aligned(_PIECE, width), _aligned(_LANES, width)
@@ -177,22 +212,33 @@ class _Group:
         self,
         keys: NDArray[Any],
         positions: Int[np.ndarray, " n"],
-        edges: Int[np.ndarray, " pieces+1"],
-        begins: Int[np.ndarray, " pieces"],
-        ends: Int[np.ndarray, " pieces"],
-        rows: Int[np.ndarray, " pairs"],
+        pieces: tuple[NDArray[np.int64], ...],
+        met: tuple[NDArray[np.integer], ...] | None = None,
     ) -> None:
-        """Compare keys with queries: the keys edges[i] to edges[i + 1] with the queries rows[begins[i] : ends[i]]."""
+        """Compare keys with queries.
+
+        Args:
+            keys: In their format on disk, (n, D).
+            positions: Their positions.
+            pieces: (edges, begins, ends, rows): the keys edges[i] to edges[i + 1] and the queries
+                rows[begins[i] : ends[i]].
+            met: (cells of the keys, sets of the keys, sets of the queries): a query does not meet a key again that is in
+                one of its cells or in its set. None: no key was met before.
+        """
+        cells, sets, chosen = (np.empty(0),) * 3 if met is None else met
         bad = int(
             _compare(
                 keys,
                 positions,
-                edges,
-                begins,
-                ends,
-                rows,
+                *pieces,
                 self._queries,
                 self._own,
+                met is not None,
+                cells.astype(np.uint32),
+                sets.astype(np.int32),
+                np.where(chosen < 0, _NONE, chosen).astype(np.int32),
+                self._probes,
+                self._marks,
                 self._near,
                 self._near.view(np.int32),
                 self._ids,
@@ -205,6 +251,7 @@ class _Group:
                 self._tile,
             )
         )
+        self._marks[:] = -1
         if bad >= 0:
             raise BadKeyError(int(positions[bad]))
 
@@ -231,13 +278,15 @@ def _chunks(
 ) -> Iterator[tuple[tuple[NDArray[np.int64], ...], Int[np.ndarray, " n"]]]:
     """Go through the cells that are named: what `_Group.compare` takes, and the keys' places in the order of cells.
 
+    -1 is no cell.
+
     A large cell is cut into pieces of equal size, so memory does not depend on it.
     """
     flat = probes.reshape(-1)
-    order = np.argsort(flat, kind="stable")
+    order = np.argsort(flat, kind="stable")[np.count_nonzero(flat < 0) :]
     rows = order // probes.shape[1]
     cells, first = np.unique(flat[order], return_index=True)
-    edges = np.append(first, len(flat))
+    edges = np.append(first, len(order))
     sizes = starts[cells + 1] - starts[cells]
     n_pieces = -(-sizes // _PIECE)
     cell = np.repeat(np.arange(len(cells)), n_pieces)
@@ -357,6 +406,12 @@ def _compare(
     rows: Any,
     queries: Any,
     own: Any,
+    again: bool,
+    cells: Any,
+    sets: Any,
+    chosen: Any,
+    probes: Any,
+    marks: Any,
     near: Any,
     near_bits: Any,
     ids: Any,
@@ -378,6 +433,7 @@ def _compare(
         if bad >= 0:
             return bad
         there = positions[first : first + n]
+        in_cells, in_sets = cells[first : first + n], sets[first : first + n]
         for low in range(begins[piece], ends[piece], _TILE):
             size = min(_TILE, ends[piece] - low)
             for begin in range(0, n, _LANES):
@@ -404,10 +460,20 @@ def _compare(
                 # Flat arrays and unsigned places: negative ones would be tested for at every number.
                 limit, me, here = limits[row], own[row], np.uint64(row) * np.uint64(room)
                 end, found = here + np.uint64(counts[row]), np.uint64(i * _PIECE)
-                for j in range(np.uint64(n)):  # no branch: `end` advances only past a candidate
-                    distance, position = flat_tile[found + j], there[j]
-                    flat_near[end], flat_ids[end] = distance, position
-                    end += np.uint64((distance <= limit) & (position != me))
+                if again:
+                    mark, mine = np.int32(row), chosen[row]
+                    for probe in range(probes.shape[1]):
+                        marks[probes[row, probe]] = mark
+                    for j in range(np.uint64(n)):
+                        distance, position = flat_tile[found + j], there[j]
+                        flat_near[end], flat_ids[end] = distance, position
+                        new = (marks[in_cells[j]] != mark) & (in_sets[j] != mine)
+                        end += np.uint64((distance <= limit) & (position != me) & new)
+                else:
+                    for j in range(np.uint64(n)):  # no branch: `end` advances only past a candidate
+                        distance, position = flat_tile[found + j], there[j]
+                        flat_near[end], flat_ids[end] = distance, position
+                        end += np.uint64((distance <= limit) & (position != me))
                 counts[row] = np.int64(end - here)
     return -1
 
@@ -462,31 +528,75 @@ def _pack(near: Any, bits: Any, ids: Any, counts: Any, codes: Any) -> None:
         codes[row, end:] = np.uint64(_INF) << np.uint64(32) | np.uint64(NOBODY)
 
 
+@compiled(fastmath={"reassoc", "contract"})
+def _distance(query: Any, key: Any) -> float:
+    """The squared distance: float32 differences, summed in float64."""
+    total = 0.0
+    for d in range(len(query)):
+        apart = np.float64(query[d] - key[d])
+        total += apart * apart
+    return total
+
+
 @compiled()
-def _merge(bits: Any, ids: Any, rows: Any, more_bits: Any, more_ids: Any, kept_bits: Any, kept_ids: Any) -> None:
-    """See `merge`; distances are given by their bits, which sort like them, and a missing neighbour is position -1."""
-    n, n_more = len(kept_ids), more_ids.shape[1]
-    for number in range(len(rows)):
-        row = rows[number]
-        # The last one found: no neighbour beyond it can stay. +inf where there is room.
-        if n_more == 0 or more_ids[number, 0] < 0 or more_bits[number, 0] > bits[row, n - 1]:
-            continue
-        i = j = 0
-        for at in range(n):
-            one = i < n and ids[row, i] >= 0
-            other = j < n_more and more_ids[number, j] >= 0
-            if one and other:
-                near, nearer = bits[row, i], more_bits[number, j]
-                one = near < nearer or (near == nearer and ids[row, i] <= more_ids[number, j])
-                other = nearer < near or (near == nearer and more_ids[number, j] <= ids[row, i])
-            if one:
-                kept_bits[at], kept_ids[at] = bits[row, i], ids[row, i]
-            elif other:
-                kept_bits[at], kept_ids[at] = more_bits[number, j], more_ids[number, j]
+def _choose(
+    bounds: Any,
+    own: Any,
+    queries: Any,
+    found: Any,
+    centroids: Any,
+    norms: Any,
+    loss: Any,
+    exact: Any,
+    exact_bits: Any,
+    codes: Any,
+) -> None:
+    """See `nearest_cells`.
+
+    Args:
+        bounds: Lower bounds of squared distances without the query's own part, (B, C).
+        own: Squared norm of each query, (B,).
+        queries: Shape (B, D).
+        found: Output, (B, P).
+        centroids: Shape (C, D).
+        norms: Squared norm of each centroid, (C,).
+        loss: Twice the largest error of a squared distance, as a fraction of the sum of both norms.
+        exact: Scratch memory for a number; `exact_bits` are its bits.
+        codes: Scratch memory, C numbers.
+    """
+    n = found.shape[1]
+    for row in range(len(bounds)):
+        here = bounds[row]
+        low = high = here[0]
+        for cell in range(len(here)):
+            low, high = min(low, here[cell]), max(high, here[cell])
+        # A bound below which there are at least n cells and hardly more, by halving as in `_cut`.
+        while True:
+            limit = low + (high - low) / np.float32(2)
+            if limit in (low, high):
+                break
+            count = np.int32(0)
+            for cell in range(len(here)):
+                count = np.int32(count + (here[cell] <= limit))
+            if count < n:
+                low = limit
             else:
-                kept_bits[at], kept_ids[at] = _INF, -1
-            i, j = i + one, j + other
-        bits[row], ids[row] = kept_bits, kept_ids
+                high = limit
+                if count <= n + n // 8:
+                    break
+        # The distances to these cells are at most so large; no other cell with a larger bound is nearer.
+        largest = np.float32(0)
+        for cell in range(len(here)):
+            largest = max(largest, norms[cell] if here[cell] <= high else np.float32(0))
+        end, last = 0, high + loss * (own[row] + largest)
+        for cell in range(len(here)):
+            if here[cell] <= last:
+                exact[0] = _distance(queries[row], centroids[cell])
+                codes[end] = np.uint64(exact_bits[0]) << np.uint64(32) | np.uint64(cell)
+                end += 1
+        codes[:end].sort()
+        for place in range(n):
+            found[row, place] = np.int64(codes[place] & np.uint64(NOBODY))
 
 
 @compiled()

@@ -119,6 +119,31 @@ def test_nearest_cells_are_sorted_with_ties_by_number() -> None:
     ]
 
 
+@pytest.mark.parametrize("n", [1, 5, 200])
+@pytest.mark.parametrize("kind", ["normal", "offset", "copies", "large", "outlier"])
+def test_the_rounding_of_the_product_changes_no_nearest_cell(
+    monkeypatch: pytest.MonkeyPatch, kind: str, n: int
+) -> None:
+    """Distances that the product cannot tell apart: those of float64 decide, and for any group of queries."""
+    rng = np.random.default_rng(2)
+    centroids, queries = (rng.normal(size=(size, 33)).astype(np.float32) for size in (200, 70))
+    if kind == "offset":
+        queries, centroids = queries + 3000, centroids + np.float32(3000)
+    elif kind == "copies":
+        centroids, queries = 1 + centroids[rng.integers(0, 5, 200)] * np.float32(1e-6), 1 + queries * np.float32(1e-6)
+    elif kind == "large":
+        queries, centroids = queries * np.float32(1e16), centroids * np.float32(1e16)
+    elif kind == "outlier":
+        centroids[17] *= np.float32(1e6)
+    apart = (queries[:, None] - centroids).astype(np.float64)
+    sq_dist = (apart**2).sum(-1).astype(np.float32)
+    true = np.lexsort((np.broadcast_to(np.arange(200), sq_dist.shape), sq_dist))[:, :n]
+    np.testing.assert_array_equal(cell_join.nearest_cells(queries, centroids, n), true)
+    monkeypatch.setattr(cell_join, "_BOUNDS", 3 * 200)
+    monkeypatch.setattr(cell_join, "_FEWEST", 1)
+    np.testing.assert_array_equal(cell_join.nearest_cells(queries, centroids, n), true)
+
+
 @pytest.mark.parametrize("n", [1, 2, 64])
 def test_near_points_are_side_by_side(n: int) -> None:
     """Each of eight clusters, and each four of them, is one piece of the order; equal points are no trouble."""

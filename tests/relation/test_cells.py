@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from making import signed, write_store, write_tokens
 from safetensors.numpy import load_file
 
 from memdec.artefacts import artefact
-from memdec.datastore import index, search, target_rows, targets
+from memdec.datastore import candidates, index, search, target_rows, targets
 from memdec.datastore.keys import Datastore
 from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, NumericsError
@@ -61,11 +59,16 @@ def equal(one: TargetReader, other: TargetReader) -> None:
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
 
+@pytest.mark.parametrize(("most", "k"), [(256, 25), (256, 400), (30, 400)])
 @pytest.mark.parametrize("by_place", [False, True])
 def test_neighbours_are_the_nearest_of_the_nearest_cells_and_of_the_other_candidates(
-    home: Path, by_place: bool
+    home: Path, monkeypatch: pytest.MonkeyPatch, by_place: bool, most: int, k: int
 ) -> None:
-    """Everything again in float64: assignment of keys, cells of a query, distances, the order of ties."""
+    """Everything again in float64: assignment of keys, cells of a query, distances, the order of ties.
+
+    With k = 400 all keys that a query meets are its neighbours.
+    """
+    monkeypatch.setattr(candidates, "MOST", most)
     searcher = search.Searcher(Datastore(parts(home / "store")), SETTINGS, home / "index-store", by_place=by_place)
     searcher.set_nprobe(3)
     place = np.concatenate([np.arange(each.first, each.end) - each.begin for each in windows(N, 16, 8)])
@@ -75,22 +78,25 @@ def test_neighbours_are_the_nearest_of_the_nearest_cells_and_of_the_other_candid
     cell = ((keys[:, None] - centroids) ** 2).sum(-1).argmin(1)
     assert np.load(home / "index-store" / "codes.npy")[:, 0].tolist() == cell.tolist()
     values = searcher.store.values.astype(int)
+    rare = np.bincount(values[:-1], minlength=V) <= most
+    assert rare.all() == (most == 256)
+    assert rare.any()
     no_key, no_token = np.full(40, -1), np.full(40, -1)
     for me, inputs, (sq_dist, ids) in (
-        (own, no_token, searcher.search(queries, 25, own, released=True)),
-        (own, np.where(own > 0, values[own - 1], -1), searcher.search(queries, 25, own)),
-        (no_key, no_token, searcher.search(queries, 25)),
-        (no_key, np.arange(40) % V, searcher.search(queries, 25, inputs=np.arange(40) % V)),
+        (own, no_token, searcher.search(queries, k, own, released=True)),
+        (own, np.where(own > 0, values[own - 1], -1), searcher.search(queries, k, own)),
+        (no_key, no_token, searcher.search(queries, k)),
+        (no_key, np.arange(40) % V, searcher.search(queries, k, inputs=np.arange(40) % V)),
     ):
         for row in range(40):
             query = queries[row].astype(np.float64)
             near = ((query - centroids) ** 2).sum(1).argsort(kind="stable")[:3]
-            after = np.append(-1, values[:-1]) == inputs[row]  # of a rare token: all of the 30 are
+            after = (np.append(-1, values[:-1]) == inputs[row]) & bool(rare[inputs[row]])
             after[0] = False
             level = (place == place[me[row]]) & bool(by_place and me[row] >= 0 and inputs is not no_token)
             there = [at for at in np.flatnonzero(np.isin(cell, near) | after | level) if at != me[row]]
-            true = sorted((float(((keys[at] - query) ** 2).sum()), at) for at in there)[:25]
-            missing = [(np.inf, -1)] * (25 - len(true))
+            true = sorted((float(((keys[at] - query) ** 2).sum()), at) for at in there)[:k]
+            missing = [(np.inf, -1)] * (k - len(true))
             assert list(zip(sq_dist[row].tolist(), ids[row].tolist(), strict=True)) == true + missing
 
 
@@ -113,31 +119,6 @@ def test_keys_of_the_same_place_are_candidates_where_most_of_p_knn_is_on_them(tm
             assert len(search.load(Datastore(store), folder, 1).cells.beside) == 1 + facts["by_place"]
     recall = {cells: artefact.read(tmp_path / f"place-{cells}", "index").facts["check"]["nprobe"] for cells in (40, 70)}
     assert recall[40]["1"]["rescored"]["recall"] == 1 > recall[70]["1"]["rescored"]["recall"]
-
-
-neighbour_lists = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), max_size=8).map(
-    lambda all_: sorted({*all_})
-)
-
-
-@given(st.lists(st.tuples(neighbour_lists, neighbour_lists), min_size=1, max_size=4), st.integers(1, 6))
-def test_merged_neighbours_are_the_nearest_of_both_once(
-    both: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]], k: int
-) -> None:
-    """The first of two lists of (distance, position) are those of the index; every second row gets no others."""
-
-    def arrays(lists: list[list[tuple[int, int]]], width: int) -> cell_join.Pair:
-        padded = [[*each[:width], *[(np.inf, -1)] * (width - len(each))] for each in lists]
-        return np.array([[d for d, _ in row] for row in padded], np.float32).reshape(len(lists), width), np.array(
-            [[at for _, at in row] for row in padded], np.int64
-        ).reshape(len(lists), width)
-
-    found, rows = arrays([one[:k] for one, _ in both], k), np.arange(0, len(both), 2)
-    cell_join.merge(found, rows, arrays([other for _, other in both[::2]], 8))
-    for row, (one, other) in enumerate(both):
-        true = sorted({*one[:k], *(other if row % 2 == 0 else [])})[:k]
-        here = list(zip(*(each[row].tolist() for each in found), strict=True))
-        assert here == true + [(np.inf, -1)] * (k - len(true))
 
 
 def test_all_cells_give_the_rows_of_exact_search(home: Path, tmp_path: Path) -> None:
