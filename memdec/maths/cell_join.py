@@ -39,6 +39,8 @@ _STEPS = 10  # power iterations for the widest direction; it need not be exact
 _TINY = float(np.finfo(np.float32).tiny)
 _GROUP = 64 * 2**20  # bytes of candidates of the queries that a thread handles at once
 _INF = int(np.float32(np.inf).view(np.int32))
+# Memory of groups that have ended, one for each thread at most: to get new pages takes up to a quarter of the time.
+_SPARE: list[tuple[Any, Any]] = []
 Parts = Sequence[tuple[int, NDArray[Any]]]
 Pair = tuple[Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]
 
@@ -203,7 +205,7 @@ class _Group:
         self._queries = np.ascontiguousarray(queries, np.float32)
         self._own, self._neighbours = own.astype(np.uint32), neighbours  # -1 becomes `NOBODY`, which no key is
         self._probes, self._marks = probes, np.full(n_cells, -1, np.int32)
-        self._near, self._ids = np.empty((n, room), np.float32), np.empty((n, room), np.uint32)
+        self._near, self._ids = (each[: n * room].reshape(n, room) for each in _taken(n * room))
         self._counts, self._limits = np.zeros(n, np.int64), np.full(n, np.inf, np.float32)
         self._panel, self._strip = _aligned(_PIECE, width), _aligned(_LANES, width)
         self._tile = _aligned(_TILE, _PIECE)
@@ -256,7 +258,10 @@ class _Group:
             raise BadKeyError(int(positions[bad]))
 
     def result(self, sq_dist: Float[np.ndarray, "B K"], ids: Int[np.ndarray, "B K"]) -> None:
-        """Write distances and positions of the nearest, sorted; the places of missing ones are left as they are."""
+        """Write distances and positions of the nearest, sorted; the places of missing ones are left as they are.
+
+        This ends the group: its memory goes to the next one.
+        """
         near, bits = self._near, self._near.view(np.int32)
         for low in range(0, len(near), _SORTED):
             some = slice(low, low + _SORTED)
@@ -264,6 +269,13 @@ class _Group:
             _pack(near[some], bits[some], self._ids[some], self._counts[some], codes)
             codes.sort(axis=1)
             unpack_distinct(codes, sq_dist[some].view(np.int32), ids[some])
+        _SPARE.append((self._near.base, self._ids.base))
+
+
+def _taken(n: int) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
+    """Room for at least n distances and positions, that of a group which has ended if it is large enough."""
+    near, ids = _SPARE.pop() if _SPARE else (np.empty(0, np.float32), np.empty(0, np.uint32))
+    return (near, ids) if len(near) >= n else (np.empty(n, np.float32), np.empty(n, np.uint32))
 
 
 def _aligned(n: int, width: int) -> NDArray[np.float32]:
