@@ -103,7 +103,7 @@ bench-search: $(STAMP)
 
 # Kind `cells` against FAISS on 300,000 keys, and its growth with the number of keys; an hour on two cores.
 bench-cells: $(STAMP)
-	$(BIN)/python -m benchmarks.search --plan cells --out results/cells.csv
+	$(BIN)/python -m benchmarks.search --plan cells --repeats 8 --out results/cells.csv
 	$(BIN)/python -m benchmarks.cell_growth --out results/cell-growth.csv
 
 # CPU time and memory of each stage at 1, 4 and 16 times the input: some nine minutes of CPU time.
