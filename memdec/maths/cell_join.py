@@ -274,8 +274,13 @@ class _Group:
 
 def _taken(n: int) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
     """Room for at least n distances and positions, that of a group which has ended if it is large enough."""
-    near, ids = _SPARE.pop() if _SPARE else (np.empty(0, np.float32), np.empty(0, np.uint32))
-    return (near, ids) if len(near) >= n else (np.empty(n, np.float32), np.empty(n, np.uint32))
+    try:
+        near, ids = _SPARE.pop()  # another thread may have taken it
+    except IndexError:
+        near = ids = None
+    if near is None or len(near) < n:
+        near, ids = np.empty(n, np.float32), np.empty(n, np.uint32)
+    return near, ids
 
 
 def _aligned(n: int, width: int) -> NDArray[np.float32]:
