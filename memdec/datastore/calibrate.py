@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 FILE = "calibration.json"
 # Keys; last input tokens, or positions where the queries are keys of the datastore; true tokens; of which split.
 _Asked = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], Split]
+# Squared distances and positions of the nearest neighbours, nearest first, (B, k); true tokens, (B,).
+_Found = tuple[Tensor, Tensor, NDArray[np.int64]]
 _CLOSE = 0.001  # relative perplexity that a smaller `top` may cost
 _TEMPERATURES = np.geomspace(0.7, 3.0, 16)  # of p_key; between them the entropy is interpolated
 
@@ -98,19 +100,19 @@ def run(
     if max_tv is not None:
         nprobe = accuracy.within(max_tv, index_folder, most, settings.temperatures).nprobe
     wanted = SearchSettings(neighbours=most, nprobe=nprobe or NPROBE)
-    found = search.check(store, index_folder, wanted)
+    index = search.check(store, index_folder, wanted)
     plain = {**settings.model_dump(mode="json", exclude={"batch_size"}), "context": context, "stride": stride}
     plain["nprobe"] = wanted.nprobe
     plain["precision"] = devices.precision(compute)
-    inputs = {"model": base.recipe, "datastore": store.recipe, "index": found.recipe, "tokens": source.recipe}
+    inputs = {"model": base.recipe, "datastore": store.recipe, "index": index.recipe, "tokens": source.recipe}
     with artefact.building(out, "calibration", plain, inputs) as build:
         if build is None:
             return
         passes = _Passes(model_folder, stream, settings, context, stride, compute)
         searcher = search.load(store, index_folder, wanted.nprobe, devices.pick(compute))
         log_p_key, entropy = passes.key("valid", [1.0])
-        asked = list(passes.queries(store, "valid"))
-        by = _neighbours(asked, searcher, settings)
+        found = [_search(searcher, asked, most) for asked in passes.queries(store, "valid")]
+        by = _probabilities(found, store, settings)
         grid = calibration.choose(log_p_key, by, settings.lambdas)
         best = grid[0]
         _warn(best, settings)
@@ -118,7 +120,7 @@ def run(
         chosen = {
             "neighbours": best.neighbours,
             "temperature": best.temperature,
-            "top": _top(asked, searcher, settings, best, log_p_key),
+            "top": _top(found, searcher, settings, best, log_p_key),
             "knn_weight": best.weight,
             "key_temperature": calibration.crossing(_TEMPERATURES.tolist(), on_train[1:], float(entropy[0])),
         }
@@ -132,8 +134,12 @@ def run(
                 "valid": {"p_true": float(np.exp(log_p_key).mean()), "entropy": float(entropy[0])},
             },
             "knn": {
-                "train": _confidence(passes.queries(store, "train"), searcher, best),
-                "valid": _confidence(asked, searcher, best),
+                "train": _confidence(
+                    (_search(searcher, asked, best.neighbours) for asked in passes.queries(store, "train")),
+                    searcher,
+                    best,
+                ),
+                "valid": _confidence(found, searcher, best),
             },
         }
         artefact.write_json(
@@ -178,12 +184,14 @@ class _Passes:
         self.model, self.stream, self.settings, self.compute = model, stream, settings, compute
         self.context, self.stride = context, stride
         self.n_vocab = len(tokens.load_tokenizer(str(model)))
+        self._loaded: Any | None = None
 
     def of(self, split: Split, key_point: str) -> tuple[Forward, list[list[Window]]]:
         """The passes with the hidden states at a key point, and their windows."""
         size = self.settings.batch_size
         wanted = DatastoreSettings(split=split, key_point=key_point, batch_size=size)
-        forward = Forward(self.model, self.stream, wanted, self.context, self.stride, self.compute)
+        forward = Forward(self.model, self.stream, wanted, self.context, self.stride, self.compute, self._loaded)
+        self._loaded = forward.point.model
         every = windows(len(forward.data), self.context, self.stride)
         some = sample(every, self.stride, self.settings.most, self.settings.seed)
         forward.batches = [some[i : i + size] for i in range(0, len(some), size)]
@@ -225,42 +233,45 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1, dtype=torch.float64)
 
 
-def _neighbours(
-    asked: Sequence[_Asked], searcher: search.Searcher, settings: CalibrateSettings
-) -> dict[tuple[int, float], NDArray[np.float64]]:
-    """p_kNN of the true tokens of valid for every k and tau."""
-    found: list[dict[tuple[int, float], NDArray[np.float64]]] = []
-    for batch in asked:
-        sq_dist, ids = (near.numpy() for near in _search(searcher, batch, max(settings.neighbours)))
-        truth = batch[2]
-        same = (searcher.store.values[np.maximum(ids, 0)] == truth[:, None]) & (ids >= 0)
-        found.append(calibration.label_probabilities(sq_dist, same, settings.neighbours, settings.temperatures))
-    return {key: np.concatenate([each[key] for each in found]) for key in found[0]}
-
-
-def _search(searcher: search.Searcher, asked: _Asked, neighbours: int) -> tuple[Tensor, Tensor]:
-    """Squared distances and positions of the neighbours, (B, neighbours)."""
-    queries, place, _, split = asked
+def _search(searcher: search.Searcher, asked: _Asked, neighbours: int) -> _Found:
+    queries, place, truth, split = asked
     own, inputs = (place, None) if split == "train" else (None, place)
     sq_dist, ids = searcher.search(queries, neighbours, own, inputs=inputs)
-    return torch.from_numpy(sq_dist), torch.from_numpy(ids)
+    return torch.from_numpy(sq_dist), torch.from_numpy(ids), truth
+
+
+def _probabilities(
+    found: Iterable[_Found], store: Datastore, settings: CalibrateSettings
+) -> dict[tuple[int, float], NDArray[np.float64]]:
+    """p_kNN of the true tokens for every k and tau."""
+    parts: list[dict[tuple[int, float], NDArray[np.float64]]] = []
+    for sq_dist, ids, truth in found:
+        same = (store.values[np.maximum(ids.numpy(), 0)] == truth[:, None]) & (ids.numpy() >= 0)
+        parts.append(calibration.label_probabilities(sq_dist.numpy(), same, settings.neighbours, settings.temperatures))
+    return {key: np.concatenate([each[key] for each in parts]) for key in parts[0]}
+
+
+def _rows(near: _Found, searcher: search.Searcher, best: calibration.Choice, top: int | None = None) -> SparseRows:
+    """p_kNN with the chosen k and tau."""
+    sq_dist, ids, _ = near
+    k = best.neighbours
+    return SparseRows.of(*searcher.rows(sq_dist[:, :k], ids[:, :k], best.temperature, top=top))
 
 
 def _confidence(
-    asked: Iterable[_Asked], searcher: search.Searcher, best: calibration.Choice
+    found: Iterable[_Found], searcher: search.Searcher, best: calibration.Choice
 ) -> dict[Literal["p_true", "entropy"], float]:
     """Mean probability of the true token under p_kNN, and its mean entropy (nats)."""
     p_true, entropy = [], []
-    for batch in asked:
-        near = _search(searcher, batch, best.neighbours)
-        rows = SparseRows.of(*searcher.rows(*near, best.temperature))
-        p_true.append(probability_of(rows, batch[2]))
+    for near in found:
+        rows = _rows(near, searcher, best)
+        p_true.append(probability_of(rows, near[2]))
         entropy.append(fidelity.sparse_shape(rows, 0.0)["entropy"])
     return {"p_true": float(np.concatenate(p_true).mean()), "entropy": float(np.concatenate(entropy).mean())}
 
 
 def _top(
-    asked: Sequence[_Asked],
+    found: Iterable[_Found],
     searcher: search.Searcher,
     settings: CalibrateSettings,
     best: calibration.Choice,
@@ -268,11 +279,9 @@ def _top(
 ) -> int | None:
     """The smallest candidate with which the best mixture hardly changes; None if none of them will do."""
     p: dict[int, list[NDArray[np.float64]]] = {top: [] for top in sorted(settings.tops)}
-    for batch in asked:
-        near = _search(searcher, batch, best.neighbours)
+    for near in found:
         for top, parts in p.items():
-            rows = SparseRows.of(*searcher.rows(*near, best.temperature, top=top))
-            parts.append(probability_of(rows, batch[2]))
+            parts.append(probability_of(_rows(near, searcher, best, top), near[2]))
     for top, parts in p.items():
         by = {(best.neighbours, best.temperature): np.concatenate(parts)}
         (cut,) = calibration.choose(log_p_key, by, [best.weight])

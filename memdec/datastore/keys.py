@@ -61,8 +61,9 @@ class Forward:
         context: int,
         stride: int,
         compute: Compute = AUTO,
+        model: Any | None = None,
     ) -> None:
-        self.model_folder, self.settings, self.compute = model_folder, settings, compute
+        self.model_folder, self.settings, self.compute, self._model = model_folder, settings, compute, model
         self.data = tokens.load_stream(stream, settings.split)
         self.batches = _passes(len(self.data), context, stride, settings.batch_size)
         self.edges = _edges(self.batches, len(self.data))
@@ -76,10 +77,12 @@ class Forward:
 
     @property
     def point(self) -> KeyPoint:
-        """The key point; the model is loaded at first use."""
+        """The key point; the model is loaded at first use, if it was not given."""
         if self._point is None:
-            model = loading.load(self.model_folder, dtype=devices.precision(self.compute))
-            model = model.to(devices.pick(self.compute)).eval()
+            model = self._model
+            if model is None:
+                model = loading.load(self.model_folder, dtype=devices.precision(self.compute))
+                model = model.to(devices.pick(self.compute)).eval()
             vocab = model.get_input_embeddings().num_embeddings
             if int(self.data.max()) >= vocab:
                 position = int(np.argmax(self.data >= vocab))

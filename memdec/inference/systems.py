@@ -95,6 +95,11 @@ class System:
         """Its name in paths."""
         return self.name.lower().replace(" ", "-")
 
+    @property
+    def seeded(self) -> bool:
+        """Whether it has a trained part, which differs by seed; other systems are the same at every seed."""
+        return any(name in _TRAINED for name in self.needs)
+
     def given(self, parts: Parts) -> bool:
         """Whether all parts that it needs are given."""
         return all(getattr(parts, name) for name in self.needs)
@@ -174,6 +179,7 @@ class System:
         return parts.retrieval.model_dump() if "passages" in self.needs else {}
 
 
+_TRAINED = ("dapt", "lora", "memory")  # parts that are trained on the domain, from a seed
 _MODELS = ("base", "dapt", "memory")  # parts whose weights are counted; a LoRA adapter is small
 
 

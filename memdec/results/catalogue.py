@@ -18,7 +18,7 @@ from memdec.config import Config
 from memdec.errors import ConfigError
 from memdec.inference.systems import SYSTEMS
 from memdec.results import task_tables
-from memdec.results.layout import PERPLEXITY, Column, Derived, Measured, Part, Row, Table
+from memdec.results.layout import PERPLEXITY, Column, Derived, Measured, Part, Row, Table, seeds_of
 from memdec.results.task_tables import memory_of
 from memdec.settings import DEFAULT_MEMORY, FORGETTING, SystemName, near
 
@@ -553,5 +553,5 @@ def _evaluations(
         Part("evaluation", domain, model, seed, system, memory)
         for domain in domains
         for model, system, memory in found
-        for seed in config.seeds
+        for seed in seeds_of(config, system)
     ]

@@ -34,6 +34,7 @@ from memdec import plain
 from memdec.artefacts import artefact, markdown
 from memdec.config import Config, Memory
 from memdec.errors import ArtifactError, ConfigError, IncomparableError, outside
+from memdec.inference.systems import SYSTEMS
 from memdec.maths import paired, statistics
 from memdec.results import catalogue, cells, figure_catalogue, items
 from memdec.results.cells import Cell
@@ -571,6 +572,8 @@ def _said(key: Key) -> str:
 
 # --- values with intervals ----------------------------------------------------------------------------------------
 
+_ALIKE = {name for name, system in SYSTEMS.items() if not system.seeded}  # the same at every seed
+
 
 class Draws:
     """Bootstrap replicates of the cells of all tables; each cell is resampled once."""
@@ -586,9 +589,8 @@ class Draws:
         return resampled if len(resampled) == len(found) else []
 
     def seeds(self, cell: Cell) -> list[int]:
-        """Seeds that matter; the base alone has none, although its one value stands under a seed."""
-        found = sorted({each.seed for each in self.items(cell)})
-        return [] if cell.method == "base" and len(found) == 1 else found
+        """Seeds that matter; a system that is the same at every seed has none, although its value stands under one."""
+        return [] if cell.method in _ALIKE else sorted({each.seed for each in self.items(cell)})
 
     def of(self, cell: Cell, seeds: Sequence[int]) -> Quantity:
         """A cell at some of its seeds; at all of them if it has none of these."""

@@ -40,6 +40,11 @@ class Part(NamedTuple):
         return self.memory or f"{WITHOUT_MEMORY}/{SYSTEMS[self.system].slug}"
 
 
+def seeds_of(config: Config, system: SystemName) -> list[int]:
+    """Seeds that a system is run with: the first, if nothing in it differs by seed."""
+    return config.seeds if SYSTEMS[system].seeded else config.seeds[:1]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row of a table.

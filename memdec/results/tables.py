@@ -155,7 +155,7 @@ def write(
 
 
 def load_records(config: Config, given: Sequence[Given], file: str = "records.json") -> list[Record]:
-    """Load the records, one for each measured number; the base, which several folders have, once.
+    """Load the records, one for each measured number; the base, which folders of all seeds have, once.
 
     Raises:
         ArtifactError: A record is of another seed, has no finite number, or is there twice with other numbers; or the
@@ -174,9 +174,10 @@ def load_records(config: Config, given: Sequence[Given], file: str = "records.js
             record = {**record, "domain": domain, "family": family, "model": model, "folder": folder}
             _check_number(record)
             _check_rows(record, rows)
-            key = tuple(record.get(name) for name in _CELL)
+            is_base = record["method"] == "base"
+            key = tuple(record.get(name) for name in _CELL if not (is_base and name == "seed"))
             first = found.setdefault(key, record)
-            same = first["method"] == "base" and math.isclose(first["value"], record["value"], rel_tol=1e-6)
+            same = is_base and math.isclose(first["value"], record["value"], rel_tol=1e-6)
             if first is not record and not same:
                 raise ArtifactError(
                     f"{folder}: expected one record of {record['method']} with {model} on {domain}, seed {seed}, found "

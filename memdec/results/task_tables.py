@@ -11,7 +11,7 @@ from functools import cache
 from memdec import HARNESS_TASKS, plain
 from memdec.config import Config
 from memdec.errors import ConfigError
-from memdec.results.layout import Column, Derived, Measured, Part, Row
+from memdec.results.layout import Column, Derived, Measured, Part, Row, seeds_of
 from memdec.settings import SystemName
 
 # Heading of the paper -> its task here.
@@ -318,13 +318,14 @@ def _is_the_papers(config: Config, model: str, papers_model: str) -> bool:
 def _parts(
     config: Config, domain: str, suites: Sequence[str], models: Sequence[str], systems: Sequence[SystemName]
 ) -> list[Part]:
-    """The harness folders of these systems; the base alone is the same for all domains and seeds, so it has one."""
+    """The harness folders of these systems; the base alone is the same for all domains, too."""
     found = []
     for suite in suites:
         for model in models:
             for system in systems:
                 memory = memory_of(config, model) if system == "MemDec" else None
-                seeds = config.seeds[:1] if system == "base" else config.seeds
                 if system in config.systems_of(model) and (system != "MemDec" or memory is not None):
-                    found += [Part("harness", domain, model, seed, system, memory, suite) for seed in seeds]
+                    found += [
+                        Part("harness", domain, model, seed, system, memory, suite) for seed in seeds_of(config, system)
+                    ]
     return found

@@ -312,6 +312,13 @@ def test_seeds_that_disagree_make_it_undecided() -> None:
         assert "one seed" not in found.reason
 
 
+def test_a_system_without_a_trained_part_is_compared_with_all_seeds() -> None:
+    several = [windows(-0.1, [seed])[0] for seed in range(3)]
+    made = Made().add("kNN-LM", "gpt2-S", windows(0.0, [0])).add("MemDec", "gpt2-S", several)
+    found = made.judge(claim(right={"method": "kNN-LM"}))
+    assert (found.verdict, found.seeds) == ("holds", "0 1 2")
+
+
 def test_only_common_seeds_are_compared() -> None:
     made = Made().add("LoRA", "gpt2-S", windows(0.0, [0, 1])).add("MemDec", "gpt2-S", windows(-0.1, [1, 2]))
     found = made.judge(claim(right={"method": "LoRA"}))

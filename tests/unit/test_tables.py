@@ -317,10 +317,10 @@ def test_alphas_that_were_tuned_stand_beside_the_printed_ones(given: list[tables
 # --- perplexities and corpora -----------------------------------------------------------------------------------------
 
 
-def write_evaluation(folder: Path, model: str, seed: int) -> tables.Given:
+def write_evaluation(folder: Path, model: str, seed: int, other_base: float = 0.0) -> tables.Given:
     """An evaluation of MemDec with stored scores of 40 tokens, whose memory is sure where the base is not."""
-    rng = np.random.default_rng(seed + len(model))
-    base, memory = np.log(rng.uniform(0.05, 0.3, 40)), np.log(rng.choice([0.01, 0.9], 40))
+    base = np.log(np.random.default_rng(len(model)).uniform(0.05, 0.3, 40)) - other_base
+    memory = np.log(np.random.default_rng(seed).choice([0.01, 0.9], 40))
     records = []
     for method, alpha in (("base", 0.0), ("MemDec", 0.6)):
         value = math.exp(-np.log((1 - alpha) * np.exp(base) + alpha * np.exp(memory)).mean())
@@ -377,8 +377,17 @@ def test_perplexities_are_tested_window_by_window_from_the_stored_scores(tmp_pat
     one, other = np.mean(sums, axis=0)  # of each window, the mean over seeds
     assert memdec.p_base == memdec.p_best == base.p_best == pytest.approx(statistics.sign_flips(one, other))
     assert (base.p_base, base.best_other, memdec.best_other) == (None, "MemDec", "base")
+    assert (base.seeds, base.sd, memdec.seeds) == (1, None, 2)  # the base is the same at every seed
     stored_items = items.read(tmp_path / "table1.items.npz")["MemDec", "gpt2-S"]
     assert [each.sums.tolist() for each in stored_items] == [pytest.approx(mixed) for _, mixed in sums]
+
+
+def test_another_base_at_another_seed_stops_the_table(tmp_path: Path) -> None:
+    given = [write_evaluation(tmp_path / str(seed), "gpt2-S", seed, other_base=seed * 0.01) for seed in (0, 1)]
+    with pytest.raises(
+        ArtifactError, match="expected one record of base with gpt2-S on sklearn, seed 1, found another"
+    ):
+        tables.load_records(config(domains=["sklearn"], tasks={}, seeds=[0, 1]), given)
 
 
 def test_at_the_scale_of_the_paper_a_cell_has_a_verdict() -> None:

@@ -119,7 +119,7 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
                 "score": 9,
                 "evaluate": 27,
             }
-            | {"evaluate_systems": 9, "calibrate": 3, "mixture": 3},
+            | {"evaluate_systems": 3, "calibrate": 3, "mixture": 3},
         ),
         # 7 more memories that are trained and one that is not, with one base in 3 domains. The kNN-LM has keys of the base
         # itself.
@@ -235,9 +235,9 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
         (
             ["pretrained", "recipe"],
             ["rivals"],
-            {"corpus": 6, "tokenizer": 1, "tokens": 6, "model": 2, "finetune": 36, "lora": 36, "datastore": 54}
-            | {"index": 54, "calibrate": 18, "targets": 18, "teacher": 18, "mixture": 18, "train": 72}
-            | {"score": 108, "evaluate": 216, "evaluate_systems": 144, "table": 1},
+            {"corpus": 6, "tokenizer": 1, "tokens": 6, "model": 2, "finetune": 36, "lora": 36, "datastore": 30}
+            | {"index": 30, "calibrate": 18, "targets": 18, "teacher": 18, "mixture": 18, "train": 72}
+            | {"score": 108, "evaluate": 216, "evaluate_systems": 96, "table": 1},
         ),
         # 13 studies of one seed, 16 corpora in all: memory and CE twin of each, with 2 bases
         pytest.param(
@@ -405,6 +405,25 @@ def test_a_study_with_its_own_settings_makes_only_what_depends_on_them(tmp_path:
     assert homes["keys/gpt2-L/datastore/1-of-1"] == homes["keys/gpt2-L/index"] == homes["finetuned/gpt2-L"] == "torch"
     assert homes["evaluation/systems/base/gpt2-L"] == "torch"
     assert homes["keys/gpt2-L/targets/1-of-2"] == homes["memory/kl"] == homes["evaluation/kl/gpt2-L"] == "parts"
+
+
+def test_what_is_the_same_at_every_seed_is_made_once(tmp_path: Path) -> None:
+    """Keys of a model as it is, and the systems without a trained part, base and kNN-LM."""
+    (tmp_path / "my.yaml").write_text("studies: {systems: {seeds: [3, 5]}}")
+    files = [str(MINI), str(tmp_path / "my.yaml")]
+    made = outputs(snakemake(tmp_path, "results/table1.csv", "-n", "--cores", "8", "--configfile", *files))
+
+    def seeds(name: str) -> set[str]:
+        return {file.split("/seed")[1].split("/")[0] for file in made if f"/{name}/" in file}
+
+    for shared in (
+        "keys/gpt2-S-untuned/datastore/1-of-1",
+        "evaluation/systems/base/gpt2-S",
+        "evaluation/systems/knn-lm/gpt2-S",
+    ):
+        assert seeds(shared) == {"3"}
+    for each in ("keys/gpt2-L/datastore/1-of-1", "evaluation/systems/lora/gpt2-S", "evaluation/memdec/gpt2-S"):
+        assert seeds(each) == {"3", "5"}
 
 
 def test_a_control_is_found_where_its_parts_are(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def training(wildcards, model, *settings):
 
 def tuned_by(wildcards, settings, place):
     """The same training with the first seed, whose learning rate the other seeds take."""
-    first = study(wildcards).seeds[0]
+    first = first_seed(wildcards)
     if not settings.learning_rates or int(wildcards.seed) == first:
         return []
     return [manifest(f"{RUN}/{wildcards.home}/seed{first}/{place}")]
@@ -315,10 +315,15 @@ def home(study, domain, *kinds):
     return domain if owner is None else f"{owner}/{domain}"
 
 
-def at(wildcards, *kinds):
-    """Folder with the artefacts of these kinds for the study, domain and seed of a job."""
+def at(wildcards, *kinds, seed=None):
+    """Folder with the artefacts of these kinds for the study, domain and seed of a job, or for another seed."""
     place = home(study_of(wildcards), domain_of(wildcards), *kinds)
-    return f"{RUN}/{place}/seed{wildcards.seed}"
+    return f"{RUN}/{place}/seed{wildcards.seed if seed is None else seed}"
+
+
+def first_seed(wildcards):
+    """The seed that has what all seeds of a study share."""
+    return study(wildcards).seeds[0]
 
 
 # --- budget ---------------------------------------------------------------------------------------------------------
@@ -364,20 +369,27 @@ def behind_keys(wildcards, key):
     return beside(key_model(wildcards, key), key_tokens(wildcards, key))
 
 
+def of_keys(wildcards, key, kind):
+    """Folder of what is made from the keys of a model; of a model as it is, they are the same for all seeds."""
+    shared = key.endswith(typed.UNTUNED)
+    seed = first_seed(wildcards) if shared else wildcards.seed
+    return f"{at(wildcards, kind, seed=seed)}/keys/{key}/{kind}"
+
+
 def datastore(wildcards, key):
     """All shards of a datastore."""
-    shards = f"{at(wildcards, 'datastore')}/keys/{key}/datastore"
+    shards = of_keys(wildcards, key, "datastore")
     return gather.keys(manifest(f"{shards}/{{scatteritem}}"))
 
 
 def targets(wildcards, key):
     """All shards of the kNN targets of a key model."""
-    shards = f"{at(wildcards, 'targets')}/keys/{key}/targets"
+    shards = of_keys(wildcards, key, "targets")
     return gather.targets(manifest(f"{shards}/{{scatteritem}}"))
 
 
 def index(wildcards, key):
-    return manifest(f"{at(wildcards, 'index')}/keys/{key}/index")
+    return manifest(of_keys(wildcards, key, "index"))
 
 
 def keys_and_index(wildcards, key):
@@ -423,7 +435,7 @@ def memory_targets(wildcards):
     if found.targets == "none":
         return []
     kind = "targets" if found.targets == "knn" else found.targets
-    shards = f"{at(wildcards, kind)}/keys/{found.keys}/{kind}"
+    shards = of_keys(wildcards, found.keys, kind)
     parts = gather.targets if kind == "targets" else gather.teacher
     return parts(manifest(f"{shards}/{{scatteritem}}"))
 
@@ -432,8 +444,7 @@ def calibration(wildcards, key=None):
     """The choice of the targets' settings; none if the config states them."""
     if study(wildcards).calibrate is None:
         return []
-    keys = f"{at(wildcards, 'calibration')}/keys/{key or wildcards.key}"
-    return [manifest(f"{keys}/calibration")]
+    return [manifest(of_keys(wildcards, key or wildcards.key, "calibration"))]
 
 
 def memory_bases(wildcards):
@@ -546,8 +557,9 @@ def memory_kinds(memory):
 
 
 def base_evaluation(wildcards):
-    """The evaluation of the base alone, with the scores of its tokens."""
-    folder = f"{at(wildcards, 'evaluation')}/evaluation/{typed.WITHOUT_MEMORY}"
+    """The evaluation of the base alone, with the scores of its tokens; one for all seeds."""
+    place = at(wildcards, "evaluation", seed=first_seed(wildcards))
+    folder = f"{place}/evaluation/{typed.WITHOUT_MEMORY}"
     return manifest(f"{folder}/{SYSTEMS['base'].slug}/{wildcards.model}")
 
 
