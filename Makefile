@@ -7,8 +7,8 @@ STAMP := .venv/.installed
 # Snakemake on a folder, also one that a killed run left locked: $(RUN) FOLDER [OPTIONS] -- TARGET ...
 RUN = . $(BIN)/activate && workflow/run.sh
 
-# A GPU takes the full memory and three domains; without one a smaller memory and one domain.
-SMOL ?= config/smol.yaml $(if $(wildcard /dev/nvidia0),,config/smol-cpu.yaml)
+# A GPU takes the full memory, three domains and the recipe; without one a smaller memory, one domain and set values.
+SMOL ?= config/smol.yaml config/$(if $(wildcard /dev/nvidia0),recipe,smol-cpu).yaml
 
 # What `make repair` looks after: a table, the config files of its run (none: the default) and the folder with `results`.
 TARGET ?= results/table3.csv

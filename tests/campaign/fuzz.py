@@ -64,7 +64,13 @@ LAYERS = [
     "pretrained",
     "smol",
 ]
-LAYERS += ["smol,smol-cpu", "smol,smol-domains", "smol,smol-domains,gpu-run", "mini,interpolation"]
+LAYERS += [
+    "smol,recipe",
+    "smol,smol-cpu",
+    "smol,smol-domains,recipe",
+    "smol,smol-domains,gpu-run",
+    "mini,interpolation",
+]
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

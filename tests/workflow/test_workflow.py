@@ -273,13 +273,13 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 1, "finetune": 1, "datastore": 2, "index": 2}
             | {"targets": 1, "train": 1, "lora": 1, "score": 1, "evaluate": 1, "evaluate_systems": 4, "table": 1},
         ),
-        # a pretrained model that is base, key model and memory; 3 domains, 3 more memories, of which one is a DAPT model
+        # a pretrained model that is base, key model and memory, tuned with all rivals; 3 domains
         (
-            ["smol"],
-            ["memories"],
+            ["smol", "recipe"],
+            ["memories", "rivals"],
             {"corpus": 3, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
-            | {"targets": 3, "teacher": 3, "train": 9, "passages": 3, "lora": 3, "score": 12, "evaluate": 12}
-            | {"evaluate_systems": 15, "table": 1},
+            | {"calibrate": 3, "targets": 3, "teacher": 3, "mixture": 3, "train": 12, "lora": 3, "passages": 3}
+            | {"score": 18, "evaluate": 18, "evaluate_systems": 15, "table": 2},
         ),
         # 1 domain; the memories start from the first layers
         pytest.param(
@@ -290,14 +290,6 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             | {"evaluate_systems": 5, "table": 2},
             marks=pytest.mark.slow,
         ),
-        # every system tuned
-        (
-            ["smol", "recipe"],
-            ["rivals"],
-            {"corpus": 3, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
-            | {"calibrate": 3, "targets": 3, "teacher": 3, "mixture": 3, "train": 12, "lora": 3, "score": 18}
-            | {"evaluate": 18, "evaluate_systems": 12, "table": 1},
-        ),
         # its tasks: one suite of DCPMI tasks, three of domain tasks; base, DAPT, LoRA, MemDec
         (
             ["smol", "smol-cpu"],
@@ -307,11 +299,11 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
         ),
         # other domains, and a general corpus to see what is forgotten
         pytest.param(
-            ["smol", "smol-domains"],
+            ["smol", "smol-domains", "recipe"],
             ["memories", "forgetting"],
             {"corpus": 4, "tokenizer": 1, "tokens": 3, "model": 1, "finetune": 3, "datastore": 6, "index": 6}
-            | {"targets": 3, "teacher": 3, "train": 9, "passages": 3, "lora": 3, "score": 12, "evaluate": 12}
-            | {"evaluate_systems": 15, "table": 2},
+            | {"calibrate": 3, "targets": 3, "teacher": 3, "mixture": 3, "train": 12, "lora": 3, "passages": 3}
+            | {"score": 18, "evaluate": 18, "evaluate_systems": 15, "table": 2},
             marks=pytest.mark.slow,
         ),
     ],
