@@ -829,7 +829,7 @@ def _whole(claim: Claim, several: list[Judged], lacking: Sequence[Cell], scale: 
         found = ", ".join(f"{counts[word]} {word}" for word in ("holds", "fails", "undecided") if counts[word])
         parts.append(f"{len(several)} comparisons: {found}; shown is the least favourable: {_said(worst.key)}")
     parts += worst.notes
-    if worst.n and len(worst.seeds) < 2:
+    if worst.n and len(worst.seeds) == 1:
         parts.append("one seed, so items alone are drawn")
     if lacking:
         parts.append(f"{len(lacking)} cells have no value, such as {lacking[0].row}: {lacking[0].note}")

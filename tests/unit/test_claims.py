@@ -317,6 +317,13 @@ def test_a_system_without_a_trained_part_is_compared_with_all_seeds() -> None:
     made = Made().add("kNN-LM", "gpt2-S", windows(0.0, [0])).add("MemDec", "gpt2-S", several)
     found = made.judge(claim(right={"method": "kNN-LM"}))
     assert (found.verdict, found.seeds) == ("holds", "0 1 2")
+    alike = Made().add("base", "gpt2-S", windows(0.0, noise=0)).add("kNN-LM", "gpt2-S", windows(-0.1))
+    found = alike.judge(claim(left={"method": "kNN-LM"}))
+    assert (found.verdict, found.seeds, "one seed" in found.reason) == (
+        "holds",
+        "",
+        False,
+    )  # another one changes neither
 
 
 def test_only_common_seeds_are_compared() -> None:
