@@ -336,8 +336,7 @@ def _rows(file: Path, spec: FileCorpus) -> Iterator[tuple[int, Any]]:
         yield from reading.json_lines(content, file)
         return
     if kind in _CELLS:
-        csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # a cell may be a whole document
-        yield from enumerate(csv.DictReader(io.StringIO(content, newline=""), delimiter=_CELLS[kind], strict=True))
+        yield from enumerate(_cells(content, _CELLS[kind], file))
         return
     parts = {
         "blank_line": lambda: content.split("\n\n"),
@@ -345,6 +344,19 @@ def _rows(file: Path, spec: FileCorpus) -> Iterator[tuple[int, Any]]:
         "file": lambda: [content],
     }[spec.documents]()
     yield from enumerate({spec.field: part.strip("\n")} for part in parts if part.strip())
+
+
+def _cells(content: str, separator: str, file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a table. One with more cells than the header is refused: its text would end at the first separator."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # a cell may be a whole document
+    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
+    for row in reader:
+        if None in row:
+            raise CorpusError(
+                f"{file}, line {reader.line_num}: expected {len(row) - 1} cells, as in the header, found "
+                f"{len(row) - 1 + len(row[None])}; put texts with {separator!r} between quotes"
+            )
+        yield row
 
 
 def _columns(file: Path, field: str) -> list[str] | None:

@@ -174,6 +174,16 @@ def test_a_table_gives_the_documents_of_its_text_column(tmp_path: Path, kind: st
         ("a.csv", b'id,text\n1,"never closed' + b"x" * 2000, "expected readable text, jsonl, csv or parquet"),
         ("a.csv", b"id,note\n1,x\n", "expected a text field 'text', found id, note"),
         (
+            "a.csv",
+            b"id,text\n1,one\n2,a, b, c\n",
+            "line 3: expected 2 cells, as in the header, found 4; put texts with ','",
+        ),
+        (
+            "a.tsv",
+            b"note\none\ttwo\n",
+            r"line 2: expected 1 cells, as in the header, found 2; put texts with '\\t' between",
+        ),
+        (
             "a.txt",
             b"just ten words make no corpus at all you see",
             "expected at least 1000 bytes in the train split, found",
