@@ -18,6 +18,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is finished", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        gc.freeze()  # the interpreter searches once more as it ends: 0.9 s with the training libraries
 
 
 if __name__ == "__main__":

@@ -143,6 +143,8 @@ def load_tokenizer(
         raise ModelError(
             f"{name}: expected a tokenizer with an EOS token, found none; set eos_token in tokenizer_config.json"
         )
+    # transformers would save whether HF_HUB_OFFLINE was set, and the same training would write other files.
+    tokenizer.init_kwargs.pop("local_files_only", None)
     return tokenizer
 
 

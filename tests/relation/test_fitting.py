@@ -340,6 +340,36 @@ def test_evaluations_sweep_alpha_and_the_best_is_kept(
     assert math.fsum(sums) / facts["updates"] == pytest.approx(facts["train_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("changes", "measured", "ends_with"),
+    [
+        ({"keep_best": True, "evaluate_every": 0.1}, [2, 4, 5], 2),
+        ({"evaluate_every": 0.15}, [3, 5], 5),
+        ({}, [5], 5),
+    ],
+)
+def test_no_weights_are_measured_twice(
+    trained: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: Any, measured: list[int], ends_with: int
+) -> None:
+    """The evaluation at the end is that of the weights kept, here the first ones, which were evaluated before."""
+    steps: list[int] = []
+
+    def measure(trainer: fitting.LossTrainer) -> dict[str, float]:
+        steps.append(trainer.state.global_step)
+        return {"loss": float(len(steps)), "perplexity": math.exp(len(steps)), "score": float(len(steps))}
+
+    monkeypatch.setattr(fitting.LossTrainer, "measure", measure)
+    trained("m", epochs=0.25, **changes)
+    final = artefact.read(tmp_path / "m", "memory").facts["evaluations"][-1]
+    assert steps == measured
+    assert final == {
+        "step": ends_with,
+        "loss": 1 + measured.index(ends_with),
+        "perplexity": math.exp(1 + measured.index(ends_with)),
+        "score": 1 + measured.index(ends_with),
+    }
+
+
 def test_training_stops_when_nothing_gets_better(trained: Train, tmp_path: Path) -> None:
     trained("m", epochs=20, learning_rate=0.2, keep_best=True, patience=2, evaluate_every=0.25)
     facts = artefact.read(tmp_path / "m", "memory").facts

@@ -49,6 +49,16 @@ def test_a_saved_and_reloaded_tokenizer_has_the_same_fingerprint(tokenizer_folde
         tokens.check_same(tokens.fingerprint(one), tokens.fingerprint(other), "here")
 
 
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_saved_tokenizer_does_not_say_whether_the_hub_could_be_asked(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    """Otherwise the same training makes a folder of other content with HF_HUB_OFFLINE=1."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    tokens.load_tokenizer(str(tokenizer_folder)).save_pretrained(tmp_path)
+    assert "local_files_only" not in (tmp_path / "tokenizer_config.json").read_text(encoding="utf-8")
+
+
 def test_a_folder_per_corpus_and_of_the_right_kind(corpus_folder: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     spec = TokenizerSpec(train_on=["a", "b"], vocab_size=300)
     with pytest.raises(ConfigError, match="expected 2 corpus folders"):
