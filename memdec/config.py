@@ -260,7 +260,17 @@ MADE_OF: dict[str, tuple[str, ...]] = {
     "targets": _TARGETS,
     "teacher": (*_KEYS, "index", "calibrate", "teacher"),
     "mixture": (*_TARGETS, "teacher"),
-    "memory": (*_TARGETS, "imitates", "teacher", "memory", "adapt", "budget", "key_model", "memory_model", "watched"),
+    "memory": (
+        *_TARGETS,
+        "imitates",
+        "teacher",
+        "memory",
+        "adapt",
+        "budget",
+        "key_model",
+        "memory_model",
+        "default_memory",
+    ),
     "evaluation": ("evaluate", "forgetting"),
     "cases": ("cases",),
     "latency": ("latency",),
@@ -440,9 +450,9 @@ class Config(Settings):
         return self.domains[(self.domains.index(domain) + 1) % len(self.domains)]
 
     @property
-    def watched(self) -> list[str]:
-        """Base models whose mixtures are evaluated during the training of the default memory."""
-        return self.variant(DEFAULT_MEMORY).watched
+    def default_memory(self) -> Memory:
+        """How the default memory is trained, whatever the bases that it is evaluated with."""
+        return self.variant(DEFAULT_MEMORY).model_copy(update={"models": []})
 
     def study(self, name: str | None) -> "Config":
         """A study laid over the common part, as a config without studies; None: the common part alone.
@@ -486,6 +496,11 @@ class Config(Settings):
         wrong = []
         if self.stride > self.context:
             wrong.append(f"stride: expected at most context ({self.context}), found {self.stride}")
+        wrong += [
+            f"{name}.seed: expected none, as the seed of the run is taken, found {getattr(self, name).seed}; remove it"
+            for name in ("fidelity", "shapes")
+            if "seed" in getattr(self, name).model_fields_set
+        ]
         wrong += self._search()
         wrong += [line for name in self.memories for line in self._train(name)]
         wrong += [line for name in self.per_model for line in self._for_model(name)]

@@ -569,6 +569,7 @@ class CalibrateSettings(Settings):
     )
     tops: Annotated[list[PositiveInt], AfterValidator(each_once)] = Field(
         [64, 256],
+        min_length=1,
         description="candidates for top; the smallest that costs at most 0.1 % of perplexity is chosen, or all",
     )
     most: PositiveInt = Field(

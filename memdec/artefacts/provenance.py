@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +35,20 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def package_version(name: str) -> str:
+    """Version of the distribution that an importable package comes from; of `stdlib` that of Python."""
+    if name == "stdlib":
+        return platform.python_version()
+    distributions = _distributions().get(name, [])
+    return metadata.version(distributions[0]) if distributions else "not installed"
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
 
 
 def git_commit(folder: Path) -> str | None:

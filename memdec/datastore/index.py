@@ -48,7 +48,7 @@ def run(
 
     `device` runs k-means and search; None means a GPU if there is one.
     """
-    store = Datastore(datastore)
+    store = Datastore(datastore, device)
     settings = settings.for_size(store.n)
     _check(store, settings, device)
     stage = "cells" if settings.kind == "cells" else None

@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from memdec.artefacts import arrays, artefact, devices
 from memdec.datastore.keys import Datastore
-from memdec.errors import ArtifactError, outside
+from memdec.errors import ArtifactError, ConfigError, outside
 from memdec.maths import cell_join
 from memdec.settings import IndexSettings
 
 PER_CALL = 65_536  # keys per FAISS call
 TRAINED, CODES = "trained.safetensors", "codes.npy"
+_GPU_MOST = 2048  # neighbours, and cells, of a search by FAISS on a GPU
 Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
 Trained = dict[str, NDArray[Any]]
 
@@ -62,13 +63,22 @@ class IvfIndex:
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search the nearest `nprobe` cells from now on."""
+        self._check_gpu("nprobe", nprobe)
         space = faiss.GpuParameterSpace() if self._on_gpu else faiss.ParameterSpace()
         space.set_index_parameter(self._index, "nprobe", nprobe)
 
     def search(self, queries: Float[np.ndarray, "B D"], fetch: int) -> Pair:
         """Distances by the index, and positions, of the nearest `fetch` keys; -1 if the cells have fewer."""
+        self._check_gpu("neighbours with what is fetched to re-rank", fetch)
         found: Pair = self._index.search(rotate(queries, self._trained), fetch)
         return found
+
+    def _check_gpu(self, what: str, found: int) -> None:
+        if self._on_gpu and found > _GPU_MOST:
+            raise ConfigError(
+                f"{what}: expected at most {_GPU_MOST}, which is FAISS's limit on a GPU, found {found}; lower it, or search "
+                "with device cpu"
+            )
 
 
 class Encoder:

@@ -251,6 +251,10 @@ def is_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
 class Datastore:
     """The keys of one split, from all shard folders of a stored datastore or the one folder of a streamed datastore.
 
+    Args:
+        folders: These folders.
+        device: Where streamed keys are made; None means a GPU if there is one.
+
     Attributes:
         n: Number of positions.
         width: D.
@@ -263,7 +267,7 @@ class Datastore:
         ArtifactError: The shards are of different runs, overlap or leave a gap, or one is incomplete.
     """
 
-    def __init__(self, folders: Path | Sequence[Path]) -> None:
+    def __init__(self, folders: Path | Sequence[Path], device: torch.device | None = None) -> None:
         folders = [folders] if isinstance(folders, Path) else folders
         found = artefact.shards(folders, "datastore")
         first, self.folder = found[0]
@@ -278,7 +282,8 @@ class Datastore:
         self.parts: list[tuple[int, NDArray[Any]]] = []
         self._forward: Forward | None = None
         self._window, self._inputs = (first.settings["context"], first.settings["stride"]), first.inputs
-        self._precision = first.settings["precision"]
+        where: Any = device.type if device is not None and device.type in ("cpu", "cuda") else "auto"
+        self._compute = Compute(device=where, precision=first.settings["precision"])
         if self.settings.stored:
             for manifest, folder in found:
                 begin, end = manifest.facts["begin"], manifest.facts["end"]
@@ -319,7 +324,7 @@ class Datastore:
         """The forward passes that compute the keys of a streamed datastore."""
         if self._forward is None:
             folders = self._source("model"), self._source("tokens")
-            forward = Forward(*folders, self.settings, *self._window, Compute(precision=self._precision))
+            forward = Forward(*folders, self.settings, *self._window, self._compute)
             if (len(forward.data), forward.point.width) != (self.n, self.width):
                 raise ArtifactError(
                     f"{self.folder}: expected {len(forward.data)} keys of width {forward.point.width}, found {self.n} of width "
@@ -369,6 +374,7 @@ class Datastore:
         ids = torch.from_numpy(part.inputs(self.values, prefix))[None].to(point.model.device)
         found = point(ids)[0, part.first - part.begin :].float().cpu().numpy()
         _, stored = next(self.blocks(part.first, part.end, part.n_scored))
+        self._forward = None  # of streamed keys: a second copy of the model's weights
         apart = np.linalg.norm(found - stored, axis=1) / np.linalg.norm(stored, axis=1)
         if not float(np.median(apart)) < _SAME_MODEL:
             raise ArtifactError(

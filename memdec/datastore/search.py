@@ -119,14 +119,14 @@ class Searcher:
         return torch.from_numpy(sq_dist), torch.from_numpy(ids)
 
     def near_keys(
-        self, positions: Int[np.ndarray, " B"], neighbours: int
+        self, positions: Int[np.ndarray, " B"], neighbours: int, *, released: bool = False
     ) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"]]:
         """As `near` for keys of the datastore, of an index of kind `cells`."""
         if (there := self.on_device) is not None:
-            own, inputs = torch.from_numpy(positions), self._inputs(positions, None)
+            own, inputs = torch.from_numpy(positions), None if released else self._inputs(positions, None)
             found: tuple[Tensor, Tensor] = there.search(there.keys(positions), neighbours, own, inputs=inputs)
             return found
-        return self.near(self.cells.keys(positions), neighbours, positions)
+        return self.near(self.cells.keys(positions), neighbours, positions, released=released)
 
     def search(
         self,
@@ -164,14 +164,15 @@ class Searcher:
             return near.cpu().numpy(), positions.cpu().numpy()
         if self.cells is not None or self._rare is not None:
             inputs = None if released else self._inputs(own, inputs)
+        # One more than asked for, where a query may find itself; FAISS on a GPU has a limit.
+        fetch = neighbours + (0 if released and own is None else 1) + (0 if released else _MORE)
         if own is None:
             own = np.full(len(queries), -1)
         if self.cells is not None:
             found: Pair = self.cells.search(queries, own, neighbours, inputs)
             return found
-        fetch = min(neighbours + 1 + (0 if released else _MORE), self.store.n)
-        sq_dist, ids = self._candidates(np.ascontiguousarray(queries, dtype=np.float32), fetch)
-        if not released:
+        sq_dist, ids = self._candidates(np.ascontiguousarray(queries, dtype=np.float32), min(fetch, self.store.n))
+        if not released or self._ivf is None:
             if self._rare is not None and inputs is not None:
                 ids = np.concatenate([ids, self._rare.of(inputs)], axis=1)
             sq_dist = knn.exact_distances(queries, self._parts, ids)

@@ -66,8 +66,8 @@ def run(
     """
     if not 0 <= shard < settings.shards:
         raise ConfigError(f"targets: expected a shard from 0 to {settings.shards - 1}, found {shard}")
-    store, source = Datastore(datastore), artefact.read(stream, "tokens")
-    asked = Datastore(queries) if queries else store
+    store, source = Datastore(datastore, device), artefact.read(stream, "tokens")
+    asked = Datastore(queries, device) if queries else store
     if asked.recipe == store.recipe:
         asked = store
     chosen = accuracy.of_targets(settings, index_folder)
@@ -212,14 +212,14 @@ def in_order(
 
 def in_cells(searcher: search.Searcher, settings: TargetSettings, order: NDArray[np.int64]) -> Iterator[_Batch]:
     """As `in_order`, for positions in this order; no row depends on the batch."""
-    size = max(settings.batch_size, _CELL_QUERIES)
+    size, k = max(settings.batch_size, _CELL_QUERIES), settings.neighbours
     if searcher.on_device is not None:
         from memdec.datastore.device_cells import QUERIES  # exact search needs no faiss
 
         size = max(size, QUERIES)
     for low in range(0, len(order), size):
         positions = order[low : low + size]
-        yield _rows(searcher, settings, positions, *searcher.near_keys(positions, settings.neighbours))
+        yield _rows(searcher, settings, positions, *searcher.near_keys(positions, k, released=settings.released))
 
 
 def _rows(

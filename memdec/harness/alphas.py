@@ -69,7 +69,7 @@ class TaskAlphas:
 def tuned(name: str, says: Declared, answer: Answer) -> dict[str, Any]:
     """Find the alpha with the best first metric on the tuning split; alpha, metric, value, sweep and source."""
     log.info("%s: alpha is tuned on %s", name, says.tune_split)
-    split = TaskSplit(name, {**says.metadata, "split": says.tune_split})
+    split = TaskSplit(name, {**says.metadata, "split": says.tune_split}, says.prompting)
     found = {alpha: split.value(answer(split.requests, alpha)) for alpha in ALPHAS}
     metric, _, higher = found[ALPHAS[0]]
     values = {alpha: value for alpha, (_, value, _) in found.items()}

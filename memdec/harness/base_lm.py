@@ -63,7 +63,7 @@ _ELSEWHERE = (
     "parallelize", "tp_plan", "subfolder", "gguf_file", "autogptq", "gptqmodel", "load_in_4bit", "load_in_8bit", "trust_remote_code",
 )  # fmt: skip
 _SAVED = 512  # tokens of a context that need not be read again, from which on its items share one pass
-_TEXTS = 32  # texts whose tokens are remembered
+_REMEMBERED = 1 << 20  # most tokens of texts that are remembered: 40 MB
 _LOGITS = 1 << 27  # most log-probabilities of one model in memory at a time (1 GiB in float64)
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
@@ -105,6 +105,7 @@ class WrappedLM(HFLM):
         self.system, self.weight = system, weighing.check_weight(weight)
         self.n_cut = 0  # requests that were cut on the left
         self._encoded: dict[Any, list[int]] = {}
+        self._n_encoded = 0  # their tokens
         self._given, scores = kwargs, arguments.folder("scores", scores)
         arguments.check_types({"context": context, "stride": stride, **kwargs})
         if kwargs.get("revision") is not None:
@@ -602,16 +603,21 @@ class WrappedLM(HFLM):
         return found
 
     def tok_encode(self, string: Any, *args: Any, **kwargs: Any) -> list[int]:
-        """As in `hf`; the last texts are remembered, because a context comes again with each of its continuations."""
+        """As in `hf`; the last texts are remembered.
+
+        A context comes again with each of its continuations, and a tuning split with each alpha.
+        """
         ids: list[int]
         if not isinstance(string, str):
             ids = super().tok_encode(string, *args, **kwargs)
             return ids
         key = string, args, tuple(kwargs.items())
         if key not in self._encoded:
-            self._encoded[key] = super().tok_encode(string, *args, **kwargs)
-            if len(self._encoded) > _TEXTS:
-                del self._encoded[next(iter(self._encoded))]
+            ids = super().tok_encode(string, *args, **kwargs)
+            self._encoded[key] = ids
+            self._n_encoded += len(ids)
+            while self._n_encoded > _REMEMBERED and len(self._encoded) > 1:
+                self._n_encoded -= len(self._encoded.pop(next(iter(self._encoded))))
         return list(self._encoded[key])
 
     @one_line_errors()

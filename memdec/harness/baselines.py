@@ -70,9 +70,9 @@ class MemDecIcRag(WrappedLM):
 
 
 def of_system(name: SystemName, parts: Parts, **kwargs: Any) -> WrappedLM:
-    """Make an lm-eval model of a system; dtype and device are those of the parts, `kwargs` as for its class."""
+    """Make an lm-eval model of a system; dtype, device and spread are those of the parts, `kwargs` as for its class."""
     base = str(parts.base)
-    kwargs = {"dtype": parts.dtype, "device": parts.device, **kwargs}
+    kwargs = {"dtype": parts.dtype, "device": parts.device, **({"parallelize": True} if parts.spread else {}), **kwargs}
     if name == "kNN-LM":
         shards = "+".join(str(shard) for shard in parts.datastore)
         return MemDecKnnLM(base, shards, str(parts.index), **parts.knn_lm.model_dump(), **kwargs)

@@ -297,7 +297,7 @@ def _with_neighbours(base: Any, parts: Parts, n_vocab: int) -> Any:
     from memdec.datastore.keys import Datastore
     from memdec.inference.knnlm import KnnLMForCausalLM
 
-    store, numbers = Datastore(parts.datastore), parts.knn_lm.model_dump(exclude={"nprobe"})
+    store, numbers = Datastore(parts.datastore, base.device), parts.knn_lm.model_dump(exclude={"nprobe"})
     searcher = search.load(store, parts.of("index"), parts.knn_lm.nprobe, base.device)
     return KnnLMForCausalLM(base, store, searcher, **numbers, n_vocab=n_vocab)
 

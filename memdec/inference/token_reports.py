@@ -96,7 +96,7 @@ class Neighbours:
         tokenizer: Any,
         device: torch.device | None = None,
     ) -> None:
-        self.store, self.settings = Datastore(datastore), settings
+        self.store, self.settings = Datastore(datastore, device), settings
         search.check(self.store, index_folder, settings)
         where = f"{self.store.folder} with the models"
         tokens.check_same(tokens.fingerprint(tokenizer), self.store.facts["tokenizer_sha256"], where)

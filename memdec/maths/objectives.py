@@ -175,7 +175,7 @@ class BiLD:
         token, there = at.token.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=row.device)
         log_p, log_q = at.p.new_zeros(shape), at.p.new_zeros(shape)
         token[place], there[place] = at.token[order], True
-        log_p[place], log_q[place] = at.p[order].log(), at.log_q[order]
+        log_p[place], log_q[place] = at.p[order].clamp_min(self.floor).log(), at.log_q[order]
         return token, log_p, log_q, there
 
     def _log_p(self, at: Positions, token: Tensor) -> Tensor:

@@ -170,8 +170,8 @@ def _draws(n_items: int, seed: int, n_resamples: int) -> Iterator[Floats]:
 
 def f1(
     gold: Sequence[int],
-    a: Sequence[int],
-    b: Sequence[int],
+    a: ArrayLike,
+    b: ArrayLike,
     averages: Sequence[Average],
     groups: Sequence[int] | None = None,
 ) -> Paired:
@@ -184,19 +184,23 @@ def f1(
 
     Args:
         gold: Correct label of each item, (N,).
-        a: Predictions of A.
-        b: Predictions of B.
+        a: Predictions of A, (N,), or (S, N) of S seeds: the mean of their F1 is compared, and an item is drawn, or exchanged,
+            with the predictions of all seeds.
+        b: Predictions of B, of the same shape.
         averages: Values of scikit-learn's `average`; if there are several, their mean is compared.
         groups: Group of each item.
     """
-    columns = np.array([groups if groups is not None else [0] * len(gold), gold, a, b], np.int64)
+    predicted_a, predicted_b = np.atleast_2d(a), np.atleast_2d(b)
+    grouped = groups if groups is not None else [0] * len(gold)
+    columns = np.vstack([grouped, gold, predicted_a, predicted_b]).astype(np.int64)
     kinds, first, numbers = np.unique(columns, axis=1, return_index=True, return_counts=True)
     order = np.argsort(first)  # order of first occurrence: the draws are the same if A and B are swapped
-    (group, right, by_a, by_b), numbers = kinds[:, order], numbers[order]
+    (group, right, *rest), numbers = kinds[:, order], numbers[order]
+    by_a, by_b = np.array(rest[: len(predicted_a)]), np.array(rest[len(predicted_a) :])  # (S, kinds)
 
     def value(counts: NDArray[np.integer], predicted: NDArray[np.int64], fold: int = 1) -> Floats:
         groups, labels = np.tile(group, fold), np.tile(right, fold)
-        found = [grouped_f1(counts, labels, predicted, each, groups) for each in averages]
+        found = [grouped_f1(counts, labels, seed, each, groups) for seed in predicted for each in averages]
         return np.asarray(np.mean(found, axis=0), np.float64)
 
     value_a, value_b = float(value(numbers[None], by_a)[0]), float(value(numbers[None], by_b)[0])
@@ -204,7 +208,7 @@ def f1(
     drawn = rng.multinomial(len(gold), numbers / len(gold), size=N_RESAMPLES)
     intervals = _intervals(value(drawn, by_a), value(drawn, by_b))
     moved = rng.binomial(numbers, 0.5, size=(N_RESAMPLES, len(numbers)))
-    stay, both = numbers - moved, np.concatenate([by_a, by_b])
+    stay, both = numbers - moved, np.concatenate([by_a, by_b], axis=1)
     gaps = value(np.hstack([moved, stay]), both, 2) - value(np.hstack([stay, moved]), both, 2)
     hits = int((np.abs(gaps) >= abs(value_b - value_a) - 1e-12).sum())
     p = (1 + hits) / (1 + N_RESAMPLES) if (by_a != by_b).any() else 1.0

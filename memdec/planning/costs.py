@@ -16,7 +16,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from memdec.config import Config, Memory
+from memdec.config import Config, ForModel, Memory
+from memdec.inference.systems import SYSTEMS
 from memdec.planning.rates import Machine, Rates
 from memdec.planning.sizes import Sizes
 from memdec.settings import NPROBE, UNTUNED, DocstringCorpus, HubCorpus, IndexSettings, Shape, TrainSettings
@@ -131,17 +132,25 @@ class _Formulas:
         return 2 if self.costs.gpu else 4
 
     def _placed(self, cpu: float, weights: float, model: str, *, launched: bool = False, **more: float) -> Cost:
-        """A cost whose memory is that of the GPUs, where there are any: weights in shares, and the rest on each."""
+        """A cost whose memory is that of the GPUs, where there are any: weights in shares, and the rest on each.
+
+        `torchrun` gives every GPU all weights. Each of its processes, and of those that shard a model, loads them in host
+        memory first: `loaded` bytes (default: `weights`). What a search holds is in host memory, too: `host` bytes.
+        """
         gpus = self.config.gpus(model, launched=launched) if self.costs.gpu else 0
         process = self.rates.process
         seconds, reads = more["seconds"], weights + more.get("reads", 0.0)
         if not gpus:
             return Cost(seconds, process + weights + cpu, more.get("disk", 0.0), reads=reads)
+        copied = launched and self.config.per_model.get(model, ForModel()).launch == "torchrun"
+        held = weights if copied else weights / gpus
+        several = launched and gpus > 1
+        memory = gpus * (process + more.get("loaded", weights)) if several else process + weights / gpus
         return Cost(
             self.rates.start + (seconds - self.rates.start) / (gpus if launched else 1),
-            process + weights / gpus,
+            memory + more.get("host", 0.0),
             more.get("disk", 0.0),
-            weights / gpus + cpu,
+            held + cpu,
             gpus=gpus,
             reads=reads,
         )
@@ -268,7 +277,8 @@ class _Formulas:
         if adapter is not None:
             held = BYTES_FROZEN * shape.parameters + BYTES_TRAINED * adapter
         kept = 4 * (shape.parameters if adapter is None else adapter)
-        return self._placed(activations, held, name, launched=True, seconds=seconds, disk=kept)
+        loaded = 4 * shape.parameters
+        return self._placed(activations, held, name, launched=True, seconds=seconds, disk=kept, loaded=loaded)
 
     # --- keys and targets ---
 
@@ -296,7 +306,7 @@ class _Formulas:
             "ivfflat": n * (shape.width * 2 + 8),
             "ivfpq": n * (settings.code_size + 8),
         }[settings.kind] + 4 * cells * shape.width
-        held = sample * shape.width * 4 * settings.has_cells + (size if settings.kind != "cells" else 0)
+        held = sample * shape.width * 8 * settings.has_cells + (size if settings.kind != "cells" else 0)
         return self._search_cost(work + checks + self._again(n, shape), held, size)
 
     def calibrate(self) -> Cost:
@@ -308,8 +318,8 @@ class _Formulas:
         queries = min(settings.most, n) + min(settings.most, valid)
         grid = queries * sum(settings.neighbours) * len(settings.temperatures) / self.rates.gather
         found = self._search(queries, n, shape, max(settings.neighbours))
-        rows = queries * max(settings.neighbours) * 12.0
-        return self._search_cost(found + grid + self._reading(queries, shape), rows, 1e4)
+        rows = queries * max(settings.neighbours) * 12.0 + self._searched(n, shape)
+        return self._search_cost(found + grid + self._reading(queries, shape), rows, 1e4, reads=True)
 
     def targets(self) -> Cost:
         """start + (queries x keys compared) 2 D / (rate of search) + queries k / (rate of neighbours)"""
@@ -317,10 +327,7 @@ class _Formulas:
         n = self._tokens(self.key, self.study.datastore.split)
         queries, k = n * self._part(), self._k
         seconds = self._search(queries, n, shape, k) + self._again(queries, shape)
-        held = settings.batch_size * k * 24.0
-        index = self.study.index
-        if index.kind in ("ivfflat", "ivfpq"):
-            held += n * (shape.width * 2 if index.kind == "ivfflat" else index.code_size + 8)
+        held = settings.batch_size * k * 24.0 + self._searched(n, shape)
         return self._search_cost(seconds, held, queries * self._row(shape))
 
     def teacher(self) -> Cost:
@@ -361,9 +368,18 @@ class _Formulas:
             + queries * k / self.rates.gather
         )
 
-    def _search_cost(self, seconds: float, held: float, disk: float) -> Cost:
-        keys = self._keys_size(self._tokens(self.key, self.study.datastore.split), self.sizes.shape(self.key))
-        return self._placed(held, 0.0, self.key, seconds=self.rates.start + seconds, disk=disk, reads=keys)
+    def _searched(self, n: float, shape: Shape) -> float:
+        """Bytes of an index of n keys while it is searched; the other kinds read their keys from disk."""
+        index = self.study.index
+        return n * {"ivfflat": shape.width * 2.0, "ivfpq": index.code_size + 8.0}.get(index.kind, 0.0)
+
+    def _search_cost(self, seconds: float, held: float, disk: float, reads: bool = False) -> Cost:
+        """What is held is filled in host memory and copied to a GPU. `reads`: the key model runs, as for streamed keys."""
+        shape = self.sizes.shape(self.key)
+        keys = self._keys_size(self._tokens(self.key, self.study.datastore.split), shape)
+        weights = self._bytes() * shape.parameters if reads or not self.study.datastore.stored else 0.0
+        seconds += self.rates.start
+        return self._placed(held, weights, self.key, seconds=seconds, disk=disk, reads=keys, host=held)
 
     def _keys_size(self, n: float, shape: Shape) -> float:
         """Bytes of n stored keys."""
@@ -383,9 +399,9 @@ class _Formulas:
             n = self._tokens(found.key_model, "valid", "test")
             shape, keys = self.sizes.shape(found.key_model), self._tokens(found.key_model, "train")
             seconds = self._reading(n, shape) + self._search(n, keys, shape, self.study.evaluate.neighbours)
-            return self._placed(
-                0.0, self._bytes() * shape.parameters, self.key, seconds=self.rates.start + seconds, disk=12 * n
-            )
+            held, weights = self._searched(keys, shape), self._bytes() * shape.parameters
+            seconds += self.rates.start
+            return self._placed(held, weights, self.key, seconds=seconds, disk=12 * n, host=held)
         shape = self.sizes.shape(found.memory_model)
         n = self._tokens(found.memory_model, "valid", "test")
         return self._evaluated(found.memory_model, shape, n)
@@ -396,12 +412,17 @@ class _Formulas:
         shape, n = self.sizes.shape(name), self._tokens(name, "valid", "test")
         cost = self._evaluated(name, shape, n)
         settings = self._for_model(name).evaluate
-        if self.w["system"] == "icrag":
+        if self.w["system"] == SYSTEMS["In-Context RAG"].slug:
             again = n / settings.every * self.config.context - n * self._windows
             return _more(cost, again * self._forward(shape) / self.rates.at("score", shape.width))
-        if self.w["system"] == "knn":
+        if self.w["system"] == SYSTEMS["kNN-LM"].slug:
+            keys = self._tokens(name, "train")
             grid = n * settings.neighbours * len(settings.temperatures) / self.rates.gather
-            return _more(cost, self._search(n, self._tokens(name, "train"), shape, settings.neighbours) + grid)
+            found = _more(cost, self._search(n, keys, shape, settings.neighbours) + grid)
+            held = self._searched(keys, shape)
+            return replace(
+                found, memory=found.memory + held, gpu_memory=found.gpu_memory + (held if found.gpus else 0.0)
+            )
         return cost
 
     def evaluate(self) -> Cost:

@@ -49,7 +49,7 @@ COLUMNS = (
 )  # fmt: skip
 VERDICTS = ("holds", "fails", "undecided", "not run")
 AVERAGE = "Avg"  # column of means; a claim computes means itself, from the measured columns
-RANKS = {"smallest": 0, "first": 0, "second": 1, "largest": -1, "last": -1}
+RANKS = {"smallest": 0, "first": 0, "second": 1, "third": 2, "largest": -1, "last": -1}
 PAIRED = ("family", "model", "domain", "task", "metric")  # in which both sides of a comparison agree
 CLOSE = 1e-6  # relative difference between the value of a cell and that of its items; rounding is smaller
 
@@ -67,7 +67,7 @@ class Selector(Settings):
         description="main; objective:NAME, targets:NAME, size:RANK, keys:RANK: differs from main only in this; "
         "attached-dapt; other-domain; neighbours",
     )
-    domain: Texts | None = Field(None, description="domain; first, second, last of the config")
+    domain: Texts | None = Field(None, description="domain; first, second, third, last of the config")
     task: Texts | None = None
     metric: Texts | None = None
     row: Texts | None = None

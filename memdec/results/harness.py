@@ -188,8 +188,8 @@ def _weighted(
 
 
 def _check_evaluation(folder: Path, manifest: artefact.Manifest, parts: Parts) -> None:
-    """Check that an evaluation is of these models, not of another base, memory or scale."""
-    for part in ("base", "memory"):
+    """Check that an evaluation is of these parts, not of another base, memory, datastore or scale."""
+    for part in ("base", "memory", "index", "passages", "lora", "dapt"):
         stated = manifest.inputs.get(part)
         if parts.of(part) and stated is not None and stated != _identity(parts.of(part)):
             raise ArtifactError(

@@ -163,7 +163,7 @@ def p_value(a: Sequence[Items], b: Sequence[Items]) -> float | None:
 
     Of several seeds the mean of each item is compared: the test says whether the systems differ on other items, and
     nothing of other seeds. Means of 0 and 1 at one seed use McNemar's exact test, other means and perplexities sign
-    flips. F1 exchanges the predictions of both systems at each item and seed.
+    flips. F1 exchanges the predictions of both systems at each item, those of all seeds together.
 
     Args:
         a: The items of the first system at each seed.
@@ -183,24 +183,16 @@ def p_value(a: Sequence[Items], b: Sequence[Items]) -> float | None:
 def _p_of_f1(a: Sequence[Items], b: Sequence[Items]) -> float | None:
     n_seeds = max(len(a), len(b))
     first, second = (list(one) * (n_seeds // len(one)) for one in (a, b))
-    labels = [(one.labels, other.labels) for one, other in zip(first, second, strict=False)]
-    if len(first) != len(second) or any(one is None or other is None for one, other in labels):
+    labels = [each.labels for each in [*first, *second]]
+    if len(first) != len(second) or any(each is None for each in labels):
         return None
-    gold: list[int] = []
-    by_a: list[int] = []
-    by_b: list[int] = []
-    groups: list[tuple[int, ...]] = []
-    for seed, (one, other) in enumerate(labels):
-        assert one is not None
-        assert other is not None
-        if one.shape != other.shape or (one[:, :-1] != other[:, :-1]).any():
-            return None
-        gold += one[:, -2].tolist()
-        by_a += one[:, -1].tolist()
-        by_b += other[:, -1].tolist()
-        groups += [(seed, *row) for row in one[:, :-2].tolist()]
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    return paired.f1(gold, by_a, by_b, a[0].averages, [numbers[group] for group in groups]).p
+    known = [each for each in labels if each is not None]
+    rows = known[0][:, :-1]  # group, if there are groups, and correct label of each item
+    if any(each.shape != known[0].shape or (each[:, :-1] != rows).any() for each in known):
+        return None
+    predicted = np.array([each[:, -1] for each in known])
+    groups = np.unique(rows[:, :-1], axis=0, return_inverse=True)[1].ravel().tolist() if rows.shape[1] > 1 else None
+    return paired.f1(rows[:, -1].tolist(), predicted[:n_seeds], predicted[n_seeds:], a[0].averages, groups).p
 
 
 Place = tuple[str, str]  # row and column of a cell

@@ -24,6 +24,7 @@ FIXED = ("table", "version", "column", "value", "unit", "lower_is_better", "sour
 # deviation of a perplexity is 0.2 to 0.3 % with the memory and 0.1 to 1.1 % after DAPT
 # (results/reference/interpolation.csv). The paper has one seed and no error bars.
 RELATIVE_TOLERANCE = 0.01
+ELSEWHERE = "the same quantity"  # how the note of a value begins that another table or version prints
 
 
 class Printed(NamedTuple):

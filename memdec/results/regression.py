@@ -206,10 +206,11 @@ def cells(results: Sequence[Path]) -> dict[str, Value]:
 
 
 def _long(path: Path) -> dict[str, Value]:
+    """The measured cells. A mean or difference of cells has an interval but no n: it moves only if they do."""
     return {
         _name(cell.table, cell.row, cell.column): Value(cell.value, cell.unit, cell.n, cell.seeds, cell.sd)
         for cell in table_cells.read(path)
-        if cell.value is not None
+        if cell.value is not None and (cell.n is not None or cell.low is None)
     }
 
 

@@ -10,6 +10,7 @@ the same items are drawn for all of them.
 """
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -250,8 +251,9 @@ def _not_run(where: Mapping[str, str]) -> str:
 
 
 def _main(printed: Sequence[paper.Printed]) -> float | None:
-    """The printed number of the last version that has the cell."""
+    """The number that the last version prints in this cell, and not elsewhere for the same thing."""
     known = [each for each in printed if each.value is not None]
+    known = [each for each in known if not each.note.startswith(paper.ELSEWHERE)] or known
     last = max(known, key=lambda each: max(map(paper.VERSIONS.index, each.versions)), default=None)
     return None if last is None else last.value
 
@@ -339,7 +341,7 @@ def resampled(number: Number) -> NDArray[np.float64] | None:
         by_model: dict[str, list[Record]] = {}
         for record in number.records:
             by_model.setdefault(record["model"], []).append(record)
-        drawn = [_replicates(_items(records)) for records in by_model.values()]
+        drawn = [_replicates(_items(records), _text(records[0])) for records in by_model.values()]
         known = [each for each in drawn if each is not None]
         if len(known) == len(drawn):
             # The factor of the column, from what the items say and what is shown.
@@ -348,19 +350,24 @@ def resampled(number: Number) -> NDArray[np.float64] | None:
     return number.replicates
 
 
-def _replicates(found: Sequence[Items]) -> NDArray[np.float64] | None:
+def _text(record: Record) -> int:
+    """A number for the text or task of a record: what has the same items has the same draws, and nothing else has."""
+    return zlib.crc32(repr([record.get(name) for name in ("domain", "on", "task")]).encode())
+
+
+def _replicates(found: Sequence[Items], seed: int) -> NDArray[np.float64] | None:
     first = found[0]
     if first.kind == "other":
         labels = [each.labels for each in found if each.labels is not None]
         if len(labels) < len(found) or any(each.shape != labels[0].shape for each in labels):
             return None
-        drawn = paired.f1_by_item(labels, first.averages, seed=0, n_resamples=_RESAMPLES)
+        drawn = paired.f1_by_item(labels, first.averages, seed=seed, n_resamples=_RESAMPLES)
     elif any(not np.array_equal(each.counts, first.counts) for each in found):
         return None
     else:
         of = np.exp if first.kind == "perplexity" else np.asarray
         sums = [each.sums for each in found]
-        drawn = paired.ratios_by_item(sums, first.counts, of, seed=0, n_resamples=_RESAMPLES)
+        drawn = paired.ratios_by_item(sums, first.counts, of, seed=seed, n_resamples=_RESAMPLES)
     return paired.over_seeds(drawn, seed=0)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from memdec.errors import CorpusError
-from memdec.tasks import domain_metrics, rows, task
+from memdec.errors import ConfigError, CorpusError, one_line_errors
+from memdec.tasks import domain_metrics, needed, rows, task
 from memdec.tasks.rows import HubRows, Rows
 from memdec.tasks.task import RowsTask
 from memdec.text.reading import shown
@@ -139,7 +139,7 @@ def _bad(found: Rows, number: int, expected: str, value: Any) -> CorpusError:
 
 
 def _with_demonstrations(found: Rows, shots: int) -> Rows:
-    file = "casehold/train.jsonl"
+    file = needed.DEMONSTRATIONS
     if rows.local_file(file) is not None:
         train = rows.load("CaseHOLD demonstrations", file)
         texts, source, scored = _completed(train, shots), train.source, found.rows
@@ -182,6 +182,16 @@ def _completed(train: Rows, shots: int) -> list[str]:
 
 class ChoiceTask(RowsTask):
     """lm-eval task of rows with options, one of which is predicted."""
+
+    def build_all_requests(self, **kwargs: Any) -> None:
+        """As in `RowsTask`; a chat template is refused, as options then have other tokens than those that were counted."""
+        if kwargs.get("apply_chat_template"):
+            with one_line_errors():
+                raise ConfigError(
+                    f"{self.config.task}: expected prompts as AdaptLLM has them, found a chat template; leave "
+                    "--apply_chat_template out for the domain tasks with options"
+                )
+        super().build_all_requests(**kwargs)
 
     def predictions(self, samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
         """The options and what `acc` predicts; where rows have different options, their places ("option 1")."""

@@ -6,7 +6,7 @@ starts what cannot be had at all.
 
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from memdec import HARNESS_TASKS
 from memdec.errors import ConfigError
 from memdec.settings import near
 
+DEMONSTRATIONS = "casehold/train.jsonl"  # of CaseHOLD's tasks with shots, which do without it, too
 LOCAL_ONLY = ("sst2", "mr", "cr", "hyp", "agn", "verbalizers")  # folders whose files are not on the Hub
 _FILES = {
     "memdec_nq": "nq/validation.jsonl",
     "memdec_hotpotqa": "hotpotqa/validation.jsonl",
-    "memdec_wikitext": "wikitext/wikitext-103-raw-v1/test.parquet",
 }
 
 
@@ -47,36 +47,48 @@ def _leaves(name: str) -> Iterator[str]:
         yield from _leaves(each)
 
 
-def files(names: Iterable[str]) -> list[str]:
-    """Files under MEMDEC_DATA that tasks and groups read, each once."""
-    found = (each for task in leaves(names) for each in _files(task, _definitions()[task].get("metadata", {})))
+def files(names: Iterable[str], *, tune: bool = False) -> list[str]:
+    """Files under MEMDEC_DATA that tasks and groups read, each once; with `tune` also those that alpha is tuned on."""
+    found = (each for task in leaves(names) for each in _files(task, _metadata(task), tune))
     return list(dict.fromkeys(found))
 
 
-def _files(task: str, metadata: dict[str, Any]) -> Iterator[str]:
+def _metadata(task: str) -> dict[str, Any]:
+    found: dict[str, Any] = _definitions()[task].get("metadata", {})
+    return found
+
+
+def _files(task: str, metadata: dict[str, Any], tune: bool) -> Iterator[str]:
+    splits = ["test", *([metadata["tune_split"]] if tune and "tune_split" in metadata else [])]
     if "adaptllm_config" in metadata:
         yield f"{metadata['adaptllm_config'].lower()}/adaptllm_schema.jsonl"
     elif "set" in metadata:
-        yield f"{metadata['set']}/test.jsonl"
+        yield from (f"{metadata['set']}/{split}.jsonl" for split in splits)
         if "verbalizer" in metadata:
             yield f"verbalizers/{metadata['verbalizer']}.json"
+    elif task == "memdec_wikitext":
+        yield from (f"wikitext/wikitext-103-raw-v1/{split}.parquet" for split in splits)
     elif task in _FILES:
         yield _FILES[task]
 
 
-def stamps(names: Iterable[str]) -> list[tuple[str, int, int]]:
+def stamps(names: Sequence[str], *, tune: bool = False) -> list[tuple[str, int, int]]:
     """Name, size and time of the files that are there, so that other rows are noticed."""
-    paths = [(name, _folder() / name) for name in files(names)]
+    read = files(names, tune=tune)
+    casehold = (_metadata(task) for task in leaves(names) if task.startswith("memdec_casehold"))
+    if any(each.get("shots") for each in casehold):
+        read.append(DEMONSTRATIONS)
+    paths = [(name, _folder() / name) for name in read]
     return [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in paths if path.is_file()]
 
 
-def check(names: Iterable[str], *, ask_hub: bool = True) -> None:
+def check(names: Iterable[str], *, tune: bool = False, ask_hub: bool = True) -> None:
     """Check that every file is there or may be had from the Hub; without `ask_hub` that is taken for granted.
 
     Raises:
         ConfigError: One is not; the message says how to fetch them all.
     """
-    missing = [name for name in files(names) if not (_folder() / name).is_file()]
+    missing = [name for name in files(names, tune=tune) if not (_folder() / name).is_file()]
     lost = [name for name in missing if name.split("/")[0] in LOCAL_ONLY or (ask_hub and not _hub_answers())]
     if lost:
         where = os.environ.get("MEMDEC_DATA")

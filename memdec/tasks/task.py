@@ -19,6 +19,8 @@ from memdec.text import tokens
 log = logging.getLogger("lm_eval.tasks.memdec")  # the lm_eval executable shows the messages of loggers under lm_eval
 
 FEWSHOT_SEED = 1234  # lm-eval's default
+# Arguments of `build_all_requests` that make the prompts of a run.
+_PROMPTING = ("system_instruction", "apply_chat_template", "fewshot_as_multiturn", "chat_template", "tokenizer_name")
 # What a user may set: type of each value.
 _METADATA: dict[str, type | tuple[type, ...]] = {
     "corpus": str,
@@ -87,11 +89,13 @@ class Declared:
         paper_alpha: The paper's weight of the memory for the task.
         tune_split: The split on which alpha may be tuned.
         metadata: The task's metadata, which is needed to load it with another split.
+        prompting: How the run makes prompts: chat template and system prompt, as `build_all_requests` takes them.
     """
 
     paper_alpha: float | None = None
     tune_split: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    prompting: Mapping[str, Any] = field(default_factory=dict)
 
 
 def declared(request: Instance) -> Declared:
@@ -121,11 +125,25 @@ class RowsTask(ConfigurableTask):
         if kwargs.get("cache_requests"):
             log.warning("%s: --cache_requests is ignored, requests are made anew from the rows", self.config.task)
             kwargs["cache_requests"] = False
+        with one_line_errors():
+            self._check_processes(**kwargs)
         super().build_all_requests(**kwargs)
         metadata = {key: value for key, value in self.config.metadata.items() if key != "rows"}
-        says = Declared(metadata.get("paper_alpha"), metadata.get("tune_split"), metadata)
+        prompting = {key: value for key, value in kwargs.items() if key in _PROMPTING}
+        says = Declared(metadata.get("paper_alpha"), metadata.get("tune_split"), metadata, prompting)
         for request in self.instances:
             request.declared = says
+
+    def _check_processes(
+        self, *, limit: int | None = None, samples: Sequence[int] | None = None, world_size: int = 1, **_: Any
+    ) -> None:
+        """Check that every process has a row; one without would end while the others wait for it."""
+        n = min(len(self.eval_docs), limit or len(self.eval_docs)) if samples is None else len(samples)
+        if world_size > n:
+            raise ConfigError(
+                f"{self.config.task}: expected at most {n} processes, one for each row that is read, found {world_size}; start "
+                "fewer of them"
+            )
 
     def predictions(self, samples: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]] | None:
         """All labels of a classification task, and the predicted label of each row; None for other tasks.
@@ -155,9 +173,10 @@ class TaskSplit:
     Args:
         name: Name of the task.
         metadata: Metadata of the task; its `split` chooses the split.
+        prompting: That of the run, as `Declared` has it.
     """
 
-    def __init__(self, name: str, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, metadata: Mapping[str, Any], prompting: Mapping[str, Any] | None = None) -> None:
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=dict(metadata))
@@ -165,7 +184,7 @@ class TaskSplit:
         if self._task.get_config("num_fewshot") is None:
             self._task.set_config("num_fewshot", 0)
         self._task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        self._task.build_all_requests(rank=0, world_size=1)
+        self._task.build_all_requests(rank=0, world_size=1, **(prompting or {}))
         self.requests: list[Instance] = self._task.instances
 
     def value(self, answers: Sequence[Any]) -> tuple[str, float, bool]:

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from memdec.artefacts import artefact, sources
+from memdec.artefacts import artefact, provenance, sources
 from memdec.errors import ArtifactError, CorpusError, ModelError, outside, reason
 from memdec.settings import SPLITS, CorpusSpec, DocstringCorpus, FileCorpus, HubCorpus, Split
 from memdec.text import reading
@@ -165,7 +165,7 @@ def _split_here(spec: CorpusSpec) -> bool:
 def _origin(spec: CorpusSpec) -> str:
     """What else decides the text: versions of packages, digests of files, or the commit of a Hub data set."""
     if isinstance(spec, DocstringCorpus):
-        return ", ".join(f"{name} {_package_version(name)}" for name in spec.packages)
+        return ", ".join(f"{name} {provenance.package_version(name)}" for name in spec.packages)
     if isinstance(spec, FileCorpus):
         files = [file for pattern in _patterns(spec) for file in _matches(pattern)]
         names = _names(files)
@@ -183,16 +183,6 @@ def _version(spec: HubCorpus) -> str:
         return f"{spec.path} {sources.commit(spec.path, spec.revision, 'dataset')}"
     except ModelError:  # offline, `datasets` may still have it
         return f"{spec.path} {spec.revision or 'default revision'}"
-
-
-def _package_version(name: str) -> str:
-    import platform
-    from importlib import metadata
-
-    if name == "stdlib":
-        return platform.python_version()
-    distributions = metadata.packages_distributions().get(name, [])
-    return metadata.version(distributions[0]) if distributions else "not installed"
 
 
 def _docstring_documents(spec: DocstringCorpus) -> Iterator[Document]:
@@ -336,7 +326,7 @@ def _rows(file: Path, spec: FileCorpus) -> Iterator[tuple[int, Any]]:
         yield from reading.json_lines(content, file)
         return
     if kind in _CELLS:
-        yield from enumerate(_cells(content, _CELLS[kind], file))
+        yield from enumerate(_cells(content, _CELLS[kind], spec.field, file))
         return
     parts = {
         "blank_line": lambda: content.split("\n\n"),
@@ -346,10 +336,13 @@ def _rows(file: Path, spec: FileCorpus) -> Iterator[tuple[int, Any]]:
     yield from enumerate({spec.field: part.strip("\n")} for part in parts if part.strip())
 
 
-def _cells(content: str, separator: str, file: Path) -> Iterator[dict[str, Any]]:
+def _cells(content: str, separator: str, field: str, file: Path) -> Iterator[dict[str, Any]]:
     """The rows of a table. One with more cells than the header is refused: its text would end at the first separator."""
     csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # a cell may be a whole document
     reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
+    times = list(reader.fieldnames or ()).count(field)
+    if times > 1:
+        raise CorpusError(f"{file}: expected one column {field!r}, found {times}; rename or remove the others")
     for row in reader:
         if None in row:
             raise CorpusError(

@@ -117,6 +117,21 @@ def test_value_and_gradients_equal_the_formula(objective: Objective, n: int, mos
         assert not ours[0].grad[~scored].any()  # type: ignore[index]
 
 
+def test_bild_takes_no_log_of_a_probability_below_its_floor() -> None:
+    """At a small temperature the leading entries of p_kNN end in some that are almost 0."""
+    hidden, head, labels, _ = case(3, 12, 4, 1, 5, torch.float64)
+    p = torch.zeros(3, 12, dtype=torch.float64)
+    p[:, :4] = torch.tensor([0.9, 0.1, 1e-14, 1e-30], dtype=torch.float64)
+    labels[:] = 0
+    ours, twin = ([x.clone().requires_grad_() for x in (hidden, head)] for _ in range(2))
+    loss, expected = fused_loss(*ours, labels, *sparse(p), BiLD(4)).loss, plain(BiLD(4), twin[0] @ twin[1].T, p, labels)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    loss.backward()
+    expected.backward()
+    for x, y in zip(ours, twin, strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
 @pytest.mark.parametrize("objective", ALL, ids=str)
 def test_gradcheck(objective: Objective) -> None:
     hidden, head, labels, p = case(5, 9, 3, 6, 1, torch.float64)

@@ -84,6 +84,8 @@ def test_neighbours_are_the_nearest_of_the_nearest_cells_and_of_the_other_candid
     no_key, no_token = np.full(40, -1), np.full(40, -1)
     for me, inputs, (sq_dist, ids) in (
         (own, no_token, searcher.search(queries, k, own, released=True)),
+        (own, no_token, [found.numpy() for found in searcher.near_keys(own, k, released=True)]),
+        (own, np.where(own > 0, values[own - 1], -1), [found.numpy() for found in searcher.near_keys(own, k)]),
         (own, np.where(own > 0, values[own - 1], -1), searcher.search(queries, k, own)),
         (no_key, no_token, searcher.search(queries, k)),
         (no_key, np.arange(40) % V, searcher.search(queries, k, inputs=np.arange(40) % V)),
@@ -184,8 +186,8 @@ def test_short_rows_are_counted(home: Path, tmp_path: Path) -> None:
 def test_a_streamed_datastore_is_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Datastore.__init__
 
-    def streamed(self: Datastore, folders: Any) -> None:
-        real(self, folders)
+    def streamed(self: Datastore, *given: Any) -> None:
+        real(self, *given)
         self.parts = []
 
     monkeypatch.setattr(Datastore, "__init__", streamed)

@@ -13,11 +13,12 @@ from making import CONTEXT, launch, write_store, write_tokens
 from numpy.typing import NDArray
 
 from memdec.artefacts import artefact, devices
+from memdec.datastore import index, targets
 from memdec.datastore import keys as datastore
 from memdec.datastore.keys import Datastore
 from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError, ResourceError
 from memdec.models import keypoints, loading
-from memdec.settings import Compute, DatastoreSettings
+from memdec.settings import Compute, DatastoreSettings, IndexSettings, TargetSettings
 from memdec.text import tokens
 
 WINDOW = {"context": CONTEXT, "stride": CONTEXT // 2}
@@ -137,6 +138,24 @@ def test_streamed_keys_are_the_stored_ones(base_folder: Path, short_tokens: Path
             np.testing.assert_array_equal(one[1], other[1])
     for one, other in zip(streamed.sample(500, 3), stored.sample(500, 3), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_streamed_keys_are_made_where_the_stage_runs_and_their_model_is_let_go(
+    base_folder: Path, short_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(base_folder, short_tokens, tmp_path / "d", stored=False)
+    made, seen = datastore.Forward, []
+    monkeypatch.setattr(datastore, "Forward", lambda *given: seen.append(given[-1].device) or made(*given))
+    settings = IndexSettings(kind="ivfflat", centroids=2)
+    index.run(folder, tmp_path / "i", settings, torch.device("cpu"))
+    chosen = TargetSettings(neighbours=4, released=True, nprobe=1)
+    targets.run(folder, tmp_path / "i", short_tokens, tmp_path / "t", chosen, device=torch.device("cpu"))
+    assert set(seen) == {"cpu"}
+    store = Datastore(folder)
+    assert store.forward.point.width == store.width
+    assert seen[-1] == "auto"
+    store.check_model(keypoints.KeyPoint(loading.load(base_folder), store.settings.key_point))
+    assert store._forward is None
 
 
 def test_many_keys_in_float32_are_a_warning(

@@ -22,6 +22,7 @@ from memdec import HARNESS_TASKS
 from memdec.errors import ConfigError, CorpusError
 from memdec.harness.models import MemDecInterp
 from memdec.tasks import dcpmi, dcpmi_rows, verbalizers
+from memdec.text.tokens import load_tokenizer
 
 ALPHA = 0.3
 NAMES = ("sst2", "mr", "cr", "rt", "hyp", "cb", "rte", "agn", "yahoo")
@@ -589,9 +590,38 @@ def test_a_chat_template_is_put_around_the_premise_too(made_data: Path, base_fol
         assert colon == "<system>Be brief.<user>:<answer>"
 
 
+def test_alpha_is_tuned_on_prompts_as_the_run_makes_them(
+    made_data: Path, base_folder: Path, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (made_data / "mr" / "validation.jsonl").write_text((made_data / "mr" / "test.jsonl").read_text())
+    shutil.copytree(base_folder, tmp_path / "m")
+    tokenizer = load_tokenizer(str(base_folder))  # the folder's files but for the template
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    tokenizer.save_pretrained(tmp_path / "m")
+    asked: list[str] = []
+    answer = MemDecInterp._tuning_answers
+
+    def seen(model: MemDecInterp, requests: Any, alpha: float) -> Any:
+        asked.extend(request.args[0] for request in requests)
+        return answer(model, requests, alpha)
+
+    monkeypatch.setattr(MemDecInterp, "_tuning_answers", seen)
+    model = {"pretrained": str(tmp_path / "m"), "memory": str(small_folder), "alpha": "tune", "device": "cpu"}
+    manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=model)
+    results = simple_evaluate(
+        model="memdec-interp", model_args=model, tasks=["dcpmi_mr_kp"], task_manager=manager, limit=2, bootstrap_iters=0,
+        apply_chat_template=True, system_instruction="Be brief.",
+    )  # fmt: skip
+    assert results is not None
+    scored = {each["arguments"][0][0] for each in results["samples"]["dcpmi_mr_kp"]}
+    assert asked
+    assert all(text.startswith("<system>Be brief.<user>") and text.endswith("<answer>") for text in asked)
+    assert scored <= set(asked)
+
+
 def test_space_at_the_end_of_a_template_is_read_by_hf_too(made_data: Path, base_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(base_folder, tmp_path / "m")
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer = load_tokenizer(str(base_folder))  # the folder's files but for the template
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '\\n' }}"
     tokenizer.save_pretrained(tmp_path / "m")
     manager = TaskManager(

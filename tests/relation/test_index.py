@@ -163,6 +163,35 @@ def test_the_measured_quality_is_what_it_says(store: list[Path], home: Path) -> 
         assert check[name]["total_variation"]["50"]["16"] == pytest.approx(np.mean(variation), abs=1e-5)
 
 
+def test_what_is_fetched_is_what_is_needed_and_no_more_than_a_gpu_gives(
+    store: list[Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searcher = built(store, home / "ivfpq", **PQ)
+    own, queries = searcher.store.sample(5, 2)
+    fetched, real = [], ivf.IvfIndex._check_gpu
+    monkeypatch.setattr(ivf.IvfIndex, "_check_gpu", lambda self, what, n: fetched.append(n) or real(self, what, n))
+    searcher.search(queries, 20, released=True)
+    searcher.search(queries, 20, own, released=True)
+    assert fetched == [20, 21]  # a key may find itself
+    monkeypatch.setattr(searcher._ivf, "_on_gpu", True)
+    with pytest.raises(
+        ConfigError, match="expected at most 2048, which is FAISS's limit on a GPU, found 2049; lower it"
+    ):
+        searcher.search(queries, 2048, own, released=True)
+    with pytest.raises(ConfigError, match="nprobe: expected at most 2048"):
+        searcher._ivf.set_nprobe(4096)
+
+
+def test_distances_of_exact_search_are_exact_with_released_too(tmp_path: Path) -> None:
+    """In float32 |k|^2 - 2 q.k loses the digits of a small distance between long keys."""
+    keys = (1000 + np.random.default_rng(4).normal(size=(300, 8))).astype(np.float32)
+    stream = write_tokens(tmp_path / "t", (np.arange(300) % V).astype(np.uint16))
+    searcher = built(write_store(tmp_path / "long", keys, stream), tmp_path / "i")
+    found = [searcher.search(keys[:20], 9, np.arange(20), released=released) for released in (False, True)]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_missing_neighbours_are_told(store: list[Path], home: Path) -> None:
     searcher = built(store, home / "ivfpq", nprobe=1, **PQ)
     own, queries = searcher.store.sample(40, 2)

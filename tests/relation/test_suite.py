@@ -18,9 +18,10 @@ from memdec import HARNESS_TASKS
 from memdec.artefacts import artefact
 from memdec.datastore import index, keys, passages
 from memdec.errors import MemDecError
-from memdec.harness import base_lm, scores
+from memdec.harness import base_lm, baselines, scores
 from memdec.harness.models import MemDecInterp
 from memdec.inference.mixture import MemDecForCausalLM
+from memdec.inference.systems import SYSTEMS, Parts
 from memdec.results import compare, harness
 from memdec.settings import (
     DatastoreSettings,
@@ -233,6 +234,24 @@ def test_every_system_is_the_model_that_its_name_says(
     assert {each["lambda"] for each in valid} == {0.8}
     said = artefact.read(tmp_path / "valid", "harness").settings
     assert said["numbers"] == {"neighbours": 5, "nprobe": 2, "temperature": 3.0}
+    recipe = artefact.read(tmp_path / "index", "index").recipe
+    same = write_evaluation(tmp_path / "same", base_folder, [record], index=recipe)
+    run(base_folder, tmp_path / "valid", alpha="valid", evaluation=same, **parts)
+    other = write_evaluation(tmp_path / "other", base_folder, [record], index="0" * 32)
+    with pytest.raises(MemDecError, match="found one of another index; check the paths"):
+        run(base_folder, tmp_path / "third", alpha="valid", evaluation=other, **parts)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_base_that_is_spread_is_spread_in_every_system(monkeypatch: pytest.MonkeyPatch, spread: bool) -> None:
+    said: list[Any] = []
+    for name in ("MemDecInterp", "MemDecKnnLM", "MemDecIcRag"):
+        monkeypatch.setattr(baselines, name, lambda *_, **given: said.append(given.get("parallelize", False)))
+    one = Path("one")
+    parts = Parts(base="b", memory=one, datastore=(one,), index=one, passages=one, lora=one, dapt=one, spread=spread)
+    for system in SYSTEMS:
+        baselines.of_system(system, parts)
+    assert said == [spread] * len(SYSTEMS)
 
 
 def test_alpha_of_an_evaluation_is_used_and_must_be_of_these_models(
@@ -251,6 +270,34 @@ def test_alpha_of_an_evaluation_is_used_and_must_be_of_these_models(
         run(dapt_folder, tmp_path / "other", alpha="valid", name="mine", **given)
     with pytest.raises(MemDecError, match="expected --evaluation with the weight of MemDec"):
         run(base_folder, tmp_path / "other", alpha="valid", memory=str(small_folder))
+
+
+def test_options_are_not_scored_behind_a_chat_template(data: Path, base_folder: Path) -> None:
+    """lm-eval then leaves out the space in front of an option, whose tokens were counted with it."""
+    manager = TaskManager(
+        include_path=str(HARNESS_TASKS), include_defaults=False, metadata={"pretrained": str(base_folder)}
+    )
+    task = manager.load(["memdec_fpb"])["tasks"]["memdec_fpb"]
+    with pytest.raises(
+        MemDecError, match=r"memdec_fpb: expected prompts as AdaptLLM has them, found a chat template; lea"
+    ):
+        task.build_all_requests(rank=0, world_size=1, apply_chat_template=True)
+
+
+@pytest.mark.parametrize(("given", "n"), [({"limit": 3}, 3), ({"samples": [0, 4]}, 2)])
+def test_more_processes_than_rows_are_refused_before_one_waits(
+    data: Path, base_folder: Path, given: Any, n: int
+) -> None:
+    manager = TaskManager(
+        include_path=str(HARNESS_TASKS), include_defaults=False, metadata={"pretrained": str(base_folder)}
+    )
+    task = manager.load(["memdec_fpb"])["tasks"]["memdec_fpb"]
+    task.build_all_requests(rank=n - 1, world_size=n, **given)
+    for rank in range(n + 1):
+        with pytest.raises(
+            MemDecError, match=rf"memdec_fpb: expected at most {n} processes, .* found {n + 1}; start fewer"
+        ):
+            task.build_all_requests(rank=rank, world_size=n + 1, **given)
 
 
 def test_alpha_is_tuned_on_rows_that_are_not_scored(

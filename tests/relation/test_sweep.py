@@ -39,6 +39,23 @@ def test_a_sweep_equals_runs_at_each_alpha_and_runs_the_models_once(
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "s" / "sweep.csv"), table)
 
 
+@pytest.mark.parametrize(("tasks", "indexed"), [(["memdec_ppl"], [False]), (["memdec_ppl", "arc_easy"], [False, True])])
+def test_the_tasks_of_lm_eval_are_indexed_only_for_one_of_them(
+    monkeypatch: pytest.MonkeyPatch, tasks: list[str], indexed: list[bool]
+) -> None:
+    made = []
+
+    class Manager:
+        all_tasks = ("memdec_ppl",)
+
+        def __init__(self, include_defaults: bool = True, **_: object) -> None:
+            made.append(include_defaults)
+
+    monkeypatch.setattr(sweep, "TaskManager", Manager)
+    sweep._manager(tasks, {})
+    assert made == indexed
+
+
 def test_tune_prints_the_best_alpha(base_folder: Path, small_folder: Path, corpus_folder: Path) -> None:
     command = ["tune", "--base", base_folder, "--memory", small_folder, "--corpus", corpus_folder, "--device", "cpu"]
     result = CliRunner().invoke(cli.app, [*map(str, command), "--alpha", "0.2", "--alpha", "0.9", "--alpha", "0"])

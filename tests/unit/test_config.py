@@ -76,6 +76,12 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
         ),
         ({"index": {"kind": "exact", "opq": True}}, "index.opq: expected false with index.kind exact, found true"),
         ({"index": {"seed": -1}}, "index.seed: .* found -1"),
+        ({"calibrate": {"tops": []}}, "calibrate.tops: .* at least 1 item"),
+        (
+            {"fidelity": {"seed": 7}},
+            "fidelity.seed: expected none, as the seed of the run is taken, found 7; remove it",
+        ),
+        ({"shapes": {"seed": 0}}, "shapes.seed: expected none, "),
         ({"targets": {"temperature": float("inf")}}, "targets.temperature: .* finite number, found inf"),
         (
             {"memories": {"other": {"other_domain": True, "dapt": True}}},

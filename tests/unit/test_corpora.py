@@ -183,6 +183,7 @@ def test_a_table_gives_the_documents_of_its_text_column(tmp_path: Path, kind: st
             b"note\none\ttwo\n",
             r"line 2: expected 1 cells, as in the header, found 2; put texts with '\\t' between",
         ),
+        ("a.csv", b"text,text\nkept,lost\n", "a.csv: expected one column 'text', found 2; rename or remove the others"),
         (
             "a.txt",
             b"just ten words make no corpus at all you see",

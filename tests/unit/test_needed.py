@@ -20,6 +20,26 @@ def test_the_files_are_those_that_data_fetch_knows() -> None:
     assert set(found) <= {each.file for each in files.FILES}
     assert needed.files(["dcpmi_sst2_kp"]) == ["sst2/test.jsonl", "verbalizers/sentiment.json"]
     assert needed.files(["pubmedqa"]) == ["pubmedqa/adaptllm_schema.jsonl"]
+    tuned = needed.files(["memdec_all", "memdec_dcpmi_kl"], tune=True)
+    assert set(tuned) <= {each.file for each in files.FILES}
+
+
+def test_what_alpha_is_tuned_on_and_demonstrations_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ["cr/test.jsonl", "mr/test.jsonl", "mr/validation.jsonl"]
+    assert [name for name in needed.files(["dcpmi_cr_kl", "dcpmi_mr_kl"], tune=True) if "verbal" not in name] == rows
+    wikitext = needed.files(["memdec_wikitext"], tune=True)
+    assert [Path(name).name for name in wikitext] == ["test.parquet", "validation.parquet"]
+    for name in ["mr/test.jsonl", "verbalizers/sentiment.json", "casehold/train.jsonl"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
+    needed.check(["dcpmi_mr_kl"])
+    with pytest.raises(ConfigError, match=r"^rows: expected mr/validation.jsonl in"):
+        needed.check(["dcpmi_mr_kl"], tune=True)
+    stamped = {
+        name: [each for each, _, _ in needed.stamps([name])] for name in ("memdec_casehold", "memdec_casehold_4shot")
+    }
+    assert stamped == {"memdec_casehold": [], "memdec_casehold_4shot": ["casehold/train.jsonl"]}
 
 
 def test_what_is_not_on_the_hub_is_known() -> None:

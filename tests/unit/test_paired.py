@@ -96,6 +96,29 @@ def test_the_p_value_is_that_of_all_exchanges() -> None:
     assert observed.p == pytest.approx(exact, abs=0.02)  # 10,000 draws: standard error below 0.005
 
 
+def test_an_item_is_exchanged_with_the_predictions_of_all_seeds() -> None:
+    gold, a, b = made(40, 3)
+    one = paired.f1(gold, a, b, ("macro",))
+    assert paired.f1(gold, [a] * 3, [b] * 3, ("macro",)) == one  # three equal seeds say no more than one
+    gold, a = [0, 0, 0, 1, 1, 2, 2, 2], [[0, 0, 1, 1, 1, 2, 2, 0], [0, 1, 1, 1, 1, 2, 2, 2]]
+    b = [[1, 0, 0, 1, 0, 0, 2, 1], [0, 0, 1, 0, 0, 0, 2, 1]]
+    observed = paired.f1(gold, a, b, ("weighted",))
+
+    def value(predicted: list[list[int]]) -> float:
+        return float(np.mean([f1_score(gold, seed, average="weighted", zero_division=0.0) for seed in predicted]))
+
+    assert (observed.a, observed.b) == pytest.approx((value(a), value(b)))
+    gaps = []
+    for swaps in itertools.product([False, True], repeat=8):
+        mixed = [
+            [[y if s else x for x, y, s in zip(*pair, swaps, strict=True)] for pair in zip(*sides, strict=True)]
+            for sides in ((a, b), (b, a))
+        ]
+        gaps.append(value(mixed[1]) - value(mixed[0]))
+    exact = np.mean(np.abs(gaps) >= abs(observed.b - observed.a) - 1e-12)
+    assert observed.p == pytest.approx(exact, abs=0.02)
+
+
 def test_perplexities_of_documents() -> None:
     rng = np.random.default_rng(2)
     tokens = rng.integers(20, 200, size=30)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from benchmarks import report
 from memdec import config as cfg
 from memdec.errors import ConfigError, ResourceError
+from memdec.inference.systems import SYSTEMS
 from memdec.models import loading
 from memdec.planning import costs, plan, rates
 from memdec.planning.costs import Costs, Job
@@ -195,6 +196,41 @@ def test_weights_that_are_shared_by_gpus_take_a_part_of_each() -> None:
     (fault,) = found.faults(memory=1e12, disk=1e15)
     assert fault.startswith("gpu memory of evaluate_systems text 0 base a: expected 14")
     assert "per_model: {a: {gpus: N" in fault
+
+
+def test_a_baseline_that_reads_more_or_searches_costs_more() -> None:
+    parts = {"home": "torch", "seed": "0", "model": "gpt2-L"}
+    cost = {
+        system: costing(MINI).of(Job("evaluate_systems", parts | {"system": SYSTEMS[system].slug}))
+        for system in ("base", "DAPT", "In-Context RAG", "kNN-LM")
+    }
+    assert cost["DAPT"].seconds == cost["base"].seconds
+    assert cost["In-Context RAG"].seconds > cost["base"].seconds + 1
+    assert cost["kNN-LM"].seconds > cost["base"].seconds + 1
+
+
+def test_memory_on_the_host_is_that_of_every_process_and_of_what_is_searched() -> None:
+    data = hub(shape=SHAPE).model_dump(mode="json", exclude_unset=True)
+    data["corpora"]["text"]["expected_bytes"] = 10**9
+    data |= {"compute": {"device": "cuda"}, "index": {"kind": "ivfpq"}, "datastore": {"stored": False}}
+    data |= {"targets": {"released": True}}
+
+    def cost(rule: str, **model: object) -> costs.Cost:
+        job = Job(
+            rule, {"home": "text", "seed": "0", "model": "a", "key": "a", "memory": "memdec", "scatteritem": "1-of-1"}
+        )
+        return costing(cfg.checked(data | {"per_model": {"a": model}}, "here"), gpu=True).of(job)
+
+    one, copied, shared = (
+        cost("finetune", **more)
+        for more in ({}, {"gpus": 4, "launch": "torchrun"}, {"gpus": 4, "launch": "config/accelerate/fsdp.yaml"})
+    )
+    held = 16 * SHAPE["parameters"]
+    assert copied.gpu_memory == one.gpu_memory == pytest.approx(shared.gpu_memory + 3 / 4 * held)
+    assert copied.memory == shared.memory == pytest.approx(4 * (PUBLISHED.on(True).process + 4 * SHAPE["parameters"]))
+    codes = 0.9 * 10**9 / bytes_per_token(SHAPE["vocabulary"]) * (64 + 8)
+    for rule in ("index", "targets"):
+        assert cost(rule).memory > codes + 2 * SHAPE["parameters"], rule  # the keys are made again
 
 
 def test_what_does_not_fit_is_one_error_with_all_of_it() -> None:

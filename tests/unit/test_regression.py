@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from memdec.errors import ArtifactError, ConfigError, IncomparableError
+from memdec.results import cells as table_cells
 from memdec.results import regression
 from memdec.results.cells import Cell
 from memdec.results.cells import write as write_cells
@@ -49,6 +50,17 @@ def long(folder: Path, value: float, n: int = 200, facts: dict[str, Any] | None 
 
 def words(lines: list[regression.Line]) -> dict[str, str]:
     return {line.cell: line.word for line in lines}
+
+
+def test_a_number_that_is_made_from_others_has_no_line(tmp_path: Path) -> None:
+    """A small difference of two large cells would have the tolerance of a small number."""
+    baseline = tmp_path / "base.json"
+    regression.update([long(tmp_path / "a", 50.0)], baseline, "first")
+    derived = Cell(table="table2", row="gpt2-S / gap", column="CB", unit="percent", value=0.1, low=-1.0, high=1.2)
+    path = tmp_path / "a" / "table2.cells.csv"
+    write_cells(path, [*table_cells.read(path), derived])
+    lines, moved = regression.compare([tmp_path / "a" / "table2.csv"], baseline)
+    assert (moved, words(lines)) == (False, {ACCURACY: "ok"})
 
 
 def test_the_check_sees_what_moved_and_nothing_else(tmp_path: Path) -> None:

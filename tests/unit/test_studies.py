@@ -86,6 +86,20 @@ def test_studies_share_what_they_make_with_the_same_settings() -> None:
     assert cfg.owner(studies, "same", "memory", "evaluation") == "flat"
 
 
+def test_what_differs_for_the_default_memory_makes_another_memory() -> None:
+    studies = checked(
+        same={"tables": ["table9"], "memories": {"memdec": {}}, "evaluated": ["gpt2-S"]},
+        start={"tables": ["table8"], "memories": {"memdec": {"tuned_start": True}}},
+        again={"tables": ["table2"], "memories": {"memdec": {"tuned_start": True}}, "evaluated": ["gpt2-S"]},
+        long={"tables": ["table1"], "memories": {"memdec": {"train": {"epochs": 99}}}},
+    ).every_study()
+    owners = {study: cfg.owner(studies, study, "memory") for study in studies}
+    assert owners == {None: None, "same": None, "start": "start", "again": "start", "long": "long"}
+    assert {cfg.owner(studies, study, "targets", "finetuned") for study in studies} == {None}
+    one_gpu = cfg.load(MINI.with_name("gpu.yaml")).every_study()
+    assert cfg.owner(one_gpu, "gpt2", "memory") == cfg.owner(one_gpu, "nine", "memory") == "gpt2"
+
+
 @pytest.mark.parametrize("watch", [None, ["gpt2-L"]])
 def test_the_bases_that_judge_a_memory_make_another_memory(watch: list[str] | None) -> None:
     common = with_studies() | {"watch": watch, "memory": {"keep_best": True}}

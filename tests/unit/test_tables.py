@@ -280,6 +280,46 @@ def test_f1_is_tested_by_exchanging_predictions(tmp_path: Path) -> None:
     assert found.p_base == found.p_best < 0.01
 
 
+def test_three_equal_seeds_are_no_more_rows_of_f1(tmp_path: Path) -> None:
+    gold = [0, 1] * 10
+    base = [1 - g if i < 9 else g for i, g in enumerate(gold)]
+    memdec = [g if i < 8 else 1 - g if i == 9 else base[i] for i, g in enumerate(gold)]
+
+    def p(*seeds: int) -> float | None:
+        folders = [
+            ("sklearn", "gpt2-S", seed, write_harness(
+                tmp_path / f"{len(seeds)}-{name}-{seed}", name,
+                {"memdec_scotus": [{"micro_f1": [g, p]} for g, p in zip(gold, predicted, strict=True)]},
+                seed, memory="memdec" if name == "MemDec" else None,
+            ))
+            for name, predicted in (("base", base), ("MemDec", memdec))
+            for seed in (seeds if name == "MemDec" else [0])
+        ]  # fmt: skip
+        made = config(seeds=list(seeds), suites={"nine": {"tasks": ["memdec_law"]}}, evaluated=["gpt2-S"])
+        sheet = Sheet(measured(made, "table16"), tables.load_records(made, folders))
+        sheet.test()
+        return of(sheet.cells(), "gpt2-S / MemDec", "SCOTUS_micro").p_base
+
+    assert p(0) == p(0, 1, 2) == pytest.approx(2 * (1 + 9) / 2**9, abs=0.01)  # 8 of 9 changes are for the better
+
+
+def test_an_average_over_tasks_draws_the_rows_of_each_for_itself(tmp_path: Path) -> None:
+    """Rows of two files that happen to have one place have nothing in common."""
+    up, down = ([{"acc": float(i % 2 == odd), "acc_lm": float(i % 2 == odd)} for i in range(40)] for odd in (0, 1))
+    folders = [
+        ("sklearn", "gpt2-S", 0, write_harness(tmp_path / name, name, {HYP: up, "dcpmi_yahoo_kp": down}))
+        for name in ("base", "DAPT")
+    ]
+    made = config(evaluated=["gpt2-S"])
+    found = Sheet(measured(made, "table12"), tables.load_records(made, folders)).cells()
+    mean = of(found, "gpt2-S / base", "Avg")
+    assert mean.value == 0.5
+    assert mean.low is not None
+    assert mean.high is not None
+    assert mean.high - mean.low > 0.1
+    assert of(found, "gpt2-S / difference", "HYP_DCPMI").low == 0.0  # the same rows of one task
+
+
 def test_what_must_not_be_put_into_one_table_is_refused(given: list[tables.Given], tmp_path: Path) -> None:
     made = config(seeds=[0, 1])
     rows = {SST2: outcomes(1, 0, 0, 1, 0, 0, 0, 0)}

@@ -336,6 +336,17 @@ def test_the_control_of_another_domain_takes_the_memory_of_the_next(tmp_path: Pa
     assert "--control" in command
 
 
+def test_a_memory_may_be_moved_that_only_one_study_has(tmp_path: Path) -> None:
+    more = {"large": {"memory_model": "gpt2-M"}, "moved": {"adapt": "large", "key_model": "qwen3k-L"}}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"studies": {"vocabulary": {"memories": more}}}))
+    target = "results/mini/torch/seed0/adapted/moved/manifest.json"
+    text = snakemake(
+        tmp_path, "-n", "-p", "--cores", "1", "--configfile", str(MINI), str(tmp_path / "more.yaml"), "--", target
+    )
+    (command,) = re.findall(r"^.*memdec adapt-vocab .*$", text, re.MULTILINE)
+    assert "--memory results/mini/torch/seed0/memory/large " in command
+
+
 def test_a_bound_of_total_variation_reaches_targets_and_calibration(tmp_path: Path) -> None:
     config = yaml.safe_load(MINI.read_text())
     config |= {"index": {"kind": "cells", "centroids": 64}, "targets": config["targets"] | {"max_tv": 0.01}}
@@ -359,7 +370,8 @@ def outputs(text: str) -> set[str]:
 
 def with_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every task of the default config a file of rows, which a dry run does not read."""
-    for name in needed.files(task for suite in cfg.load(MINI).suites.values() for task in suite.tasks):
+    suites = cfg.load(MINI).suites.values()
+    for name in (file for suite in suites for file in needed.files(suite.tasks, tune=suite.alpha == "tune")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     monkeypatch.setenv("MEMDEC_DATA", str(folder))
@@ -741,6 +753,16 @@ def test_keys_go_after_all_who_read_them(name: str, tmp_path: Path, monkeypatch:
         readers = [(rule, made) for rule, read, made in found if read & taken]
         assert {rule for rule, _ in readers} <= BEFORE
         assert {made for rule, made in readers} <= inputs | {output}
+
+
+def test_no_keys_are_made_to_be_removed(tmp_path: Path) -> None:
+    """A memory that is ready needs none."""
+    config = yaml.safe_load(MINI.read_text()) | {"systems": ["base", "MemDec"], "keep_keys": False}
+    config |= {"memories": {"memdec": {"ready": dict.fromkeys(config["domains"], "gpt2-S")}}}
+    config["studies"] = {"main": {"tables": ["table3"]}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    words = ["-n", "--cores", "8", "--configfile", str(tmp_path / "c.yaml"), "--", "results/all"]
+    assert not set(planned(snakemake(tmp_path, *words))) & {"finetune", "datastore", "index", "targets", "free_keys"}
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from itertools import product
 from snakemake.logging import logger
 
 from memdec.artefacts.artefact import VERSIONS
+from memdec.artefacts.provenance import package_version
 from memdec.inference.systems import SYSTEMS
 from memdec.planning import plan, rates
 from memdec.planning.costs import Costs, Job
@@ -124,7 +125,10 @@ def local_files(entry):
     for name in named:
         if not isinstance(name, str):  # a file in a wheel is known by its sha256
             continue
-        if os.path.isdir(name):
+        if os.path.isdir(name) and isinstance(entry, typed.HubCorpus):
+            for folder, _, files in os.walk(name):
+                yield from (f"{folder}/{file}" for file in files if file[0] != ".")
+        elif os.path.isdir(name):
             yield from (file.path for file in os.scandir(name))
         else:
             yield from (
@@ -133,7 +137,12 @@ def local_files(entry):
 
 
 def stamp(entry):
-    """Names, sizes and times of local files, so that Snakemake notices other ones; the job compares their content."""
+    """What Snakemake notices about the source of an entry; the job compares the content.
+
+    Names, sizes and times of local files, and versions of packages whose docstrings are read.
+    """
+    if isinstance(entry, typed.DocstringCorpus):
+        return [(name, package_version(name)) for name in entry.packages]
     return [
         (file, os.stat(file).st_size, os.stat(file).st_mtime_ns)
         for file in sorted(local_files(entry))

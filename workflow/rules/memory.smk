@@ -129,7 +129,7 @@ use rule teacher as mixture with:
 
 use rule corpus as adapt with:
     input:
-        memory=lambda w: memory_folder(w, study(w).variant(memory(w).adapt)),
+        memory=lambda w: memory_folder(w, memory_study(w).variant(memory(w).adapt)),
         tokenizer=lambda w: manifest(f"{RUN}/tokenizers/{memory(w).tokenizer}"),
     output:
         manifest=built(f"{HOME}/adapted/{{memory}}"),

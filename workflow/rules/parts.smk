@@ -36,17 +36,20 @@ def suite_rows(wildcards):
     Raises:
         WorkflowError: There are none of a task; in a dry run that is a warning.
     """
-    tasks = CONFIG.suites[wildcards.suite].tasks
+    suite = CONFIG.suites[wildcards.suite]
     if (fault := rows_missing(wildcards.suite)) is not None and not workflow.dryrun:
         raise WorkflowError(fault)
-    return needed.stamps(tasks)
+    return needed.stamps(suite.tasks, tune=suite.alpha == "tune")
 
 
 @functools.cache
 def rows_missing(suite):
     """What rows a suite lacks here, or None; in a dry run it is also said, once."""
+    found = CONFIG.suites[suite]
     try:
-        needed.check(CONFIG.suites[suite].tasks, ask_hub=not workflow.dryrun)
+        needed.check(
+            found.tasks, tune=found.alpha == "tune", ask_hub=not workflow.dryrun
+        )
     except ConfigError as error:
         fault = f"suites.{suite}: {error}"
         if workflow.dryrun:
@@ -198,7 +201,11 @@ def removable():
                 ):
                     read_again.add(store)
                 made = made_for(name, domain, seed, memory)
-                if memory.own and memory.targets in ("knn", "mixture"):
+                if (
+                    memory.own
+                    and not memory.ready
+                    and memory.targets in ("knn", "mixture")
+                ):
                     parts = found.setdefault(store, {each: set() for each in made})
                     for each, files in made.items():
                         parts[each].update(files)
