@@ -20,6 +20,7 @@ from memdec.settings import near
 
 DEMONSTRATIONS = "casehold/train.jsonl"  # of CaseHOLD's tasks with shots, which do without it, too
 LOCAL_ONLY = ("sst2", "mr", "cr", "hyp", "agn", "verbalizers")  # folders whose files are not on the Hub
+BY_HAND = ("mr/validation.jsonl", "hyp/validation.jsonl", "agn/validation.jsonl")  # of these no origin can be read
 _FILES = {
     "memdec_nq": "nq/validation.jsonl",
     "memdec_hotpotqa": "hotpotqa/validation.jsonl",
@@ -92,10 +93,14 @@ def check(names: Iterable[str], *, tune: bool = False, ask_hub: bool = True) -> 
     lost = [name for name in missing if name.split("/")[0] in LOCAL_ONLY or (ask_hub and not _hub_answers())]
     if lost:
         where = os.environ.get("MEMDEC_DATA")
-        tasks = " ".join(f"--task {name}" for name in dict.fromkeys(name.split("/")[0] for name in lost))
+        fetched = dict.fromkeys(name.split("/")[0] for name in lost if name not in BY_HAND)
+        tasks = " ".join(f"--task {name}" for name in fetched)
+        hand = [name for name in lost if name in BY_HAND]
+        steps = [f"run `memdec data fetch --out {where or 'DATA'} {tasks}`"] if fetched else []
+        steps += [f"put {', '.join(hand)} there by hand (harness_tasks/README.md), or tune no alpha"] if hand else []
         raise ConfigError(
-            f"rows: expected {', '.join(lost)} in {where or 'MEMDEC_DATA, which is not set'}, found none; run `memdec data "
-            f"fetch --out {where or 'DATA'} {tasks}` and set MEMDEC_DATA to that folder, or leave these tasks out of the suite"
+            f"rows: expected {', '.join(lost)} in {where or 'MEMDEC_DATA, which is not set'}, found none; "
+            f"{' and '.join(steps)}, and set MEMDEC_DATA to that folder, or leave these tasks out of the suite"
         )
 
 

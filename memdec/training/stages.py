@@ -171,7 +171,8 @@ def run_train(
     plain = {**_plain(settings, compute), "context": context, "seed": seed, **_ceiling(budget, stream, context)}
     task = fitting.Task(words, stream, context, seed, reader, named, plain.get("flops_ceiling"), compute)
     make = partial(loading.load, model_folder, dropout=settings.dropout)
-    _train("memory", make, settings, task, out, plain, inputs, tuned_by)
+    stage = "bild" if settings.objective == "bild" else None
+    _train("memory", make, settings, task, out, plain, inputs, tuned_by, stage=stage)
 
 
 # --- shared by the stages -----------------------------------------------------------------------------------------

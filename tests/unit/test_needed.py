@@ -34,8 +34,12 @@ def test_what_alpha_is_tuned_on_and_demonstrations_are_noticed(tmp_path: Path, m
         (tmp_path / name).touch()
     monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
     needed.check(["dcpmi_mr_kl"])
-    with pytest.raises(ConfigError, match=r"^rows: expected mr/validation.jsonl in"):
+    with pytest.raises(
+        ConfigError, match=r"^rows: expected mr/validation.jsonl in .*; put mr/validation.jsonl there by hand \(har"
+    ):
         needed.check(["dcpmi_mr_kl"], tune=True)
+    local = {each.file for each in files.FILES if each.origin is None and each.file.split("/")[0] in needed.LOCAL_ONLY}
+    assert local == {*needed.BY_HAND}
     stamped = {
         name: [each for each, _, _ in needed.stamps([name])] for name in ("memdec_casehold", "memdec_casehold_4shot")
     }

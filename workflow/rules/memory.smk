@@ -171,4 +171,6 @@ use rule finetune as train with:
             memory_options(w),
             budget(w, memory(w).share),
         ),
-        version=VERSIONS["memory"],
+        version=lambda w: VERSIONS[
+            "bild" if memory(w).train.objective == "bild" else "memory"
+        ],
