@@ -47,17 +47,20 @@ smol: $(STAMP)
 	  -- results/memories.csv results/table1.csv
 	@cat build/smol/results/memories.md
 
+TESTS ?= tests
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 $(TESTS)
 
 # All but the slow ones: three and a half minutes on two cores.
 core: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m 'not slow' tests
 
 # The workflow on a real Slurm of this machine, for root: apt-get install slurm-wlm munge rsync. It mostly waits, ten to twenty minutes.
-.PHONY: test-cluster
-test-cluster: $(STAMP)
+.PHONY: cluster test-cluster
+cluster: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e '.[cpu,dev,cluster]'
+
+test-cluster: cluster
 	. $(BIN)/activate && python -m pytest -rs tests/cluster
 
 # The tests without the slow ones, with the lowest version of every dependency, in an environment of its own under build/:
