@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memdec.artefacts import artefact, devices, sources
 from memdec.errors import ConfigError, ModelError, outside
+from memdec.maths import losses
 from memdec.models import checkpoints
 from memdec.settings import ModelSpec
 from memdec.text import tokens
@@ -48,9 +49,27 @@ def load(
         config = AutoConfig.from_pretrained(name, **given)
     if dropout is not None:
         set_dropout(config, dropout)
-    return from_pretrained(
+    model = from_pretrained(
         AutoModelForCausalLM, name, config=config, dtype=dtype, use_safetensors=True, **given, **kwargs
     )
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        head.__class__ = _Head
+    return model
+
+
+class _Head(nn.Linear):
+    """An output head of which the logits are float32 on a GPU, whatever the type of the weights (`losses.wide_logits`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        learns = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)  # no such gradient
+        is_low = self.weight.dtype in (torch.float16, torch.bfloat16) and input.dtype == self.weight.dtype
+        if learns or not is_low or not input.is_cuda:
+            return super().forward(input)
+        logits = losses.wide_logits(input.flatten(0, -2), self.weight)
+        if self.bias is not None:
+            logits += self.bias
+        return logits.reshape(*input.shape[:-1], -1)
 
 
 def from_pretrained(
@@ -317,7 +336,10 @@ def check_head(model: Any, *, bias: bool = False) -> None:
     model.eval()
     probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     hidden = decoder(model)(input_ids=probe, use_cache=False).last_hidden_state
-    ours = model.get_output_embeddings()(hidden) if bias else hidden @ head_weight(model).T
+    head = model.get_output_embeddings()
+    ours = head(hidden)
+    if not bias and getattr(head, "bias", None) is not None:
+        ours = ours - head.bias
     theirs = model(input_ids=probe, use_cache=False).logits
     model.train(training)
     if not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3, equal_nan=True):

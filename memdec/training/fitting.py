@@ -45,6 +45,10 @@ class LossModel(nn.Module):
         self.lm, self.objective = lm, objective
         self._no_split_modules = getattr(lm, "_no_split_modules", None)  # FSDP wraps these
 
+    def tie_weights(self) -> None:
+        """Tie embedding and head again: accelerate calls this when FSDP has moved each weight by itself."""
+        _causal(self.lm).tie_weights()
+
     def hidden(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Final hidden states (B T, D), and the head's weight (V, D) in the same type."""
         causal = _causal(self.lm)
@@ -119,6 +123,7 @@ class LossTrainer(Trainer):
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = True  # forward() divides by num_items_in_batch itself
         self.where, self.base_scores, self.alphas = where, base_scores or {}, alphas
+        _keep_float32(self.accelerator)
 
     def _order(self, data: Any, batch_size: int, seed: int | None) -> Order:
         return Order(len(data), batch_size * self.args.world_size, seed)
@@ -260,6 +265,31 @@ class LossTrainer(Trainer):
             )
 
 
+def _keep_float32(accelerator: Any) -> None:
+    """Let FSDP compute in the low precision, and nothing else.
+
+    accelerate's own policy also rounds targets, counts, losses, log-probabilities and the sums of gradients.
+
+    Raises:
+        ConfigError: It is the first version of FSDP.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise ConfigError(
+            f"launch: expected fsdp_version 2, found {plugin.fsdp_version}; start from config/accelerate/fsdp.yaml"
+        )
+    if plugin.mixed_precision_policy is not None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=plugin.mixed_precision_policy.param_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+
+
 class _Epochs(TrainerCallback):
     def __init__(self, order: Order) -> None:
         self.order = order
@@ -362,7 +392,12 @@ def fit(
             callback.logging_dir = str(work.parent.parent / "runs" / work.parent.name)
     if start is not None:
         trainer.add_callback(_Resume(trainer, Path(start)))
+    n_parameters = loading.n_parameters(model)
     result = trainer.train(resume_from_checkpoint=start)
+    if (found := loading.n_parameters(model)) != n_parameters:
+        raise NumericsError(
+            f"{work}: expected {n_parameters} parameters after the training as before it, found {found}; use another 'launch'"
+        )
     done = trainer.state.global_step
     evaluations = [
         {key.removeprefix("eval_"): value for key, value in entry.items()}

@@ -243,8 +243,10 @@ def _tuned(folder: Path, kind: str, plain: Mapping[str, Any]) -> artefact.Manife
 
 def _whole_state(trainer: fitting.LossTrainer) -> dict[str, Any]:
     """All weights of the language model, gathered if they are sharded over processes."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return {name.removeprefix("lm."): value for name, value in (state or {}).items()}
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    model: Any = trainer.model
+    once = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # tied weights by their first name
+    return {name.removeprefix("lm."): value for name, value in state.items() if name in once}
 
 
 def _plain(settings: TrainSettings, compute: Compute) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from memdec.datastore.device_search import DeviceSearch
 from memdec.datastore.keys import Datastore
 from memdec.inference.mixture import MemDecForCausalLM
 from memdec.maths import exact_search, knn, objectives
-from memdec.maths.losses import fused_loss
+from memdec.maths.losses import fused_loss, token_log_probs
 from memdec.maths.sparse_rows import SparseRows
 from memdec.models import loading
 from memdec.settings import IndexSettings, TargetSettings
@@ -297,6 +297,44 @@ def test_the_fused_loss_under_autocast_holds_no_logits() -> None:
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.cuda.max_memory_allocated() - before < 1.6e9  # one dense copy would be 1.65 GB
+
+
+def far_off(n: int, vocab: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and a head whose logits stand near -100, as those of GPT-2, where bfloat16 has steps of 0.5."""
+    gen = torch.Generator().manual_seed(0)
+    h, w = torch.randn(n, width, generator=gen), torch.randn(vocab, width, generator=gen) * 0.2
+    return torch.cat([h, torch.full((n, 8), 4.0)], 1).bfloat16(), torch.cat(
+        [w, torch.full((vocab, 8), -3.125)], 1
+    ).bfloat16()
+
+
+@pytest.mark.parametrize("is_loss", [False, True])
+def test_logits_of_bfloat16_are_not_rounded(is_loss: bool) -> None:
+    h, w = far_off(300, 5000, 64)
+    labels = torch.randint(0, 5000, (300,), generator=torch.Generator().manual_seed(1))
+    expected = (h.double() @ w.double().T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    if is_loss:
+        none = torch.zeros(301, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0)
+        given = (h.cuda(), w.cuda(), labels.cuda(), *(x.cuda() for x in none))
+        with torch.no_grad():
+            loss = float(fused_loss(*given, objectives.Hybrid(0.0)).loss)
+        assert loss == pytest.approx(-float(expected.sum()), rel=1e-5)
+    else:
+        found = token_log_probs(h.cuda(), w.cuda(), labels.cuda()).double().cpu()
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_a_loaded_head_gives_float32_logits(tmp_path: Path) -> None:
+    loading.from_scratch(spec(16), 50, 32, 0).save_pretrained(tmp_path)
+    model = loading.load(tmp_path, dtype="bfloat16").cuda().eval()
+    loading.check_head(model)
+    ids = torch.randint(0, 50, (2, 8), device="cuda")
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        hidden = loading.decoder(model)(input_ids=ids).last_hidden_state
+    assert logits.dtype == torch.float32
+    exact = hidden.double() @ loading.head_weight(model).double().T
+    torch.testing.assert_close(logits.double(), exact, atol=1e-5, rtol=1e-4)
 
 
 def test_a_training_step() -> None:

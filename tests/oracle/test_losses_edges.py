@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memdec.maths.losses import fused_loss
+from memdec.maths.losses import fused_loss, token_log_probs
 from memdec.maths.objectives import Hybrid
 
 N, V, D = 23, 31, 6
@@ -118,3 +118,15 @@ def test_bf16_stays_near_float32(how: str) -> None:
         assert y.grad is not None
         assert x.grad.dtype == dtype
         assert float((x.grad.float() - y.grad).norm() / y.grad.norm()) < 2e-2
+
+
+def test_logits_far_from_zero_are_not_rounded_under_bf16() -> None:
+    """GPT-2's stand near -100, where bfloat16 has steps of 0.5; what all words have in common changes no probability."""
+    hidden, head, labels, _ = case(3, torch.float32, scale=1.0)
+    hidden, head = torch.cat([hidden, torch.full((N, 8), 4.0)], 1), torch.cat([head, torch.full((V, 8), -3.125)], 1)
+    expected = (hidden.double() @ head.double().T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    none = torch.zeros(N + 1, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(token_log_probs(hidden, head, labels).double(), expected, atol=1e-3, rtol=0)
+        loss = float(fused_loss(hidden, head, labels, *none, Hybrid(0.0)).loss)
+    assert loss == pytest.approx(-float(expected.sum()), rel=1e-5)

@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from accelerate import FullyShardedDataParallelPlugin
 from making import CONTEXT, launch, spec
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -35,6 +38,7 @@ from memdec.settings import (
 from memdec.text import tokens
 from memdec.training import batches, fitting, rates, stages
 
+ROOT = Path(__file__).resolve().parents[2]
 Train = Callable[..., dict[str, torch.Tensor]]
 FAST: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 0.3}
 
@@ -159,6 +163,58 @@ def test_sharded_parameters_give_the_same_gradients(
     torch.save(batch_of(short_tokens, rows, [0, 3, -1]), tmp_path / "batch.pt")
     (tmp_path / "worker.py").write_text(FSDP)
     launch(2, tmp_path / "worker.py", small_folder, tmp_path / "batch.pt")
+
+
+# accelerate shards over GPUs only; here the processes of a CPU pass for another kind of accelerator.
+SHARDED = """
+import sys, types
+from accelerate import state
+from accelerate.utils import DistributedType
+names = {each.name: each for each in DistributedType} | {"MULTI_MLU": DistributedType.MULTI_CPU}
+state.DistributedType = types.SimpleNamespace(**names)
+from memdec.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_config_for_sharded_models_trains_the_same_model(
+    precision: str, small_folder: Path, short_tokens: Path, rows: Path, tmp_path: Path
+) -> None:
+    """FSDP as config/accelerate/fsdp.yaml starts it: tied weights stay tied, and what is not a weight stays float32."""
+    given = yaml.safe_load((ROOT / "config" / "accelerate" / "fsdp.yaml").read_text())["fsdp_config"]
+    sharded = {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    sharded |= {name.upper(): str(value) for name, value in given.items()}
+    (tmp_path / "worker.py").write_text(SHARDED)
+    arguments = ["train", "--model", small_folder, "--tokens", short_tokens, "--targets", rows, "--context", CONTEXT]
+    arguments += ["--seed", 3, "--batch-size", 2, "--learning-rate", 1e-4, "--precision", precision, "--device", "cpu"]
+    for name, environment in (("replicated", {}), ("sharded", sharded)):
+        launch(2, tmp_path / "worker.py", *arguments, "--out", tmp_path / name, **environment)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("replicated", "sharded"))
+    assert one.keys() == other.keys()
+    far = max(float((one[name] - other[name]).abs().max()) for name in one)
+    assert far < (1e-6 if precision == "float32" else 1e-3)
+    a, b = (artefact.read(tmp_path / name, "memory").facts for name in ("replicated", "sharded"))
+    assert a["parameters"] == b["parameters"]
+    # In bfloat16 FSDP also computes the norms in it, which autocast does not.
+    assert a["valid_perplexity"] == pytest.approx(b["valid_perplexity"], rel=1e-6 if precision == "float32" else 2e-3)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp_computes_in_bfloat16_and_sums_in_float32(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_VERSION", str(version))
+    plugin = FullyShardedDataParallelPlugin(mixed_precision_policy="bf16")
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    if version == 1:
+        with pytest.raises(ConfigError, match="expected fsdp_version 2, found 1; start from config/accelerate"):
+            fitting._keep_float32(accelerator)
+        return
+    fitting._keep_float32(accelerator)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert policy.output_dtype is None  # the loss and log p leave as they are
+    assert not policy.cast_forward_inputs  # so do the rows of the targets and the number of tokens
 
 
 def test_checkpointed_activations_change_nothing(trained: Train) -> None:
