@@ -46,6 +46,7 @@ from memdec.maths import weighing
 from memdec.maths.windows import windows
 from memdec.models import loading, rope
 from memdec.models.loading import model_identity
+from memdec.tasks import task
 from memdec.tasks.perplexity import WindowSum
 from memdec.text import tokens
 
@@ -104,6 +105,7 @@ class WrappedLM(HFLM):
     ) -> None:
         self.system, self.weight = system, weighing.check_weight(weight)
         self.n_cut = 0  # requests that were cut on the left
+        self._same_tokenizers: set[str | None] = {None}  # of tasks, which were checked
         self._encoded: dict[Any, list[int]] = {}
         self._n_encoded = 0  # their tokens
         self._given, scores = kwargs, arguments.folder("scores", scores)
@@ -291,6 +293,28 @@ class WrappedLM(HFLM):
             "prefix": self.prefix_token_id,
             "tokenizer": tokens.whole_fingerprint(self.tokenizer),
         }
+
+    def _check_tokenizer(self, requests: Sequence[Any]) -> None:
+        """Check that the tasks of the requests counted tokens with the tokenizer of this model.
+
+        Raises:
+            ConfigError: A task's tokenizer gives other ids, or another EOS.
+        """
+        asked = {task.declared(request).tokenizer: request for request in requests}
+        for key in asked.keys() - self._same_tokenizers:
+            name, words = asked[key].task_name, task.tokenizer(task.declared(asked[key]).metadata)
+            same = words.eos_token == self.tokenizer.eos_token
+            try:
+                tokens.check_same_ids(self.tokenizer, words, name)
+            except ModelError:
+                same = False
+            if not same:
+                own = {"tokenizer": self.tokenizer.name_or_path} if self._given.get("tokenizer") else {}
+                raise ConfigError(
+                    f"{name}: expected the model's tokenizer in the task, found that of {words.name_or_path}; give "
+                    f"metadata={own or {'pretrained': self.base_name}}"
+                )
+            self._same_tokenizers.add(key)
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
@@ -512,6 +536,7 @@ class WrappedLM(HFLM):
         Raises:
             ConfigError: A word is not one token.
         """
+        self._check_tokenizer(requests)
         ids = {words: self._word_ids(words) for words in {request.args[1] for request in requests}}
         contexts: dict[str, tuple[int, ...]] = {}
         items = []
@@ -599,6 +624,7 @@ class WrappedLM(HFLM):
     @one_line_errors()
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As in `hf`."""
+        self._check_tokenizer(requests)
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
         return found
 
@@ -623,6 +649,7 @@ class WrappedLM(HFLM):
     @one_line_errors()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Total log-probability (nats) of each text under the mixture; every token is scored exactly once."""
+        self._check_tokenizer(requests)
         results: list[float] = []
         for request in requests:
             (text,) = request.args

@@ -140,7 +140,9 @@ class DcpmiTask(RowsTask):
         """The label words in the model's tokenizer; made at first use, because only a run needs a tokenizer."""
         metadata = self.config.metadata
         with one_line_errors():
-            return self._words(task.tokenizer(metadata))
+            tokenizer = task.tokenizer(metadata)
+            self._tokenizer = task.identity(tokenizer)
+            return self._words(tokenizer)
 
     def _words(self, tokenizer: Any) -> LabelWords:
         metadata = self.config.metadata

@@ -285,4 +285,4 @@ def _counted(found: Rows, pairs: Callable[[dict[str, Any]], list[Pair]], metadat
         bar.update(len(part))
     bar.close()
     data = found.rows.remove_columns([name for name in ("option_tokens",) if name in found.rows.column_names])
-    return Rows(data.add_column("option_tokens", counts), found.source)
+    return Rows(data.add_column("option_tokens", counts), found.source, task.identity(words))

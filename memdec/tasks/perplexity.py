@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from memdec.artefacts import artefact
-from memdec.errors import ConfigError, CorpusError, RowsMissingError, reason
+from memdec.errors import ConfigError, CorpusError, RowsMissingError, one_line_errors, reason
 from memdec.settings import SPLITS
 from memdec.tasks import rows, task
 from memdec.tasks.rows import HubRows, Rows
@@ -99,7 +99,7 @@ def _one_row(text: str, words: Any, source: str) -> dict[str, Rows]:
         "n_words": len(text.split()),
         "n_bytes": len(text.encode()),
     }
-    return {"test": Rows(Dataset.from_list([row]), source)}
+    return {"test": Rows(Dataset.from_list([row]), source, task.identity(words))}
 
 
 def _corpus_folder(metadata: dict[str, Any]) -> tuple[Path, str]:
@@ -134,11 +134,15 @@ class WindowSum(float):
     windows: dict[str, Any]
 
 
+@one_line_errors()
 def rolling_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     """Metrics of one text from its total log-likelihood (nats).
 
     If the model tells the windows of the text (`WindowSum`), the metric `windows` holds their log-likelihoods and their
     tokens, words and bytes. `memdec compare` reads it from the samples file: one long text is then many items.
+
+    Raises:
+        ConfigError: The model scored another number of tokens than the task counted.
     """
     (loglikelihood,) = results
     found = {
@@ -151,6 +155,11 @@ def rolling_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     told = getattr(loglikelihood, "windows", None)
     if told is None:  # a model that is not ours
         return found
+    if (n_scored := sum(told["tokens"])) != doc["n_tokens"]:
+        raise ConfigError(
+            f"loglikelihood_rolling: expected {doc['n_tokens']} scored tokens (the task's tokenizer), found {n_scored} (the "
+            "model's); give metadata={'pretrained': BASE} with the base of the evaluated model"
+        )
     units = {} if told["begins"] is None else _units(doc["text"], told["begins"])
     return found | {"windows": {name: value for name, value in told.items() if name != "begins"} | units}
 

@@ -53,10 +53,11 @@ class HubRows:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of one split and their source."""
+    """Rows of one split and their source; and the identity of the tokenizer that counted tokens for them, if one did."""
 
     rows: datasets.Dataset
     source: str
+    tokenizer: str | None = None
 
     def where(self, number: int) -> str:
         """Source and number of a row, for error messages."""

@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
 from memdec import HARNESS_TASKS
+from memdec.artefacts import artefact
 from memdec.errors import ConfigError, one_line_errors
 from memdec.settings import PAPER_BASE
 from memdec.tasks.rows import Rows
@@ -32,8 +33,17 @@ _NEAR = frozenset({"tokenizers"})  # names of other models' arguments that look 
 
 
 def tokenizer(metadata: Mapping[str, Any]) -> Any:
-    """The tokenizer of the evaluated model; a task's metadata contains `--model_args` and `--metadata`."""
-    name = str(metadata.get("tokenizer") or metadata.get("pretrained") or PAPER_BASE)
+    """The tokenizer of the evaluated model; a task's metadata contains `--model_args` and `--metadata`.
+
+    Raises:
+        ConfigError: They name no model. The model itself is unknown here: it may be an object.
+    """
+    name = str(metadata.get("tokenizer") or metadata.get("pretrained") or "")
+    if not name:
+        raise ConfigError(
+            "tokenizer: expected pretrained or tokenizer in --model_args or metadata, found neither; give metadata="
+            f"{{'pretrained': BASE}} with the base of the evaluated model (memdec-interp without arguments: {PAPER_BASE})"
+        )
     inside = metadata.get("subfolder") or ""
     own = metadata.get("tokenizer") and Path(name).is_dir() and not Path(name, inside).is_dir()
     return tokens.load_tokenizer(
@@ -42,6 +52,11 @@ def tokenizer(metadata: Mapping[str, Any]) -> Any:
         subfolder="" if own else inside,
         trust_remote_code=bool(metadata.get("trust_remote_code")),
     )
+
+
+def identity(words: Any) -> str:
+    """Hash of what tasks take from a tokenizer: the ids of texts, and the EOS that joins documents."""
+    return artefact.digest([tokens.fingerprint(words), words.eos_token])
 
 
 def check_metadata(task: str, metadata: Mapping[str, Any]) -> None:
@@ -90,12 +105,14 @@ class Declared:
         tune_split: The split on which alpha may be tuned.
         metadata: The task's metadata, which is needed to load it with another split.
         prompting: How the run makes prompts: chat template and system prompt, as `build_all_requests` takes them.
+        tokenizer: `identity` of the tokenizer that the task used, None if it used none.
     """
 
     paper_alpha: float | None = None
     tune_split: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     prompting: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
 
 
 def declared(request: Instance) -> Declared:
@@ -109,6 +126,8 @@ class RowsTask(ConfigurableTask):
 
     Metadata: `paper_alpha`, the paper's weight of the memory; `tune_split`, the split on which alpha may be tuned.
     """
+
+    _tokenizer: str | None = None  # identity of the one that was used
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         plain = {key: value for key, value in (config or {}).items() if key != "class"}
@@ -130,7 +149,7 @@ class RowsTask(ConfigurableTask):
         super().build_all_requests(**kwargs)
         metadata = {key: value for key, value in self.config.metadata.items() if key != "rows"}
         prompting = {key: value for key, value in kwargs.items() if key in _PROMPTING}
-        says = Declared(metadata.get("paper_alpha"), metadata.get("tune_split"), metadata, prompting)
+        says = Declared(metadata.get("paper_alpha"), metadata.get("tune_split"), metadata, prompting, self._tokenizer)
         for request in self.instances:
             request.declared = says
 
@@ -164,6 +183,7 @@ class RowsTask(ConfigurableTask):
             check_metadata(self.config.task, metadata)
             rows: dict[str, Rows] = self.config.custom_dataset(**metadata)
         self.dataset = {split: each.rows for split, each in rows.items()}
+        self._tokenizer = next((each.tokenizer for each in rows.values() if each.tokenizer), None)
         metadata["rows"] = {split: each.facts() for split, each in rows.items()}
 
 

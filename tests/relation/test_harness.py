@@ -537,6 +537,43 @@ def test_tasks_may_declare_their_alpha(base_folder: Path, small_folder: Path) ->
     assert given.loglikelihood(named) == given.loglikelihood(instances("loglikelihood", PAIRS))
 
 
+def test_a_model_object_has_no_tokenizer_of_another_model(
+    base_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    model, words = ours(base_folder), tokens.load_tokenizer(str(base_folder))
+    words.save_pretrained(tmp_path / "ids")
+    file = tmp_path / "ids" / "tokenizer.json"
+    known = json.loads(file.read_text())
+    vocab = known["model"]["vocab"]
+    vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
+    file.write_text(json.dumps(known))
+    words.eos_token = "!"
+    words.save_pretrained(tmp_path / "end")
+
+    def run(**named: Any) -> Any:
+        given = {"corpus": str(corpus_folder), **named}
+        manager = TaskManager(include_path=str(HARNESS_TASKS), include_defaults=False, metadata=given)
+        return simple_evaluate(model=model, tasks=["memdec_ppl"], task_manager=manager, bootstrap_iters=0)
+
+    with pytest.raises(
+        ConfigError, match="expected pretrained or tokenizer in --model_args or metadata, found neither"
+    ):
+        run()
+    for wrong in ("ids", "end"):
+        with pytest.raises(ConfigError, match=rf"memdec_ppl: expected the model's tok.*'pretrained': '{base_folder}'"):
+            run(tokenizer=str(tmp_path / wrong))
+    assert run(pretrained=str(base_folder))["results"]["memdec_ppl"]["token_perplexity,none"] > 1
+
+
+def test_a_text_of_another_number_of_tokens_has_no_perplexity() -> None:
+    total = perplexity.WindowSum(-9.0)
+    total.windows = {"log_p": [-5.0, -4.0], "tokens": [2, 1], "begins": None}
+    doc = {"text": "a b c", "n_tokens": 3, "n_words": 3, "n_bytes": 5}
+    assert perplexity.rolling_results(doc, [total])["windows"]["tokens"] == [2, 1]
+    with pytest.raises(ConfigError, match=r"expected 4 scored tokens .* found 3"):
+        perplexity.rolling_results(doc | {"n_tokens": 4}, [total])
+
+
 def test_alpha_is_tuned_on_the_split_that_a_task_declares(
     base_folder: Path, dapt_folder: Path, corpus_folder: Path
 ) -> None:
