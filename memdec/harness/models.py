@@ -125,9 +125,14 @@ def _usual(alpha: float | str | None, memory: str | None) -> Any:
     """alpha of tasks that declare none."""
     if alpha is None or alpha == TUNE:
         return DEFAULT_ALPHA if memory else 0.0
-    if isinstance(alpha, str):
-        raise ConfigError(f"alpha: expected a number, or {TUNE} with memory=, found {alpha!r}; correct --model_args")
-    return alpha
+    if not isinstance(alpha, str):
+        return alpha
+    try:
+        return float(alpha)
+    except ValueError:
+        raise ConfigError(
+            f"alpha: expected a number, or {TUNE} with memory=, found {alpha!r}; correct --model_args"
+        ) from None
 
 
 def _paper_pair(memory: str | None) -> tuple[str, str]:

@@ -455,6 +455,12 @@ def test_a_label_without_words_is_an_error(
 PASSED = {"batch_size": 1, "max_batch_size": None, "device": "cpu"}
 
 
+def test_alpha_may_be_a_number_in_quotes(base_folder: Path, small_folder: Path) -> None:
+    assert ours(base_folder, small_folder, alpha="0.3").weight == 0.3
+    with pytest.raises(ConfigError, match=r"alpha: expected a number from 0 .* found 1\.3"):
+        ours(base_folder, small_folder, alpha="1.3")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
