@@ -15,6 +15,7 @@ are added.
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,6 +104,11 @@ class WrappedLM(HFLM):
         scores: str | None = None,
         **kwargs: Any,
     ) -> None:
+        for role, model in (("pretrained", parts.base), ("memory", parts.memory)):
+            if not isinstance(model, str | os.PathLike | int | None):  # lm-eval reads a name of digits as a number
+                raise ConfigError(
+                    f"{role}: expected a folder or Hub id, found {type(model).__name__}; save the model and give its folder"
+                )
         self.system, self.weight = system, weighing.check_weight(weight)
         self.n_cut = 0  # requests that were cut on the left
         self._same_tokenizers: set[str | None] = {None}  # of tasks, which were checked

@@ -452,6 +452,16 @@ def test_a_label_without_words_is_an_error(
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 
+def test_a_loaded_model_is_no_folder(base_folder: Path, small_folder: Path) -> None:
+    model: Any = loading.load(base_folder)
+    for given in ({"pretrained": model}, {"pretrained": str(base_folder), "memory": model}):
+        with pytest.raises(
+            ConfigError, match="expected a folder or Hub id, found GPT2LMHeadModel; save the model"
+        ) as caught:
+            MemDecInterp(**given, device="cpu")
+        assert "\n" not in str(caught.value)
+
+
 PASSED = {"batch_size": 1, "max_batch_size": None, "device": "cpu"}
 
 
