@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -32,6 +32,14 @@ from memdec.training import checkpoints
 from memdec.training.batches import Collate, Order, WindowData
 
 _CHECKPOINTS = 20  # number of checkpoints written during a training run, beside those of its evaluations
+
+
+class DivergedError(NumericsError):
+    """The loss of a training is not finite; with its updates and their FLOPs, where one that failed counts as a whole one."""
+
+    def __init__(self, why: NumericsError, updates: int, flops: float) -> None:
+        super().__init__(why)
+        self.updates, self.flops = updates, flops
 
 
 class LossModel(nn.Module):
@@ -79,9 +87,6 @@ class LossModel(nn.Module):
         if any(each is None for each in rows):
             rows = (labels.new_zeros(labels.numel() + 1), labels.new_empty(0), hidden.new_empty(0))
         sums = fused_loss(hidden, head, labels.flatten(), *rows, self.objective)  # type: ignore[arg-type]
-        if not torch.isfinite(sums.loss):
-            places = ", ".join(f"{first}-{end - 1}" for first, end in spans.tolist() if end > first)
-            raise NumericsError(f"the loss is {sums.loss.item()} on token positions {places}")
         n = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
         return {"loss": sums.loss / n}
 
@@ -138,14 +143,21 @@ class LossTrainer(Trainer):
         return self._order(eval_dataset, self.args.per_device_eval_batch_size, None)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss as Trainer does; the error of a loss that is not finite names the step and the positions."""
-        try:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        except NumericsError as error:
-            raise NumericsError(
-                f"step {self.state.global_step + 1}: {error} of {self.where}; look at that text, lower learning_rate, or "
-                "use precision float32"
-            ) from None
+        """Compute the loss as Trainer does, and check it; all processes raise the same error, so that none waits.
+
+        Raises:
+            NumericsError: The loss of a process is not finite; the message names the step and the positions.
+        """
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        bad = ~torch.isfinite(loss.detach())
+        if not self.accelerator.reduce(bad.float(), "sum"):
+            return loss
+        places = ", ".join(f"{first}-{end - 1}" for first, end in inputs["spans"].tolist() if end > first)
+        found = [f"the loss is {loss.item()} on token positions {places} of {self.where}"] if bad else []
+        raise NumericsError(
+            f"step {self.state.global_step + 1}: {gather_object(found)[0]}; look at that text, lower learning_rate, or use "
+            "precision float32"
+        )
 
     @torch.no_grad()
     def scores(self) -> NDArray[np.float64]:
@@ -350,6 +362,9 @@ def fit(
 
     Returns:
         Facts about the run for the manifest, and the trainer, whose weights may be sharded over processes.
+
+    Raises:
+        DivergedError: The loss is not finite, in all processes at once.
     """
     if not gc.get_freeze_count():
         gc.freeze()  # the Trainer searches for cycles at every training: not among what imports made, 0.24 s each
@@ -393,18 +408,22 @@ def fit(
     if start is not None:
         trainer.add_callback(_Resume(trainer, Path(start)))
     n_parameters = loading.n_parameters(model)
-    result = trainer.train(resume_from_checkpoint=start)
+    try:
+        result = trainer.train(resume_from_checkpoint=start)
+        done = trainer.state.global_step
+        evaluations = [
+            {key.removeprefix("eval_"): value for key, value in entry.items()}
+            for entry in trainer.state.log_history
+            if "eval_loss" in entry
+        ]
+        final = _final(trainer, evaluations, trainer.state.best_global_step if settings.keep_best else done)
+    except NumericsError as error:
+        made = min(trainer.state.global_step + 1, steps)
+        raise DivergedError(error, made, cost * made) from None
     if (found := loading.n_parameters(model)) != n_parameters:
-        raise NumericsError(
+        raise ConfigError(
             f"{work}: expected {n_parameters} parameters after the training as before it, found {found}; use another 'launch'"
         )
-    done = trainer.state.global_step
-    evaluations = [
-        {key.removeprefix("eval_"): value for key, value in entry.items()}
-        for entry in trainer.state.log_history
-        if "eval_loss" in entry
-    ]
-    final = _final(trainer, evaluations, trainer.state.best_global_step if settings.keep_best else done)
     evaluations.append(final)
     losses = [{"loss": entry["loss"], "step": entry["step"]} for entry in trainer.state.log_history if "loss" in entry]
     facts: dict[str, Any] = {

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from memdec.artefacts import artefact
-from memdec.errors import ConfigError, NumericsError
+from memdec.errors import ConfigError
 from memdec.settings import TrainSettings
 from memdec.training import checkpoints, fitting
 
@@ -97,16 +97,17 @@ def _tried(make: Callable[[], Any], settings: S, rate: float, task: fitting.Task
         found: dict[str, Any] = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
         return found
     trial = _with_rate(settings, rate).model_copy(update={"epochs": settings.epochs * settings.trial})
-    result: dict[str, Any] = {"learning_rate": rate, "score": None, "flops": 0.0, "updates": 0}
+    result: dict[str, Any] = {"learning_rate": rate, "score": None}
+    first = PartialState().is_main_process
     try:
-        facts, trainer = fitting.fit(make(), trial, task, folder, work, settings.trial)
-        result |= {"score": facts["evaluations"][-1]["score"], "flops": facts["flops"], "updates": facts["updates"]}
-        first = trainer.args.process_index == 0
-    except NumericsError as error:
-        if PartialState().num_processes > 1:  # the others wait for this one
-            raise
-        log.warning("warning: learning rate %g is left out: %s", rate, error)
-        first = True
+        facts, _ = fitting.fit(make(), trial, task, folder, work, settings.trial)
+        score = facts["evaluations"][-1]["score"]  # NaN if the last update made the weights infinite
+        result |= {"score": score if math.isfinite(score) else None}
+        result |= {"flops": facts["flops"], "updates": facts["updates"]}
+    except fitting.DivergedError as error:
+        result |= {"flops": error.flops, "updates": error.updates}
+        if first:
+            log.warning("warning: learning rate %g is left out: %s", rate, error)
     if first:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

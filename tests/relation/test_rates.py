@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from making import CONTEXT
+from making import CONTEXT, launch
 from safetensors.torch import load_file
 
 from memdec.artefacts import artefact
@@ -16,6 +16,28 @@ from memdec.settings import LoraSettings, TrainSettings
 from memdec.training import fitting, stages
 
 SLOW, GOOD = 1e-7, 3e-3
+
+# The loss of process 1 is not finite in the second update of the larger rate.
+SPOILED = """
+import os
+from memdec.cli import main
+from memdec.training import fitting
+
+loss, step = fitting.fused_loss, fitting.LossTrainer.training_step
+spoiled = False
+
+def training_step(self, *rest):
+    global spoiled
+    spoiled = os.environ["RANK"] == "1" and self.args.learning_rate > 5e-3 and self.state.global_step == 1
+    return step(self, *rest)
+
+def fused_loss(*rest):
+    sums = loss(*rest)
+    return sums._replace(loss=sums.loss * float("nan")) if spoiled else sums
+
+fitting.fused_loss, fitting.LossTrainer.training_step = fused_loss, training_step
+main()
+"""
 
 
 def train(small: Path, stream: Path, out: Path, budget: tuple[Path, float] | None = None, **changes: Any) -> Any:
@@ -123,8 +145,29 @@ def test_a_rate_that_diverges_is_left_out(
     assert facts["learning_rate"] == GOOD
     assert facts["trials"][1]["score"] is None
     assert "learning rate 1e+30 is left out: step" in caplog.text
+    # What it took counts, with the update at which the loss was not finite.
+    good, bad = facts["trials"]
+    step = int(caplog.text.split("left out: step ")[1].split(":")[0])
+    assert (bad["updates"], bad["flops"]) == (step, pytest.approx(step * good["flops"] / good["updates"]))
+    assert facts["flops"] == pytest.approx(facts["updates"] * bad["flops"] / step + good["flops"] + bad["flops"])
     with pytest.raises(ConfigError, match=r"expected one at which the loss stays finite, found none of 1e\+30; lower"):
         train(small_folder, short_tokens, tmp_path / "none", learning_rates=[1e30])
+
+
+@pytest.mark.slow
+def test_a_rate_that_diverges_on_one_process_is_left_out_by_all(
+    small_folder: Path, short_tokens: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "worker.py").write_text(SPOILED)
+    arguments = ["finetune", "--model", small_folder, "--tokens", short_tokens, "--out", tmp_path / "t"]
+    arguments += ["--context", CONTEXT, "--seed", 3, "--batch-size", 2, "--trial", 0.5]
+    arguments += ["--learning-rates", GOOD, "--learning-rates", 2 * GOOD]
+    said = launch(2, tmp_path / "worker.py", *arguments)
+    assert said.count("learning rate 0.006 is left out: step 2: the loss is nan on token positions") == 1
+    facts = artefact.read(tmp_path / "t", "model").facts
+    assert [trial["score"] is None for trial in facts["trials"]] == [False, True]
+    assert facts["trials"][1]["updates"] == 2
+    assert facts["learning_rate"] == GOOD
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
