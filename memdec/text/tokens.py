@@ -84,11 +84,16 @@ def run_tokens(tokenizer_folder: Path, corpus_folder: Path, out: Path) -> None:
             return
         tokenizer = load_tokenizer(str(tokenizer_folder))
         ends = tokenizer.eos_token if corpus.facts["separator"] == "eos" else ""
-        width = np.min_scalar_type(len(tokenizer) - 1)
+        width = np.min_scalar_type(n_ids(tokenizer) - 1)
         counts, hashes = {}, {}
         for split in SPLITS:
             texts = corpora.load(corpus_folder, split)
             parts = encoded(tokenizer, [text + ends for text in texts], split)
+            if (largest := max((int(part.max()) for part in parts if len(part)), default=0)) > np.iinfo(width).max:
+                raise ModelError(
+                    f"{tokenizer_folder}: expected ids below {n_ids(tokenizer)}, the largest of the vocabulary, found {largest} in "
+                    f"the {split} split of {corpus_folder}; use another tokenizer"
+                )
             stream = np.concatenate([np.empty(0, width), *parts], dtype=width, casting="unsafe")
             if len(stream) < 2:
                 raise CorpusError(
@@ -179,6 +184,11 @@ def fingerprint(tokenizer: Any) -> str:
     # "" and null mean the same to the library, and a reloaded tokenizer may have either.
     state["model"] = {key: value for key, value in state["model"].items() if value}
     return artefact.digest({key: state.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")})
+
+
+def n_ids(tokenizer: Any) -> int:
+    """The largest id plus one; a vocabulary with gaps has fewer tokens."""
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def n_needed(tokenizer: Any) -> int:

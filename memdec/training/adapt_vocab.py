@@ -48,7 +48,7 @@ def run(memory: Path, tokenizer: Path, out: Path, settings: AdaptSettings, *, se
         if build is None:
             return
         words = tokens.load_tokenizer(str(tokenizer))
-        model, n_vocab = loading.load(memory), vocabulary(words)
+        model, n_vocab = loading.load(memory), tokens.n_ids(words)
         copied = averaged = 0
         if settings.init == "random":
             rows = random_rows(model, n_vocab, seed)
@@ -56,7 +56,7 @@ def run(memory: Path, tokenizer: Path, out: Path, settings: AdaptSettings, *, se
             before = tokens.load_tokenizer(str(memory))
             parts, copied = sources(before, words)
             averaged = n_vocab - copied
-            rows = mean_rows(model, parts, vocabulary(before))
+            rows = mean_rows(model, parts, tokens.n_ids(before))
         replace_rows(model, rows, n_vocab)
         _set_ids(model, words)
         model.save_pretrained(out)
@@ -73,11 +73,6 @@ def run(memory: Path, tokenizer: Path, out: Path, settings: AdaptSettings, *, se
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
-
-
-def vocabulary(words: Any) -> int:
-    """Number of rows that a model needs for a tokenizer: its largest id plus one."""
-    return int(max(words.get_vocab().values())) + 1
 
 
 def spellings(words: Any) -> dict[int, Spelling]:
@@ -139,7 +134,7 @@ def sources(old: Any, new: Any) -> tuple[list[list[int]], int]:
         if getattr(old, role) is not None
     }
     alphabet = _alphabet(old)
-    found: list[list[int]] = [[] for _ in range(vocabulary(new))]
+    found: list[list[int]] = [[] for _ in range(tokens.n_ids(new))]
     copied = 0
     for number, spelling in theirs.items():
         match = roles.get(number, by_spelling.get(spelling))

@@ -49,7 +49,7 @@ def run_pretrain(
     task = fitting.Task(words, stream, context, spec.seed, compute=compute)
     _train(
         "model",
-        lambda: loading.from_scratch(spec, len(words), context, words.eos_token_id),
+        lambda: loading.from_scratch(spec, tokens.n_ids(words), context, words.eos_token_id),
         spec.train,
         task,
         out,

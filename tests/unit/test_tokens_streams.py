@@ -7,7 +7,7 @@ import pytest
 from making import made_text
 
 from memdec.artefacts import artefact
-from memdec.errors import ArtifactError, ConfigError
+from memdec.errors import ArtifactError, ConfigError, ModelError
 from memdec.settings import FileCorpus, TokenizerSpec
 from memdec.text import corpora, tokens
 
@@ -37,6 +37,26 @@ def test_the_stream_is_written_narrow_hashed_and_mapped(token_folder: Path, toke
     assert stream.dtype == facts["dtype"] == "uint16" == str(np.min_scalar_type(299))
     assert facts["sha256"]["train"] == artefact.file_digest(token_folder / "train.npy")
     assert facts["tokenizer_sha256"] == artefact.read(tokenizer_folder, "tokenizer").facts["sha256"]
+
+
+def test_a_vocabulary_with_gaps_keeps_its_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The type follows from the largest id, not from the number of tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    corpus = made_corpus(tmp_path / "c", 1)
+    backend = Tokenizer(models.WordLevel({"?": 0, "</s>": 300}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?")
+    words.save_pretrained(tmp_path / "gaps")
+    tokens.run_tokenizer(TokenizerSpec(pretrained=str(tmp_path / "gaps")), tmp_path / "t")
+    tokens.run_tokens(tmp_path / "t", corpus, tmp_path / "s")
+    assert set(tokens.load_stream(tmp_path / "s", "train").tolist()) == {0, 300}
+    monkeypatch.setattr(tokens, "n_ids", lambda _: 2)
+    with pytest.raises(
+        ModelError, match="expected ids below 2, the largest of the vocabulary, found 300 in the train split"
+    ):
+        tokens.run_tokens(tmp_path / "t", corpus, tmp_path / "x")
 
 
 def test_a_saved_and_reloaded_tokenizer_has_the_same_fingerprint(tokenizer_folder: Path, tmp_path: Path) -> None:
