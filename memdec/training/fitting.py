@@ -569,4 +569,7 @@ def _base_scores(
             path.mkdir()
             np.save(path / "scores.npy", scores[name])
             checkpoints.seal(path, {})
+        del model, base, scorer  # before the next one is loaded
+        if arguments.device.type == "cuda":
+            torch.cuda.empty_cache()
     return scores

@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -358,6 +359,24 @@ def test_fused_activations_are_the_same_function() -> None:
 
 
 # --- evaluations, early stopping, resuming -------------------------------------------------------------------------
+
+
+def test_no_base_is_kept_while_the_next_is_loaded(
+    trained: Train, base_folder: Path, small_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    alive: list[int] = []
+    plain = loading.load
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        alive.append(sum(each() is not None for each in seen))
+        model = plain(*args, **kwargs)
+        seen.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(loading, "load", load)
+    trained("m", bases=(base_folder, small_folder), epochs=0.05)
+    assert alive == [0, 1, 1]  # the memory is there all the time
 
 
 def test_evaluations_sweep_alpha_and_the_best_is_kept(
