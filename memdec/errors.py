@@ -48,7 +48,7 @@ class NumericsError(MemDecError):
 
 
 class ResourceError(MemDecError):
-    """Too little disk space or memory for a stage."""
+    """Too little disk space or memory for a stage, or a system that does not open a file."""
 
 
 class IncomparableError(MemDecError):

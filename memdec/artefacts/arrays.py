@@ -4,6 +4,7 @@ Compiled code (numba, faiss) does not check shapes. An array that is wider than 
 the end of another one.
 """
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,19 @@ import numpy as np
 import xxhash
 from numpy.typing import DTypeLike, NDArray
 
-from memdec.errors import ArtifactError, outside
+from memdec.errors import ArtifactError, ResourceError, outside
 
 INTEGERS = [np.dtype(f"{sign}{size}") for sign in "ui" for size in (1, 2, 4, 8)]
 FLOATS = [np.dtype("f2"), np.dtype("f4")]
 _AGAIN = "delete the folder and make it again"
+# Errors of the system, which say nothing about the content of a file.
+_INSTEAD = {
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.ENFILE: "close other programs, or raise fs.file-max",
+    errno.ENOMEM: "free memory, or raise vm.max_map_count",
+    errno.EACCES: "let this user read it",
+    errno.EIO: "look after the disk",
+}
 
 
 def load(path: Path, dtypes: DTypeLike | list[np.dtype[Any]], shape: tuple[int | None, ...] = (None,)) -> NDArray[Any]:
@@ -29,10 +38,18 @@ def load(path: Path, dtypes: DTypeLike | list[np.dtype[Any]], shape: tuple[int |
 
     Raises:
         ArtifactError: The file is no whole `.npy` file, holds pickled objects, or has another type or shape.
+        ResourceError: The system does not open the file, whatever is in it.
     """
     with outside(ArtifactError, path, "an array in .npy format", _AGAIN):
-        # Not np.load, which takes archives and pickles too. The header is literals, but some of them need much memory.
-        found = np.lib.format.open_memmap(path, mode="r", max_header_size=1024)
+        try:
+            # Not np.load, which takes archives and pickles too. The header is literals, but some of them need much memory.
+            found = np.lib.format.open_memmap(path, mode="r", max_header_size=1024)
+        except OSError as error:
+            if error.errno not in _INSTEAD:
+                raise
+            raise ResourceError(
+                f"{path}: expected a file that can be opened, found: {os.strerror(error.errno)}; {_INSTEAD[error.errno]}"
+            ) from None
     wanted: list[np.dtype[Any]] = dtypes if isinstance(dtypes, list) else [np.dtype(dtypes)]
     same = len(found.shape) == len(shape) and all(
         n in (None, there) for n, there in zip(shape, found.shape, strict=True)

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from memdec.artefacts import provenance
-from memdec.artefacts.resources import Team, one_line_when_disk_is_full
+from memdec.artefacts.resources import Team, allow_open_files, one_line_when_disk_is_full
 from memdec.errors import ArtifactError
 from memdec.settings import describe
 
@@ -574,6 +574,8 @@ def shards(folders: Sequence[Path], kind: str) -> list[tuple[Manifest, Path]]:
     Raises:
         ArtifactError: There is no shard, one is damaged, missing or given twice, or their settings or inputs differ.
     """
+    if len(folders) > 1:  # their arrays stay open
+        allow_open_files()
     found = [(read(folder, kind), folder) for folder in folders]
     if not found:
         raise ArtifactError(f"{kind}: expected at least one shard, found none; run `memdec {kind}` first")

@@ -735,6 +735,32 @@ def test_room_is_reserved_before_a_memory_map_is_written(tmp_path: Path) -> None
     assert arrays.load(tmp_path / "a.npy", np.float16, (1000, None)).shape == (1000, 64)
 
 
+def test_too_many_open_files_are_no_damage(tmp_path: Path) -> None:
+    """The soft limit is raised where it may be; where it may not, the message does not say to delete good arrays."""
+    n = 40
+    for shard in range(n):
+        with artefact.building(tmp_path / str(shard), "targets", {"shard": shard}, {"a": "b"}) as build:
+            for name, values in (
+                ("indptr", np.arange(11)),
+                ("tokens", np.zeros(10, "u2")),
+                ("probs", np.ones(10, "f2")),
+            ):
+                np.save(tmp_path / str(shard) / f"{name}.npy", values)
+            assert build is not None
+            build.facts.update(begin=shard * 10, end=shard * 10 + 10, entries=10, positions=n * 10, tokens_sha256="x")
+
+    def read(fixed: bool = False) -> None:
+        low, most = len(os.listdir("/proc/self/fd")) + n, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (low, low if fixed else most))
+        TargetReader([tmp_path / str(shard) for shard in range(n)], "x")
+
+    assert forked(read) == "done"
+    assert re.search(
+        r"npy: expected a file that can be opened, found: Too many open files; raise `ulimit -n`$",
+        forked(lambda: read(True)),
+    )
+
+
 def test_passages_are_checked(short_tokens: Path, tmp_path: Path) -> None:
     passages.run(short_tokens, tmp_path / "p", PassageSettings(passage=16))
     found = Passages(tmp_path / "p").best([5, 6, 7])
