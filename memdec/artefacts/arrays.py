@@ -5,7 +5,9 @@ the end of another one.
 """
 
 import errno
+import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import DTypeLike, NDArray
 
+from memdec.artefacts import resources
 from memdec.errors import ArtifactError, ResourceError, outside
 
 INTEGERS = [np.dtype(f"{sign}{size}") for sign in "ui" for size in (1, 2, 4, 8)]
@@ -60,6 +63,23 @@ def load(path: Path, dtypes: DTypeLike | list[np.dtype[Any]], shape: tuple[int |
             f"{path}: expected {types} of shape ({sizes}), found {found.dtype} of shape {found.shape}; {_AGAIN}"
         )
     return found
+
+
+def scattered(found: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Whole arrays of `load`, for reading rows at random: without read-ahead if memory cannot hold them all.
+
+    Memory that holds them all is filled sooner with read-ahead. Otherwise most of what is read ahead is gone before it is
+    used, up to a hundred times as much as the rows. The maps are new ones, so others read ahead as before.
+    """
+    if sum(each.nbytes for each in found) < resources.free_memory():
+        return list(found)
+    fresh = []
+    for each in found:
+        assert isinstance(each, np.memmap)
+        there: Any = load(Path(str(each.filename)), each.dtype, each.shape)
+        there._mmap.madvise(mmap.MADV_RANDOM)
+        fresh.append(there)
+    return fresh
 
 
 def content_hash(values: NDArray[Any]) -> str:

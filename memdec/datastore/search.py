@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memdec.artefacts import artefact, devices, resources
+from memdec.artefacts import arrays, artefact, devices, resources
 from memdec.datastore import candidates
 from memdec.datastore.device_search import DeviceSearch
 from memdec.datastore.keys import Datastore
@@ -57,8 +57,10 @@ class Searcher:
         self.cells: Any = None  # the `cells.CellSearch` of an index of this kind
         # Candidates are at random positions: reading them from memory takes half the time of a memory map, whose pages
         # are small.
-        in_memory = sum(keys.nbytes for _, keys in store.parts) < resources.free_memory() / 10
-        self._parts = [(first, kernels.bits(np.array(keys) if in_memory else keys)) for first, keys in store.parts]
+        every = [keys for _, keys in store.parts]
+        in_memory = sum(keys.nbytes for keys in every) < resources.free_memory() / 10
+        every = [np.array(keys) for keys in every] if in_memory else arrays.scattered(every)
+        self._parts = [(first, kernels.bits(keys)) for (first, _), keys in zip(store.parts, every, strict=True)]
         if settings.kind == "cells":
             from memdec.datastore.cells import CellSearch  # exact search needs no faiss
 

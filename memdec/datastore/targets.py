@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from memdec.artefacts import artefact, devices, resources
+from memdec.artefacts import arrays, artefact, devices, resources
 from memdec.datastore import accuracy, device_search, search
 from memdec.datastore.keys import Datastore
 from memdec.datastore.target_rows import RowWriter, load_rows
 from memdec.errors import ArtifactError, ConfigError, NumericsError
 from memdec.maths import knn
+from memdec.maths.sparse_rows import SparseRows
 from memdec.settings import SearchSettings, TargetSettings
 from memdec.text import tokens
 
@@ -160,6 +161,7 @@ def _write_by_cell(
     place = np.empty(n, np.int64)
     place[order - begin] = np.arange(n)
     unsorted = load_rows(work, n, found.n_entries)
+    unsorted = SparseRows(*arrays.scattered([unsorted.indptr, unsorted.tokens, unsorted.probs]))
     for low in range(rows.n, n, _CELL_QUERIES):
         rows.append(*unsorted.at(place[low : low + _CELL_QUERIES]), 0)
     rows.n_short = found.n_short

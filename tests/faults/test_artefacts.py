@@ -1,5 +1,6 @@
 """Artefacts: damage of the same size, wrong facts, kills at the wrong moment, full disks, and what must not be replaced."""
 
+import itertools
 import json
 import os
 import re
@@ -733,6 +734,27 @@ def test_room_is_reserved_before_a_memory_map_is_written(tmp_path: Path) -> None
     arrays.allocate(tmp_path / "a.npy", np.float16, (1000, 64))
     assert (tmp_path / "a.npy").stat().st_blocks * 512 >= 128_000
     assert arrays.load(tmp_path / "a.npy", np.float16, (1000, None)).shape == (1000, 64)
+
+
+def test_arrays_beyond_the_memory_are_read_without_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.arange(8000, dtype=np.float32).reshape(1000, 8)
+    np.save(tmp_path / "a.npy", values)
+    plain = arrays.load(tmp_path / "a.npy", np.float32, (None, 8))
+    assert arrays.scattered([plain])[0] is plain
+
+    def advice(found: Any) -> bool:
+        """Whether the map of an array has the flag of random reads."""
+        place, maps = found.ctypes.data, Path("/proc/self/smaps").read_text().split("VmFlags:")
+        for each, flags in itertools.pairwise(maps):
+            begin, end = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", each, re.MULTILINE)[-1]
+            if int(begin, 16) <= place < int(end, 16):
+                return "rr" in flags.split("\n")[0].split()
+        raise AssertionError("no map")
+
+    monkeypatch.setattr(arrays.resources, "free_memory", lambda: 31_999)
+    (found,) = arrays.scattered([plain])
+    assert (advice(found), advice(plain)) == (True, False)
+    np.testing.assert_array_equal(found, values)
 
 
 def test_too_many_open_files_are_no_damage(tmp_path: Path) -> None:
