@@ -10,7 +10,7 @@ import pytest
 from making import signed, write_store, write_tokens
 from safetensors.numpy import load_file
 
-from memdec.artefacts import artefact
+from memdec.artefacts import arrays, artefact
 from memdec.datastore import candidates, index, search, target_rows, targets
 from memdec.datastore.keys import Datastore
 from memdec.datastore.target_rows import TargetReader
@@ -100,6 +100,23 @@ def test_neighbours_are_the_nearest_of_the_nearest_cells_and_of_the_other_candid
             true = sorted((float(((keys[at] - query) ** 2).sum()), at) for at in there)[:k]
             missing = [(np.inf, -1)] * (k - len(true))
             assert list(zip(sq_dist[row].tolist(), ids[row].tolist(), strict=True)) == true + missing
+
+
+def test_keys_and_rows_beyond_the_memory_are_read_without_read_ahead(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, advised = made(home, tmp_path / "plain"), []
+    one = arrays.scattered
+
+    def scattered(found: Any) -> Any:
+        fresh = one(found)
+        advised.append([there is not each for there, each in zip(fresh, found, strict=True)])
+        return fresh
+
+    monkeypatch.setattr(arrays, "scattered", scattered)
+    monkeypatch.setattr("memdec.artefacts.resources.free_memory", lambda: 1000)
+    equal(made(home, tmp_path / "scattered"), plain)
+    assert advised == [[True] * 3] * 2  # the keys of three shards; the three arrays of the rows in the order of cells
 
 
 def test_keys_of_the_same_place_are_candidates_where_most_of_p_knn_is_on_them(tmp_path: Path) -> None:
