@@ -71,7 +71,7 @@ VERSIONS = {
     "harness": 3,
     "cases": 1,
     "latency": 2,
-    "sweep": 3,
+    "sweep": 4,
     "fidelity": 1,
     "shapes": 2,
     "table": 7,  # tables and figures are files, not artefact folders: only the Snakemake rules use these numbers

@@ -23,7 +23,7 @@ from memdec.maths import weighing
 from memdec.models.loading import model_identity
 from memdec.settings import Split
 from memdec.tasks.rows import samples
-from memdec.tasks.task import FEWSHOT_SEED, check_names
+from memdec.tasks.task import FEWSHOT_SEED, RowsTask, check_names
 from memdec.text import corpora
 
 log = logging.getLogger(__name__)
@@ -58,15 +58,16 @@ def run(
     weights = sorted({weighing.check_weight(alpha) for alpha in alphas})
     if not weights or not tasks:
         raise ConfigError("sweep: expected at least one task and one alpha, found none; give --task and --alpha")
-    plain = {"tasks": list(tasks), "alphas": weights, "corpus": str(corpus), "split": split, "limit": limit}
+    metadata = {"corpus": str(corpus), "split": split} if corpus is not None else {}
+    loaded = _loaded(tasks, metadata | {"pretrained": base})
+    plain = {"tasks": list(tasks), "alphas": weights, "split": split, "limit": limit, "versions": _versions(loaded)}
     settings = plain | {key: str(value) for key, value in model_args.items()}
-    inputs = {"base": model_identity(base), "memory": model_identity(memory)}
+    inputs = {"base": model_identity(base), "memory": model_identity(memory), **_rows(loaded)}
     with artefact.building(out, "sweep", settings, inputs) as build:
         if build is None:
             return
-        metadata = {"corpus": str(corpus), "split": split} if corpus is not None else {}
         model = MemDecInterp(pretrained=base, memory=memory, alpha=0.5, scores=str(out / "scores"), **model_args)
-        rows, better = _evaluate(model, tasks, weights, metadata | {"pretrained": base}, limit)
+        rows, better = _evaluate(model, loaded, weights, limit)
         artefact.write_text(out / "sweep.csv", _csv(rows))
         _draw(rows, better, out)
         for task, metric in _first(better).items():
@@ -113,13 +114,30 @@ def shown(out: Path) -> str:
     ).to_string()
 
 
-def _evaluate(
-    model: Any, tasks: Sequence[str], alphas: Sequence[float], metadata: dict[str, Any], limit: int | None
-) -> tuple[list[dict[str, Any]], dict[tuple[str, str], bool]]:
-    """Rows of the table, and for each (task, metric) whether higher is better."""
+def _loaded(tasks: Sequence[str], metadata: Mapping[str, Any]) -> Any:
+    """The tasks with their rows, as lm-eval's `evaluate` takes them."""
     manager = _manager(tasks, metadata)
     check_names(tasks, manager.all_tasks)
-    loaded = manager.load(list(tasks))
+    return manager.load(list(tasks))
+
+
+def _versions(loaded: Any) -> dict[str, str]:
+    return {name: str(task.VERSION) for name, task in loaded["tasks"].items()}
+
+
+def _rows(loaded: Any) -> dict[str, str]:
+    """Hashes of the rows of our tasks, which are a corpus, files in MEMDEC_DATA, or those of the Hub."""
+    read = {name: task.config.metadata["rows"] for name, task in loaded["tasks"].items() if isinstance(task, RowsTask)}
+    return {
+        f"rows {name}": artefact.digest({split: facts["sha256"] for split, facts in splits.items()})
+        for name, splits in read.items()
+    }
+
+
+def _evaluate(
+    model: Any, loaded: Any, alphas: Sequence[float], limit: int | None
+) -> tuple[list[dict[str, Any]], dict[tuple[str, str], bool]]:
+    """Rows of the table, and for each (task, metric) whether higher is better."""
     read = samples(loaded["tasks"], limit)
     rows: list[dict[str, Any]] = []
     better: dict[tuple[str, str], bool] = {}

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from making import made_text
 from typer.testing import CliRunner
 
 from memdec import cli
 from memdec.errors import ConfigError
 from memdec.harness.models import MemDecInterp
 from memdec.results import sweep
+from memdec.settings import SPLITS, FileCorpus
+from memdec.text import corpora
 
 ALPHAS = [0.0, 0.35, 1.0]
 
@@ -37,6 +40,34 @@ def test_a_sweep_equals_runs_at_each_alpha_and_runs_the_models_once(
     (tmp_path / "s" / "manifest.json").unlink()  # as if it had been killed at the end
     sweep.run(*run, alphas=ALPHAS, corpus=corpus_folder, **arguments)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "s" / "sweep.csv"), table)
+
+
+def test_a_sweep_is_measured_again_where_the_text_behind_the_same_folder_or_variable_is_another(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    row = {"task": "memdec_ppl", "metric": "total", "alpha": 0.0, "value": 1.0, "stderr": None}
+    monkeypatch.setattr(sweep, "_evaluate", lambda *_: (runs.append(1) or [row], {("memdec_ppl", "total"): True}))
+    monkeypatch.setattr(sweep, "_draw", lambda *_: None)
+    monkeypatch.setattr(sweep, "MemDecInterp", lambda **_: None)
+    monkeypatch.setattr(sweep, "model_identity", str)
+
+    def make(name: str, seed: int) -> Path:
+        for split in SPLITS:
+            (tmp_path / f"{split}.txt").write_text(f"{split} {made_text(4, seed)}")
+        paths = {split: str(tmp_path / f"{split}.txt") for split in SPLITS}
+        corpora.run(FileCorpus(source="files", paths=paths, min_bytes=100), tmp_path / name)
+        return tmp_path / name
+
+    def n_runs(corpus: Path | None) -> int:
+        sweep.run(str(tokenizer_folder), "m", ["memdec_ppl"], tmp_path / "s", alphas=[0.0], corpus=corpus)
+        return len(runs)
+
+    assert [n_runs(make("c", 0)), n_runs(tmp_path / "c"), n_runs(make("c", 1))] == [1, 1, 2]
+    monkeypatch.setenv("MEMDEC_CORPUS", str(tmp_path / "c"))
+    assert n_runs(None) == 2
+    monkeypatch.setenv("MEMDEC_CORPUS", str(make("d", 0)))
+    assert [n_runs(None), n_runs(None)] == [3, 3]
 
 
 @pytest.mark.parametrize(("tasks", "indexed"), [(["memdec_ppl"], [False]), (["memdec_ppl", "arc_easy"], [False, True])])
