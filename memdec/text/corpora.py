@@ -63,6 +63,7 @@ def run(spec: CorpusSpec, out: Path, against: Sequence[Path] = ()) -> None:
         out: Folder to make.
         against: Corpus folders whose train text must not overlap the valid and test text of this corpus.
     """
+    _refuse_shared_files(spec)
     inputs = {f"against {i}": artefact.read(path, "corpus").recipe for i, path in enumerate(against)}
     inputs["origin"] = _origin(spec)
     with artefact.building(out, "corpus", spec, inputs) as build:
@@ -261,6 +262,19 @@ def _patterns(spec: FileCorpus) -> list[str]:
     return [str(each) for each in ([spec.path] if spec.path is not None else (spec.paths or {}).values())]
 
 
+def _refuse_shared_files(spec: CorpusSpec) -> None:
+    """Refuse a file that several of `paths` name: what a model is measured on would be what it was trained on."""
+    first: dict[Path, Split] = {}
+    for split, pattern in ((spec.paths if isinstance(spec, FileCorpus) else None) or {}).items():
+        for file in _matches(str(pattern)):
+            known = first.setdefault(file.resolve(), split)
+            if known != split:
+                raise CorpusError(
+                    f"corpus paths: expected each file in one split, found {file} in {known} and {split}; give other files, or "
+                    "'path' to have the documents split here"
+                )
+
+
 def _matches(pattern: str) -> list[Path]:
     # The name of an existing file is taken literally, even if it contains brackets.
     names = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
@@ -365,11 +379,21 @@ def _hub_documents(spec: HubCorpus, split: Split) -> Iterator[Document]:
         raise CorpusError(f"{spec.path}: expected a data set split for '{split}', found none; add it under 'splits'")
     instead = "check id, config, revision and network"
     with outside(CorpusError, f"{spec.path} ({split} = {name})", "a data set", instead):
-        rows = datasets.load_dataset(spec.path, spec.config, split=name, revision=spec.revision)
+        where = _prepared(spec)
+        rows = datasets.load_dataset(spec.path, spec.config, split=name, revision=spec.revision, cache_dir=where)
     for number, row in enumerate(tqdm(rows, desc=f"read {split}", unit="row", mininterval=2)):
         document = _row_document(row, spec.field, f"{name}:{number}", spec.path)
         if document.text:
             yield document
+
+
+def _prepared(spec: HubCorpus) -> str | None:
+    """Where `datasets` prepares a local data set: a folder for its content, as it knows files only by their times."""
+    import datasets
+
+    if not Path(spec.path).is_dir():
+        return None  # the usual place
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"memdec-{_version(spec)}")
 
 
 def _row_document(row: Any, field: str, source: str, where: str) -> Document:

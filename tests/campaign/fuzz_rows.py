@@ -124,11 +124,12 @@ def _corpus_case(rng: random.Random) -> tuple[str, Case]:
     split_here = rng.random() < 0.5
 
     def case(folder: Path) -> None:
-        for place in ("x", "y"):
+        for place in "xyz":
             (folder / place).mkdir(parents=True, exist_ok=True)
             (folder / place / f"a{suffix}").write_bytes(data)
         pattern = f"{folder}/*/a{suffix}"
-        where = {"path": pattern} if split_here else {"paths": dict.fromkeys(SPLITS, pattern)}
+        splits = {split: f"{folder}/{place}/a{suffix}" for split, place in zip(SPLITS, "xyz", strict=True)}
+        where = {"path": pattern} if split_here else {"paths": splits}
         corpora.run(FileCorpus.model_validate({"source": "files", **how, **where}), folder / "out")
         for split in SPLITS:
             corpora.load(folder / "out", split)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -174,13 +175,13 @@ def test_7_tokens_of_a_corpus_are_those_of_the_text_that_is_evaluated(separator:
 # --- corpora ------------------------------------------------------------------------------------------------------
 
 
-def all_splits(file: Path, **changes: Any) -> FileCorpus:
-    """A corpus whose three splits are one file, so that all its documents are in each."""
-    return FileCorpus(source="files", paths=dict.fromkeys(SPLITS, str(file)), **{"min_bytes": 1, **changes})
-
-
-def read(file: Path, out: Path, **changes: Any) -> list[str]:
-    corpora.run(all_splits(file, **changes), out)
+def read(file: Path, out: Path) -> list[str]:
+    """The documents of a file, as the test split of a corpus."""
+    others = {split: out.parent / f"{split}.jsonl" for split in SPLITS if split != "test"}
+    for other in others.values():
+        other.write_text('{"text": "another"}\n')
+    paths = {split: str(path) for split, path in {**others, "test": file}.items()}
+    corpora.run(FileCorpus(source="files", paths=paths, min_bytes=1), out)
     return corpora.load(out, "test")
 
 
@@ -337,7 +338,7 @@ def test_18_a_label_true_is_not_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_2_a_data_set_in_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
-    """Another text of the same size behind the same path makes the corpus again."""
+    """Another text of the same size and time behind the same path makes the corpus again, from the other text."""
     (tmp_path / "set").mkdir()
     for name in ("train", "validation", "test"):
         rows = [f"{name} {part}" for part in made_text(40, 6).split("\n\n")]
@@ -346,8 +347,11 @@ def test_2_a_data_set_in_a_folder_is_known_by_its_content(tmp_path: Path) -> Non
     corpora.run(spec, tmp_path / "out")
     first = artefact.read(tmp_path / "out", "corpus")
     file = tmp_path / "set" / "test.jsonl"
+    time = file.stat().st_mtime_ns
     file.write_text(file.read_text().replace("matrix", "xirtam"))
+    os.utime(file, ns=(time, time))
     corpora.run(spec, tmp_path / "out")
     again = artefact.read(tmp_path / "out", "corpus")
     assert again.recipe != first.recipe
     assert again.facts["sha256"] != first.facts["sha256"]
+    assert "xirtam" in "".join(corpora.load(tmp_path / "out", "test"))

@@ -4,6 +4,7 @@ import ast
 import gzip
 import json
 import lzma
+import shutil
 import sys
 from pathlib import Path
 
@@ -109,7 +110,10 @@ def test_formats_give_the_same_documents(tmp_path: Path) -> None:
     pd.DataFrame({"body": documents}).to_parquet(tmp_path / "a.parquet")
     found = []
     for name in ("a.txt", "a.txt.xz", "a.txt.gz", "a.jsonl", "a.parquet"):
-        paths = dict.fromkeys(("train", "valid", "test"), str(tmp_path / name))
+        paths = {"test": str(tmp_path / name)}
+        for split in ("train", "valid"):
+            (tmp_path / split).mkdir(exist_ok=True)
+            paths[split] = shutil.copy(tmp_path / name, tmp_path / split)
         corpora.run(FileCorpus(source="files", paths=paths, field="body"), tmp_path / "out" / name)
         found.append(corpora.load(tmp_path / "out" / name, "test"))
     assert all(texts == documents for texts in found)
@@ -161,8 +165,9 @@ def test_a_table_gives_the_documents_of_its_text_column(tmp_path: Path, kind: st
     """Quotes, separators and line ends inside of a cell belong to the text; a cell may be long."""
     texts = ['She said "no", twice.\nThen\tshe left.', "x" * 200_000, *made_text(40, 6).split("\n\n")]
     pd.DataFrame({"id": range(len(texts)), "note": texts}).to_csv(tmp_path / f"a.{kind}", sep=separator, index=False)
-    (tmp_path / "b.txt").write_text(made_text(40, 7))
-    paths = {"train": str(tmp_path / f"a.{kind}"), "valid": str(tmp_path / "b.txt"), "test": str(tmp_path / "b.txt")}
+    for name in ("b", "c"):
+        (tmp_path / f"{name}.txt").write_text(made_text(40, 7))
+    paths = {"train": str(tmp_path / f"a.{kind}"), "valid": str(tmp_path / "b.txt"), "test": str(tmp_path / "c.txt")}
     spec = FileCorpus(source="files", paths=paths, field="note", documents="file")
     corpora.run(spec, tmp_path / "out")
     assert corpora.load(tmp_path / "out", "train") == texts

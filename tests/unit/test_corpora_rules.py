@@ -28,8 +28,12 @@ def texts(out: Path) -> list[str]:
     return [text for split in SPLITS for text in corpora.load(out, split)]
 
 
-def same_file(path: Path) -> dict[str, Any]:
-    return {"path": None, "paths": dict.fromkeys(SPLITS, str(path))}
+def as_one(path: Path, split: Split = "test") -> dict[str, Any]:
+    """A file, or a glob, as one split of a corpus."""
+    others = {other: path.parent / f"{other}.jsonl" for other in SPLITS if other != split}
+    for other in others.values():
+        other.write_text('{"text": "another text"}\n')
+    return {"path": None, "paths": {name: str(file) for name, file in {**others, split: path}.items()}}
 
 
 @pytest.mark.parametrize(
@@ -38,15 +42,15 @@ def same_file(path: Path) -> dict[str, Any]:
 )
 def test_what_parts_documents(tmp_path: Path, documents: str, expected: list[str]) -> None:
     (tmp_path / "a.txt").write_text("\na b\nc\n\nd\n\n\n")
-    made(tmp_path / "a.txt", tmp_path / "o", documents=documents, min_bytes=1, **same_file(tmp_path / "a.txt"))
+    made(tmp_path / "a.txt", tmp_path / "o", documents=documents, min_bytes=1, **as_one(tmp_path / "a.txt"))
     assert corpora.load(tmp_path / "o", "test") == expected
 
 
 def test_a_glob_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         (tmp_path / f"{name}.txt").write_text(f"text of {name}")
-    made(tmp_path, tmp_path / "o", **same_file(tmp_path / "*.txt"))
-    assert corpora.load(tmp_path / "o", "train") == ["text of a", "text of b", "text of c"]
+    made(tmp_path, tmp_path / "o", **as_one(tmp_path / "*.txt"))
+    assert corpora.load(tmp_path / "o", "test") == ["text of a", "text of b", "text of c"]
 
 
 def test_the_same_text_is_skipped_and_a_changed_one_made_again(tmp_path: Path) -> None:
@@ -98,7 +102,7 @@ def test_text_of_another_corpus_is_kept_out_of_valid_and_test_but_not_of_train(t
     # Half of the documents, as another corpus: everything of theirs in train by a path of its own.
     half = TEXT.split("\n\n")[::2]
     (tmp_path / "b.txt").write_text("\n\n".join(half))
-    made(tmp_path / "b.txt", tmp_path / "other", **same_file(tmp_path / "b.txt"))
+    made(tmp_path / "b.txt", tmp_path / "other", **as_one(tmp_path / "b.txt", "train"))
     spec = FileCorpus(source="files", path=str(tmp_path / "a.txt"), min_bytes=10)
     corpora.run(spec, tmp_path / "apart", [tmp_path / "other"])
     assert corpora.load(tmp_path / "apart", "train") == corpora.load(tmp_path / "alone", "train")
@@ -132,9 +136,22 @@ def test_a_row_without_text_names_file_and_row(tmp_path: Path, row: str) -> None
 # --- bugs; drop the mark with the fix -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("test", ["b.txt", "*.txt", "link.txt", "x/../b.txt"])
+def test_a_file_is_in_one_split(tmp_path: Path, test: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}")
+    (tmp_path / "c.txt").write_text("text of c")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    paths = {"train": str(tmp_path / "a.txt"), "valid": str(tmp_path / "b.txt"), "test": str(tmp_path / test)}
+    with pytest.raises(CorpusError, match=r"expected each file in one split, found .*\.txt in (train|valid) and test"):
+        made(tmp_path, tmp_path / "o", path=None, paths=paths, min_bytes=1)
+    made(tmp_path, tmp_path / "o", path=None, paths=paths | {"test": str(tmp_path / "c.txt")}, min_bytes=1)
+
+
 def test_windows_line_ends_make_the_same_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(TEXT.replace("\n", "\r\n").encode())
-    made(tmp_path / "a.txt", tmp_path / "o", **same_file(tmp_path / "a.txt"))
+    made(tmp_path / "a.txt", tmp_path / "o", **as_one(tmp_path / "a.txt"))
     assert corpora.load(tmp_path / "o", "test") == TEXT.split("\n\n")
 
 
@@ -142,7 +159,7 @@ def test_windows_line_ends_make_the_same_documents(tmp_path: Path) -> None:
 def test_jsonl_lines_end_at_newlines_only(tmp_path: Path, character: str) -> None:
     row = json.dumps({"text": f"one{character}two"}, ensure_ascii=False)
     (tmp_path / "a.jsonl").write_text(row + "\n", encoding="utf-8")
-    made(tmp_path / "a.jsonl", tmp_path / "o", min_bytes=1, **same_file(tmp_path / "a.jsonl"))
+    made(tmp_path / "a.jsonl", tmp_path / "o", min_bytes=1, **as_one(tmp_path / "a.jsonl"))
     assert corpora.load(tmp_path / "o", "test") == [f"one{character}two"]
 
 
