@@ -28,7 +28,7 @@ from memdec.inference.systems import SYSTEMS, Parts, System
 from memdec.models import loading
 from memdec.results import scores
 from memdec.results.records import Records, Text, write
-from memdec.results.score import SEARCHED, Scorer, Texts, also_inputs, knn_lm_settings, made_of, tuned_rate
+from memdec.results.score import SEARCHED, Scorer, Texts, also_inputs, check_names, knn_lm_settings, made_of, tuned_rate
 from memdec.settings import AUTO, DEFAULT_MEMORY, Compute, EvaluateSettings, RetrievalSettings, SystemName
 from memdec.text import tokens
 
@@ -81,8 +81,9 @@ def run(
 
     Raises:
         ArtifactError: A part was made from another text or base.
-        ConfigError: The parts are those of several systems, or only some of one.
+        ConfigError: The parts are those of several systems, or only some of one; or two corpora have the same name.
     """
+    check_names("evaluate", corpus, also)
     text = artefact.read(corpus, "corpus")
     parts = Parts(
         base=base,

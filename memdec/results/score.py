@@ -64,8 +64,9 @@ def run(
 
     Raises:
         ArtifactError: A part was made from another text or model.
-        ConfigError: Neither a memory nor the parts of p_kNN are given, or both.
+        ConfigError: Neither a memory nor the parts of p_kNN are given, or both; or two corpora have the same name.
     """
+    check_names("score", corpus, also)
     text = artefact.read(corpus, "corpus")
     given = {"--memory": memory, "--key-model": key_model, "--datastore": datastore, "--index": index}
     named = [name for name, part in given.items() if part]
@@ -120,6 +121,20 @@ def knn_lm_settings(settings: ScoreSettings, weight: float = 0.0, temperature: f
     """Settings of the kNN-LM for the same search; lambda and tau are chosen later."""
     tau = settings.temperatures[0] if temperature is None else temperature
     return KnnLMSettings(weight=weight, temperature=tau, neighbours=settings.neighbours, nprobe=settings.nprobe)
+
+
+def check_names(command: str, corpus: Path, also: Sequence[Path]) -> None:
+    """Check that no two corpora share a name, by which their records are known; a domain may be general text of its own.
+
+    Raises:
+        ConfigError: Two do.
+    """
+    folders = list(dict.fromkeys(folder.resolve() for folder in (corpus, *also)))
+    if len({folder.name for folder in folders}) < len(folders):
+        raise ConfigError(
+            f"memdec {command}: expected --corpus and --also in folders of different names, found "
+            f"{', '.join(map(str, folders))}; rename one"
+        )
 
 
 def also_inputs(also: Sequence[Path]) -> dict[str, str]:

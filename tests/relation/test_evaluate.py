@@ -234,6 +234,19 @@ def test_general_text_is_measured_at_the_weights_of_the_domain(
         mix.run(tmp_path / "short", tmp_path / "given" / "scored", tmp_path / "x", SETTINGS)
 
 
+@pytest.mark.parametrize("named", [["general", "a/general"], ["domain", "b/general", "a/general"]])
+def test_corpora_of_one_name_are_refused(named: list[str], tmp_path: Path) -> None:
+    corpus, *also = (tmp_path / name for name in named)
+    with pytest.raises(
+        ConfigError, match="memdec evaluate: expected --corpus and --also in folders of different names"
+    ):
+        evaluate.run(tmp_path / "base", corpus, tmp_path / "e", SETTINGS, seed=0, also=also, **WINDOW)
+    with pytest.raises(ArtifactError, match="domain: expected a folder with a corpus artefact"):  # the same one twice
+        score.run(tmp_path / "domain", tmp_path / "s", SETTINGS, also=[tmp_path / "domain"], **WINDOW)
+    with pytest.raises(ConfigError, match=r"memdec score: .* found .*/a/general"):
+        score.run(corpus, tmp_path / "s", SETTINGS, memory=tmp_path / "m", also=also, **WINDOW)
+
+
 def test_scores_of_base_and_memory_serve_each_other(
     base_folder: Path, small_folder: Path, dapt_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:
