@@ -32,6 +32,11 @@ def run(datastore: Sequence[Path], index: Sequence[Path], targets: Sequence[Path
     for folder in targets:
         made = artefact.read(folder, "targets")
         for kind, recipes in known.items():
+            if kind not in made.inputs:
+                raise ArtifactError(
+                    f"{folder}: expected targets that were made from the --{kind}, found those of a teacher; give the targets "
+                    "that `memdec targets` made"
+                )
             if made.inputs[kind] not in recipes:
                 raise ArtifactError(
                     f"{folder}: expected targets made from the --{kind} that is given, found ones from another {kind}; "

@@ -1,6 +1,7 @@
 """`memdec free`: keys go once their targets are made, nothing is made again because of that, and readers say what is gone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,17 @@ def test_targets_of_other_keys_remove_nothing(made: Path, capsys: pytest.Capture
     assert status == 2, said
     assert "expected targets made from the --datastore that is given, found ones from another datastore" in said
     assert all((shard / "keys.npy").exists() for shard in shards)
+
+
+def test_targets_of_a_teacher_remove_nothing(made: Path) -> None:
+    shutil.rmtree(made / "targets" / "1")
+    with artefact.building(made / "targets" / "1", "targets", {}, {"model": "m", "tokens": "t"}, stage="teacher"):
+        pass
+    with pytest.raises(
+        ArtifactError, match="expected targets that were made from the --datastore, found those of a teacher"
+    ):
+        run(made)
+    assert all((shard / "keys.npy").exists() for shard in stores(made))
 
 
 def test_missing_targets_remove_nothing(made: Path) -> None:
