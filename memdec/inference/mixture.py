@@ -10,7 +10,6 @@ other. So beam search, cropping and selecting rows act on all models at once.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from memdec.errors import ModelError
+from memdec.errors import ConfigError, ModelError
 from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, last_positions, shared_vocabulary
 from memdec.maths import mixing
 from memdec.models.loading import load, placed
@@ -99,9 +98,17 @@ class MemDecForCausalLM(Wrapper):
             kwargs: Passed on to the base's `from_pretrained`.
 
         Raises:
+            ConfigError: Memories or weights are no list, or the weights do not fit the memories.
             ModelError: A model is missing or has another tokenizer.
             ResourceError: The memories do not fit on their device.
         """
+        if isinstance(memories, str | Path) or isinstance(weights, int | float):
+            raise ConfigError(
+                "from_parts: expected a list of memories and a list with the weight of each, found "
+                f"{memories!r} and {weights!r}; write [memory] and [weight]"
+            )
+        mixing.check_weights(weights, len(memories))
+        base, memories = _lasting(base), [_lasting(name) for name in memories]
         commits = list(revisions or [None] * (1 + len(memories)))
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         inside = kwargs.get("subfolder") or ""
@@ -129,7 +136,7 @@ class MemDecForCausalLM(Wrapper):
             kwargs: Passed on to each model's `save_pretrained` (`max_shard_size` ...).
 
         Raises:
-            ModelError: With `by_reference`: a model was not loaded from a folder or the Hub.
+            ModelError: With `by_reference`: a model was not loaded from a folder that is there or a commit of the Hub.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,10 +174,11 @@ class MemDecForCausalLM(Wrapper):
     ) -> "MemDecForCausalLM":
         """Load a mixture that `save_pretrained` wrote, from a folder or the Hub; arguments as for `from_parts`."""
         name = pretrained_model_name_or_path
-        if config is None:
+        kind = _model_type(name, revision) if config is None else config.model_type
+        if config is None and kind == MemDecConfig.model_type:
             config = MemDecConfig.from_pretrained(name, revision=revision)
         if not isinstance(config, MemDecConfig) or not config.parts:
-            raise ModelError(f"{name}: expected a model of the type memdec, found {config.model_type}; use from_parts")
+            raise ModelError(f"{name}: expected a model of the type memdec, found {kind}; use from_parts")
         known = {
             k: v for k, v in kwargs.items() if k in ("cache_dir", "token", "local_files_only", "attn_implementation")
         }
@@ -322,6 +330,18 @@ def _folder(index: int) -> str:
     return FOLDERS[0] if index == 0 else f"{FOLDERS[1]}-{index - 1}"
 
 
+def _model_type(name: str | Path, revision: str | None) -> str | None:
+    """The type that a model's configuration states; that of another type need not fit a `MemDecConfig`."""
+    said, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    kind: str | None = said.get("model_type")
+    return kind
+
+
+def _lasting(name: str | Path) -> str:
+    """A folder's absolute path, which holds in any working folder; a Hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+
+
 def _reference(model: Any) -> dict[str, Any]:
     """Where a model was loaded from: its folder, or Hub id and commit."""
     name = model.config.name_or_path
@@ -335,7 +355,10 @@ def _reference(model: Any) -> dict[str, Any]:
         return {"path": str(path.resolve())}
     commit = getattr(model.config, "_commit_hash", None)
     if commit is None:
-        warnings.warn(f"{name}: no commit is known; the reference loads the newest version on the Hub", stacklevel=3)
+        raise ModelError(
+            f"by_reference: expected a folder that is there or a commit of the Hub, found {name} without either; load the model "
+            "by its absolute path, or leave by_reference out"
+        )
     return {"path": name, "revision": commit}
 
 

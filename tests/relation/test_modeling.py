@@ -1,5 +1,6 @@
 """The mixture as a model of transformers, against plain loops over the models alone."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,42 @@ def test_a_folder_of_another_kind_and_a_model_from_memory_are_refused(
         MemDecForCausalLM.from_pretrained(base_folder)
     with pytest.raises(ModelError, match="found one made in memory"):
         mixture.save_pretrained(tmp_path / "m", by_reference=True)
+
+
+def test_a_plain_model_with_a_longest_input_is_refused(rotary: Any, tmp_path: Path) -> None:
+    rotary.config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="expected a model of the type memdec, found qwen2; use from_parts"):
+        MemDecForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_reference_holds_in_another_working_folder(
+    rotary: Any, words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in (rotary, words):
+        part.save_pretrained(tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    made = MemDecForCausalLM.from_parts("m", ["m"], [0.5])
+    loose = MemDecForCausalLM.from_models(loading.load("m"), [], [])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    made.save_pretrained("mixture", by_reference=True)
+    parts = json.loads(Path("mixture", "config.json").read_text())["parts"]
+    assert [part["path"] for part in parts] == [str(tmp_path / "m")] * 2
+    with pytest.raises(ModelError, match="expected a folder that is there or a commit of the Hub, found m"):
+        loose.save_pretrained("loose", by_reference=True)
+
+
+@pytest.mark.parametrize(
+    ("memories", "weights", "message"),
+    [
+        ("mm", [0.6], r"expected a list of memories .*, found 'mm' and \[0\.6\]"),
+        (["m"], 0.6, r"a list with the weight of each, found \['m'\] and 0\.6"),
+        (["m"], [0.5, 0.1], r"expected one per memory \(1\), found 2"),
+    ],
+)
+def test_parts_that_are_no_lists_are_named_before_anything_is_loaded(memories: Any, weights: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MemDecForCausalLM.from_parts("nowhere", memories, weights)
 
 
 def test_from_config_has_the_same_shapes(mixture: MemDecForCausalLM) -> None:
