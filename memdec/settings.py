@@ -198,7 +198,7 @@ class HubCorpus(_Corpus):
     """A data set of the Hugging Face Hub, or a local folder in the same format."""
 
     source: Literal["hub"] = Field(description="kind of corpus")
-    path: str = Field(description="data set id or local folder")
+    path: Place = Field(description="data set id or local folder; ${NAME} is an environment variable")
     config: str | None = Field(None, description="configuration name, e.g. wikitext-103-raw-v1")
     revision: str | None = Field(None, description="commit; pinned in the paper scale")
     splits: dict[Split, str] = Field(

@@ -291,6 +291,7 @@ def test_variables_of_the_environment_in_places(monkeypatch: pytest.MonkeyPatch)
     paths = {split: f"${{MEMDEC_A}}/{split}.txt" for split in SPLITS}
     corpus = parse(CorpusSpec, {"source": "files", "paths": paths}, "c")
     assert corpus.paths == {split: f"/data/{split}.txt" for split in SPLITS}
+    assert parse(CorpusSpec, {"source": "hub", "path": "${MEMDEC_A}/set"}, "c").path == "/data/set"
     assert parse(TokenizerSpec, {"pretrained": "${MEMDEC_A}/${MEMDEC_A}/$x"}, "c").pretrained == "/data//data/$x"
     with pytest.raises(ConfigError, match=r"c: pretrained: expected the environment variable MEMDEC_B, found it unset"):
         parse(ModelSpec, {"family": "f", "tokenizer": "t", "pretrained": "${MEMDEC_B}/m"}, "c")
