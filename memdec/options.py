@@ -178,6 +178,11 @@ def _by_split(name: str, values: Sequence[str]) -> dict[str, str]:
         raise ConfigError(
             f"--{name.replace('_', '-')}: expected SPLIT=VALUE, found {' '.join(values)}; e.g. train=VALUE"
         )
+    splits = [split for split, _, _ in pairs]
+    if len(set(splits)) < len(splits):
+        raise ConfigError(
+            f"--{name.replace('_', '-')}: expected each split once, found {' '.join(values)}; leave one out"
+        )
     return {split: value for split, _, value in pairs}
 
 

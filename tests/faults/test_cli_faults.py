@@ -175,6 +175,10 @@ def test_corpus_and_tokenizer_by_options(
         (["--source", "files", "--spec", "{}", "--out", "x"], "found both (--spec, --source)"),
         (["--source", "file", "--out", "x"], "'file' is not one of 'docstrings', 'files', 'hub'"),
         (["--source", "files", "--paths", "a.txt", "--out", "x"], "--paths: expected SPLIT=VALUE, found a.txt"),
+        (
+            ["--source", "files", "--paths", "valid=a", "--paths", "valid=b", "--out", "x"],
+            "--paths: expected each split once, found valid=a valid=b",
+        ),
         (["--source", "files", "--path", "a", "--packages", "b", "--out", "x"], "packages: unknown key"),
         (["--path", "a", "--out", "x"], "source"),
         (["--source", "files", "--path", "none.txt", "--out", "x"], "none.txt: expected text files, found none"),
