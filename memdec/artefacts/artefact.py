@@ -475,6 +475,10 @@ def read(path: Path, kind: str, whole: bool = False, *, freed: bool = False) -> 
         raise ArtifactError(
             f"{path}: expected a folder with a {kind} artefact, found nothing; run `memdec {kind}` first"
         )
+    if not (path / MANIFEST).is_file() and _is_of_others(path):
+        raise ArtifactError(
+            f"{path}: expected a folder that `memdec {kind}` made, found one that memdec did not make; check the path"
+        )
     if not (path / MANIFEST).is_file():
         raise ArtifactError(
             f"{path}: expected {MANIFEST}, found an unfinished {kind} artefact; run `memdec {kind}` again"
@@ -640,7 +644,7 @@ def _refuse_overwriting(path: Path, kind: str, inputs: Mapping[str, str]) -> Non
     Raises:
         ArtifactError: It holds files that are not ours, an artefact of another kind, or an input of this build.
     """
-    if owner(path) is None and any(not _is_of_claim(child) for child in path.iterdir()):
+    if _is_of_others(path):
         raise ArtifactError(
             f"{path}: expected an empty or new folder for the output, found other files; choose another --out"
         )
@@ -655,6 +659,11 @@ def _refuse_overwriting(path: Path, kind: str, inputs: Mapping[str, str]) -> Non
         raise ArtifactError(
             f"{path}: expected a folder for the output, found an input of this very build; choose another --out"
         )
+
+
+def _is_of_others(path: Path) -> bool:
+    """Whether a folder holds files and no build ever began in it."""
+    return owner(path) is None and any(not _is_of_claim(child) for child in path.iterdir())
 
 
 def _is_of_claim(file: Path) -> bool:

@@ -232,6 +232,14 @@ def test_an_edited_manifest_is_an_error(copy: Path, change: Callable[[dict[str, 
         Datastore(copy / "store" / "0")
 
 
+def test_a_folder_of_others_is_not_called_unfinished(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ArtifactError, match=r"expected a folder that `memdec tokenizer` made, found one that memdec did not"
+    ):
+        artefact.read(tmp_path, "tokenizer")
+
+
 def test_manifests_of_earlier_versions_are_read_by_size(copy: Path) -> None:
     file = copy / "store" / "0" / artefact.MANIFEST
     said = json.loads(file.read_text())
