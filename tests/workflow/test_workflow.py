@@ -464,6 +464,21 @@ def test_figures_are_made_of_their_parts(tmp_path: Path) -> None:
     assert "--datastore" not in command
 
 
+def test_other_settings_of_latency_measure_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = tmp_path / "bin" / "memdec"  # in the place of every stage
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\nwhile [ "$1" != --out ]; do shift; done\nmkdir -p "$2"; touch "$2/manifest.json"\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{BIN}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(sys.modules[__name__], "BIN", stub.parent)
+    (tmp_path / "more.yaml").write_text("latency: {repeats: 5}")
+    target = "results/mini/torch/seed0/latency/memdec/gpt2-L/manifest.json"
+    snakemake(tmp_path, "--cores", "2", "--configfile", str(MINI), "--", target)
+    assert "Nothing to be done" in snakemake(tmp_path, "-n", "--configfile", str(MINI), "--", target)
+    more = snakemake(tmp_path, "-n", "--configfile", str(MINI), str(tmp_path / "more.yaml"), "--", target)
+    assert planned(more) == {"latency": 1}
+
+
 def test_rows_that_are_missing_stop_the_run_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMDEC_DATA", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -62,8 +62,14 @@ use rule finetune as latency with:
     params:
         launch="memdec",
         command="latency",
-        inputs=lambda w, input: named(
-            w, {name: input[name] for name in ("base", "memory", "tokens", "passages")}
+        inputs=lambda w, input: " ".join(
+            [
+                named(
+                    w,
+                    {name: input[name] for name in ("base", "memory", "tokens", "passages")},
+                ),
+                datastore_and_index(w, input),
+            ]
         ),
         options=latency_options,
         version=VERSIONS["latency"],

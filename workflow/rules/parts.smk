@@ -162,12 +162,17 @@ def compared(wildcards, name):
     return f"{who} {given} {WINDOW} {words('--seed', wildcards.seed)} {on}"
 
 
-def latency_options(wildcards, input):
-    """Options of a measurement; a datastore and its index are one option."""
-    stores = "+".join(folder_of(store) for store in input.datastore)
-    knn = words("--knn", f"{stores}:{folder_of(input.index)}")
+# A parameter that takes `input` is not compared with that of the last run, so settings are in one of their own.
+def latency_options(wildcards):
+    """Options of a measurement."""
     on = compute(wildcards.model)
-    return f"{knn} {options(section(study(wildcards), 'latency'))} {on}"
+    return f"{options(section(study(wildcards), 'latency'))} {on}"
+
+
+def datastore_and_index(wildcards, input):
+    """A datastore and its index, which are one option."""
+    stores = "+".join(folder_of(store) for store in input.datastore)
+    return words("--knn", f"{stores}:{folder_of(input.index)}")
 
 
 def figure_of(wildcards):
