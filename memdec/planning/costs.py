@@ -10,22 +10,28 @@ first line of each formula's docstring is what `memdec plan` prints.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from memdec.config import Config, ForModel, Memory
+from memdec.errors import ConfigError
 from memdec.inference.systems import SYSTEMS
 from memdec.planning.rates import Machine, Rates
 from memdec.planning.sizes import Sizes
+from memdec.results import catalogue, figure_catalogue
+from memdec.results.layout import Table
 from memdec.settings import NPROBE, UNTUNED, DocstringCorpus, HubCorpus, IndexSettings, Shape, TrainSettings
 from memdec.tasks import needed
 
 DISTINCT = 0.23  # distinct next tokens among k neighbours, as a part of k: those of k = 1,024 in the scale `mini`
 ROWS, PROMPTS, PROMPT = 2000, 8, 100  # of a task without a limit: rows; texts of a row, and tokens of a text
 SECONDS_OF_PACKAGES = 4.0  # to find and parse the docstrings of a package
+SECONDS_OF_SCORE, SECONDS_OF_WINDOW = 5e-8, 1e-4  # to mix a token's scores; for the interval and two tests of a window
+BYTES_OF_SCORE, BYTES_OF_WINDOW = 48, 32
 BYTES_TRAINED, BYTES_FROZEN = 16, 4  # of a weight: float32 with gradient and AdamW's two sums; float32 alone
 BYTES_OF_ACTIVATIONS = 34  # of a position, layer and unit of width (Korthikanti et al. 2022, arXiv 2205.05198)
 
@@ -466,6 +472,27 @@ class _Formulas:
         seconds = self.rates.start + tokens * (0.002 + self._forward(shape) / self.rates.at("score", shape.width))
         return self._placed(0.0, 2 * self._bytes() * shape.parameters, self.w["model"], seconds=seconds, disk=1e5)
 
+    # --- tables ---
+
+    def table(self) -> Cost:
+        """5e-8 s a token and 1e-4 s a window of every evaluation; memory: 48 bytes a token of the longest text, 32 a window"""
+        evaluations = [part for made in self._made() for part in made.parts if part.kind == "evaluation"]
+        n = [self.sizes.n_tokens(part.model, part.domain, "test") for part in evaluations]
+        windows, cpu = sum(n) / self.config.stride, self.cpu
+        seconds = cpu.light + SECONDS_OF_SCORE * sum(n) + SECONDS_OF_WINDOW * windows
+        process = cpu.process if self.w.get("table") == "table6" else cpu.process / 2  # Table 6 alone imports torch
+        scores = BYTES_OF_SCORE * max(n, default=0) if self.w else 0  # claims and report read windows of all tables
+        return Cost(seconds, process + scores + BYTES_OF_WINDOW * windows, 1e5)
+
+    def _made(self) -> Iterator[Table | figure_catalogue.Figure]:
+        """The table or figure of a job; without one, every table that the config can fill."""
+        if "figure" in self.w:
+            yield figure_catalogue.figure(self.config, self.w["figure"])
+            return
+        for name in [self.w["table"]] if self.w else catalogue.TABLES:
+            with nullcontext() if self.w else suppress(ConfigError):
+                yield catalogue.table(self.config, name)
+
 
 def _compared(index: IndexSettings, nprobe: int, n: float) -> float:
     """Keys that a query is compared with, in distances to whole keys."""
@@ -518,5 +545,9 @@ FORMULAS: dict[str, Callable[[_Formulas], Cost]] = {
     "shapes": _Formulas.compared,
     "cases": _Formulas.compared,
     "latency": _Formulas.latency,
+    "table": _Formulas.table,
+    "figure": _Formulas.table,
+    "claims": _Formulas.table,
+    "report_page": _Formulas.table,
 }
 FORMULAS |= {f"fetch_{name}": FORMULAS[name] for name in ("corpus", "tokenizer", "model")}

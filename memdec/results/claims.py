@@ -123,7 +123,10 @@ class Claim(Settings):
     left: Selector
     right: Selector | None = Field(None, description="None: the left side alone is compared with the bound")
     relation: Annotated[str, Field(pattern=r"^(<|>|<=|>=|within)( -?\d+(\.\d+)?)?$")]
-    measure: Literal["ratio", "difference"] = Field("ratio", description="of left and right, in the unit of the cells")
+    measure: Literal["ratio", "difference", "spread"] = Field(
+        "ratio",
+        description="of left and right, in the unit of the cells; spread: ratio, after each quotient (`over`) below 1 is turned over",
+    )
     mean: list[str] = Field(
         default=[], description="fields over which both sides are averaged before they are compared"
     )
@@ -134,6 +137,8 @@ class Claim(Settings):
     def _has_a_bound(self) -> Self:
         if " " not in self.relation and (self.relation == "within" or self.right is None):
             raise ValueError(f"relation: expected a number after {self.relation}, found none")
+        if self.measure == "spread" and any(side and side.over is None for side in (self.left, self.right)):
+            raise ValueError("measure: expected over on every side of a spread, found none")
         for name in (*self.mean, *self.by):
             if name not in Cell.model_fields:
                 raise ValueError(f"mean: expected columns of a cells file, found {name}")
@@ -142,7 +147,7 @@ class Claim(Settings):
     @property
     def neutral(self) -> float:
         """The effect where both sides are equal."""
-        return 1.0 if self.measure == "ratio" else 0.0
+        return 0.0 if self.measure == "difference" else 1.0
 
     @property
     def averaged(self) -> set[str]:
@@ -656,6 +661,12 @@ def _combined(one: Quantity, other: Quantity, ratio: bool) -> Quantity:
     return Quantity(value, drawn)
 
 
+def _spread(ratio: Quantity) -> Quantity:
+    """How far apart two numbers are as a ratio, whichever is the larger: 1 or more."""
+    drawn = None if ratio.drawn is None else np.maximum(ratio.drawn, 1 / ratio.drawn)
+    return Quantity(max(ratio.value, 1 / ratio.value), drawn)
+
+
 def _averaged(quantities: Sequence[Quantity]) -> Quantity:
     drawn = [each.drawn for each in quantities if each.drawn is not None]
     whole = np.mean(drawn, axis=0) if len(drawn) == len(quantities) else None
@@ -760,9 +771,10 @@ def _judged(
     for pair in terms:
         for side, term in zip(sides, pair, strict=True):
             if term is not None:
-                side.append(_value(term, draws, seeds))
+                value = _value(term, draws, seeds)
+                side.append(_spread(value) if claim.measure == "spread" else value)
     left = _averaged(sides[0])
-    effect = _combined(left, _averaged(sides[1]), claim.measure == "ratio") if sides[1] else left
+    effect = _combined(left, _averaged(sides[1]), claim.measure != "difference") if sides[1] else left
     bound = Bound.of(claim.relation, claim.neutral)
     notes += _notes(terms, draws)
     n = sum(len(draws.items(term.cell)[0]) if draws.items(term.cell) else 0 for term, _ in terms)

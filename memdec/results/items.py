@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,21 +89,27 @@ def of_evaluation(folder: Path, record: Mapping[str, Any], weight: float | None 
     Raises:
         ArtifactError: The stored scores do not give the value of the record.
     """
-    found = _scored(folder, record["on"])
-    if found is None:
-        return only(int(record["seed"]), float(record["value"]))
-    scores, stride = found
     own = next((float(record[name]) for name in ("alpha", "lambda") if record.get(name) is not None), 0.0)
-    items = perplexity(int(record["seed"]), scores.log_p(own if weight is None else weight), stride)
-    if weight is None and not math.isclose(items.value, record["value"], rel_tol=1e-6):
+    seed, value = int(record["seed"]), float(record["value"])
+    items = _of_scores(folder, record["on"], own if weight is None else weight, seed)
+    if items is None:
+        return only(seed, value)
+    if weight is None and not math.isclose(items.value, value, rel_tol=1e-6):
         raise ArtifactError(
-            f"{folder}: expected scores with the perplexity {record['value']:g} of {record['method']}, found "
-            f"{items.value:g}; run the evaluation again"
+            f"{folder}: expected scores with the perplexity {value:g} of {record['method']}, found {items.value:g}; run the "
+            "evaluation again"
         )
     return items
 
 
-@lru_cache(maxsize=256)
+@cache  # of sums of windows, which are few; they are read for the cell, its interval and every test
+def _of_scores(folder: Path, on: str, weight: float, seed: int) -> Items | None:
+    """The items of a text at a weight; None in an evaluation of an earlier version."""
+    found = _scored(folder, on)
+    return None if found is None else perplexity(seed, found[0].log_p(weight), found[1])
+
+
+@lru_cache(maxsize=1)  # 16 bytes a token; all weights of a text are asked for one after another
 def _scored(folder: Path, on: str) -> tuple[TokenScores, int] | None:
     """Scores of a text and the stride; None in an evaluation of an earlier version, which has none."""
     if not any((folder / "scores").glob("test*.safetensors")):

@@ -82,6 +82,20 @@ def test_items_of_a_perplexity_are_its_windows_at_the_weight_of_the_record(tmp_p
     assert (len(old), old.kind, old.value) == (0, "other", record["value"])
 
 
+def test_scores_are_not_kept_of_every_evaluation(tmp_path: Path) -> None:
+    """A table reads each text once, and keeps the sums of its windows."""
+    items._scored.cache_clear()
+    for name in ("a", "b", "a", "b"):
+        with artefact.building(tmp_path / name, "evaluation", {"stride": 4}, {}) as build:
+            if build is not None:
+                artefact.write_json(tmp_path / name / "records.json", [{"on": "torch"}])
+                scores.write(tmp_path / name, TokenScores(np.log(np.full(10, 0.5)), None), "test", None)
+        record = {"method": "base", "on": "torch", "seed": 0, "value": 2.0}
+        assert items.of_evaluation(tmp_path / name, record).value == pytest.approx(2.0)
+    assert items._scored.cache_info().currsize == 1
+    assert items._scored.cache_info().misses == 2
+
+
 def write_samples(folder: Path, task: str, rows: list[dict[str, Any]], metrics: dict[str, str]) -> None:
     folder.mkdir(exist_ok=True)
     listed = [{"metric": name, "aggregation": how} for name, how in metrics.items()]

@@ -302,6 +302,17 @@ def test_an_interval_of_cells_alone_can_decide() -> None:
     assert "no interval is known" in without.reason
 
 
+def test_a_spread_is_how_far_apart_two_are_whichever_is_larger() -> None:
+    """Nearer by the memory, although the smaller model is the better one."""
+    made = two(0.0).add("base", "gpt2-L", windows(0.1)).add("MemDec", "gpt2-L", windows(0.05))
+    sides = {name: {"method": name, "model": "smallest", "over": {"model": "largest"}} for name in ("MemDec", "base")}
+    said = {"left": sides["MemDec"], "right": sides["base"]}
+    found = made.judge(claim(**said, measure="spread"))
+    assert found.effect == pytest.approx(np.exp(-0.05), rel=0.01)
+    assert found.verdict == "holds"
+    assert made.judge(claim(**said)).verdict == "fails"
+
+
 def test_seeds_that_disagree_make_it_undecided() -> None:
     base = windows(0.0, noise=0)
     agree = [windows(-0.05, [seed])[0] for seed in range(3)]

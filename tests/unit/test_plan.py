@@ -178,6 +178,18 @@ def test_every_rule_that_computes_has_a_formula() -> None:
     assert all((formula.__doc__ or "").strip() for formula in costs.FORMULAS.values())
 
 
+def test_tables_of_long_texts_request_what_their_scores_take() -> None:
+    paper = costing(cfg.load(ROOT / "config" / "paper.yaml"))
+    tokens = paper.sizes.n_tokens("Qwen2.5-7B", "Bio", "test")
+    cost = paper.of(Job("table", {"table": "table3"}))
+    assert cost.memory > 6 * 8 * tokens > 1e9
+    assert cost.seconds > 600
+    mini = costing(MINI)
+    assert mini.of(Job("table", {"table": "table6"})).memory == pytest.approx(609e6, rel=0.1)  # it imports torch
+    for job in (Job("table", {"table": "table3"}), Job("figure", {"figure": "figure2"}), Job("claims", {})):
+        assert 0.2e9 < mini.of(job).memory < 0.5e9
+
+
 def test_weights_that_are_shared_by_gpus_take_a_part_of_each() -> None:
     large = {"parameters": 7e10, "width": 8192, "layers": 80, "vocabulary": 152064}
     data = hub(shape=large).model_dump(mode="json", exclude_unset=True)

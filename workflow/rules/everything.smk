@@ -24,6 +24,8 @@ use rule table as claims with:
         f"{LOG}/claims.log",
     benchmark:
         f"{BENCHMARK}/claims.tsv"
+    resources:
+        **requested("claims"),
     params:
         command="claims",
         options=lambda w, input: words(*input.tables, *input.figures),
@@ -43,6 +45,8 @@ use rule table as report_page with:
         f"{LOG}/report.log",
     benchmark:
         f"{BENCHMARK}/report.tsv"
+    resources:
+        **requested("report_page"),
     params:
         command="report",
         options="",

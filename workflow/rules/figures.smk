@@ -98,6 +98,8 @@ use rule table as figure with:
         f"{LOG}/{{figure}}.log",
     benchmark:
         f"{BENCHMARK}/{{figure}}.tsv"
+    resources:
+        **requested("figure"),
     wildcard_constraints:
         figure="|".join(figure_catalogue.FIGURES),
     params:

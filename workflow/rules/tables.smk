@@ -39,9 +39,7 @@ rule table:
         "../../environment.yml"
     threads: 1
     resources:
-        cpu=1,
-        mem_mb=500,
-        runtime=10,
+        **requested("table"),
     params:
         command="table",
         options=lambda w, input: (
