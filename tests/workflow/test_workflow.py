@@ -464,19 +464,52 @@ def test_figures_are_made_of_their_parts(tmp_path: Path) -> None:
     assert "--datastore" not in command
 
 
-def test_other_settings_of_latency_measure_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stub = tmp_path / "bin" / "memdec"  # in the place of every stage
+def with_stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `memdec` of the jobs make empty files in place of every artefact, table and figure."""
+    stub = folder / "bin" / "memdec"
     stub.parent.mkdir()
-    stub.write_text('#!/bin/sh\nwhile [ "$1" != --out ]; do shift; done\nmkdir -p "$2"; touch "$2/manifest.json"\n')
+    lines = ['while [ "$1" != --out ]; do shift; done', 'case "$2" in *.csv) b="${2%.csv}"', 'mkdir -p "${2%/*}"']
+    endings = "csv cells.csv items.npz md tex provenance.json svg png html"
+    lines += [f'for e in {endings}; do touch "$b.$e"; done;;', '*) mkdir -p "$2"; touch "$2/manifest.json";; esac']
+    stub.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{BIN}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(sys.modules[__name__], "BIN", stub.parent)
+
+
+def test_other_settings_of_latency_measure_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_stub(tmp_path, monkeypatch)
     (tmp_path / "more.yaml").write_text("latency: {repeats: 5}")
     target = "results/mini/torch/seed0/latency/memdec/gpt2-L/manifest.json"
     snakemake(tmp_path, "--cores", "2", "--configfile", str(MINI), "--", target)
     assert "Nothing to be done" in snakemake(tmp_path, "-n", "--configfile", str(MINI), "--", target)
     more = snakemake(tmp_path, "-n", "--configfile", str(MINI), str(tmp_path / "more.yaml"), "--", target)
     assert planned(more) == {"latency": 1}
+
+
+def test_an_edited_claim_or_printed_number_remakes_what_is_made_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkout of its own, of a config whose only table has no evaluations."""
+    for name in ("workflow", "memdec", "harness_tasks", "config", "results/reference/paper"):
+        shutil.copytree(ROOT / name, tmp_path / "repo" / name)
+    shutil.copy(ROOT / "environment.yml", tmp_path / "repo")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "repo"))
+    with_stub(tmp_path, monkeypatch)
+    config = yaml.safe_load(MINI.read_text()) | {"studies": {"sizes": {"tables": ["table13"]}}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    words = ["--cores", "2", "--configfile", str(tmp_path / "c.yaml"), "--", "results/claims.csv"]
+    snakefile = tmp_path / "repo" / "workflow" / "Snakefile"
+    snakemake(tmp_path, *words, snakefile=snakefile)
+    assert "Nothing to be done" in snakemake(tmp_path, "-n", *words, snakefile=snakefile)
+    for name, remade in (
+        ("memdec/results/claims.yaml", {"claims": 1}),
+        ("results/reference/paper/table13.csv", {"table": 1, "claims": 1}),
+    ):
+        file = tmp_path / "repo" / name
+        file.write_text(file.read_text() + "\n")
+        assert planned(snakemake(tmp_path, "-n", *words, snakefile=snakefile)) == remade
+        snakemake(tmp_path, *words, snakefile=snakefile)
 
 
 def test_rows_that_are_missing_stop_the_run_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,14 @@ from itertools import product
 
 from snakemake.logging import logger
 
-from memdec.artefacts.artefact import VERSIONS
+from memdec.artefacts.artefact import VERSIONS, file_digest
 from memdec.artefacts.provenance import package_version
 from memdec.inference.systems import SYSTEMS
 from memdec.planning import plan, rates
 from memdec.planning.costs import Costs, Job
 from memdec.planning.sizes import UnknownSizeError
-from memdec.results import catalogue, figure_catalogue
+from memdec.results import catalogue, figure_catalogue, paper
+from memdec.results import claims as judged
 from memdec.tasks import needed
 
 RUN = f"results/{CONFIG.scale}"
@@ -148,6 +149,11 @@ def stamp(entry):
         for file in sorted(local_files(entry))
         if os.path.isfile(file)
     ]
+
+
+def content(path):
+    """What Snakemake notices about a file of the checkout that a command reads; a fresh checkout changes only its time."""
+    return file_digest(path) if path.is_file() else ""
 
 
 def training(wildcards, model, *settings):

@@ -29,6 +29,7 @@ use rule table as claims with:
     params:
         command="claims",
         options=lambda w, input: words(*input.tables, *input.figures),
+        reads=lambda w: content(judged.FILE),
         caption="What the tables say about each claim of the paper.",
         version=VERSIONS["claims"],
 
@@ -50,6 +51,7 @@ use rule table as report_page with:
     params:
         command="report",
         options="",
+        reads="",
         caption="",
         version=1,
 

@@ -111,5 +111,6 @@ use rule table as figure with:
                 named(w, {"table": input.table}),
             ]
         ),
+        reads="",
         caption=lambda w: figure_of(w).caption,
         version=VERSIONS["figure"],

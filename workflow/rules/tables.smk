@@ -45,6 +45,7 @@ rule table:
         options=lambda w, input: (
             f"{words('--name', w.table)} {part_cells(table_of(w), input.parts)}"
         ),
+        reads=lambda w: content(paper.FOLDER / f"{w.table}.csv"),
         caption=lambda w: table_of(w).caption,
         version=VERSIONS["table"],
     shell:
