@@ -158,17 +158,24 @@ def load_records(config: Config, given: Sequence[Given], file: str = "records.js
     """Load the records, one for each measured number; the base, which folders of all seeds have, once.
 
     Raises:
-        ArtifactError: A record is of another seed, has no finite number, or is there twice with other numbers; or the
-            rows of a task are not the same in all folders.
+        ArtifactError: A record is of another seed or domain, has no finite number, or is there twice with other numbers; or
+            the rows of a task, or what a model is, are not the same in all folders.
     """
     found: dict[tuple[Any, ...], Record] = {}
     rows: dict[str, tuple[str, Path]] = {}
+    bases: dict[tuple[str, str], tuple[str, Path]] = {}
     for domain, model, seed, folder in given:
-        kind = _manifest(folder).kind
+        manifest = _manifest(folder)
+        kind = manifest.kind
+        _check_base(folder, model, manifest, bases)
         for record in _sizes(folder) if kind == "corpus" else _records(folder / file):
             if record.get("seed") != seed and not (kind == "harness" and record["method"] == "base"):
                 raise ArtifactError(
                     f"{folder}: expected records of seed {seed}, found seed {record.get('seed')}; run it again"
+                )
+            if kind == "evaluation" and file == "records.json" and record["on"] != domain:
+                raise ArtifactError(
+                    f"{folder}: expected records on {domain}, found {record['on']}; give the folder of {domain}, or its own domain"
                 )
             family = config.models[model].family if model in config.models else None
             record = {**record, "domain": domain, "family": family, "model": model, "folder": folder}
@@ -200,6 +207,21 @@ def _sizes(folder: Path) -> list[Record]:
     sizes = {f"{name} bytes": said["bytes"] for name, said in splits.items()}
     sizes["documents"] = sum(said["documents"] for said in splits.values())
     return [{"method": "corpus", "seed": 0, "metric": name, "value": float(size)} for name, size in sizes.items()]
+
+
+def _check_base(
+    folder: Path, model: str, manifest: artefact.Manifest, known: dict[tuple[str, str], tuple[str, Path]]
+) -> None:
+    """Check that the folders of a model were made with one base."""
+    own = manifest.inputs.get("base")
+    if own is None:
+        return
+    base, first = known.setdefault((manifest.kind, model), (own, folder))
+    if base != own:
+        raise ArtifactError(
+            f"{folder}: expected the base model {model} as in {first}, found another one; give each folder with its own "
+            "model, or run the older one again"
+        )
 
 
 def _check_number(record: Record) -> None:

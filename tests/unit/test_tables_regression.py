@@ -241,9 +241,9 @@ def test_marked_words_are_a_table_of_what_was_measured_on_them(tmp_path: Path) -
         tables.run(table, [cell, cell], tmp_path / "table6.csv")
 
 
-def write_evaluation(folder: Path, memory: str | None, records: list[dict[str, Any]]) -> Path:
+def write_evaluation(folder: Path, memory: str | None, records: list[dict[str, Any]], **inputs: str) -> Path:
     settings = {"memory": memory, "system": "base" if memory is None else "MemDec"}
-    with artefact.building(folder, "evaluation", settings, {}) as build:
+    with artefact.building(folder, "evaluation", settings, inputs) as build:
         assert build is not None
         artefact.write_json(folder / "records.json", records)
         build.facts.update(corpora_sha256={"sklearn": "ab"})
@@ -265,3 +265,13 @@ def test_the_base_counts_once_though_every_evaluation_has_it(tmp_path: Path) -> 
     assert list(pd.read_csv(tmp_path / "memories.csv")["sklearn"].dropna()) == [90.0, 60.0, 50.0]
     with pytest.raises(ArtifactError, match="expected records of seed 1, found seed 0"):
         tables.load_records(CONFIG, [("sklearn", "gpt2-S", 1, tmp_path / "a")])
+    with pytest.raises(ArtifactError, match="a: expected records on torch, found sklearn; give the folder of torch"):
+        tables.load_records(CONFIG, [("torch", "gpt2-S", 0, tmp_path / "a")])
+    of = [
+        write_evaluation(tmp_path / name, name, [base, memory | {"memory": name}], base=name[0])
+        for name in ("s1", "m1")
+    ]
+    with pytest.raises(
+        ArtifactError, match=r"m1: expected the base model gpt2-S as in .*/s1, found another one; give each"
+    ):
+        tables.load_records(CONFIG, [("sklearn", "gpt2-S", 0, folder) for folder in of])
