@@ -282,6 +282,13 @@ MADE_OF: dict[str, tuple[str, ...]] = {
 # --- the method ---------------------------------------------------------------------------------------------------
 
 
+def _is_free(scale: str) -> str:
+    """A scale whose folder in `results` is that of no other file, as a check of a field."""
+    if scale in ("all", "reference"):
+        raise ValueError(f"expected a name of no other file in results, found {scale}; choose another one")
+    return scale
+
+
 class Config(Settings):
     """The config of a whole run; `config/mini.yaml` is the default.
 
@@ -289,7 +296,7 @@ class Config(Settings):
     `study` and `study_for` give a study as a config of its own; tables and rules use nothing else.
     """
 
-    scale: Name
+    scale: Annotated[Name, AfterValidator(_is_free)]
     study_name: Name | None = Field(None, description="the study that this config is; `Config.study` sets it")
     seeds: Seeds = Field(default=[0], min_length=1, description="each seed runs all stages after pretraining")
     context: PositiveInt = Field(1024, description="most tokens that a model sees at once (paper: 1024)")

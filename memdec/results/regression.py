@@ -109,6 +109,12 @@ def compare(results: Sequence[Path], baseline: Path) -> tuple[list[Line], bool]:
     """
     known, ours, found = _read(baseline), facts(results), cells(results)
     _check_scale(baseline, known, ours)
+    lacking = [f"the text of {name}" for name in known.corpora if name not in ours.corpora]
+    lacking += [f"the rows of {name}" for name in known.rows if name not in ours.rows]
+    if lacking:
+        raise IncomparableError(
+            f"{_names(results)}: expected all tables of {baseline}, found no table with {', '.join(lacking)}; give all tables"
+        )
     if differ := _differences(known, ours):
         raise IncomparableError(
             f"{_names(results)}: expected the text, task rows and versions of {baseline}, found other {', '.join(differ)}; the "
@@ -138,7 +144,8 @@ def update(results: Sequence[Path], baseline: Path, reason: str, noise: Sequence
             deviation. A new cell has that of its own seeds, or no more than the lowest tolerance.
 
     Raises:
-        ConfigError: There is no reason, or the baseline or a table of `noise` is of another scale.
+        ConfigError: There is no reason; the baseline or a table of `noise` is of another scale; or a table is not given of
+            which the baseline has cells.
     """
     if not reason.strip():
         raise ConfigError("--reason: expected why the numbers changed, found nothing; give it with --update")
@@ -146,6 +153,12 @@ def update(results: Sequence[Path], baseline: Path, reason: str, noise: Sequence
     before = _read(baseline) if baseline.exists() else None
     if before is not None:
         _check_scale(baseline, before, ours)
+        lacking = dict.fromkeys(map(_table, before.cells)).keys() - {_stem(table) for table in results}
+        if lacking:
+            raise ConfigError(
+                f"{baseline}: expected all of its tables, found none of {', '.join(sorted(lacking))}, whose cells would be "
+                "dropped; give all tables, or remove the file first"
+            )
     for table in noise:
         _check_scale(table, ours, facts([table]))
     known = {}
@@ -253,6 +266,10 @@ def _number(path: Path, name: str, text: str) -> float:
 
 def _name(table: str, row: str, column: str) -> str:
     return f"{table}: {row} / {column}"
+
+
+def _table(name: str) -> str:
+    return name.split(": ", 1)[0]
 
 
 def facts(results: Sequence[Path]) -> Facts:

@@ -39,6 +39,8 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"domains": ["torhc"]}, r"domains: expected one of general, pandas, .*torch, found torhc"),
+        ({"scale": "all"}, "scale: expected a name of no other file in results, found all; choose another one"),
+        ({"scale": "reference"}, "scale: expected a name of no other file in results, found reference"),
         ({"key_model": "x"}, "key_model: expected one of"),
         ({"stride": 500}, r"stride: expected at most context \(128\), found 500"),
         ({"corpora": {"a": {"source": "files"}}}, "either 'path' .* or 'paths'"),

@@ -106,6 +106,18 @@ def test_every_update_keeps_its_reason(tmp_path: Path) -> None:
     assert all(each["commit"] and len(each["date"]) == 10 for each in updates)
 
 
+def test_an_update_or_check_takes_all_tables_of_the_baseline(tmp_path: Path) -> None:
+    baseline, facts = tmp_path / "base.json", {"rows_sha256": {}}
+    one, other = wide(tmp_path / "a", "90", "60", **facts), long(tmp_path / "a", 50.0)
+    regression.update([one, other], baseline, "first")
+    before = baseline.read_bytes()
+    with pytest.raises(ConfigError, match=r"base.json: expected all of its tables, found none of table2, whose cells"):
+        regression.update([one], baseline, "second")
+    assert baseline.read_bytes() == before
+    with pytest.raises(IncomparableError, match="found no table with the rows of dcpmi_cb_kl; give all tables"):
+        regression.compare([one], baseline)
+
+
 @pytest.mark.parametrize(("value", "word"), [(50.5, "ok"), (49.5, "ok"), (50.51, "MOVED"), (49.0, "MOVED")], ids=str)
 def test_accuracies_are_read_from_the_cells_and_one_row_may_turn(tmp_path: Path, value: float, word: str) -> None:
     baseline = tmp_path / "base.json"
