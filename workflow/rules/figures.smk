@@ -66,7 +66,10 @@ use rule finetune as latency with:
             [
                 named(
                     w,
-                    {name: input[name] for name in ("base", "memory", "tokens", "passages")},
+                    {
+                        name: input[name]
+                        for name in ("base", "memory", "tokens", "passages")
+                    },
                 ),
                 datastore_and_index(w, input),
             ]
@@ -98,10 +101,10 @@ use rule table as figure with:
         f"{LOG}/{{figure}}.log",
     benchmark:
         f"{BENCHMARK}/{{figure}}.tsv"
-    resources:
-        **requested("figure"),
     wildcard_constraints:
         figure="|".join(figure_catalogue.FIGURES),
+    resources:
+        **requested("figure"),
     params:
         command="figure",
         options=lambda w, input: " ".join(
