@@ -92,10 +92,15 @@ def has_gpu() -> bool:
 def free_memory() -> int:
     """Bytes of memory that this process may still take without swapping: of the machine, of its cgroups and of its job."""
     room = [int(psutil.virtual_memory().available), *_cgroup_room()]
-    job = os.environ.get("SLURM_MEM_PER_NODE", "")  # in MB; not every cluster enforces it by a cgroup
-    if job.isdigit() and int(job):
-        room.append(int(job) * 2**20 - psutil.Process().memory_info().rss)
+    if job := _slurm("SLURM_MEM_PER_NODE") or _slurm("SLURM_MEM_PER_CPU") * _slurm("SLURM_CPUS_ON_NODE"):
+        room.append(job * 2**20 - psutil.Process().memory_info().rss)  # not every cluster enforces it by a cgroup
     return max(0, min(room))
+
+
+def _slurm(name: str) -> int:
+    """A number that Slurm tells its jobs (memory in MB); 0 if it does not."""
+    said = os.environ.get(name, "")
+    return int(said) if said.isdigit() else 0
 
 
 _CGROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")

@@ -16,7 +16,8 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 100 * GB}))
     monkeypatch.setattr(resources, "_CGROUPS", tmp_path)
     monkeypatch.setattr(resources, "_OWN", tmp_path / "own")
-    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 
@@ -61,3 +62,7 @@ def test_the_memory_of_a_slurm_job_is_a_limit(groups: Path, monkeypatch: pytest.
     assert resources.free_memory() == 0
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")  # all of the node
     assert resources.free_memory() == 100 * GB
+    monkeypatch.delenv("SLURM_MEM_PER_NODE")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "3072")  # of a job with --mem-per-cpu
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "2")
+    assert resources.free_memory() == pytest.approx(6 * GB - own, abs=GB / 10)
