@@ -22,7 +22,7 @@ class Value:
         paper: The printed value, or "".
         verdict: How the two compare, or "".
         facts: What else is known, by name.
-        best: Whether it is the best of its model and column.
+        best: Whether it is the best of its group (`_best`).
         run: Whether there is a value.
         constant: Whether the system gave every row the same label.
     """
@@ -79,29 +79,35 @@ def grid(config: Config, name: str, cells: Sequence[Cell], command: str) -> Grid
     if not run_:
         notes = "; ".join(dict.fromkeys(cell.note for cell in cells)) or cannot
         return Grid(name, title, caption, [], [], [], [], 0, len(cells), notes, "" if notes else command)
-    heads = {_column(cell): cell for cell in cells}
-    measured = {metric(cell) for cell in heads.values() if cell.metric}  # a mean of columns has no metric of its own
-    alike = len(measured) == 1 and len({(cell.unit, cell.lower_is_better) for cell in heads.values()}) == 1
-    one = measured.pop() if alike else ""
-    rows: dict[str, dict[tuple[str, str | None], Cell]] = {}
+    columns: dict[str, list[Cell]] = {}
+    rows: dict[str, dict[str, Cell]] = {}
     for cell in cells:
-        rows.setdefault(cell.row, {})[_column(cell)] = cell
-    digits = {key: _digits([n for c in cells if _column(c) == key for n in (c.value, c.paper)]) for key in heads}
+        columns.setdefault(cell.column, []).append(cell)
+        rows.setdefault(cell.row, {})[cell.column] = cell
+    said = {head: _said(found) for head, found in columns.items()}
+    measured = {said[cell.column] for cell in cells if cell.metric}  # a mean of columns has no metric of its own
+    alike = len(measured) == 1 and len({(cell.unit, cell.lower_is_better) for cell in cells}) == 1
+    one = measured.pop() if alike else ""
+    digits = {head: _digits(n for cell in found for n in (cell.value, cell.paper)) for head, found in columns.items()}
     (names, labels, common), best = _labels(list(rows), headings), _best(run_)
     shown = [
         (
             labels[row],
-            [_value(found[key], digits[key], id(found[key]) in best) if key in found else None for key in heads],
+            [_value(found[head], digits[head], id(found[head]) in best) if head in found else None for head in columns],
         )
         for row, found in rows.items()
     ]
-    columns = [(cell.column, "" if one else metric(cell)) for cell in heads.values()]
     about = [text for text in (common, one) if text]
-    return Grid(name, title, caption, about, names, columns, shown, len(run_), len(cells))
+    heads = [(head, "" if one else text) for head, text in said.items()]
+    return Grid(name, title, caption, about, names, heads, shown, len(run_), len(cells))
 
 
-def _column(cell: Cell) -> tuple[str, str | None]:
-    return cell.column, cell.metric
+def _said(cells: Sequence[Cell]) -> str:
+    """What a column measures; without a name if its rows have several metrics."""
+    measured = [cell for cell in cells if cell.metric] or cells
+    named = {metric(cell) for cell in measured}
+    plain = {metric(cell.model_copy(update={"metric": None})) for cell in measured}
+    return next((found.pop() for found in (named, plain) if len(found) == 1), "")
 
 
 def metric(cell: Cell) -> str:
@@ -133,11 +139,17 @@ def _labels(rows: Sequence[str], headings: Sequence[str]) -> tuple[list[str], di
 
 
 def _best(run_: Sequence[Cell]) -> set[int]:
-    """The best values of each column and model, by `id`, where there are several to choose from."""
+    """The best values by `id`, where there are several to choose from, in the groups of `Sheet.best`.
+
+    A group has one model, domain, text, task and metric; of Table 6, one word, whose highest probability is the best.
+    """
     groups: dict[tuple[str | None, ...], list[Cell]] = {}
     for cell in run_:
-        if cell.lower_is_better is not None:
-            groups.setdefault((cell.column, cell.metric, cell.model), []).append(cell)
+        on = cell.column if cell.table == "forgetting" else None  # its columns are general texts
+        if cell.table == "table6":
+            groups.setdefault((cell.row,), []).append(cell)
+        elif cell.lower_is_better is not None:
+            groups.setdefault((cell.model, cell.domain, on, cell.task, cell.metric), []).append(cell)
     found = set()
     for group in groups.values():
         top = (min if group[0].lower_is_better else max)(cell.value for cell in group if cell.value is not None)

@@ -65,6 +65,7 @@ class Parsed(HTMLParser):
 def fill(results: Path, name: str = "gpt2-S") -> None:
     """Results of a small run; `name` stands wherever a name of the user does."""
     base = cell(row=f"{name} / base", model=name, method="base", column="torch", unit="perplexity", value=153.936)
+    base |= {"domain": "torch"}
     memory = base | {"row": f"{name} / MemDec", "method": "MemDec", "value": 83.628, "low": 79.27, "high": 88.02}
     memory |= {"n": 24931, "seeds": 1, "alpha": "0.6", "p_base": 0.0002, "best_other": "kNN-LM", "p_best": 0.04}
     missing = memory | {"column": name, "value": "", "low": "", "high": "", "note": f"the study has no domain {name}"}
@@ -209,6 +210,46 @@ def test_a_table_without_a_value_names_each_reason_once(tmp_path: Path) -> None:
     notes = ["no study has NQ", "no study has HotpotQA", "no study has NQ"]
     write_table(tmp_path, "table5", [cell(row=f"r{i}", column="NQ", note=note) for i, note in enumerate(notes)])
     assert "Table 5no study has NQ; no study has HotpotQA" in " ".join(Parsed(made(tmp_path)).text.split())
+
+
+def section(page: str, name: str) -> str:
+    (found,) = re.findall(rf'<section id="{name}">(.*?)</section>', page, re.S)
+    return str(found)
+
+
+def test_each_column_is_there_once_and_says_what_all_its_rows_measure(tmp_path: Path) -> None:
+    for_17 = {"unit": "perplexity", "column": "base", "value": 3}
+    gap = {"metric": "", "unit": "perplexity", "lower_is_better": "", "column": "gap", "value": 1}
+    rows = [{"row": "a", "model": "a"}, {"row": "Average"}]
+    lines = [for_17 | rows[0], gap | rows[0], for_17 | rows[1] | {"metric": ""}, gap | rows[1]]
+    write_table(tmp_path, "table17", [cell(**line) for line in lines])
+    of_18 = {"unit": "percent", "lower_is_better": "false", "column": "shot_0", "value": 3}
+    write_table(tmp_path, "table18", [cell(row=name, metric=f"{name}_f1", **of_18) for name in ("micro", "macro")])
+    page = made(tmp_path)
+    heads = re.findall(r'<th scope="col">(.*?)</th>', section(page, "table17"))
+    assert heads == ["base <small>perplexity, lower is better</small>", "gap <small>perplexity</small>"]
+    assert re.findall(r'<th scope="col">(.*?)</th>', section(page, "table18")) == ["shot_0"]
+    assert "Percent, higher is better." in section(page, "table18")
+    assert '<td data-v=""></td>' not in page
+
+
+def test_the_best_value_is_that_of_its_group_in_rows_and_columns(tmp_path: Path) -> None:
+    systems = [
+        cell(row=model, model=model, domain="torch", unit="perplexity", column=column, value=value)
+        for model, values in {"a": (9, 5), "b": (4, 3)}.items()
+        for column, value in zip(("base", "+ MemDec"), values, strict=True)
+    ]
+    write_table(tmp_path, "table17", systems)
+    word = {"unit": "percent", "lower_is_better": "", "metric": "probability", "model": "a", "domain": "torch"}
+    words = [("one", "kNN", 7), ("one", "BaseLM", 8), ("two", "kNN", 2), ("two", "BaseLM", 1)]
+    write_table(tmp_path, "table6", [cell(row=row, column=column, value=n, **word) for row, column, n in words])
+    texts = [("base", "x", 4), ("MemDec", "x", 3), ("base", "y", 40), ("MemDec", "y", 50)]
+    text = {"model": "a", "domain": "torch", "unit": "perplexity"}
+    write_table(tmp_path, "forgetting", [cell(row=r, column=f"torch on {on}", value=n, **text) for r, on, n in texts])
+    page = made(tmp_path)
+    best = [re.findall(r'class="v best"[^>]*>([\d.]+)<', section(page, name)) for name in ("table17", "table6")]
+    assert best == [["5.00", "3.00"], ["8.00", "2.00"]]
+    assert re.findall(r'class="v best"[^>]*>([\d.]+)<', section(page, "forgetting")) == ["40.00", "3.00"]
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
