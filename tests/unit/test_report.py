@@ -122,6 +122,13 @@ def test_claims_and_values_with_all_that_is_known_about_them(page: str) -> None:
     assert best == ["83.63"]  # a value alone is not the best of several
 
 
+def test_claims_are_sorted_by_their_verdict(tmp_path: Path) -> None:
+    verdicts = ["holds", "not run", "undecided", "fails", "holds"]
+    write_csv(tmp_path / "claims.csv", [claim(claim=f"c{i}", verdict=word) for i, word in enumerate(verdicts)])
+    ranks = re.findall(r'<td data-v="([^"]*)"><span class="badge ([a-z-]+)"', made(tmp_path))
+    assert ranks == [("2", "holds"), ("1", "undecided"), ("0", "fails"), ("2", "holds"), ("", "not-run")]
+
+
 def test_curves_latency_cost_and_origin(page: str) -> None:
     parsed = Parsed(page)
     text = " ".join(parsed.text.split())
