@@ -190,7 +190,7 @@ class Sheet:
         config = self.table.config
         named = where.get("model", row.labels.get("model"))
         model = named if named in config.models else None  # a row of means has the label Average in its place
-        printed = self._printed(row, heading, column)
+        printed = self._printed(place, heading)
         note, verdict = number.note, None
         if config.scale == "paper" and any(each.value is not None for each in printed):
             found = paper.verdict(number.value, number.low, number.high, printed, number.lower_is_better)
@@ -218,16 +218,30 @@ class Sheet:
             }
         )
 
-    def _printed(self, row: Row | Derived, heading: str, column: Column | Derived) -> list[paper.Printed]:
-        """What the paper prints for a cell; nothing where its table has no such row or column."""
+    def _printed(self, place: int, heading: str) -> list[paper.Printed]:
+        """What the paper prints for a cell; nothing where its table has no such row or column, or of other parts."""
+        row, column = self.table.rows[place], self.table.columns[heading]
         if not isinstance(row.paper, dict) or not paper.FOLDER.is_dir():
             return []
         named = column.paper if isinstance(column.paper, str) else heading
-        return paper.printed(self.table.name, row.paper, named)
+        found = paper.printed(self.table.name, row.paper, named)
+        if isinstance(column, Derived):
+            parts, how = [(place, str(name)) for name in column.of], column.how
+        elif isinstance(row, Derived):
+            parts, how = [(int(number), heading) for number in row.of], row.how
+        else:
+            return found
+        if not found or not all(self.paper(*part) is not None for part in parts):
+            return []
+        lines = paper.table(self.table.name)
+        for label, text in row.paper.items() if isinstance(column, Derived) else [("column", named)]:
+            lines = lines[lines[label] == text]
+        others = len(lines[[*row.paper, "column"]].drop_duplicates()) - 1
+        return found if how in ("difference", "relative") or len(parts) == others else []
 
     def paper(self, place: int, heading: str) -> float | None:
         """The number that the paper prints for a cell, or None."""
-        return _main(self._printed(self.table.rows[place], heading, self.table.columns[heading]))
+        return _main(self._printed(place, heading))
 
 
 def select(records: Iterable[Record], where: Mapping[str, Any]) -> list[Record]:

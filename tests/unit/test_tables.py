@@ -456,6 +456,22 @@ def test_at_the_scale_of_the_paper_a_cell_has_a_verdict() -> None:
     assert of(found, "base", "Avg").paper is None  # the paper's Table 1 has no mean
 
 
+def test_a_mean_has_a_printed_value_only_if_it_is_the_papers_mean() -> None:
+    paper = cfg.load(cfg.DEFAULT.with_name("paper.yaml"))
+    few = paper.study_for("table8").model_copy(update={"evaluated": ["GPT2-small", "GPT2-xl"]})
+    for whole, name, row, column, printed in (
+        (paper, "table8", 0, "Avg", 18.34),
+        (few, "table8", 0, "Avg", None),
+        (paper, "table17", -1, "base", 18.34),
+        (few.model_copy(update={"memories": paper.study_for("table17").memories}), "table17", -1, "base", None),
+        (paper, "table7", 8, "Law", 4.21),
+        (paper.study_for("table7").model_copy(update={"evaluated": ["Qwen2.5-7B"]}), "table7", 8, "Law", None),
+    ):
+        sheet = Sheet(measured(whole, name), [])
+        assert sheet.paper(range(len(sheet.numbers))[row], column) == printed
+    assert Sheet(measured(few, "table8"), []).paper(0, "GPT2-small") == 24.89
+
+
 def test_the_nine_tasks_may_be_those_for_small_tokenizers() -> None:
     made = config(suites={"nine": {"tasks": ["memdec_dcpmi_kl"]}})
     tasks = [column.where["task"] for column in measured(made, "table2").measured.values()]
