@@ -761,7 +761,7 @@ def faults(data: object) -> tuple[list[str], Config | None]:
     None where nothing is left to look at.
     """
     try:
-        config = Config.model_validate(data, context=_FIELDS_ONLY)
+        config = Config.model_validate(data, strict=True, context=_FIELDS_ONLY)
     except ValidationError as error:
         found = problems(error, Config)
         if not isinstance(data, dict):

@@ -42,6 +42,8 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
         ({"scale": "all"}, "scale: expected a name of no other file in results, found all; choose another one"),
         ({"scale": "reference"}, "scale: expected a name of no other file in results, found reference"),
         ({"key_model": "x"}, "key_model: expected one of"),
+        ({"seeds": [True]}, r"seeds\.0: Input should be a valid integer, found True"),
+        ({"evaluate": {"temperatures": ["1", 4]}}, r"temperatures\.0: Input should be a valid number, found '1'"),
         ({"stride": 500}, r"stride: expected at most context \(128\), found 500"),
         ({"corpora": {"a": {"source": "files"}}}, "either 'path' .* or 'paths'"),
         (
