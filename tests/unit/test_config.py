@@ -44,6 +44,7 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
         ({"key_model": "x"}, "key_model: expected one of"),
         ({"seeds": [True]}, r"seeds\.0: Input should be a valid integer, found True"),
         ({"evaluate": {"temperatures": ["1", 4]}}, r"temperatures\.0: Input should be a valid number, found '1'"),
+        ({"lora": {"learning_rate": "2e-5"}}, r"valid number, found '2e-5'; YAML takes that for text, write 2\.0e-05"),
         ({"stride": 500}, r"stride: expected at most context \(128\), found 500"),
         ({"corpora": {"a": {"source": "files"}}}, "either 'path' .* or 'paths'"),
         (
