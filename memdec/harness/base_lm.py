@@ -114,6 +114,7 @@ class WrappedLM(HFLM):
         self._same_tokenizers: set[str | None] = {None}  # of tasks, which were checked
         self._encoded: dict[Any, list[int]] = {}
         self._n_encoded = 0  # their tokens
+        self._read: list[int] = []  # the last context
         self._given, scores = kwargs, arguments.folder("scores", scores)
         arguments.check_types({"context": context, "stride": stride, **kwargs})
         if kwargs.get("revision") is not None:
@@ -626,6 +627,16 @@ class WrappedLM(HFLM):
 
     def _stream_key(self, stream: NDArray[np.int64]) -> bytes:
         return request_key("rolling", stream, [self.context, self.stride, self.prefix_token_id])
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As in `hf`, but only the tokens of the context that can be read; the options of one prompt share them.
+
+        lm-eval holds those of all requests at once, at 36 bytes a token.
+        """
+        read, continued = super()._encode_pair(context, continuation)
+        read = read[-(self.max_length + 1) :]
+        self._read = self._read if read == self._read else read
+        return self._read, continued
 
     @one_line_errors()
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -537,6 +537,15 @@ def test_tasks_may_declare_their_alpha(base_folder: Path, small_folder: Path) ->
     assert given.loglikelihood(named) == given.loglikelihood(instances("loglikelihood", PAIRS))
 
 
+def test_of_a_long_context_only_what_is_read_is_kept_and_once(base_folder: Path) -> None:
+    model, context = ours(base_folder), "a long text of many words " * 50
+    (one, _), (other, _) = (model._encode_pair(context, option) for option in (" a", " the"))
+    assert one is other
+    assert one == model.tok_encode(context.rstrip())[-(model.max_length + 1) :]
+    model.loglikelihood(instances("loglikelihood", [(context, " a"), (context, " the"), ("a", " the")]))
+    assert model.n_cut == 2
+
+
 def test_a_model_object_has_no_tokenizer_of_another_model(
     base_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:
