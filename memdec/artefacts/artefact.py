@@ -56,7 +56,7 @@ VERSIONS = {
     "model": 3,
     "finetune": 3,
     "adapt-vocab": 1,
-    "lora": 3,
+    "lora": 4,
     "memory": 3,
     "bild": 4,  # a memory with this objective
     "datastore": 2,

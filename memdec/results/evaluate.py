@@ -28,7 +28,17 @@ from memdec.inference.systems import SYSTEMS, Parts, System
 from memdec.models import loading
 from memdec.results import scores
 from memdec.results.records import Records, Text, write
-from memdec.results.score import SEARCHED, Scorer, Texts, also_inputs, check_names, knn_lm_settings, made_of, tuned_rate
+from memdec.results.score import (
+    SEARCHED,
+    Scorer,
+    Texts,
+    also_inputs,
+    check_names,
+    knn_lm_settings,
+    made_of,
+    reached_size,
+    tuned_rate,
+)
 from memdec.settings import AUTO, DEFAULT_MEMORY, Compute, EvaluateSettings, RetrievalSettings, SystemName
 from memdec.text import tokens
 
@@ -189,6 +199,7 @@ class _Session:
             devices.described(torch.device(self.parts.device)),
             self.parts.dtype,
             None if part is None else tuned_rate(Path(part)),
+            None if self.parts.lora is None else reached_size(Path(self.parts.lora)),
         )
 
     def _alone(self, system: SystemName) -> dict[Text, TokenScores]:

@@ -34,6 +34,7 @@ from memdec.inference.systems import SYSTEMS, Parts
 from memdec.maths import paired, statistics
 from memdec.models import loading
 from memdec.results import compare
+from memdec.results.score import reached_size
 from memdec.settings import (
     AUTO,
     DEFAULT_MEMORY,
@@ -128,6 +129,7 @@ def run(
             "limit": suite.limit,
             "device": devices.described(model.device),
             "precision": parts.dtype,
+            "size": None if parts.lora is None else reached_size(Path(parts.lora)),
         }
         records = []
         for task, each in tasks.items():

@@ -39,6 +39,7 @@ class Records:
         device: Name of the device that computed the scores.
         precision: Number type of the models' weights.
         learning_rate: The rate of the part that was trained, if it was tuned.
+        size: Parameters of a LoRA adapter as a share of the memory's, if they should be equal.
     """
 
     out: Path
@@ -50,6 +51,7 @@ class Records:
     device: str
     precision: str
     learning_rate: float | None = None
+    size: float | None = None
 
     def alone(self, method: str, found: Mapping[Text, TokenScores]) -> list[dict[str, Any]]:
         """Records of a system without a weight."""
@@ -118,6 +120,7 @@ class Records:
             "lambda": None,
             "temperature": None,
             "learning_rate": self.learning_rate,
+            "size": self.size,
             "seed": self.seed,
             "device": self.device,
             "precision": self.precision,

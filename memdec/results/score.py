@@ -148,6 +148,15 @@ def tuned_rate(part: Path) -> float | None:
     return None if kind is None else artefact.read(part, kind).facts.get("learning_rate")
 
 
+def reached_size(adapter: Path) -> float | None:
+    """The parameters of a LoRA adapter as a share of the memory's; None if its rank was given, or for a plain folder."""
+    if artefact.kind_of(adapter) is None:
+        return None
+    manifest = artefact.read(adapter, "lora")
+    wanted = manifest.settings.get("parameters_wanted")
+    return None if wanted is None else float(manifest.facts["parameters"] / wanted)
+
+
 class Texts:
     """The texts that are scored, as token ids.
 

@@ -30,6 +30,7 @@ from memdec.results.layout import Column, Derived, How, Measured, Row
 
 Record = dict[str, Any]
 _RESAMPLES = 2000
+_AS_LARGE = 0.95  # of the memory's parameters: a smaller adapter is named
 TUNED = ("alpha", "lambda", "temperature", "learning_rate")  # numbers of a record that were chosen on valid
 _ONE_GROUP = ("model", "domain", "on", "task", "metric")
 
@@ -194,7 +195,8 @@ class Sheet:
         note, verdict = number.note, None
         if config.scale == "paper" and any(each.value is not None for each in printed):
             found = paper.verdict(number.value, number.low, number.high, printed, number.lower_is_better)
-            verdict, note = found.word or None, note or found.why
+            verdict = found.word or None
+            note = note if number.value is None else "; ".join(filter(None, (note, found.why)))
         numbers = {name: getattr(number, name) for name in ("value", "low", "high", "n", "seeds", "sd", "p_base")}
         tests = {name: getattr(number, name) for name in ("best_other", "p_best", "labels", "constant", "unit")}
         about = {name: where.get(name) for name in ("method", "memory", "domain", "task")}
@@ -249,6 +251,12 @@ def select(records: Iterable[Record], where: Mapping[str, Any]) -> list[Record]:
     return [record for record in records if all(record.get(name) == value for name, value in where.items())]
 
 
+def smaller(records: Iterable[Record]) -> float | None:
+    """The size of adapters that cannot be as large as the memory, as a share of it; None if they are, or should not be."""
+    share = min((float(record["size"]) for record in records if record.get("size") is not None), default=1.0)
+    return share if share < _AS_LARGE else None
+
+
 def _left_out(config: Config, where: dict[str, str]) -> str | None:
     """Why a system is not run with a model, if the config says so."""
     model, method = where.get("model"), where.get("method")
@@ -283,6 +291,9 @@ def _measured(records: list[Record], column: Column, gap: str) -> Number:
     seeds = dict.fromkeys(record["seed"] for record in records)
     number.seeds = len(seeds) if records[0]["method"] != "corpus" else None
     number.weights = {name: _listed(record.get(name) for record in records) for name in TUNED}
+    share = smaller(records)
+    if share is not None:
+        number.note = f"the adapter has {100 * share:.0f} % of the memory's parameters; a larger rank would add nothing"
     by_seed = [_mean([column.factor * r[column.of] for r in records if r["seed"] == seed]) for seed in seeds]
     number.sd = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
     if column.of != "value":

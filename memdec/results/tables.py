@@ -22,7 +22,7 @@ from memdec.errors import ArtifactError, ConfigError, outside
 from memdec.maths import weighing
 from memdec.results import catalogue, cells, items
 from memdec.results.layout import Column, Measured, Table
-from memdec.results.sheet import Number, Record, Sheet, select
+from memdec.results.sheet import Number, Record, Sheet, select, smaller
 from memdec.settings import portable
 
 Given = tuple[str, str, int, Path]  # domain (or corpus), model, seed, folder
@@ -336,6 +336,7 @@ def note(sheet: Sheet) -> str:
         sentences += _counted(sheet, records, is_text)
         sentences += _chosen(records, config) if is_text and not table.alphas else _of_suites(sheet, records)
         sentences += _intervals(table, numbers, is_text)
+        sentences += _adapters(records)
     if any(number.constant for number in numbers):
         sentences.append(f"{CONSTANT} One label was predicted for every row, at one seed or more.")
     if any(number.p_best is not None or number.p_base is not None for number in numbers):
@@ -390,6 +391,15 @@ def _chosen(records: Sequence[Record], config: Config) -> list[str]:
     if rates:
         sentences.append(f"Learning rates tuned on valid (chosen: {', '.join(f'{rate:g}' for rate in rates)}).")
     return sentences
+
+
+def _adapters(records: Sequence[Record]) -> list[str]:
+    """A sentence that names the bases whose LoRA adapter is smaller than the memory."""
+    shares = {
+        model: smaller(select(records, {"model": model})) for model in dict.fromkeys(r.get("model") for r in records)
+    }
+    named = ", ".join(f"{model} {100 * share:.0f} %" for model, share in shares.items() if share is not None)
+    return [f"LoRA has fewer parameters than the memory, as a larger rank adds nothing: {named}."] if named else []
 
 
 def _of_suites(sheet: Sheet, records: Sequence[Record]) -> list[str]:

@@ -8,6 +8,7 @@ work. The same command resumes an interrupted run.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -100,8 +101,7 @@ def run_lora(
     """Stage `lora`: train a peft adapter on the query, key, value and MLP projections.
 
     Without `settings.rank`, the rank is chosen such that the adapter has about as many parameters as the model in
-    `match` (the paper gives adapter and memory the same size). It is at most the smallest dimension of an adapted
-    matrix.
+    `match` (the paper gives adapter and memory the same size). In each matrix it is at most the smaller dimension.
     """
     if settings.rank is None and match is None:
         raise ConfigError("lora: expected 'rank', or --match with a model of the memory's size, found neither")
@@ -116,10 +116,14 @@ def run_lora(
         torch.manual_seed(seed)
         base = loading.load(model_folder, dropout=settings.dropout)
         modules = _projections(base)
-        rank = settings.rank if wanted is None else matched_rank(base, modules, wanted)
+        ranks = {} if wanted is None else matched_ranks(base, modules, wanted)
+        rank = settings.rank or max(ranks.values())
+        lower = {name: each for name, each in ranks.items() if each != rank}
         adapter = LoraConfig(
             r=rank,
-            lora_alpha=settings.scale * rank,  # type: ignore[operator]
+            lora_alpha=settings.scale * rank,
+            rank_pattern=lower,
+            alpha_pattern={name: settings.scale * each for name, each in lower.items()},
             lora_dropout=settings.adapter_dropout,
             target_modules=modules,
             fan_in_fan_out=base.config.model_type == "gpt2",
@@ -330,13 +334,21 @@ def _lineage(out: Path, stream: Path) -> dict[str, Any]:
     }
 
 
-def matched_rank(model: Any, modules: Sequence[str], wanted: int) -> int:
-    """The rank whose adapters have about `wanted` parameters; a matrix needs rank x (inputs + outputs).
+def matched_ranks(model: Any, modules: Sequence[str], wanted: int) -> dict[str, int]:
+    """A rank for each matrix, such that their adapters have about `wanted` parameters in all.
 
-    It is at most the smallest dimension of a matrix, because a larger rank adds nothing.
+    A matrix with I inputs and O outputs gets min(r, I, O), because a larger rank adds nothing, and r is the same for all:
+    the one for which the sum of min(r, I, O) (I + O) is nearest to `wanted`. Narrow matrices, such as the keys and values
+    of grouped attention, do not hold back the others.
     """
-    shapes: list[tuple[int, int]] = [tuple(model.get_submodule(name).weight.shape) for name in modules]
-    return max(1, min(round(wanted / sum(map(sum, shapes))), *(min(shape) for shape in shapes)))
+    shapes: dict[str, tuple[int, int]] = {name: tuple(model.get_submodule(name).weight.shape) for name in modules}
+    groups = Counter(shapes.values())
+
+    def missed(rank: int) -> int:
+        return abs(wanted - sum(n * min(rank, *shape) * sum(shape) for shape, n in groups.items()))
+
+    rank = min(range(1, max(map(min, groups)) + 1), key=missed)
+    return {name: min(rank, *shape) for name, shape in shapes.items()}
 
 
 def _projections(model: Any) -> list[str]:

@@ -26,10 +26,12 @@ from memdec.datastore.target_rows import TargetReader
 from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError
 from memdec.maths import objectives, weighing
 from memdec.models import flops, loading
+from memdec.results import evaluate
 from memdec.settings import (
     AUTO,
     Compute,
     DatastoreSettings,
+    EvaluateSettings,
     IndexSettings,
     LoraSettings,
     MemorySettings,
@@ -556,6 +558,40 @@ def test_lora_gets_the_rank_that_matches_a_model(
     assert manifest.settings["parameters_wanted"] == wanted
     assert manifest.facts["rank"] == min(round(wanted / per_rank), 24)
     assert manifest.facts["parameters"] == manifest.facts["rank"] * per_rank
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
+def test_narrow_keys_and_values_do_not_hold_back_the_other_matrices(
+    base_folder: Path, tokenizer_folder: Path, token_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    """Of two heads of 12, keys and values have one: their rank ends at 12, where the others have 24."""
+    from peft import PeftModel
+
+    at: dict[str, Any] = {"context": CONTEXT}
+    stages.run_pretrain(spec(24, architecture="qwen2"), tokenizer_folder, token_folder, tmp_path / "model", **at)
+    model, lora = tmp_path / "model", tmp_path / "lora"
+    settings = LoraSettings(epochs=0.1, scale=2.0)
+    stages.run_lora(model, token_folder, lora, settings, seed=0, match=base_folder, **at)
+    adapted = PeftModel.from_pretrained(loading.load(model), lora)
+    layer = adapted.get_submodule("base_model.model.model.layers.1.self_attn")
+    for name, rank in (("q_proj", 24), ("k_proj", 12), ("v_proj", 12)):
+        part = layer.get_submodule(name)
+        assert part.lora_A["default"].weight.shape[0] == rank
+        assert part.scaling["default"] == 2.0
+    manifest = artefact.read(lora, "lora")
+    full = 2 * (24 * (24 + 24) + 2 * 12 * (24 + 12) + 3 * 24 * (24 + 64))
+    assert (manifest.facts["rank"], manifest.facts["parameters"]) == (24, full)
+    evaluate.run(model, corpus_folder, tmp_path / "e", EvaluateSettings(), stride=8, seed=0, lora=lora, **at)
+    (record,) = json.loads((tmp_path / "e" / "records.json").read_text())
+    assert record["size"] == full / loading.n_parameters(loading.load(base_folder))
+
+
+def test_ranks_come_as_near_to_the_wanted_size_as_they_can() -> None:
+    model = torch.nn.ModuleDict({"wide": torch.nn.Linear(8, 6), "narrow": torch.nn.Linear(8, 2)})
+    for wanted, ranks in ((1, (1, 1)), (24, (1, 1)), (48, (2, 2)), (62, (3, 2)), (10**6, (6, 2))):
+        assert stages.matched_ranks(model, ["wide", "narrow"], wanted) == dict(
+            zip(("wide", "narrow"), ranks, strict=True)
+        )
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

@@ -87,6 +87,23 @@ def test_markdown_and_latex(records: list[dict[str, Any]]) -> None:
     assert r"\textbf{61.00}" in tables.latex(shown)
 
 
+def test_an_adapter_that_is_smaller_than_the_memory_is_named() -> None:
+    records = [
+        record("gpt2-S", "base", 90.0),
+        record("gpt2-S", "LoRA", 70.0, size=0.481),
+        record("gpt2-M", "LoRA", 70.0, size=0.997),
+    ]
+    sheet = Sheet(TABLE3, records)
+    assert "LoRA has fewer parameters than the memory, as a larger rank adds nothing: gpt2-S 48 %." in tables.note(
+        sheet
+    )
+    small, full = (
+        next(c for c in sheet.cells() if c.row == f"GPT-2 / gpt2-{s} / LoRA" and c.task is None) for s in "SM"
+    )
+    assert small.note == "the adapter has 48 % of the memory's parameters; a larger rank would add nothing"
+    assert (small.value, full.value, full.note) == (70.0, 70.0, "")
+
+
 def variants() -> cfg.Config:
     """Two memories beside the default one, of which one is for another tokenizer."""
     data = CONFIG.model_dump(mode="json", exclude_unset=True)
