@@ -25,18 +25,32 @@ def publish(results: Path, reference: Path) -> list[Path]:
         ConfigError: There is no table, or the tables are of several scales.
     """
     tables = sorted(results.glob("*.provenance.json"))
-    scales = {json.loads(file.read_text(encoding="utf-8"))["scale"] for file in tables}
+    scales = {_scale(file) for file in tables}
     if len(scales) != 1:
         raise ConfigError(
             f"{results}: expected tables of one scale, found {', '.join(sorted(scales)) or 'no table'}; give the folder "
             "`results` of one run"
         )
     names = [file.name.removesuffix(".provenance.json") for file in tables]
+    for name in names:  # those of an earlier run would stay beside what is new
+        there = {end for end in ENDINGS if (results / f"{name}{end}").is_file()}
+        if ".csv" not in there or not there & {".md", ".svg"}:
+            raise ConfigError(
+                f"{results}: expected {name}.csv, and {name}.md or {name}.svg, beside its provenance, found no such files; "
+                "make them again"
+            )
     files = [results / f"{name}{ending}" for name in names for ending in ENDINGS]
     files += [results / name for name in BESIDE]
     out = reference / scales.pop()
     out.mkdir(parents=True, exist_ok=True)
     return [Path(shutil.copyfile(file, out / file.name)) for file in files if file.is_file()]
+
+
+def _scale(file: Path) -> str:
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["scale"])
+    except (ValueError, KeyError):
+        raise ConfigError(f"{file}: expected provenance with a scale, found other text; make the table again") from None
 
 
 def main() -> int:

@@ -1113,13 +1113,14 @@ def plan(
         Path | None, typer.Option(help="rates of another machine (default: those measured here, or the published ones)")
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(min=0, help="GB of main memory of a node (default: of this one)")
+        float | None, typer.Option(min=0, help="GB of main memory of a node (default: of this one, or by the rates)")
     ] = None,
     disk: Annotated[float | None, typer.Option(min=0, help="GB of free disk (default: in the folder)")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write, with Markdown beside it")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run costs before it starts: jobs, hours, memory, disk, downloads; exit 2 if it cannot fit."""
+    from memdec.artefacts import resources
     from memdec.planning import plan as planning
     from memdec.planning import rates as planning_rates
 
@@ -1134,6 +1135,8 @@ def plan(
     if not files:
         raise ConfigError("plan: expected a config file or a file to make, found none; give config/mini.yaml")
     machine = planning_rates.load(rates)
+    known = rates is not None or planning_rates.measured().is_file()
+    here = machine.cpu.memory if known else resources.memory()
     configs = [Path(name) for name in files if name.endswith((".yaml", ".yml", ".json"))] or [cfg.DEFAULT]
     targets = [name for name in files if Path(name) not in configs] or ["results/all"]
     configs = cfg.with_default(configs)
@@ -1142,7 +1145,7 @@ def plan(
     if out is not None:
         planning.write(found, out)
     room = planning.free_disk(folder) if disk is None else disk * 1e9
-    planning.refuse(found, machine.cpu.memory if memory is None else memory * 1e9, room)
+    planning.refuse(found, here if memory is None else memory * 1e9, room)
     _say("fits. Next: snakemake with the same config and target")
 
 

@@ -7,7 +7,6 @@ schema` generates that file from the classes here, and a test fails when it is o
 
 import copy
 import glob
-import importlib.util
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from pydantic import (
 )
 
 from memdec import plain
+from memdec.artefacts.provenance import package_folder
 from memdec.errors import ConfigError, on_one_line
 from memdec.references import references
 from memdec.settings import (
@@ -835,7 +835,7 @@ def missing(config: Config) -> list[str]:
             lines += [
                 f"corpora.{name}.packages: expected an installed package, found none called {package}; install it"
                 for package in corpus.packages
-                if package != "stdlib" and not _is_installed(package)
+                if package != "stdlib" and package_folder(package) is None
             ]
         elif isinstance(corpus, FileCorpus):
             places = (
@@ -856,13 +856,6 @@ def missing(config: Config) -> list[str]:
         fault = _no_folder(place, needed)
         lines += [f"{where}.pretrained: {fault}"] if fault is not None else []
     return lines
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return package.isidentifier() and importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _no_folder(place: str, needed: str) -> str | None:

@@ -191,6 +191,8 @@ class FileCorpus(_Corpus):
     def _one_of(self) -> "FileCorpus":
         if (self.path is None) == (self.paths is None):
             raise ValueError("give either 'path' (split by hash) or 'paths' (one per split)")
+        if lacking := [split for split in SPLITS if self.paths is not None and split not in self.paths]:
+            raise ValueError(f"paths: expected train, valid and test, found no {', '.join(lacking)}")
         return self
 
 
@@ -206,6 +208,12 @@ class HubCorpus(_Corpus):
         description="name of each of our splits in the data set; with train alone, its documents are split 84/6/10 by hash",
     )
     field: str = Field("text", description="text column")
+
+    @model_validator(mode="after")
+    def _all_or_train(self) -> "HubCorpus":
+        if set(self.splits) not in ({"train"}, set(SPLITS)):
+            raise ValueError(f"splits: expected train, valid and test, or train alone, found {', '.join(self.splits)}")
+        return self
 
 
 CorpusSpec = Annotated[DocstringCorpus | FileCorpus | HubCorpus, Field(discriminator="source")]

@@ -385,6 +385,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
             "another --out"
         ) from None
     except (OSError, NotImplementedError):  # no locks on this file system; a read-only one fails at the next step
+        if (path / LOCK).exists() and not os.access(path / LOCK, os.W_OK) and os.access(path, os.W_OK):
+            raise ArtifactError(
+                f"{path}: expected a lock that can be opened, found that of another user, who may be building here; choose "
+                "another --out, or remove this folder"
+            ) from None
         lock = nullcontext()
     with lock:
         yield

@@ -78,7 +78,13 @@ def run(folder: Path) -> tuple[list[str], int]:
 
 
 def _artefacts(folder: Path) -> Iterator[Path]:
-    for place, below, files in os.walk(folder):
+    seen = set()
+    for place, below, files in os.walk(folder, followlinks=True):  # results often lie on another disk
+        known = os.stat(place)
+        if (known.st_dev, known.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((known.st_dev, known.st_ino))
         below.sort()
         if MARK in files or (MANIFEST in files and artefact.kind_of(Path(place))):
             below.clear()  # folders inside an artefact are not artefacts

@@ -1,5 +1,6 @@
 """Versions of the software that made a result, read from package metadata without importing the packages."""
 
+import importlib.util
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -44,6 +45,16 @@ def package_version(name: str) -> str:
         return platform.python_version()
     distributions = _distributions().get(name, [])
     return metadata.version(distributions[0]) if distributions else "not installed"
+
+
+def package_folder(name: str) -> Path | None:
+    """Folder of an importable package; None if there is none of this name, or it is a single module."""
+    try:
+        found = importlib.util.find_spec(name) if name.isidentifier() else None
+    except (ImportError, ValueError):  # such as that of __main__
+        return None
+    places = (found.submodule_search_locations if found is not None else None) or []
+    return next(map(Path, places), None)
 
 
 @cache

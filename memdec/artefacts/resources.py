@@ -89,6 +89,11 @@ def has_gpu() -> bool:
     return Path("/dev/nvidia0").exists()
 
 
+def memory() -> int:
+    """Bytes of main memory of this machine."""
+    return int(psutil.virtual_memory().total)
+
+
 def free_memory() -> int:
     """Bytes of memory that this process may still take without swapping: of the machine, of its cgroups and of its job."""
     room = [int(psutil.virtual_memory().available), *_cgroup_room()]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock
 
 from memdec.artefacts import artefact
-from memdec.errors import ModelError, outside
+from memdec.errors import CorpusError, ModelError, outside
 from memdec.settings import WheelFile
 
 GGUF = ".gguf"
@@ -183,6 +183,28 @@ def commit(name: str, revision: str | None = None, kind: str = "model") -> str:
         f"{name}: expected a folder, or a Hub id whose commit of revision {wanted} is on the Hub or in the cache, found "
         f"neither ({why}); check the path, or give revision=<commit>"
     )
+
+
+def check_commit(name: object, revision: str | None, cached: Sequence[Path], instead: str) -> None:
+    """Check that rows of a data set come from the commit asked for.
+
+    Where the Hub cannot be reached, `datasets` takes the newest version in its cache, whatever the revision. The folder of
+    a version in the cache is named by its commit.
+
+    Args:
+        name: The data set, for the message.
+        revision: The commit; nothing is checked for a branch or tag.
+        cached: Files that `datasets` took the rows from.
+        instead: What else to do, for the message.
+
+    Raises:
+        CorpusError: They are of another commit.
+    """
+    if cached and revision is not None and _COMMIT.fullmatch(revision) and revision not in cached[0].parts:
+        raise CorpusError(
+            f"{name}: expected rows of commit {revision}, found another version in {cached[0].parent} (the Hub cannot be "
+            f"reached); connect to the network, or {instead}"
+        )
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from memdec.artefacts.sources import is_gguf
 from memdec.config import Config, ForModel, Memory
 from memdec.errors import ConfigError
 from memdec.inference.systems import SYSTEMS
@@ -112,6 +113,12 @@ class _Formulas:
         named = [self.study, *self.costs.studies.values()]
         return next(each.variant(self.w["memory"]) for each in named if self.w["memory"] in each.memory_names)
 
+    @property
+    def memory_model(self) -> str:
+        """The model with the shape of the memory of a job: what it starts from, or what is taken in its place."""
+        found = self.memory
+        return found.ready.get(self.domain, found.memory_model)
+
     @cached_property
     def key(self) -> str:
         """The model that makes the keys."""
@@ -202,13 +209,13 @@ class _Formulas:
             n = [self.sizes.n_tokens(name, spec.corpus, split) for split in ("train", "valid")]
             return self._training(name, spec.train, n[0], n[1])
         there = isinstance(spec.pretrained, str) and os.path.exists(spec.pretrained)
-        copied = spec.layers is not None or str(spec.pretrained).endswith(".gguf")
+        copied = spec.layers is not None or (spec.pretrained is not None and is_gguf(spec.pretrained))
         size = 2 * shape.parameters
         rates = self.cpu
         return Cost(
             rates.start,
             rates.process + (4 * shape.parameters if copied else 0),
-            size if copied else 0.0,
+            4 * shape.parameters if copied else 0.0,  # float32
             download=0.0 if there else size,
         )
 
@@ -408,9 +415,9 @@ class _Formulas:
             held, weights = self._searched(keys, shape), self._bytes() * shape.parameters
             seconds += self.rates.start
             return self._placed(held, weights, self.key, seconds=seconds, disk=12 * n, host=held)
-        shape = self.sizes.shape(found.memory_model)
-        n = self._tokens(found.memory_model, "valid", "test")
-        return self._evaluated(found.memory_model, shape, n)
+        shape = self.sizes.shape(self.memory_model)
+        n = self._tokens(self.memory_model, "valid", "test")
+        return self._evaluated(self.memory_model, shape, n)
 
     def evaluate_systems(self) -> Cost:
         """start + ((valid + test) T / S) (2 P + 4 T D L) / rate; In-Context RAG reads T tokens every 4; kNN-LM searches"""
@@ -448,7 +455,7 @@ class _Formulas:
         rows = (suite.limit or ROWS) * len(needed.leaves(suite.tasks))
         shapes = [self.sizes.shape(name)]
         if "memory" in self.w and not self.memory.neighbours:
-            shapes.append(self.sizes.shape(self.memory.memory_model))
+            shapes.append(self.sizes.shape(self.memory_model))
         work = sum(self._forward(shape) / self.rates.at("score", shape.width) for shape in shapes)
         seconds = 2 * self.rates.start + rows * PROMPTS * min(PROMPT, self.config.context) * work
         held = 8.0 * suite.batch_size * PROMPT * shapes[0].vocabulary * len(shapes)
@@ -458,7 +465,7 @@ class _Formulas:
     def compared(self) -> Cost:
         """start + forward passes of the memory and its key model over a sample of the targets"""
         found = self.memory
-        shapes = [self.sizes.shape(found.memory_model), self.sizes.shape(found.key_model)]
+        shapes = [self.sizes.shape(self.memory_model), self.sizes.shape(found.key_model)]
         n = min(self.study.shapes.most, self._tokens(found.key_model, "train"))
         seconds = self.rates.start + sum(self._reading(n, shape) for shape in shapes)
         weights = self._bytes() * sum(shape.parameters for shape in shapes)

@@ -132,7 +132,7 @@ def _expected(spec: CorpusSpec, split: Split) -> float:
 
 @cache
 def _on_disk(place: str | None) -> float:
-    files = glob.glob(place or "", recursive=True)
+    files = [place] if place and os.path.isfile(place) else glob.glob(place or "", recursive=True)
     sizes = [(os.path.getsize(file), file) for file in files if os.path.isfile(file)]
     if not sizes:
         raise LookupError

@@ -105,7 +105,9 @@ def fetch(out: Path, tasks: Sequence[str] = ()) -> list[Checked]:
                     f"{out / file.file}: expected a correct file or one from an earlier fetch, found another ({now.status}); move "
                     "it, or choose another --out"
                 )
-            _fetch(out, file)
+            out.mkdir(parents=True, exist_ok=True)
+            with artefact.locked(out, wait=True):
+                _fetch(out, file)
             now = _check(out, file, rows.fetched(out))
         found.append(now)
     return found

@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 from huggingface_hub import HfApi, constants
 
-from memdec.artefacts import artefact
+from memdec.artefacts import artefact, sources
 from memdec.errors import CorpusError, RowsMissingError, outside, reason
 from memdec.text import reading
 from memdec.text.reading import shown
@@ -270,24 +270,10 @@ def hub_rows(hub: HubRows) -> datasets.Dataset:
         if hub.columns is not None:
             options["columns"] = list(hub.columns)
         found = datasets.load_dataset(hub.path, hub.config, split=hub.split, revision=hub.revision, **options)
-    _check_commit(hub, [Path(file["filename"]) for file in found.cache_files])
+    if not Path(hub.path).is_dir():
+        files = [Path(file["filename"]) for file in found.cache_files]
+        sources.check_commit(hub, hub.revision, files, "set MEMDEC_DATA to a folder that has them")
     return found
-
-
-def _check_commit(hub: HubRows, files: list[Path]) -> None:
-    """Check that rows come from the commit asked for.
-
-    Where the Hub cannot be reached, `datasets` takes the newest version in its cache, whatever the revision. The folder
-    of a version in the cache is named by its commit.
-
-    Raises:
-        CorpusError: They are of another commit.
-    """
-    if files and len(hub.revision) == 40 and not Path(hub.path).is_dir() and hub.revision not in files[0].parts:
-        raise CorpusError(
-            f"{hub}: expected rows of this commit, found another version in {files[0].parent} (the Hub cannot be reached); "
-            "connect to the network, or set MEMDEC_DATA to a folder that has them"
-        )
 
 
 def _reached(hub: HubRows) -> AbstractContextManager[None]:

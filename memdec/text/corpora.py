@@ -1,7 +1,7 @@
 """Stage `corpus`: read documents, deduplicate them, split them by source, limit their size, and hash them.
 
-Splitting by source keeps parts of one source file from being in both train and test. Inputs are docstrings of installed
-packages (read without importing them), local files, or a data set of the Hub. The output is a folder with one parquet
+Splitting by source keeps docstrings of one source file from being in both train and test; of other text a document is the
+unit. Inputs are docstrings of installed packages (read without importing them), local files, or a data set of the Hub. The output is a folder with one parquet
 file per split (columns `text`, `source`).
 """
 
@@ -11,15 +11,17 @@ import gc
 import glob
 import gzip
 import hashlib
-import importlib.util
 import io
 import lzma
 import os
+import re
+import sys
 import sysconfig
 import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,9 +146,6 @@ def _splits(spec: CorpusSpec) -> dict[Split, list[Document]]:
         return _split_by_unit(_deduplicated(_docstring_documents(spec)))
     if isinstance(spec, FileCorpus):
         paths = spec.paths or {}
-        missing = [split for split in SPLITS if split not in paths]
-        if spec.path is None and missing:
-            raise CorpusError(f"corpus paths: expected train, valid and test, found no {', '.join(missing)}")
         names = _names([file for pattern in _patterns(spec) for file in _matches(pattern)])
         if spec.path is not None:
             return _split_by_unit(_deduplicated(_file_documents(str(spec.path), spec, names)))
@@ -166,12 +165,19 @@ def _split_here(spec: CorpusSpec) -> bool:
 def _origin(spec: CorpusSpec) -> str:
     """What else decides the text: versions of packages, digests of files, or the commit of a Hub data set."""
     if isinstance(spec, DocstringCorpus):
-        return ", ".join(f"{name} {provenance.package_version(name)}" for name in spec.packages)
+        return ", ".join(_package(name) for name in spec.packages)
     if isinstance(spec, FileCorpus):
         files = [file for pattern in _patterns(spec) for file in _matches(pattern)]
         names = _names(files)
         return ", ".join(f"{names[file]} {artefact.file_digest(file)}" for file in files)
     return f"{spec.config or ''} {_version(spec)}"
+
+
+def _package(name: str) -> str:
+    """Version of a package, digest of its files, and the Python that parses them: another one may not read them all."""
+    files = [(file.relative_to(root).as_posix(), artefact.hashed(file)) for root, file in _package_files(name)]
+    python = ".".join(map(str, sys.version_info[:2]))
+    return f"{name} {provenance.package_version(name)} {artefact.digest(files)} of Python {python}"
 
 
 def _version(spec: HubCorpus) -> str:
@@ -182,8 +188,8 @@ def _version(spec: HubCorpus) -> str:
         return artefact.digest([(file.relative_to(folder).as_posix(), artefact.hashed(file)) for file in files])
     try:
         return f"{spec.path} {sources.commit(spec.path, spec.revision, 'dataset')}"
-    except ModelError:  # offline, `datasets` may still have it
-        return f"{spec.path} {spec.revision or 'default revision'}"
+    except ModelError:  # offline, `datasets` may still have a version
+        return f"{spec.path} {_cached(_loaded(spec, next(iter(spec.splits.values()))))[0].parent.name}"
 
 
 def _docstring_documents(spec: DocstringCorpus) -> Iterator[Document]:
@@ -218,13 +224,12 @@ def _package_files(name: str) -> list[tuple[Path, Path]]:
     if name == "stdlib":
         root = top = Path(sysconfig.get_paths()["stdlib"])
     else:
-        found = importlib.util.find_spec(name) if name.isidentifier() else None
-        if found is None or not found.submodule_search_locations:
+        folder = provenance.package_folder(name)
+        if folder is None:
             raise CorpusError(
                 f"corpus packages: expected an installed package, found no {name!r}; install the pinned requirements"
             )
-        top = Path(next(iter(found.submodule_search_locations)))
-        root = top.parent
+        root, top = folder.parent, folder
     files = [file for file in top.rglob("*.py") if not SKIPPED_FOLDERS & set(file.relative_to(top).parts[:-1])]
     return [(root, file) for file in sorted(files)]
 
@@ -343,11 +348,13 @@ def _rows(file: Path, spec: FileCorpus) -> Iterator[tuple[int, Any]]:
         yield from enumerate(_cells(content, _CELLS[kind], spec.field, file))
         return
     parts = {
-        "blank_line": lambda: content.split("\n\n"),
-        "line": lambda: content.split("\n"),
+        "blank_line": lambda: re.split(r"(?<=\n\n)(?!\n)", content),
+        "line": lambda: re.split(r"(?<=\n)", content),
         "file": lambda: [content],
     }[spec.documents]()
-    yield from enumerate({spec.field: part.strip("\n")} for part in parts if part.strip())
+    if spec.separator != "none":  # else nothing is put between documents, so each keeps the end that it has
+        parts = [part.strip("\n") for part in parts if part.strip()]
+    yield from enumerate({spec.field: part} for part in parts)
 
 
 def _cells(content: str, separator: str, field: str, file: Path) -> Iterator[dict[str, Any]]:
@@ -372,19 +379,35 @@ def _columns(file: Path, field: str) -> list[str] | None:
 
 
 def _hub_documents(spec: HubCorpus, split: Split) -> Iterator[Document]:
-    import datasets
-
     name = spec.splits.get(split)
     if name is None:
         raise CorpusError(f"{spec.path}: expected a data set split for '{split}', found none; add it under 'splits'")
-    instead = "check id, config, revision and network"
-    with outside(CorpusError, f"{spec.path} ({split} = {name})", "a data set", instead):
-        where = _prepared(spec)
-        rows = datasets.load_dataset(spec.path, spec.config, split=name, revision=spec.revision, cache_dir=where)
+    rows = _loaded(spec, name)
     for number, row in enumerate(tqdm(rows, desc=f"read {split}", unit="row", mininterval=2)):
         document = _row_document(row, spec.field, f"{name}:{number}", spec.path)
         if document.text:
             yield document
+
+
+def _loaded(spec: HubCorpus, name: str) -> Any:
+    """One split of a data set, of the commit that the corpus is known by."""
+    import datasets
+
+    revision = spec.revision
+    with outside(CorpusError, f"{spec.path} ({name})", "a data set", "check id, config, revision, split and network"):
+        if not Path(spec.path).is_dir():
+            with suppress(ModelError):
+                revision = sources.commit(spec.path, spec.revision, "dataset")
+        where = _prepared(spec)
+        rows = datasets.load_dataset(spec.path, spec.config, split=name, revision=revision, cache_dir=where)
+    if where is None:
+        sources.check_commit(spec.path, revision, _cached(rows), "ask for the commit that is there")
+    return rows
+
+
+def _cached(rows: Any) -> list[Path]:
+    """The files that `datasets` took rows from, in a folder that is named by the commit."""
+    return [Path(file["filename"]) for file in rows.cache_files]
 
 
 def _prepared(spec: HubCorpus) -> str | None:

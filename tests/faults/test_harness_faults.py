@@ -46,7 +46,7 @@ from memdec.maths import kernels
 from memdec.maths.windows import windows
 from memdec.models import loading, rope
 from memdec.results import sweep
-from memdec.settings import FileCorpus
+from memdec.settings import FileCorpus, HubCorpus
 from memdec.tasks import task
 from memdec.tasks.rows import HubRows, hub_rows
 from memdec.tasks.task import Declared
@@ -224,8 +224,17 @@ def test_rows_of_another_commit_in_the_cache_of_datasets_are_refused(
     if fits:
         assert hub_rows(hub)["text"] == ["a"]
     else:
-        with pytest.raises(CorpusError, match="expected rows of this commit, found another version in"):
+        with pytest.raises(CorpusError, match=f"expected rows of commit {commit}, found another version in"):
             hub_rows(hub)
+    spec = HubCorpus(source="hub", path="who/what", revision=commit, splits={"train": "test"})
+    if fits:
+        assert [each.text for each in corpora._hub_documents(spec, "train")] == ["a"]
+    else:
+        with pytest.raises(CorpusError, match=f"expected rows of commit {commit}, found another version in"):
+            next(corpora._hub_documents(spec, "train"))
+    unnamed = spec.model_copy(update={"revision": None})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # then what is there is known by its commit
+    assert corpora._version(unnamed) == f"who/what {'a' * 40}"
 
 
 # --- an answer does not depend on the company -----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +138,23 @@ def test_damage_is_one_clear_error_and_rebuilt(tmp_path: Path, damage: str) -> N
     else:
         assert make(out)
         artefact.read(out, "thing")
+
+
+def test_a_lock_of_another_user_is_no_missing_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be opened, another user may be building, so nobody else does."""
+    (tmp_path / artefact.LOCK).touch()
+
+    def refused(*args: object, **more: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    access = os.access
+    monkeypatch.setattr(artefact.FileLock, "acquire", refused)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != artefact.LOCK and access(path, mode))
+    with (
+        pytest.raises(ArtifactError, match="found that of another user"),
+        artefact.building(tmp_path, "corpus", {}, {}),
+    ):
+        pass
+    (tmp_path / artefact.LOCK).unlink()
+    with artefact.locked(tmp_path):  # a file system without locks
+        pass

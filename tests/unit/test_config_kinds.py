@@ -53,6 +53,12 @@ def test_each_corpus_kind_with_its_defaults(data: dict[str, Any], kind: type[_Co
         (CorpusSpec, {"source": "web"}, "web"),
         (CorpusSpec, {"path": "a.txt"}, "source"),
         (CorpusSpec, {"source": "files", "path": "a", "paths": {"train": "b"}}, "either 'path'"),
+        (CorpusSpec, {"source": "files", "paths": {"train": "a", "test": "b"}}, "found no valid"),
+        (
+            CorpusSpec,
+            {"source": "hub", "path": "a/b", "splits": {"train": "a", "test": "b"}},
+            "or train alone, found train, test",
+        ),
         (CorpusSpec, {"source": "files", "path": "a", "packages": ["x"]}, ": packages: unknown key"),
         (CorpusSpec, {"source": "docstrings", "packages": []}, r": packages: .* found \[\]"),
         (CorpusSpec, {"source": "hub", "path": "a", "splits": {"dev": "x"}}, "found 'dev'"),

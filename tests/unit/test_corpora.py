@@ -138,6 +138,30 @@ def test_caps_take_whole_documents(tmp_path: Path) -> None:
     assert 2000 < facts["bytes"] <= 3000
 
 
+def test_docstrings_are_known_by_their_content(package: str, tmp_path: Path) -> None:
+    spec = DocstringCorpus(source="docstrings", packages=[package], min_bytes=10)
+    corpora.run(spec, tmp_path / "a")
+    first = artefact.read(tmp_path / "a", "corpus")
+    file = tmp_path / "site" / "fakepkg" / "m3.py"
+    file.write_text(file.read_text().replace("Shared words", "Other words"))
+    corpora.run(spec, tmp_path / "a")
+    second = artefact.read(tmp_path / "a", "corpus")
+    assert first.recipe != second.recipe
+    assert first.facts["sha256"] != second.facts["sha256"]
+
+
+def test_what_has_nothing_between_its_documents_is_the_text_of_its_files(tmp_path: Path) -> None:
+    """WikiText's lines keep their ends."""
+    whole = "\n = Title = \n\n First line , \n \n\n\nsecond\n"
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text(name + whole)
+    paths = {name: str(tmp_path / f"{name}.txt") for name in SPLITS}
+    for documents in ("blank_line", "line", "file"):
+        spec = FileCorpus(source="files", paths=paths, documents=documents, separator="none", min_bytes=1)
+        corpora.run(spec, tmp_path / documents)
+        assert corpora.joined_split(tmp_path / documents, "valid", "<eos>") == "valid" + whole
+
+
 def test_hub_format_from_a_local_folder(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for split, name in (("train", "train"), ("valid", "validation"), ("test", "test")):

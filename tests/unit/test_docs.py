@@ -109,6 +109,17 @@ def test_publishing_copies_what_people_read(tmp_path: Path) -> None:
     assert copied == tables | figure | {"claims.csv", "claims.md"}
 
 
+def test_publishing_takes_whole_tables(tmp_path: Path) -> None:
+    """Files of an earlier run would stay beside the provenance of this one."""
+    finished(tmp_path, "table3", "mini")
+    (tmp_path / "table3.csv").unlink()
+    with pytest.raises(ConfigError, match=r"expected table3.csv, and table3.md or table3.svg, beside its provenance"):
+        publish.publish(tmp_path, tmp_path / "reference")
+    (tmp_path / "table3.provenance.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"table3.provenance.json: expected provenance with a scale"):
+        publish.publish(tmp_path, tmp_path / "reference")
+
+
 @pytest.mark.parametrize(("scales", "found"), [((), "no table"), (("mini", "smol"), "mini, smol")])
 def test_publishing_takes_one_run(scales: tuple[str, ...], found: str, tmp_path: Path) -> None:
     for number, scale in enumerate(scales):

@@ -72,6 +72,17 @@ def test_damage_is_named_with_all_that_hangs_on_it(results: Path, how: str, name
     assert doctor.run(results)[1] == 0
 
 
+def test_results_on_another_disk_are_looked_at(results: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    home = tmp_path_factory.mktemp("home")
+    (home / "results").mkdir()
+    (home / "results" / "mini").symlink_to(results)
+    (results / "round").symlink_to(results)  # a circle
+    damage(results / "memory", "short file")
+    lines, n_damaged = doctor.run(home / "results")
+    assert n_damaged == 1
+    assert lines[-1] == f"{home / 'results'}: 6 artefacts, 1 damaged, 0 unfinished"
+
+
 def test_work_in_progress_is_no_damage(results: Path) -> None:
     with artefact.building(results / "index", "index", {"new": 1}, {}) as build:
         assert build is not None

@@ -245,6 +245,25 @@ def test_memory_on_the_host_is_that_of_every_process_and_of_what_is_searched() -
         assert cost(rule).memory > codes + 2 * SHAPE["parameters"], rule  # the keys are made again
 
 
+def test_a_model_that_is_converted_takes_its_weights_in_memory_and_on_disk() -> None:
+    smol = cfg.load(ROOT / "config" / "smol.yaml", ROOT / "config" / "recipe.yaml")
+    found = costing(smol).of(Job("model", {"model": "smollm2"}))
+    assert found.disk >= 4 * 134.5e6
+    assert found.memory > 4 * 134.5e6
+
+
+def test_a_ready_memory_has_its_own_size() -> None:
+    data = hub(shape=SHAPE).model_dump(mode="json", exclude_unset=True)
+    data["models"]["large"] = {**data["models"]["a"], "shape": SHAPE | {"parameters": 7e9, "width": 4096}}
+    data["corpora"]["text"]["expected_bytes"] = 10**6
+    own, ready = (
+        cfg.checked(data | {"memories": {"memdec": each}}, "here") for each in ({}, {"ready": {"text": "large"}})
+    )
+    parts = {"home": "text", "seed": "0", "memory": "memdec", "model": "a"}
+    memory = [costing(each).of(Job("score", parts)).memory for each in (own, ready)]
+    assert memory[1] - memory[0] == pytest.approx(4 * (7e9 - SHAPE["parameters"]), rel=0.05)
+
+
 def test_what_does_not_fit_is_one_error_with_all_of_it() -> None:
     found = plan.Plan("", PUBLISHED, False)
     found.add(Job("lora", TORCH | {"model": "gpt2-L"}), costs.Cost(10, memory=5e9, disk=2e12))
