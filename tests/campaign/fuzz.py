@@ -64,6 +64,7 @@ LAYERS = [
     "pretrained,recipe",
     "smol,recipe",
     "smol,smol-cpu",
+    "smol,smol-little,recipe",
     "smol,smol-domains,recipe",
     "smol,smol-domains,gpu-run",
 ]

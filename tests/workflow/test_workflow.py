@@ -281,6 +281,14 @@ ONE = {"corpus": 4, "tokenizer": 1, "tokens": 2, "table": 1}
             | {"calibrate": 3, "targets": 3, "teacher": 3, "mixture": 3, "train": 12, "lora": 3, "passages": 3}
             | {"score": 18, "evaluate": 18, "evaluate_systems": 15, "table": 2},
         ),
+        # the same on one domain with little text
+        (
+            ["smol", "smol-little", "recipe"],
+            ["rivals"],
+            {"corpus": 1, "tokenizer": 1, "tokens": 1, "model": 1, "finetune": 1, "datastore": 2, "index": 2}
+            | {"calibrate": 1, "targets": 1, "teacher": 1, "mixture": 1, "train": 4, "lora": 1, "passages": 1}
+            | {"score": 6, "evaluate": 6, "evaluate_systems": 5, "table": 1},
+        ),
         # 1 domain; the memories start from the first layers
         pytest.param(
             ["smol", "smol-cpu"],
@@ -315,7 +323,7 @@ def test_dry_run_of_every_config(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert len(list((ROOT / "config").glob("*.yaml"))) == 12  # config.yaml is mini.yaml
+    assert len(list((ROOT / "config").glob("*.yaml"))) == 13  # config.yaml is mini.yaml
     for name in needed.files(["memdec_all", "memdec_dcpmi_kl", "memdec_casehold_4shot"]):  # a plan reads no rows
         (tmp_path / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "rows" / name).touch()
