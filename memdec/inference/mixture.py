@@ -55,14 +55,18 @@ class MemDecForCausalLM(Wrapper):
     def from_models(
         cls, base: Any, memories: Sequence[Any], weights: Sequence[float], n_vocab: int | None = None
     ) -> "MemDecForCausalLM":
-        """Make a mixture of loaded models; they are not copied.
+        """Make a mixture of loaded models. They are not copied: they learn no more and are in evaluation mode afterwards.
 
         Args:
-            base: Any causal LM; it is not changed.
+            base: Any causal LM.
             memories: Memory decoders with the base's tokenizer.
             weights: alpha of each memory; their sum is from 0 (base only) to 1 (memories only).
             n_vocab: Rows that the tokenizer needs (`tokens.n_needed`), only to check that all output heads have them.
+
+        Raises:
+            ConfigError: Memories or weights are no list, or the weights do not fit the memories.
         """
+        _check_lists("from_models", memories, weights)
         parts = [{"config": model.config.to_dict()} for model in (base, *memories)]
         mixture: MemDecForCausalLM = cls(MemDecConfig(parts=parts, weights=weights, n_vocab=n_vocab), base, memories)
         mixture.eval()
@@ -102,11 +106,7 @@ class MemDecForCausalLM(Wrapper):
             ModelError: A model is missing or has another tokenizer.
             ResourceError: The memories do not fit on their device.
         """
-        if isinstance(memories, str | Path) or isinstance(weights, int | float):
-            raise ConfigError(
-                "from_parts: expected a list of memories and a list with the weight of each, found "
-                f"{memories!r} and {weights!r}; write [memory] and [weight]"
-            )
+        _check_lists("from_parts", memories, weights)
         mixing.check_weights(weights, len(memories))
         base, memories = _lasting(base), [_lasting(name) for name in memories]
         commits = list(revisions or [None] * (1 + len(memories)))
@@ -335,6 +335,27 @@ def _model_type(name: str | Path, revision: str | None) -> str | None:
     said, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     kind: str | None = said.get("model_type")
     return kind
+
+
+def _check_lists(where: str, memories: Any, weights: Any) -> None:
+    """Check that memories and weights are lists; one model or number alone is an easy mistake.
+
+    Raises:
+        ConfigError: One of them is none.
+    """
+    if all(hasattr(given, "__len__") and not isinstance(given, str) for given in (memories, weights)):
+        return
+    raise ConfigError(
+        f"{where}: expected a list of memories and a list with the weight of each, found {_named(memories)} and "
+        f"{weights!r}; write [memory] and [weight]"
+    )
+
+
+def _named(given: Any) -> str:
+    """A model as the name of its class, as its own text has many lines; anything else as it is."""
+    if isinstance(given, list | tuple):
+        return f"[{', '.join(map(_named, given))}]"
+    return type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
 
 
 def _lasting(name: str | Path) -> str:

@@ -243,6 +243,17 @@ def test_parts_that_are_no_lists_are_named_before_anything_is_loaded(memories: A
         MemDecForCausalLM.from_parts("nowhere", memories, weights)
 
 
+def test_models_that_are_no_lists_are_named(mixture: MemDecForCausalLM, rotary: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"from_models: expected a list of memories .*, found Qwen2ForCausalLM and \[0\.4\];"
+    ):
+        MemDecForCausalLM.from_models(mixture.base, rotary, [0.4])  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match=r"a list with the weight of each, found \[Qwen2ForCausalLM\] and 0\.4; write \[memory\]"
+    ):
+        MemDecForCausalLM.from_models(mixture.base, [rotary], 0.4)  # type: ignore[arg-type]
+
+
 def test_from_config_has_the_same_shapes(mixture: MemDecForCausalLM) -> None:
     fresh = AutoModelForCausalLM.from_config(mixture.config)
     assert [p.shape for p in fresh.parameters()] == [p.shape for p in mixture.parameters()]
