@@ -136,8 +136,11 @@ class MemDecForCausalLM(Wrapper):
             kwargs: Passed on to each model's `save_pretrained` (`max_shard_size` ...).
 
         Raises:
-            ModelError: With `by_reference`: a model was not loaded from a folder that is there or a commit of the Hub.
+            ModelError: A model has a peft adapter; or with `by_reference`, it was not loaded from a folder that is there or a
+                commit of the Hub.
         """
+        for model in (self.base, *self.memories):
+            _check_whole(model)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         parts = []
@@ -361,6 +364,19 @@ def _named(given: Any) -> str:
 def _lasting(name: str | Path) -> str:
     """A folder's absolute path, which holds in any working folder; a Hub id as it is."""
     return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+
+
+def _check_whole(model: Any) -> None:
+    """Check that a model has no peft adapter: `save_pretrained` would write the adapter alone, and a reference lacks it.
+
+    Raises:
+        ModelError: It has one.
+    """
+    if any(type(part).__module__.startswith("peft.") for part in model.modules()):
+        raise ModelError(
+            f"save_pretrained: expected models without an adapter, found one of peft in {type(model).__name__}; merge it "
+            "(merge_and_unload) and mix the merged model"
+        )
 
 
 def _reference(model: Any) -> dict[str, Any]:

@@ -207,6 +207,27 @@ def test_a_folder_of_another_kind_and_a_model_from_memory_are_refused(
         mixture.save_pretrained(tmp_path / "m", by_reference=True)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
+@pytest.mark.parametrize("by_reference", [False, True])
+def test_a_model_with_an_adapter_is_saved_only_once_it_is_merged(
+    base_folder: Path, small_folder: Path, tmp_path: Path, by_reference: bool
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["c_attn"], fan_in_fan_out=True)
+    adapted, memory = get_peft_model(loading.load(base_folder), lora), loading.load(small_folder)
+    for parts in ([adapted, memory], [memory, adapted]):
+        made = MemDecForCausalLM.from_models(parts[0], parts[1:], [0.5])
+        with pytest.raises(ModelError, match=r"without an adapter, found one of peft in PeftModel; merge it"):
+            made.save_pretrained(tmp_path / "m", by_reference=by_reference)
+    assert not (tmp_path / "m").exists()
+    if not by_reference:
+        merged = MemDecForCausalLM.from_models(adapted.merge_and_unload(), [memory], [0.5])
+        merged.save_pretrained(tmp_path / "m")
+        ids = torch.arange(12)[None]
+        assert torch.equal(MemDecForCausalLM.from_pretrained(tmp_path / "m")(ids).logits, merged(ids).logits)
+
+
 def test_a_plain_model_with_a_longest_input_is_refused(rotary: Any, tmp_path: Path) -> None:
     rotary.config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="expected a model of the type memdec, found qwen2; use from_parts"):
