@@ -127,18 +127,27 @@ class MemDecForCausalLM(Wrapper):
         mixture._tokenizer = words
         return mixture
 
-    def save_pretrained(self, save_directory: str | Path, *, by_reference: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, *, by_reference: bool = False, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Write the mixture as a folder that `from_pretrained` reads.
 
         Args:
             save_directory: The folder.
             by_reference: Write the paths or Hub ids of base and memories instead of their weights.
+            push_to_hub: Not here, as each model would be uploaded over the one before; the method `push_to_hub` can.
             kwargs: Passed on to each model's `save_pretrained` (`max_shard_size` ...).
 
         Raises:
+            ConfigError: With `push_to_hub`.
             ModelError: A model has a peft adapter; or with `by_reference`, it was not loaded from a folder that is there or a
                 commit of the Hub.
         """
+        if push_to_hub:
+            raise ConfigError(
+                "save_pretrained: expected a folder to write and no more, found push_to_hub=True; leave it out, and upload "
+                "with the mixture's push_to_hub(repo_id)"
+            )
         for model in (self.base, *self.memories):
             _check_whole(model)
         folder = Path(save_directory)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from making import CONTEXT, spec
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2LMHeadModel
 
 from memdec.errors import ConfigError, ModelError, ResourceError
 from memdec.inference.mixture import MemDecForCausalLM
@@ -205,6 +205,16 @@ def test_a_folder_of_another_kind_and_a_model_from_memory_are_refused(
         MemDecForCausalLM.from_pretrained(base_folder)
     with pytest.raises(ModelError, match="found one made in memory"):
         mixture.save_pretrained(tmp_path / "m", by_reference=True)
+
+
+def test_a_mixture_is_uploaded_as_a_whole_or_not_at_all(
+    mixture: MemDecForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passed on, push_to_hub would upload every model to the same place."""
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", lambda *_, **__: pytest.fail("passed on"))
+    with pytest.raises(ConfigError, match=r"found push_to_hub=True; .* upload with the mixture's push_to_hub"):
+        mixture.save_pretrained(tmp_path / "m", push_to_hub=True, repo_id="me/mixture")
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
