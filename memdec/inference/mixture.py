@@ -28,6 +28,11 @@ from memdec.models.loading import load, placed
 from memdec.text import tokens
 
 FOLDERS = ("base", "memory")  # in a self-contained folder: base, memory-0, memory-1 ...
+# Arguments of `from_pretrained` of transformers that go to every model, those that go to the base, and those without effect:
+# what they ask for is so anyway, or only the Auto classes read them.
+_EVERY = ("cache_dir", "token", "local_files_only", "force_download", "proxies", "attn_implementation")
+_BASE = ("max_memory", "offload_folder", "offload_buffers")
+_NEEDLESS = ("low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "_from_auto")
 
 
 class MemDecForCausalLM(Wrapper):
@@ -46,6 +51,7 @@ class MemDecForCausalLM(Wrapper):
         self.n_vocab = shared_vocabulary([base, *memories], config.n_vocab)
         self.set_weights(config.weights)
         self._tokenizer: Any | None = None
+        self.subfolder = ""  # of `name_or_path`
         self._side: Any | None = None  # the memories' CUDA stream
         self.requires_grad_(False)
 
@@ -166,7 +172,7 @@ class MemDecForCausalLM(Wrapper):
         self.generation_config.save_pretrained(folder)
         if self._tokenizer is None and self.name_or_path:
             with suppress(ModelError):  # there is none if the mixture came from `from_models`
-                self._tokenizer = tokens.load_tokenizer(self.name_or_path)
+                self._tokenizer = tokens.load_tokenizer(self.name_or_path, subfolder=self.subfolder)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
 
@@ -176,33 +182,62 @@ class MemDecForCausalLM(Wrapper):
         pretrained_model_name_or_path: str | Path,
         *args: Any,
         config: MemDecConfig | None = None,
+        weights: Sequence[float] | None = None,
         revision: str | None = None,
+        subfolder: str = "",
         dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
         memory_dtype: str | torch.dtype | None = None,
         device_map: Any | None = None,
         memory_device: str | torch.device | None = None,
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> "MemDecForCausalLM":
-        """Load a mixture that `save_pretrained` wrote, from a folder or the Hub; arguments as for `from_parts`."""
+        """Load a mixture that `save_pretrained` wrote, from a folder or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            args: None are taken; they are here to be refused.
+            config: The mixture's configuration; None reads it.
+            weights: alpha of each memory; None: those that were saved.
+            revision: Commit of a Hub id.
+            subfolder: Subfolder of the folder or repository.
+            dtype: Number type of the base's weights; default as saved.
+            torch_dtype: Its earlier name in transformers.
+            memory_dtype: As for `from_parts`, like the arguments after it.
+            device_map: Devices of the base.
+            memory_device: Device of the memories.
+            trust_remote_code: Whether base and memories may run code from their repositories.
+            kwargs: Where the files are (`cache_dir`, `token` ...) and `attn_implementation`, for every model; what goes with
+                `device_map` (`max_memory` ...), for the base.
+
+        Raises:
+            ConfigError: An argument is none of these, or the weights do not fit the memories.
+            ModelError: There is no mixture, or a model is missing.
+        """
         name = pretrained_model_name_or_path
-        kind = _model_type(name, revision) if config is None else config.model_type
+        _check_known(name, args, kwargs)
+        own = {"revision": revision, "subfolder": subfolder}
+        kind = _model_type(name, **own) if config is None else config.model_type
         if config is None and kind == MemDecConfig.model_type:
-            config = MemDecConfig.from_pretrained(name, revision=revision)
+            config = MemDecConfig.from_pretrained(name, **own)
         if not isinstance(config, MemDecConfig) or not config.parts:
             raise ModelError(f"{name}: expected a model of the type memdec, found {kind}; use from_parts")
-        known = {
-            k: v for k, v in kwargs.items() if k in ("cache_dir", "token", "local_files_only", "attn_implementation")
-        }
+        config.weights = mixing.check_weights(config.weights if weights is None else weights, len(config.parts) - 1)
+        known = {key: kwargs[key] for key in _EVERY if key in kwargs}
+        if config._attn_implementation is not None:  # the Auto classes put the argument there
+            known.setdefault("attn_implementation", config._attn_implementation)
+        placed_by = {"device_map": device_map} | {key: kwargs.get(key) for key in _BASE}
+        dtype = dtype or torch_dtype
         loaded: list[Any] = []
         for index, part in enumerate(config.parts):
             where = (
                 {"revision": part.get("revision")}
                 if "path" in part
-                else {"subfolder": _folder(index), "revision": revision}
+                else {"subfolder": "/".join(filter(None, (subfolder, _folder(index)))), "revision": revision}
             )
             wanted = (dtype if index == 0 else memory_dtype or dtype) or "auto"
-            place = {"device_map": device_map} if index == 0 and device_map is not None else {}
+            place = {} if index else {key: value for key, value in placed_by.items() if value is not None}
             model = load(
                 part.get("path", name),
                 dtype=wanted,
@@ -217,8 +252,8 @@ class MemDecForCausalLM(Wrapper):
             loaded.append(model)
         mixture: MemDecForCausalLM = cls(config, loaded[0], loaded[1:])
         with suppress(OSError):  # a folder of an earlier version has none
-            mixture.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
-        mixture.name_or_path = str(name)
+            mixture.generation_config = GenerationConfig.from_pretrained(name, **own)
+        mixture.name_or_path, mixture.subfolder = str(name), subfolder
         mixture.eval()
         return mixture
 
@@ -342,9 +377,24 @@ def _folder(index: int) -> str:
     return FOLDERS[0] if index == 0 else f"{FOLDERS[1]}-{index - 1}"
 
 
-def _model_type(name: str | Path, revision: str | None) -> str | None:
+def _check_known(name: str | Path, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Check that every argument of `from_pretrained` has an effect; None and False ask for nothing.
+
+    Raises:
+        ConfigError: One has none.
+    """
+    known = {*_EVERY, *_BASE, *_NEEDLESS}
+    asked = [key for key, value in kwargs.items() if key not in known and value is not None and value is not False]
+    if found := [*map(repr, args), *asked]:
+        raise ConfigError(
+            f"{name}: expected arguments that from_pretrained of a mixture knows, found {', '.join(found)}; leave them out, or "
+            "load the models as you like and mix them with from_models"
+        )
+
+
+def _model_type(name: str | Path, **where: Any) -> str | None:
     """The type that a model's configuration states; that of another type need not fit a `MemDecConfig`."""
-    said, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    said, _ = PreTrainedConfig.get_config_dict(name, **where)
     kind: str | None = said.get("model_type")
     return kind
 

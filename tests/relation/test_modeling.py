@@ -207,6 +207,38 @@ def test_a_folder_of_another_kind_and_a_model_from_memory_are_refused(
         mixture.save_pretrained(tmp_path / "m", by_reference=True)
 
 
+@pytest.fixture(scope="module")
+def saved(mixture: MemDecForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the mixture in a subfolder, `m`."""
+    folder = tmp_path_factory.mktemp("saved")
+    mixture.save_pretrained(folder / "m")
+    return folder
+
+
+@pytest.mark.parametrize("kind", [MemDecForCausalLM, AutoModelForCausalLM])
+def test_a_mixture_is_loaded_as_asked(saved: Path, kind: Any, mixture: MemDecForCausalLM) -> None:
+    asked = {"weights": [0.5, 0.5], "torch_dtype": torch.bfloat16, "attn_implementation": "eager", "subfolder": "m"}
+    nothing = {"gguf_file": None, "quantization_config": None, "output_loading_info": False, "low_cpu_mem_usage": True}
+    found = kind.from_pretrained(saved, **asked, **nothing)
+    assert found.config.weights == [0.5, 0.5]
+    for model, ours in zip((found.base, *found.memories), (mixture.base, *mixture.memories), strict=True):
+        assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
+        weight, expected = (each.get_output_embeddings().weight for each in (model, ours))
+        assert torch.equal(weight, expected.bfloat16())
+
+
+@pytest.mark.parametrize("kind", [MemDecForCausalLM, AutoModelForCausalLM])
+@pytest.mark.parametrize(
+    "given", [{"dtyp": "bfloat16"}, {"quantization_config": {}}, {"output_loading_info": True}], ids=str
+)
+def test_what_a_mixture_cannot_be_loaded_with_is_named(saved: Path, kind: Any, given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(ConfigError, match=f"m: expected arguments that from_pretrained .* knows, found {name}; leave"):
+        kind.from_pretrained(saved / "m", **given)
+    with pytest.raises(ConfigError, match=r"expected one per memory \(2\), found 1"):
+        kind.from_pretrained(saved / "m", weights=[0.9])
+
+
 def test_a_mixture_is_uploaded_as_a_whole_or_not_at_all(
     mixture: MemDecForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
