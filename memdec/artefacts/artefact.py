@@ -71,7 +71,7 @@ VERSIONS = {
     "harness": 3,
     "cases": 2,
     "latency": 2,
-    "sweep": 4,
+    "sweep": 5,
     "fidelity": 2,
     "shapes": 3,
     "table": 7,  # tables and figures are files, not artefact folders: only the Snakemake rules use these numbers

@@ -1,7 +1,8 @@
 """Stages `sweep` and `tune`: measure lm-eval tasks at every alpha (the paper's Table 7), with one pass of the models.
 
 At the first alpha, base and memory score the requests and the scores are stored. The other alphas read the store.
-Output of a sweep: `sweep.csv` (task, metric, alpha, value, stderr), `sweep.png`, `sweep.svg`, `scores/`.
+Output of a sweep: `sweep.csv` (task, metric, alpha, value, stderr), `sweep.png`, `sweep.svg`, `scores/`. A metric of
+filtered answers is `metric,filter`, as lm-eval names it.
 """
 
 import logging
@@ -152,13 +153,14 @@ def _evaluate(
         assert results is not None
         for task, values in results["results"].items():
             for name, value in values.items():
-                metric = name.split(",")[0]
-                if not isinstance(value, int | float) or metric.endswith("_stderr") or "," not in name:
+                plain, _, rule = name.partition(",")
+                if not isinstance(value, int | float) or plain.endswith("_stderr") or not rule:
                     continue
-                stderr = values.get(name.replace(metric, f"{metric}_stderr"))
+                stderr = values.get(f"{plain}_stderr,{rule}")
                 stderr = stderr if isinstance(stderr, int | float) else None
+                metric = plain if rule == "none" else name  # each filter of the answers has values of its own
                 rows.append({"task": task, "metric": metric, "alpha": alpha, "value": float(value), "stderr": stderr})
-                better[task, metric] = bool(results["higher_is_better"].get(task, {}).get(metric, True))
+                better[task, metric] = bool(results["higher_is_better"].get(task, {}).get(plain, True))
     return rows, better
 
 
@@ -228,7 +230,7 @@ def _draw(rows: Sequence[dict[str, Any]], better: dict[tuple[str, str], bool], o
             axes.annotate("base", (1, values[0]), xycoords=("axes fraction", "data"), xytext=(-3, 3),
                           textcoords="offset points", ha="right", fontsize=8, color="0.4")  # fmt: skip
         axes.set_xlabel("α, weight of the memory")
-        axes.set_ylabel(metric.replace("_", " "))
+        axes.set_ylabel(metric.replace("_", " ").replace(",", ", "))
         axes.set_title(task.replace("$", r"\$"), fontsize=9)  # a dollar begins a formula
         axes.margins(y=0.2)
         axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -68,6 +70,33 @@ def test_a_sweep_is_measured_again_where_the_text_behind_the_same_folder_or_vari
     assert n_runs(None) == 2
     monkeypatch.setenv("MEMDEC_CORPUS", str(make("d", 0)))
     assert [n_runs(None), n_runs(None)] == [3, 3]
+
+
+def test_each_filter_of_a_task_has_its_own_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gsm8k reads the number of an answer in two ways: one falls with alpha, the other rises."""
+    model = SimpleNamespace(set_weight=lambda alpha: setattr(model, "alpha", alpha))
+
+    def evaluated(model: Any, *_: object, **__: object) -> dict[str, Any]:
+        strict = {"exact_match,strict-match": 0.1 + model.alpha, "exact_match_stderr,strict-match": 0.01}
+        loose = {"exact_match,flexible-extract": 0.5 - model.alpha / 2, "exact_match_stderr,flexible-extract": 0.02}
+        plain = {"alias": "gsm8k", "length,none": 7, "length_stderr,none": "N/A"}
+        better = {"exact_match": True, "length": False}
+        return {"results": {"gsm8k": strict | loose | plain}, "higher_is_better": {"gsm8k": better}}
+
+    monkeypatch.setattr(sweep, "evaluate", evaluated)
+    rows, better = sweep._evaluate(model, {"tasks": {}}, [0.0, 0.5], None)
+    assert {metric: [row["value"] for row in rows if row["metric"] == metric] for _, metric in better} == {
+        "exact_match,strict-match": [0.1, 0.6],
+        "exact_match,flexible-extract": [0.5, 0.25],
+        "length": [7, 7],
+    }
+    assert [row["stderr"] for row in rows] == [0.01, 0.02, None] * 2
+    assert list(better.values()) == [True, True, False]
+    assert [sweep._best(rows, row, better)["alpha"] for row in rows[:2]] == [0.5, 0.0]
+    (tmp_path / "sweep.csv").write_text(sweep._csv(rows))
+    assert [line.split() for line in sweep.shown(tmp_path).splitlines()[-2:]] == [["0", "0.1"], ["0.5", "0.6"]]
+    sweep._draw(rows, better, tmp_path)
+    assert "exact match, strict-match" in (tmp_path / "sweep.svg").read_text()
 
 
 @pytest.mark.parametrize(("tasks", "indexed"), [(["memdec_ppl"], [False]), (["memdec_ppl", "arc_easy"], [False, True])])
