@@ -14,7 +14,7 @@ the artefact is made again on another machine.
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -219,7 +219,7 @@ def measure(given: Mapping[str, Entry], settings: LatencySettings, stream: Path 
     lengths = [1, *sorted(set(settings.new_tokens))]
     for name, model in made.items():
         _check_length(name, model, settings.prompt_tokens + lengths[-1] - 1)
-    prompts = _prompts(next(iter(made.values())), settings, stream)
+    prompts = _prompts(made.values(), settings, stream)
     seconds = np.zeros((len(given), len(lengths), settings.repeats))
     drafts: dict[tuple[str, int], list[speculative.Result]] = {}
     for name, system in given.items():
@@ -264,13 +264,14 @@ def _check_length(name: str, model: Any, needed: int) -> None:
     loading.check_positions(loading.n_positions(model.config), needed, what, "lower prompt_tokens or new_tokens")
 
 
-def _prompts(model: Any, settings: LatencySettings, stream: Path | None) -> Int[Tensor, "turns T"]:
-    """One prompt per turn: random tokens, or evenly spaced pieces of a test text."""
+def _prompts(systems: Iterable[Any], settings: LatencySettings, stream: Path | None) -> Int[Tensor, "turns T"]:
+    """One prompt per turn: random tokens that all systems know, or evenly spaced pieces of a test text."""
     size = settings.prompt_tokens
     if stream is None:
         generator = torch.Generator().manual_seed(settings.seed)
-        n_vocab = model.config.get_text_config().vocab_size
-        return torch.randint(0, n_vocab, (settings.repeats, size), generator=generator)
+        readers = [model for system in systems for model in (system, *getattr(system, "memories", ()))]
+        n_known = min(len(model.get_input_embeddings().weight) for model in readers)
+        return torch.randint(0, n_known, (settings.repeats, size), generator=generator)
     values = tokens.load_stream(stream, "test")
     if len(values) < size:
         raise ConfigError(f"{stream}: expected a test split of at least {size} tokens (a prompt), found {len(values)}")

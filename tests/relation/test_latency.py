@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from making import CONTEXT
+from making import CONTEXT, spec
 
 from memdec import cli
 from memdec.artefacts import artefact
@@ -20,6 +20,7 @@ from memdec.errors import ArtifactError, ConfigError, ModelError
 from memdec.inference import speculative
 from memdec.inference.mixture import MemDecForCausalLM
 from memdec.inference.systems import Parts
+from memdec.models import loading
 from memdec.results import figures, latency
 from memdec.results.latency import Entry, Timings
 from memdec.settings import DatastoreSettings, IndexSettings, LatencySettings, PassageSettings
@@ -142,12 +143,23 @@ def test_the_three_systems(made: dict[str, Entry]) -> None:
 
 def test_made_up_prompts_hang_on_the_seed_alone(made: dict[str, Entry]) -> None:
     model = made["MemDec"].make()
-    first, again, other = (latency._prompts(model, TINY.model_copy(update={"seed": seed}), None) for seed in (0, 0, 1))
+    first, again, other = (
+        latency._prompts([model], TINY.model_copy(update={"seed": seed}), None) for seed in (0, 0, 1)
+    )
     assert first.shape == (3, 6)
     assert len(first.unique(dim=0)) == 3
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert int(first.max()) < model.n_vocab
+
+
+def test_made_up_prompts_have_only_tokens_that_every_model_knows() -> None:
+    """The heads of some families are padded, so that a base has more rows than its memory."""
+    base, memory = (loading.from_scratch(spec(8), rows, CONTEXT, 0).eval() for rows in (400, 20))
+    mixture = MemDecForCausalLM.from_models(base, [memory], [0.5])
+    prompts = latency._prompts([base, mixture], TINY, None)
+    assert int(prompts.max()) < 20
+    mixture.check_inputs(prompts)
 
 
 def test_an_artefact_with_figures(
