@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memdec.errors import ConfigError, ModelError
 from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, last_positions, shared_vocabulary
 from memdec.maths import mixing
+from memdec.models import checkpoints
 from memdec.models.loading import load, placed
 from memdec.text import tokens
 
@@ -147,7 +148,7 @@ class MemDecForCausalLM(Wrapper):
         Raises:
             ConfigError: With `push_to_hub`.
             ModelError: A model has a peft adapter; or with `by_reference`, it was not loaded from a folder that is there or a
-                commit of the Hub.
+                commit of the Hub, or has other weights now.
         """
         if push_to_hub:
             raise ConfigError(
@@ -231,21 +232,13 @@ class MemDecForCausalLM(Wrapper):
         dtype = dtype or torch_dtype
         loaded: list[Any] = []
         for index, part in enumerate(config.parts):
-            where = (
-                {"revision": part.get("revision")}
-                if "path" in part
-                else {"subfolder": "/".join(filter(None, (subfolder, _folder(index)))), "revision": revision}
-            )
+            inside = "/".join(filter(None, (subfolder, _folder(index))))
+            where = {"name": name, "revision": revision, "subfolder": inside}
+            if "path" in part:
+                where = {"name": part["path"], "revision": part.get("revision"), "subfolder": part.get("subfolder", "")}
             wanted = (dtype if index == 0 else memory_dtype or dtype) or "auto"
             place = {} if index else {key: value for key, value in placed_by.items() if value is not None}
-            model = load(
-                part.get("path", name),
-                dtype=wanted,
-                trust_remote_code=bool(trust_remote_code),
-                **where,
-                **place,
-                **known,
-            )
+            model = load(dtype=wanted, trust_remote_code=bool(trust_remote_code), **where, **place, **known)
             if index:
                 device = torch.device(memory_device) if memory_device is not None else loaded[0].device
                 model = placed(model, device, f"memory {index - 1} of {name}")
@@ -439,7 +432,11 @@ def _check_whole(model: Any) -> None:
 
 
 def _reference(model: Any) -> dict[str, Any]:
-    """Where a model was loaded from: its folder, or Hub id and commit."""
+    """Where a model was loaded from: its folder, or Hub id and commit, and the subfolder if there is one.
+
+    Raises:
+        ModelError: It was not loaded from a place that holds, or its weights are not those of this place.
+    """
     name = model.config.name_or_path
     if not name:
         raise ModelError(
@@ -447,15 +444,20 @@ def _reference(model: Any) -> dict[str, Any]:
             "by_reference out"
         )
     path = Path(name)
-    if path.is_dir():
-        return {"path": str(path.resolve())}
-    commit = getattr(model.config, "_commit_hash", None)
-    if commit is None:
+    commit = None if path.is_dir() else getattr(model.config, "_commit_hash", None)
+    if not path.is_dir() and commit is None:
         raise ModelError(
             f"by_reference: expected a folder that is there or a commit of the Hub, found {name} without either; load the model "
             "by its absolute path, or leave by_reference out"
         )
-    return {"path": name, "revision": commit}
+    inside = getattr(model, "subfolder", "")  # `load` writes it down
+    if changed := checkpoints.changed(name, model, subfolder=inside, revision=commit):
+        raise ModelError(
+            f"by_reference: expected weights as in {path / inside}, found {changed} of {type(model).__name__} that differ; leave "
+            "by_reference out if the model was merged or trained, or load it from a subfolder with from_parts"
+        )
+    found = {"path": str(path.resolve())} if commit is None else {"path": name, "revision": commit}
+    return found | ({"subfolder": inside} if inside else {})
 
 
 AutoConfig.register(MemDecConfig.model_type, MemDecConfig, exist_ok=True)

@@ -72,6 +72,50 @@ def check_types(folder: Path, model: Any) -> None:
         )
 
 
+def changed(name: str | Path, model: Any, *, subfolder: str = "", revision: str | None = None) -> int:
+    """The number of weights of a model whose first row is not that of the files it should be from.
+
+    A merged adapter and a training change first rows too. Weights that have another name or form in the files are not
+    compared, nor are those of a quantised model or of a Hub id whose files are not in the usual cache.
+
+    Raises:
+        ModelError: A folder has no weights that can be read.
+    """
+    folder = Path(name, subfolder) if Path(name).is_dir() else _cached(str(name), subfolder, revision)
+    if folder is None or getattr(model.config, "quantization_config", None) is not None:
+        return 0
+    ours = dict(model.named_parameters())
+    ours |= {key.removeprefix(f"{model.base_model_prefix}."): weight for key, weight in ours.items()}
+    return sum(_differ(file, ours) for file in weight_files(folder) if file.suffix == ".safetensors")
+
+
+def _cached(name: str, subfolder: str, revision: str | None) -> Path | None:
+    """The folder with the weights of a Hub id in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in (_SINGLE, _INDEX):
+        found = try_to_load_from_cache(name, f"{subfolder}/{file}".lstrip("/"), revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _differ(file: Path, ours: Mapping[str, Any]) -> int:
+    """How many tensors of a file have another number of rows, or another first row, than the weights of the same name."""
+    import torch
+    from safetensors import safe_open
+
+    found = 0
+    with safe_open(file, framework="pt") as inside:
+        for name in ours.keys() & set(inside.keys()):
+            stored, weight = inside.get_slice(name), ours[name]
+            shape = stored.get_shape()
+            if weight.is_meta or not shape or shape[1:] != list(weight.shape[1:]):
+                continue
+            found += shape[0] != len(weight) or not torch.equal(stored[:1].to(weight.dtype), weight[:1].cpu())
+    return found
+
+
 # Constants that earlier versions of transformers saved among the weights: causal masks.
 _MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 

@@ -52,6 +52,7 @@ def load(
     model = from_pretrained(
         AutoModelForCausalLM, name, config=config, dtype=dtype, use_safetensors=True, **given, **kwargs
     )
+    model.subfolder = subfolder or ""  # transformers writes down only `name_or_path`
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         head.__class__ = _Head

@@ -263,8 +263,13 @@ def test_a_model_with_an_adapter_is_saved_only_once_it_is_merged(
         with pytest.raises(ModelError, match=r"without an adapter, found one of peft in PeftModel; merge it"):
             made.save_pretrained(tmp_path / "m", by_reference=by_reference)
     assert not (tmp_path / "m").exists()
-    if not by_reference:
-        merged = MemDecForCausalLM.from_models(adapted.merge_and_unload(), [memory], [0.5])
+    merged = MemDecForCausalLM.from_models(adapted.merge_and_unload(), [memory], [0.5])
+    if by_reference:
+        with pytest.raises(
+            ModelError, match=r"expected weights as in .*, found 2 of GPT2LMHeadModel that differ; leave"
+        ):
+            merged.save_pretrained(tmp_path / "m", by_reference=True)
+    else:
         merged.save_pretrained(tmp_path / "m")
         ids = torch.arange(12)[None]
         assert torch.equal(MemDecForCausalLM.from_pretrained(tmp_path / "m")(ids).logits, merged(ids).logits)
@@ -291,6 +296,50 @@ def test_a_reference_holds_in_another_working_folder(
     assert [part["path"] for part in parts] == [str(tmp_path / "m")] * 2
     with pytest.raises(ModelError, match="expected a folder that is there or a commit of the Hub, found m"):
         loose.save_pretrained("loose", by_reference=True)
+
+
+def test_a_reference_has_the_subfolder(
+    base_folder: Path, small_folder: Path, words: Any, saved: Path, tmp_path: Path
+) -> None:
+    """Of a model beside another one, and of the models of a mixture."""
+    home, ids = tmp_path / "r", torch.arange(12)[None]
+    for source, folder in ((small_folder, home), (base_folder, home / "sub")):
+        for part in (loading.load(source), words):
+            part.save_pretrained(folder)
+    for made in (
+        MemDecForCausalLM.from_parts(home, [home], [0.5], subfolder="sub"),
+        MemDecForCausalLM.from_pretrained(saved, subfolder="m"),
+    ):
+        made.save_pretrained(tmp_path / "m", by_reference=True)
+        loaded = MemDecForCausalLM.from_pretrained(tmp_path / "m")
+        assert torch.equal(loaded(input_ids=ids).logits, made(input_ids=ids).logits)
+    plain = AutoModelForCausalLM.from_pretrained(home, subfolder="sub")  # which does not say so
+    with pytest.raises(ModelError, match=r"expected weights as in .*r, found \d+ of GPT2LMHeadModel that differ"):
+        MemDecForCausalLM.from_models(plain, [], []).save_pretrained(tmp_path / "p", by_reference=True)
+
+
+def test_a_reference_to_the_hub_is_compared_with_the_cache(
+    base_folder: Path, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    base = loading.load(base_folder)
+    base.config.name_or_path, base.config._commit_hash = "some/model", "c0"
+    mixture = MemDecForCausalLM.from_models(base, [], [])
+    found: dict[tuple[str, str], Path] = {}
+
+    def cached(name: str, file: str, revision: str) -> str | None:
+        return str(found[name, revision] / file) if (name, revision) in found else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    for files in ({}, {("some/model", "c0"): base_folder}):
+        found |= files
+        mixture.save_pretrained(tmp_path / "m", by_reference=True)
+        (part,) = json.loads((tmp_path / "m" / "config.json").read_text())["parts"]
+        assert (part["path"], part["revision"]) == ("some/model", "c0")
+    found["some/model", "c0"] = small_folder
+    with pytest.raises(ModelError, match="expected weights as in some/model, found"):
+        mixture.save_pretrained(tmp_path / "m", by_reference=True)
 
 
 @pytest.mark.parametrize(
