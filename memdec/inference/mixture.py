@@ -33,7 +33,7 @@ FOLDERS = ("base", "memory")  # in a self-contained folder: base, memory-0, memo
 # what they ask for is so anyway, or only the Auto classes read them.
 _EVERY = ("cache_dir", "token", "local_files_only", "force_download", "proxies", "attn_implementation")
 _BASE = ("max_memory", "offload_folder", "offload_buffers")
-_NEEDLESS = ("low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "_from_auto")
+_NEEDLESS = ("low_cpu_mem_usage", "use_safetensors", "adapter_kwargs")
 
 
 class MemDecForCausalLM(Wrapper):
@@ -371,13 +371,16 @@ def _folder(index: int) -> str:
 
 
 def _check_known(name: str | Path, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Check that every argument of `from_pretrained` has an effect; None and False ask for nothing.
+    """Check that every argument of `from_pretrained` has an effect.
+
+    None and False ask for nothing; names with _ are notes of transformers to itself.
 
     Raises:
         ConfigError: One has none.
     """
     known = {*_EVERY, *_BASE, *_NEEDLESS}
-    asked = [key for key, value in kwargs.items() if key not in known and value is not None and value is not False]
+    given = [key for key, value in kwargs.items() if value is not None and value is not False]
+    asked = [key for key in given if key not in known and not key.startswith("_")]
     if found := [*map(repr, args), *asked]:
         raise ConfigError(
             f"{name}: expected arguments that from_pretrained of a mixture knows, found {', '.join(found)}; leave them out, or "

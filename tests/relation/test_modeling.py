@@ -9,7 +9,7 @@ import pytest
 import torch
 from making import CONTEXT, spec
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2LMHeadModel, pipeline
 
 from memdec.errors import ConfigError, ModelError, ResourceError
 from memdec.inference.mixture import MemDecForCausalLM
@@ -237,6 +237,14 @@ def test_what_a_mixture_cannot_be_loaded_with_is_named(saved: Path, kind: Any, g
         kind.from_pretrained(saved / "m", **given)
     with pytest.raises(ConfigError, match=r"expected one per memory \(2\), found 1"):
         kind.from_pretrained(saved / "m", weights=[0.9])
+
+
+def test_a_pipeline_loads_a_mixture(base_folder: Path, small_folder: Path, tmp_path: Path) -> None:
+    """With arguments of its own."""
+    made = MemDecForCausalLM.from_parts(base_folder, [small_folder], [0.5])
+    made.save_pretrained(tmp_path / "m")
+    found = pipeline("text-generation", str(tmp_path / "m"), device="cpu").model
+    assert torch.equal(found(torch.arange(12)[None]).logits, made(torch.arange(12)[None]).logits)
 
 
 def test_a_mixture_is_uploaded_as_a_whole_or_not_at_all(
