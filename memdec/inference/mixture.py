@@ -233,7 +233,7 @@ class MemDecForCausalLM(Wrapper):
         loaded: list[Any] = []
         for index, part in enumerate(config.parts):
             inside = "/".join(filter(None, (subfolder, _folder(index))))
-            where = {"name": name, "revision": revision, "subfolder": inside}
+            where: dict[str, Any] = {"name": name, "revision": revision, "subfolder": inside}
             if "path" in part:
                 where = {"name": part["path"], "revision": part.get("revision"), "subfolder": part.get("subfolder", "")}
             wanted = (dtype if index == 0 else memory_dtype or dtype) or "auto"
