@@ -151,15 +151,12 @@ class KnnLMForCausalLM(Wrapper):
 
         In `generate`, `prepared` has what the base reads, and the logits stay on the level of the base's.
         """
-        if use_cache:
-            past_key_values = self._joint(past_key_values)
+        past_key_values, use_cache = self._kept(past_key_values, use_cache)
         self.check_length(input_ids, past_key_values)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         read = self._inputs([0], prepared, past_key_values, **inputs)[0]
         at = [self.temperature] if self.weight > 0 else []
-        logits, base, at_each = self._run(
-            at, read, attention_mask, use_cache=bool(use_cache), logits_to_keep=logits_to_keep
-        )
+        logits, base, at_each = self._run(at, read, attention_mask, use_cache=use_cache, logits_to_keep=logits_to_keep)
         found = next(at_each, None)
         mixed = mixing.mix(base, [found], [self.weight])
         if prepared is not None:

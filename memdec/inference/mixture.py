@@ -320,13 +320,12 @@ class MemDecForCausalLM(Wrapper):
 
         In `generate`, `prepared` has what each model reads, and the logits are those of `mixing.mix_logits`.
         """
-        if use_cache:
-            past_key_values = self._joint(past_key_values)
+        past_key_values, use_cache = self._kept(past_key_values, use_cache)
         self.check_length(input_ids, past_key_values)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         read = self._inputs(self.running, prepared, past_key_values, **inputs)
         made, mix = (self._log_p, mixing.mix) if prepared is None else (self._shared, mixing.mix_logits)
-        found = self._run(read, made, use_cache=bool(use_cache), logits_to_keep=logits_to_keep)
+        found = self._run(read, made, use_cache=use_cache, logits_to_keep=logits_to_keep)
         memories = [found.get(i) for i in range(1, len(self.readers))]
         mixed = mix(found.get(0), memories, self.config.weights)
         return self.output(mixed, labels, past_key_values)

@@ -382,6 +382,16 @@ class Wrapper(PreTrainedModel, GenerationMixin):
                 cache.layers.extend(reader.new_layers())
         return _counted(cache)
 
+    def _kept(self, cache: Cache | None, use_cache: bool | None) -> tuple[Cache | None, bool]:
+        """The cache of a forward pass, and whether the models fill it.
+
+        Without `use_cache` the base decides, as it does alone: a loop that hands on each pass's cache needs one.
+        """
+        if use_cache is None:
+            usual = bool(getattr(self.base.config.get_text_config(), "use_cache", False))
+            use_cache = cache is not None or (usual and all(self.readers[i].can_cache for i in self.running))
+        return self._joint(cache) if use_cache or cache is not None else None, use_cache
+
     def _view(self, cache: Cache, index: int) -> Cache:
         """A cache of one model that shares its layers with the joint cache."""
         begin = sum(reader.n_layers for reader in self.readers[:index])

@@ -265,11 +265,13 @@ def test_blocks_of_the_search_change_nothing(
 
 def test_a_text_in_pieces_with_a_cache_is_the_text(home: Home, model: KnnLMForCausalLM) -> None:
     ids = text(home, 24).reshape(2, 12)
-    whole, cache, found = model(input_ids=ids, labels=ids), None, []
-    for begin, end in ((0, 5), (5, 6), (6, 12)):
-        out = model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True)
-        cache, found = out.past_key_values, [*found, out.logits]
-    torch.testing.assert_close(torch.cat(found, 1), whole.logits, atol=1e-4, rtol=1e-4)
+    whole = model(input_ids=ids, labels=ids, use_cache=False)
+    for how in ({"use_cache": True}, {}):
+        cache, found = None, []
+        for begin, end in ((0, 5), (5, 6), (6, 12)):
+            out = model(input_ids=ids[:, begin:end], past_key_values=cache, **how)
+            cache, found = out.past_key_values, [*found, out.logits]
+        torch.testing.assert_close(torch.cat(found, 1), whole.logits, atol=1e-4, rtol=1e-4)
     nll = -whole.logits[:, :-1].gather(-1, ids[:, 1:, None]).mean()
     assert whole.loss.item() == pytest.approx(nll.item(), rel=1e-5)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from making import CONTEXT, spec
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2LMHeadModel, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2LMHeadModel, StaticCache, pipeline
 
 from memdec.errors import ConfigError, ModelError, ResourceError
 from memdec.inference.mixture import MemDecForCausalLM
@@ -414,6 +414,19 @@ def test_a_cache_that_only_the_base_has_filled_is_refused(mixture: MemDecForCaus
     mixture.base(torch.arange(4)[None], past_key_values=cache, use_cache=True)
     with pytest.raises(ConfigError, match="expected a new cache or one of this model"):
         mixture(input_ids=torch.arange(2)[None], past_key_values=cache, use_cache=True)
+
+
+def test_a_loop_over_forward_hands_the_cache_on(mixture: MemDecForCausalLM) -> None:
+    """As over the base alone: without `use_cache` a pass remembers the text, also in a cache of the base's shape."""
+    ids = torch.arange(3, 12)[None]
+    expected = torch.stack([plain(mixture, row) for row in ids]).log().float()
+    config = mixture.base.config
+    for cache in (None, DynamicCache(), DynamicCache(config=config), StaticCache(config=config, max_cache_len=CONTEXT)):
+        first = mixture(input_ids=ids[:, :5], past_key_values=cache)
+        second = mixture(input_ids=ids[:, 5:], past_key_values=first.past_key_values)
+        torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), expected, atol=1e-4, rtol=1e-4)
+        assert int(second.past_key_values.get_seq_length()) == ids.shape[1]
+    assert mixture(input_ids=ids, use_cache=False).past_key_values is None
 
 
 def test_a_memory_that_does_not_fit_is_named(rotary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
