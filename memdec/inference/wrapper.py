@@ -26,7 +26,12 @@ from transformers import (
     StaticCache,
     StaticLayer,
 )
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.errors import ConfigError, ModelError
@@ -90,6 +95,10 @@ class MemDecConfig(PreTrainedConfig):
         if not self.parts:
             return self
         return self.part_config(0).get_text_config(decoder=decoder, encoder=encoder)
+
+
+class _NoLayer(DummyLayer):
+    """The place of a layer of a model that does not run; for transformers, a layer that keeps nothing."""
 
 
 class Reader:
@@ -217,13 +226,17 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         return [0]
 
     @property
+    def _all(self) -> range:
+        return range(len(self.readers))
+
+    @property
     def reads_on(self) -> bool:
         """Whether `log_probs` takes a cache, so that several texts can go on from one beginning that is read once."""
         return False
 
     def new_cache(self) -> Cache:
         """An empty cache of all models, for `log_probs`."""
-        return self._joint(None)
+        return self._joint(None, running=self._all)
 
     def taken(self, cache: Cache, rows: Int[Tensor, " B"]) -> Cache:
         """A copy of a cache with these rows of its batch, each as often as it is named; the cache stays as it is."""
@@ -333,8 +346,7 @@ class Wrapper(PreTrainedModel, GenerationMixin):
             view = None if cache is None else self._view(cache, i)
             prepared[i] = self.readers[i].prepared(input_ids, view, position_ids, **given)
             if cache is not None and view is not None:
-                begin = sum(reader.n_layers for reader in self.readers[:i])
-                cache.layers[begin : begin + len(view.layers)] = view.layers
+                cache.layers[self._part(i)] = view.layers
         return {
             "input_ids": input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:],
             "attention_mask": attention_mask,
@@ -354,33 +366,52 @@ class Wrapper(PreTrainedModel, GenerationMixin):
             self._longest = max(size or 0 for size in sizes)
             model_kwargs["past_key_values"] = self._joint(cache, self._longest if mine else None)
 
-    def _joint(self, cache: Cache | None, longest: int | None = None) -> Cache:
+    def _joint(self, cache: Cache | None, longest: int | None = None, running: Sequence[int] | None = None) -> Cache:
         """A cache with the layers of all models, one after the other; an empty cache of the base is extended in place.
+
+        A model that does not run has a place there but no layers (`_NoLayer`), and loses those that it had: so the cache
+        has the length of the models that run, and one that misses text of a model is known.
 
         Args:
             cache: A cache of the base or of all models; None makes one.
-            longest: Tokens of a static cache; None: as many as the base's layers hold.
+            longest: Tokens of a static cache; None: as many as its layers hold.
+            running: Numbers of the models that run; default those with a weight.
 
         Raises:
-            ConfigError: The cache holds text that only the base has read, or does not say how much it can hold.
+            ConfigError: The cache holds text that a model has not read, or does not say how much it can hold.
         """
         if cache is None:
             cache = DynamicCache(config=self.base.config)
-        sizes = [reader.n_layers for reader in self.readers]
-        if len(cache.layers) >= sum(sizes):
-            return _counted(cache)
-        if len(cache.layers) not in (0, sizes[0]) or _in_use(cache):
+        n_known, n_all = len(cache.layers), sum(reader.n_layers for reader in self.readers)
+        if n_known < n_all:
+            if n_known not in (0, self.readers[0].n_layers) or _in_use(cache):
+                raise ConfigError(
+                    f"past_key_values: expected a new cache or one of this model ({n_all} layers), found one with "
+                    f"{n_known} layers that is in use; begin without"
+                )
+            cache.layers.extend(_NoLayer() for _ in range(n_all - n_known))
+        running = self.running if running is None else running
+        there = [not any(isinstance(layer, _NoLayer) for layer in cache.layers[self._part(i)]) for i in self._all]
+        new = [i for i in running if not there[i]]
+        if new and _in_use(cache):
             raise ConfigError(
-                f"past_key_values: expected a new cache or one of this model ({sum(sizes)} layers), found one with "
-                f"{len(cache.layers)} layers that is in use; begin without"
+                f"past_key_values: expected a cache that the models {list(running)} have filled (0 is the base), found one "
+                f"made at other weights, without {new}; begin without"
             )
-        for reader in self.readers[bool(cache.layers) :]:
-            if isinstance(cache, StaticCache):
-                longest = longest or _static_length(cache)
-                cache.layers.extend(StaticCache(reader.model.config, longest).layers)
-            else:
-                cache.layers.extend(reader.new_layers())
+        for i in new:
+            cache.layers[self._part(i)] = self._new_layers(i, cache, longest)
+        for i in self._all:
+            if there[i] and i not in running:
+                cache.layers[self._part(i)] = [_NoLayer() for _ in range(self.readers[i].n_layers)]
         return _counted(cache)
+
+    def _new_layers(self, index: int, cache: Cache, longest: int | None) -> list[Any]:
+        """Empty layers of one model for a joint cache."""
+        reader = self.readers[index]
+        if not isinstance(cache, StaticCache):
+            return reader.new_layers()
+        layers: list[Any] = StaticCache(reader.model.config, longest or _static_length(cache)).layers
+        return layers
 
     def _kept(self, cache: Cache | None, use_cache: bool | None) -> tuple[Cache | None, bool]:
         """The cache of a forward pass, and whether the models fill it.
@@ -394,10 +425,14 @@ class Wrapper(PreTrainedModel, GenerationMixin):
 
     def _view(self, cache: Cache, index: int) -> Cache:
         """A cache of one model that shares its layers with the joint cache."""
-        begin = sum(reader.n_layers for reader in self.readers[:index])
         view = copy.copy(cache)  # keeps the class and the offloading settings
-        view.layers = cache.layers[begin : begin + self.readers[index].n_layers]
+        view.layers = cache.layers[self._part(index)]
         return view
+
+    def _part(self, index: int) -> slice:
+        """Where the layers of one model are in the joint cache."""
+        begin = sum(reader.n_layers for reader in self.readers[:index])
+        return slice(begin, begin + self.readers[index].n_layers)
 
     def _inputs(
         self,
@@ -460,10 +495,14 @@ def kept_positions(logits_to_keep: int | Tensor) -> slice | Tensor:
 
 def _in_use(cache: Cache) -> bool:
     """Whether a cache holds text."""
-    if cache.layers and all(cache.is_linear):
-        return bool(cache.has_previous_state())
-    length: int = cache.get_seq_length()
-    return length > 0
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers) and cache.has_previous_state():
+        return True
+    return _has_length(cache) and bool(cache.get_seq_length() > 0)
+
+
+def _has_length(cache: Cache) -> bool:
+    """Whether a cache has a layer of attention: transformers asks its length, which layers of Mamba do not count."""
+    return any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 
 def _static_length(cache: StaticCache) -> int:
@@ -479,8 +518,8 @@ def _static_length(cache: StaticCache) -> int:
 
 
 def _counted(cache: Cache) -> Cache:
-    """The cache, with a layer of attention: transformers asks its length, which layers of Mamba do not count."""
-    if cache.layers and all(cache.is_linear):
+    """The cache, with a layer of attention even if all of its layers are of Mamba."""
+    if cache.layers and not _has_length(cache):
         cache.layers.append(DynamicLayer())
     return cache
 

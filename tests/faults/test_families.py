@@ -284,6 +284,55 @@ def test_a_static_cache_is_as_long_as_each_model_needs(words: Any) -> None:
         generated(mixture, batch, past_key_values=cache)
 
 
+@pytest.mark.parametrize("family", ["GPT-2", "Llama", "Mistral", "Gemma 3"])
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+def test_a_text_goes_on_from_the_cache_of_its_beginning(family: str, weight: float) -> None:
+    """At weight 1 the base reads nothing, so a cache has the length of what the memory has read."""
+    base, memory = made(family, 0), made(family, 1)
+    mixture = MemDecForCausalLM.from_models(base, [memory], [weight])
+    ids = torch.arange(8, 20)[None]
+    how: dict[str, Any] = {"eos_token_id": None, "disable_compile": True}
+    begun = generated(mixture, {"input_ids": ids[:, :5]}, return_dict_in_generate=True, **how)
+    batch = {"input_ids": torch.cat([begun.sequences, ids[:, 5:]], 1)}
+    alone = {0.0: base, 1.0: memory}.get(weight, mixture)
+    expected = generated(alone, batch, use_cache=False, **how)
+    assert begun.past_key_values.get_seq_length() == begun.sequences.shape[1] - 1
+    for chunks in ({}, {"prefill_chunk_size": 2}):
+        cache = copy.deepcopy(begun.past_key_values)
+        assert torch.equal(generated(mixture, batch, past_key_values=cache, **chunks, **how), expected)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fits"),
+    [
+        ([0.0, 0.0], [0.5, 0.0], False),
+        ([0.5, 0.5], [0.4, 0.2], False),
+        ([0.4, 0.0], [0.2, 0.6], False),
+        ([1.0, 0.0], [0.0, 1.0], False),
+        ([0.4, 0.2], [0.2, 0.6], True),
+        ([0.4, 0.2], [0.0, 0.2], True),
+    ],
+)
+@pytest.mark.parametrize("kind", ["Llama", "Mamba"])
+def test_a_cache_that_a_model_did_not_fill_is_refused(
+    before: list[float], after: list[float], fits: bool, kind: str
+) -> None:
+    mixture = MemDecForCausalLM.from_models(made("Llama", 0), [made("Llama", 1), made(kind, 2)], before)
+    ids = torch.arange(8, 20)[None]
+    begun = generated(mixture, {"input_ids": ids[:, :5]}, eos_token_id=None, return_dict_in_generate=True)
+    batch = {"input_ids": torch.cat([begun.sequences, ids[:, 5:]], 1)}
+    mixture.set_weights(after)
+    if fits:
+        expected = generated(mixture, batch, eos_token_id=None, use_cache=False)
+        assert torch.equal(
+            generated(mixture, batch, eos_token_id=None, past_key_values=begun.past_key_values), expected
+        )
+        mixture.set_weights(before)
+    if not fits or after[0] == 0:  # the first memory has not read what came last
+        with pytest.raises(ConfigError, match=r"made at other weights, without \[\d\]; begin without"):
+            generated(mixture, batch, past_key_values=begun.past_key_values)
+
+
 def test_a_family_with_a_cache_of_its_own_generates_without_one() -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(
