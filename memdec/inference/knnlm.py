@@ -152,7 +152,8 @@ class KnnLMForCausalLM(Wrapper):
         In `generate`, `prepared` has what the base reads, and the logits stay on the level of the base's.
         """
         past_key_values, use_cache = self._kept(past_key_values, use_cache)
-        self.check_length(input_ids, past_key_values)
+        places_follow_mask = prepared is not None or position_ids is not None
+        self.check_length(input_ids, past_key_values, attention_mask if places_follow_mask else None)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         read = self._inputs([0], prepared, past_key_values, **inputs)[0]
         at = [self.temperature] if self.weight > 0 else []

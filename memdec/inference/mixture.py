@@ -321,7 +321,8 @@ class MemDecForCausalLM(Wrapper):
         In `generate`, `prepared` has what each model reads, and the logits are those of `mixing.mix_logits`.
         """
         past_key_values, use_cache = self._kept(past_key_values, use_cache)
-        self.check_length(input_ids, past_key_values)
+        places_follow_mask = prepared is not None or position_ids is not None
+        self.check_length(input_ids, past_key_values, attention_mask if places_follow_mask else None)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         read = self._inputs(self.running, prepared, past_key_values, **inputs)
         made, mix = (self._log_p, mixing.mix) if prepared is None else (self._shared, mixing.mix_logits)

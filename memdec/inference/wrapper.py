@@ -465,8 +465,13 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         """
         _check_ids(torch.as_tensor(ids), int(self.n_vocab), "output heads")
 
-    def check_length(self, input_ids: Tensor | None, cache: Cache | None) -> None:
+    def check_length(self, input_ids: Tensor | None, cache: Cache | None, mask: Tensor | None = None) -> None:
         """Check that the text, with the cached tokens, fits into the context of the models.
+
+        Args:
+            input_ids: The text after the cached tokens.
+            cache: The cached tokens.
+            mask: Mask of text and cached tokens if positions follow it, as in `generate`; then padding takes none.
 
         Raises:
             ConfigError: The text is too long.
@@ -474,6 +479,9 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         if input_ids is None or torch.compiler.is_compiling():
             return
         length = input_ids.shape[1] + (cache.get_seq_length() if cache is not None and not cache.is_compileable else 0)
+        too_long = self.n_positions is not None and length > self.n_positions
+        if too_long and mask is not None and mask.shape[1:] == (length,):
+            length = int(mask.sum(1).max())  # only now, as it waits for the GPU
         instead = "cut the prompt on the left or lower max_new_tokens"
         check_positions(self.n_positions, length, "text", instead)
 

@@ -333,6 +333,26 @@ def test_a_cache_that_a_model_did_not_fill_is_refused(
             generated(mixture, batch, past_key_values=begun.past_key_values)
 
 
+def test_padding_takes_no_position() -> None:
+    """16 positions, 4 of 12 columns are padding: 8 + 8 tokens fit, and one more does not, with a cache or without."""
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model("gpt2", vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=16, **COMMON)
+        models.append(AutoModelForCausalLM.from_config(config).eval())
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[:, :4] = 0
+    batch = {"input_ids": torch.arange(8, 32).reshape(2, 12), "attention_mask": mask}
+    how: dict[str, Any] = {"eos_token_id": None, "max_new_tokens": 9}
+    for weight in (0.0, 1.0):
+        mixture = MemDecForCausalLM.from_models(models[0], [models[1]], [weight])
+        expected = generated(models[int(weight)], batch, **how)
+        for use_cache in (True, False):
+            assert torch.equal(generated(mixture, batch, use_cache=use_cache, **how), expected)
+            with pytest.raises(ConfigError, match=r"text: expected at most 16 tokens .*, found 17"):
+                generated(mixture, batch, use_cache=use_cache, eos_token_id=None, max_new_tokens=10)
+
+
 def test_a_family_with_a_cache_of_its_own_generates_without_one() -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(
