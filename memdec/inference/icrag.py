@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.datastore.passages import Passages
 from memdec.errors import ArtifactError, ConfigError
@@ -108,7 +107,7 @@ class IcRagForCausalLM(Wrapper):
         logits_to_keep: int | Tensor = 0,
         prepared: Mapping[int, Mapping[str, Any]] | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """Logits = normalised log-probabilities, float32 (B, T or logits_to_keep, V); uniform at padding.
 
         `input_ids` are whole texts. They may be longer than the context of the base. `prepared` says that this is a step
@@ -117,6 +116,7 @@ class IcRagForCausalLM(Wrapper):
         Raises:
             ConfigError: `past_key_values` already holds text.
         """
+        self.check_arguments(kwargs)
         if past_key_values is not None and past_key_values.get_seq_length():
             raise ConfigError(
                 f"past_key_values: expected whole texts, found a cache of {past_key_values.get_seq_length()} tokens; set "
@@ -124,7 +124,7 @@ class IcRagForCausalLM(Wrapper):
             )
         made = mixing.log_softmax if prepared is None else mixing.finite
         found = self._made(input_ids, attention_mask, logits_to_keep, made, torch.float32)
-        return self.output(found, labels, None)
+        return self.output(found, labels, None, kwargs)
 
     def log_probs(
         self, input_ids: Tensor, *, which: Which = "base", logits_to_keep: int = 0, dtype: torch.dtype = torch.float32

@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.artefacts import artefact
 from memdec.datastore import search
@@ -146,11 +145,12 @@ class KnnLMForCausalLM(Wrapper):
         logits_to_keep: int | Tensor = 0,
         prepared: Mapping[int, Mapping[str, Any]] | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """Logits = normalised log-probabilities, float32 (B, T or logits_to_keep, V); p_base at padding.
 
         In `generate`, `prepared` has what the base reads, and the logits stay on the level of the base's.
         """
+        self.check_arguments(kwargs)
         past_key_values, use_cache = self._kept(past_key_values, use_cache)
         places_follow_mask = prepared is not None or position_ids is not None
         self.check_length(input_ids, past_key_values, attention_mask if places_follow_mask else None)
@@ -162,7 +162,7 @@ class KnnLMForCausalLM(Wrapper):
         mixed = mixing.mix(base, [found], [self.weight])
         if prepared is not None:
             mixed = logits.float() if found is None else mixed + mixing.log_z(logits, base)
-        return self.output(mixed, labels, past_key_values)
+        return self.output(mixed, labels, past_key_values, kwargs)
 
     def _run(
         self,

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig, PreTrainedConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.errors import ConfigError, ModelError
 from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, last_positions, shared_vocabulary
@@ -315,11 +314,12 @@ class MemDecForCausalLM(Wrapper):
         logits_to_keep: int | Tensor = 0,
         prepared: Mapping[int, Mapping[str, Any]] | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """Logits = normalised log-probabilities of the mixture, float32 (B, T or logits_to_keep, V).
 
         In `generate`, `prepared` has what each model reads, and the logits are those of `mixing.mix_logits`.
         """
+        self.check_arguments(kwargs)
         past_key_values, use_cache = self._kept(past_key_values, use_cache)
         places_follow_mask = prepared is not None or position_ids is not None
         self.check_length(input_ids, past_key_values, attention_mask if places_follow_mask else None)
@@ -329,7 +329,7 @@ class MemDecForCausalLM(Wrapper):
         found = self._run(read, made, use_cache=use_cache, logits_to_keep=logits_to_keep)
         memories = [found.get(i) for i in range(1, len(self.readers))]
         mixed = mix(found.get(0), memories, self.config.weights)
-        return self.output(mixed, labels, past_key_values)
+        return self.output(mixed, labels, past_key_values, kwargs)
 
     def _log_p(self, logits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return mixing.log_softmax(logits, self.n_vocab, dtype)

@@ -48,6 +48,7 @@ _STEPS = (
     "_get_logits_processor",
 )  # fmt: skip
 _HOW = ("use_cache", "logits_to_keep", "return_dict")  # of a forward pass; the rest of its arguments are what it reads
+_OTHERS = ("return_dict", "num_items_in_batch", "cache_position")  # that a wrapper takes; the last says nothing new
 
 
 class MemDecConfig(PreTrainedConfig):
@@ -296,12 +297,22 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         log_p = self(input_ids=input_ids.to(self.device), use_cache=False, logits_to_keep=kept).logits
         return log_p if dtype == log_p.dtype else mixing.log_softmax(log_p, dtype=dtype), None
 
-    def output(self, logits: Tensor, labels: Tensor | None, cache: Cache | None) -> CausalLMOutputWithPast:
-        """Make the output of `forward`; with `labels` (B, T) it has the usual loss of causal LMs, in nats per token."""
+    def output(self, logits: Tensor, labels: Tensor | None, cache: Cache | None, given: Mapping[str, Any]) -> Any:
+        """Make the output of `forward`; with `labels` (B, T) it has the usual loss of causal LMs, in nats per token.
+
+        Args:
+            logits: Logits of `forward`.
+            labels: Labels.
+            cache: The cache.
+            given: The other arguments of `forward`, after `check_arguments`.
+        """
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+            n = given.get("num_items_in_batch")
+            loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=n)
+        found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        named = given.get("return_dict")
+        return found if (self.config.return_dict if named is None else named) else found.to_tuple()
 
     # --- generation -------------------------------------------------------------------------------------------------
 
@@ -448,6 +459,21 @@ class Wrapper(PreTrainedModel, GenerationMixin):
         return {i: self.readers[i].inputs(view, **inputs) for i, view in views.items()}
 
     # --- checks -----------------------------------------------------------------------------------------------------
+
+    def check_arguments(self, given: Mapping[str, Any]) -> None:
+        """Check that `forward` was not given an argument that it would not obey.
+
+        Raises:
+            ConfigError: It was, and the argument is not just None or False.
+        """
+        unknown = [
+            name for name, value in given.items() if name not in _OTHERS and value is not None and value is not False
+        ]
+        if unknown:
+            raise ConfigError(
+                "forward: expected input_ids, attention_mask, position_ids, past_key_values, use_cache, labels, "
+                f"logits_to_keep or return_dict, found {', '.join(unknown)}; leave it out, or call the base alone"
+            )
 
     def check_inputs(self, ids: Tensor) -> None:
         """Check that the models have an embedding for every token of a text.

@@ -429,6 +429,18 @@ def test_a_loop_over_forward_hands_the_cache_on(mixture: MemDecForCausalLM) -> N
     assert mixture(input_ids=ids, use_cache=False).past_key_values is None
 
 
+def test_forward_refuses_what_it_would_not_obey(mixture: MemDecForCausalLM) -> None:
+    ids = torch.arange(9)[None]
+    given = {"token_type_ids": ids, "atention_mask": ids, "output_hidden_states": True, "inputs_embeds": torch.ones(1)}
+    for name, value in given.items():
+        with pytest.raises(ConfigError, match=f"forward: expected input_ids, .*, found {name}; leave it out"):
+            mixture(input_ids=ids, **{name: value})
+    out = mixture(input_ids=ids, labels=ids, output_hidden_states=False, inputs_embeds=None, cache_position=ids[0])
+    loss, logits = mixture(input_ids=ids, labels=ids, num_items_in_batch=2, use_cache=False, return_dict=False)
+    assert torch.equal(logits, out.logits)
+    assert loss.item() == pytest.approx(out.loss.item() * 8 / 2, rel=1e-5)
+
+
 def test_a_memory_that_does_not_fit_is_named(rotary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
     with pytest.raises(ResourceError, match=r"mem: expected .*B free on cuda:0, found 1 kB; use memory_dtype"):
