@@ -25,13 +25,9 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
     StaticLayer,
+    cache_utils,
 )
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    DummyLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memdec.errors import ConfigError, ModelError
@@ -98,8 +94,18 @@ class MemDecConfig(PreTrainedConfig):
         return self.part_config(0).get_text_config(decoder=decoder, encoder=encoder)
 
 
-class _NoLayer(DummyLayer):
+def _nothing(*_: Any, **__: Any) -> None:
+    """What a layer that keeps nothing does."""
+
+
+class _NoLayer(getattr(cache_utils, "DummyLayer", object)):  # type: ignore[misc]  # transformers 5.17 has none
     """The place of a layer of a model that does not run; for transformers, a layer that keeps nothing."""
+
+    is_initialized, is_compileable, is_croppable, supports_early_init = True, True, True, False
+    offload = prefetch = reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _nothing
+
+    def get_max_length(self) -> int:
+        return -1  # none
 
 
 class Reader:
