@@ -15,9 +15,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 from tqdm import tqdm
 
-from memdec.artefacts import artefact
+from memdec.artefacts import artefact, sources
 from memdec.errors import CorpusError
 from memdec.tasks import github, rows, verbalizers
 from memdec.tasks.dcpmi_rows import SETS
@@ -105,9 +106,7 @@ def fetch(out: Path, tasks: Sequence[str] = ()) -> list[Checked]:
                     f"{out / file.file}: expected a correct file or one from an earlier fetch, found another ({now.status}); move "
                     "it, or choose another --out"
                 )
-            out.mkdir(parents=True, exist_ok=True)
-            with artefact.locked(out, wait=True):
-                _fetch(out, file)
+            _fetch(out, file)
             now = _check(out, file, rows.fetched(out))
         found.append(now)
     return found
@@ -137,8 +136,11 @@ def _fetch(out: Path, file: DataFile) -> None:
     else:
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found).encode()
     known = {"rows": len(found), "sha256": hashlib.sha256(data).hexdigest()}
-    artefact.write_json(out / SOURCES, dict(sorted({**rows.fetched(out), file.file: entry | known}.items())))
-    artefact.write_bytes(out / file.file, data)
+    lock = sources.cache() / "locks" / f"{artefact.digest(str(out.resolve()))}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):  # another process may write its entry
+        artefact.write_json(out / SOURCES, dict(sorted({**rows.fetched(out), file.file: entry | known}.items())))
+        artefact.write_bytes(out / file.file, data)
 
 
 def content(file: DataFile, found: Sequence[dict[str, Any]]) -> str:

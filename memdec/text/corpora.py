@@ -45,6 +45,7 @@ _LINES = {".jsonl", ".ndjson", ".json"}
 _CELLS = {".csv": ",", ".tsv": "\t"}
 _TABLE = ".parquet"
 _SHARES = "; about 84 % go to train, 6 % to valid and 10 % to test"  # of `_split_by_unit`
+_CUTS = {"blank_line": r"(?<=\n\n)(?!\n)", "line": r"(?<=\n)"}  # after the end of a document
 _ENDS = {"blank_line": "a blank line", "line": "a line end", "file": "the end of the file"}
 
 
@@ -347,11 +348,7 @@ def _rows(file: Path, spec: FileCorpus) -> Iterator[tuple[int, Any]]:
     if kind in _CELLS:
         yield from enumerate(_cells(content, _CELLS[kind], spec.field, file))
         return
-    parts = {
-        "blank_line": lambda: re.split(r"(?<=\n\n)(?!\n)", content),
-        "line": lambda: re.split(r"(?<=\n)", content),
-        "file": lambda: [content],
-    }[spec.documents]()
+    parts: list[str] = [content] if spec.documents == "file" else re.split(_CUTS[spec.documents], content)
     if spec.separator != "none":  # else nothing is put between documents, so each keeps the end that it has
         parts = [part.strip("\n") for part in parts if part.strip()]
     yield from enumerate({spec.field: part} for part in parts)
@@ -379,9 +376,7 @@ def _columns(file: Path, field: str) -> list[str] | None:
 
 
 def _hub_documents(spec: HubCorpus, split: Split) -> Iterator[Document]:
-    name = spec.splits.get(split)
-    if name is None:
-        raise CorpusError(f"{spec.path}: expected a data set split for '{split}', found none; add it under 'splits'")
+    name = spec.splits[split]
     rows = _loaded(spec, name)
     for number, row in enumerate(tqdm(rows, desc=f"read {split}", unit="row", mininterval=2)):
         document = _row_document(row, spec.field, f"{name}:{number}", spec.path)

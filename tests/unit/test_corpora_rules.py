@@ -6,13 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 from making import made_text
 
 from memdec.artefacts import artefact
 from memdec.errors import CorpusError
-from memdec.settings import SPLITS, DocstringCorpus, FileCorpus, HubCorpus, Split
+from memdec.settings import SPLITS, DocstringCorpus, FileCorpus, Split
 from memdec.text import corpora
 
 TEXT = made_text(200, 9)
@@ -113,17 +112,6 @@ def test_text_of_another_corpus_is_kept_out_of_valid_and_test_but_not_of_train(t
     assert sum(artefact.read(tmp_path / "apart", "corpus").facts["dropped_for_overlap"].values()) > sum(
         alone["dropped_for_overlap"].values()
     )
-
-
-def test_missing_splits_are_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(TEXT)
-    with pytest.raises(CorpusError, match="found no valid, test"):
-        made(tmp_path, tmp_path / "o", path=None, paths={"train": str(tmp_path / "a.txt")})
-    (tmp_path / "set").mkdir()
-    pd.DataFrame({"text": TEXT.split("\n\n")}).to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
-    splits: dict[Split, str] = {"train": "train", "test": "train"}
-    with pytest.raises(CorpusError, match="expected a data set split for 'valid'"):
-        corpora.run(HubCorpus(source="hub", path=str(tmp_path / "set"), splits=splits), tmp_path / "h")
 
 
 @pytest.mark.parametrize("row", ["[1]", '{"text": null}', '{"text": 3}', '"text"'])
