@@ -123,6 +123,7 @@ class MemDecForCausalLM(Wrapper):
             tokens.check_same_ids(words, tokens.load_tokenizer(str(name), commit, **trust), f"{base} with {name}")
         if device_map is not None:
             kwargs["device_map"] = device_map
+        dtype = kwargs.pop("torch_dtype", None) or dtype  # its earlier name in transformers
         lm = load(base, dtype=dtype, revision=commits[0], **trust, **kwargs)
         place = torch.device(memory_device) if memory_device is not None else next(lm.parameters()).device
         small = []

@@ -215,6 +215,11 @@ def saved(mixture: MemDecForCausalLM, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+def test_parts_have_the_number_type_by_its_earlier_name(base_folder: Path, small_folder: Path) -> None:
+    found = MemDecForCausalLM.from_parts(base_folder, [small_folder], [0.5], torch_dtype=torch.bfloat16)
+    assert {model.dtype for model in (found.base, *found.memories)} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("kind", [MemDecForCausalLM, AutoModelForCausalLM])
 def test_a_mixture_is_loaded_as_asked(saved: Path, kind: Any, mixture: MemDecForCausalLM) -> None:
     asked = {"weights": [0.5, 0.5], "torch_dtype": torch.bfloat16, "attn_implementation": "eager", "subfolder": "m"}
