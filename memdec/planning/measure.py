@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tokenizers import ByteLevelBPETokenizer
 
@@ -58,7 +57,7 @@ def _rates(device: torch.device) -> Rates:
         gather=_gather(),
         text=_text(),
         process=process,
-        memory=torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total,
+        memory=torch.cuda.get_device_properties(device).total_memory if on_gpu else resources.memory(),
     )
 
 
