@@ -1,8 +1,8 @@
 """Stage `corpus`: read documents, deduplicate them, split them by source, limit their size, and hash them.
 
 Splitting by source keeps docstrings of one source file from being in both train and test; of other text a document is the
-unit. Inputs are docstrings of installed packages (read without importing them), local files, or a data set of the Hub. The output is a folder with one parquet
-file per split (columns `text`, `source`).
+unit. Inputs are docstrings of installed packages (read without importing them), local files, or a data set of the Hub. The
+output is a folder with one parquet file per split (columns `text`, `source`).
 """
 
 import ast
