@@ -12,6 +12,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import lzma
 import os
 import re
@@ -38,6 +39,7 @@ from memdec.text import reading
 SKIPPED_FOLDERS = {"tests", "test", "_vendor", "_vendored_packages", "idlelib", "lib2to3", "site-packages", "testing"}
 SHINGLE = 12  # words of a shingle, the unit in which the overlap of two texts is measured
 MAX_OVERLAP = 0.3  # fraction of a valid/test document's shingles that may occur in train
+MAX_COPIED = 0.9  # fraction of a split's text that may be in documents of another split; published ones share some
 MAX_FILE_SHARE = 0.05  # a file with a larger fraction of the text goes to train, or it might be most of the test set
 
 _PLAIN = {"", ".txt", ".text", ".md", ".rst", ".raw", ".tokens"}  # the last two are WikiText's
@@ -79,8 +81,9 @@ def run(spec: CorpusSpec, out: Path, against: Sequence[Path] = ()) -> None:
             texts = [doc.text for doc in splits["train"]] + [text for path in against for text in load(path, "train")]
             dropped = _drop_overlap(splits, _shingles(texts))
         facts: dict[str, Any] = {"dropped_for_overlap": dropped, "separator": spec.separator, "splits": {}}
-        for split in SPLITS:
-            documents = _capped(splits[split], spec.max_bytes.get(split))
+        splits = {split: _capped(splits[split], spec.max_bytes.get(split)) for split in SPLITS}
+        _refuse_copies(splits, _shown(spec))
+        for split, documents in splits.items():
             n_bytes = sum(len(doc.text.encode()) for doc in documents)
             if n_bytes < spec.min_bytes:
                 raise CorpusError(
@@ -482,6 +485,18 @@ def _drop_overlap(splits: dict[Split, list[Document]], seen: set[int]) -> dict[s
         dropped[split] = len(splits[split]) - len(kept)
         splits[split] = kept
     return dropped
+
+
+def _refuse_copies(splits: Mapping[Split, Sequence[Document]], shown: str) -> None:
+    """Raise an error if most of one split's text is in another: what is tuned and tested there would be known text."""
+    texts = {split: {document.text: len(document.text) for document in splits[split]} for split in SPLITS}
+    for seen, split in itertools.combinations(SPLITS, 2):
+        shared = texts[seen].keys() & texts[split].keys()
+        if sum(map(len, shared)) > MAX_COPIED * sum(texts[split].values()):
+            raise CorpusError(
+                f"{shown}: expected text in the {split} split that is not in the {seen} split, found {len(shared)} of "
+                f"its {len(texts[split])} different documents in both; give other text to one of them"
+            )
 
 
 def _capped(documents: list[Document], max_bytes: int | None) -> list[Document]:

@@ -178,8 +178,8 @@ def test_7_tokens_of_a_corpus_are_those_of_the_text_that_is_evaluated(separator:
 def read(file: Path, out: Path) -> list[str]:
     """The documents of a file, as the test split of a corpus."""
     others = {split: out.parent / f"{split}.jsonl" for split in SPLITS if split != "test"}
-    for other in others.values():
-        other.write_text('{"text": "another"}\n')
+    for other, path in others.items():
+        path.write_text(f'{{"text": "text of {other}"}}\n')
     paths = {split: str(path) for split, path in {**others, "test": file}.items()}
     corpora.run(FileCorpus(source="files", paths=paths, min_bytes=1), out)
     return corpora.load(out, "test")

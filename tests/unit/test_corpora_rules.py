@@ -30,8 +30,8 @@ def texts(out: Path) -> list[str]:
 def as_one(path: Path, split: Split = "test") -> dict[str, Any]:
     """A file, or a glob, as one split of a corpus."""
     others = {other: path.parent / f"{other}.jsonl" for other in SPLITS if other != split}
-    for other in others.values():
-        other.write_text('{"text": "another text"}\n')
+    for other, file in others.items():
+        file.write_text(f'{{"text": "text of {other}"}}\n')
     return {"path": None, "paths": {name: str(file) for name, file in {**others, split: path}.items()}}
 
 
@@ -119,6 +119,23 @@ def test_a_row_without_text_names_file_and_row(tmp_path: Path, row: str) -> None
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + row)
     with pytest.raises(CorpusError, match=r"a\.jsonl:1: expected a text field 'text'"):
         made(tmp_path / "a.jsonl", tmp_path / "o")
+
+
+@pytest.mark.parametrize("copied", ["train", "valid"])
+def test_a_copy_of_a_split_is_refused_under_any_name_and_limit(tmp_path: Path, copied: str) -> None:
+    texts = {split: [f"{split} document {n}, which nothing else has\n\n" for n in range(30)] for split in SPLITS}
+    texts["test"] = [*texts[copied][5:30], texts["test"][0]]
+    for split, documents in texts.items():
+        (tmp_path / f"{split}.txt").write_text("".join(documents))
+    paths = {split: str(tmp_path / f"{split}.txt") for split in SPLITS}
+    options: dict[str, Any] = {"path": None, "paths": paths, "max_bytes": {"test": 900}}
+    with pytest.raises(
+        CorpusError, match=rf"in the test split that is not in the {copied} split, found \d+ of its 2\d"
+    ):
+        made(tmp_path, tmp_path / "o", **options)
+    texts["test"] = [*texts[copied][:20], *(f"test document {n}\n\n" for n in range(9))]  # as published ones can
+    (tmp_path / "test.txt").write_text("".join(texts["test"]))
+    made(tmp_path, tmp_path / "o", **options)
 
 
 # --- bugs; drop the mark with the fix -----------------------------------------------------------------------------
