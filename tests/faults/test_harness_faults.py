@@ -596,7 +596,6 @@ def test_a_mistyped_task_is_named_with_near_ones(base_folder: Path, small_folder
     [
         (["--tasks", "memdec_pl", "--model_args", "pretrained={base}"], "found 'memdec_pl'; did you mean memdec_ppl"),
         (["--tasks", "memdec_ppl", "--model_args", "pretrained={base},alhpa=1"], "did you mean alpha=?"),
-        (["--tasks", "memdec_ppl", "--model_args", "pretrained={base},batch_size=8"], "give --batch_size 8"),
     ],
 )
 def test_the_lm_eval_command_ends_with_one_line(words: list[str], message: str, base_folder: Path) -> None:

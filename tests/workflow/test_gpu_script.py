@@ -17,12 +17,10 @@ from benchmarks import gpu, report, summary
 from docs import publish
 
 ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
 
 
 def script(folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "WORK": str(folder / "work"), "PYTHON": sys.executable, **more}
-    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(folder / "out"), *words]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
@@ -38,6 +36,7 @@ def write_rows(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forking")
 def test_every_part_at_toy_sizes(tmp_path: Path) -> None:
     write_rows(tmp_path / "data")
     run = script(tmp_path, "--tiny", MEMDEC_DATA=str(tmp_path / "data"))

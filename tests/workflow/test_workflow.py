@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +19,6 @@ from memdec.tasks import needed
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "config" / "mini.yaml"
-BIN = Path(sys.executable).parent
 MODULES = sorted((ROOT / "memdec").glob("*.py"))
 
 
@@ -33,14 +31,9 @@ def repair(folder: Path, *words: str) -> str:
 
 
 def started(*command: str) -> subprocess.CompletedProcess[str]:
-    """A command as a user's shell runs it, with this environment's programs first."""
+    """A command as a user's shell runs it."""
     # Any folder does for what is not read.
-    environment = {
-        "MEMDEC_TEST_DATA": "/",
-        "MEMDEC_SMOL": "/",
-        **os.environ,
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-    }
+    environment = {"MEMDEC_TEST_DATA": "/", "MEMDEC_SMOL": "/", **os.environ}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
 
 
@@ -481,8 +474,7 @@ def with_stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines += [f'for e in {endings}; do touch "$b.$e"; done;;', '*) mkdir -p "$2"; touch "$2/manifest.json";; esac']
     stub.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     stub.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{BIN}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(sys.modules[__name__], "BIN", stub.parent)
+    monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
 
 
 def test_other_settings_of_latency_measure_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -677,6 +669,7 @@ def test_rules_that_compute_take_the_gpu_that_the_config_may_use(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forking")
 def test_a_tiny_run_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rule once on made text; a second call does nothing; a lost shard rebuilds only what hangs on it."""
     for name in ("general", "domain"):
@@ -822,6 +815,7 @@ def test_no_keys_are_made_to_be_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forking")
 def test_a_run_without_its_keys_gives_the_same_table_and_makes_nothing_twice(tmp_path: Path) -> None:
     for name in ("general", "domain"):
         (tmp_path / f"{name}.txt").write_text(made_text(300, len(name)))
