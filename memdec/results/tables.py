@@ -120,7 +120,7 @@ def _word(table: Table, row: Any, system: str) -> cells.Cell:
     """A line for programs of the probability of a marked word under one distribution."""
     about = {"row": f"{row['group']} / {row['text']}", "column": system, "metric": "probability", "unit": "percent"}
     at = {"study": table.config.study_name, "domain": table.config.domains[0], "model": table.config.key_model}
-    return cells.Cell.model_validate({"table": table.name, "value": float(row[system]), "n": 1, **about, **at})
+    return cells.Cell.model_validate({"table": table.name, "value": float(row[system]), **about, **at})
 
 
 def write(
