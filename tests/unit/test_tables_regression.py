@@ -87,6 +87,11 @@ def test_markdown_and_latex(records: list[dict[str, Any]]) -> None:
     assert r"\textbf{61.00}" in tables.latex(shown)
 
 
+def test_the_note_holds_for_the_farthest_end_of_a_lopsided_interval() -> None:
+    sheet = Sheet(TABLE3, [record("gpt2-S", "base", 100.0, low=99.0, high=109.0)])
+    assert "within ±9.0 % of each value" in tables.note(sheet)
+
+
 def test_an_adapter_that_is_smaller_than_the_memory_is_named() -> None:
     records = [
         record("gpt2-S", "base", 90.0),
