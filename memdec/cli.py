@@ -115,7 +115,7 @@ NEXT = {
     "score": "memdec mix --scored {out} --base EVALUATION-OF-THE-BASE --out ...",
     "mix": "memdec table --name table3 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...",
     "harness": "memdec compare {out}, or memdec compare {out} ... for the difference of two systems",
-    "sweep": "lm_eval --model memdec-interp with the best alpha of the table",
+    "sweep": "memdec tune --base ... --memory ... --corpus ..., which chooses alpha on valid text",
     "fidelity": "cat {out}/records.json",
     "shapes": "memdec figure --name figure5 --cell DOMAIN:MODEL:SEED:{out} --config ... --out ...",
     "latency": "docs/evaluate.md says how to read it",

@@ -301,7 +301,7 @@ def _provenance(table: Path) -> Facts:
         data = json.loads(path.read_text(encoding="utf-8"))
         return Facts(
             scale=data["scale"],
-            corpora=data["corpora_sha256"],
+            corpora=data.get("corpora_sha256", {}),  # Table 6 has none
             rows=data.get("rows_sha256", {}),
             versions={name: data["versions"].get(name) for name in SAME},
         )

@@ -120,7 +120,7 @@ def _word(table: Table, row: Any, system: str) -> cells.Cell:
     """A line for programs of the probability of a marked word under one distribution."""
     about = {"row": f"{row['group']} / {row['text']}", "column": system, "metric": "probability", "unit": "percent"}
     at = {"study": table.config.study_name, "domain": table.config.domains[0], "model": table.config.key_model}
-    return cells.Cell.model_validate({"table": table.name, "value": float(row[system]), "n": 1, **about, **at})
+    return cells.Cell.model_validate({"table": table.name, "value": float(row[system]), **about, **at})
 
 
 def write(
@@ -415,17 +415,21 @@ def _of_suites(sheet: Sheet, records: Sequence[Record]) -> list[str]:
 
 
 def _intervals(table: Measured, numbers: Sequence[Number], is_text: bool) -> list[str]:
-    """A sentence with the width of the intervals."""
-    known = [(n, n.high - n.low) for n in numbers if n.records and n.low is not None and n.high is not None]
+    """A sentence with the farthest end of an interval from its value."""
+    known = [
+        (n, max(n.high - n.value, n.value - n.low))
+        for n in numbers
+        if n.records and n.value is not None and n.low is not None and n.high is not None
+    ]
     if not known:
         return []
     where = "the CSV" if "low" in table.extra else "the records"
     if is_text:
-        widest = max(width / 2 / number.value for number, width in known if number.value)
+        widest = max(far / number.value for number, far in known if number.value)
         return [
             f"95 % bootstrap intervals over test windows are within ±{100 * widest:.1f} % of each value; they are in {where}."
         ]
-    widest = max(width / 2 for _, width in known)
+    widest = max(far for _, far in known)
     return [f"95 % bootstrap intervals over rows are within ±{widest:.3g} {_points(known[0][0])}; they are in {where}."]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from making import CONTEXT, run_memdec
 
+from memdec import cli
 from memdec.artefacts import artefact
 from memdec.datastore import keys as datastore
 from memdec.datastore import targets
@@ -140,6 +141,10 @@ def test_the_whole_evaluation_by_hand(
     results = json.loads((tmp_path / "e" / "results_MemDec_test.json").read_text())
     assert results["results"]["memdec_ppl"]["token_perplexity,none"] == pytest.approx(memory["value"], rel=1e-12)
     assert results["config"]["alpha"] == memory["alpha"]
+
+
+def test_a_sweep_of_the_test_text_is_not_said_to_choose_alpha() -> None:
+    assert cli.NEXT["sweep"].startswith("memdec tune ")
 
 
 @pytest.mark.slow

@@ -172,3 +172,9 @@ def test_nothing_unsafe_is_loaded() -> None:
         text = path.read_text(encoding="utf-8")
         for word in words:
             assert not re.search(r"(?<![\w.])" + re.escape(word), text), (path.name, word)
+
+
+def test_published_files_that_the_code_names_are_there() -> None:
+    named = {name for path in FILES for name in re.findall(r"results/reference/[\w/.-]+\.\w+", path.read_text())}
+    assert named
+    assert not [name for name in named if not (ROOT / name).is_file()]

@@ -11,7 +11,7 @@ import pytest
 from memdec import config as cfg
 from memdec.artefacts import artefact
 from memdec.errors import ArtifactError, ConfigError
-from memdec.results import catalogue, items, tables
+from memdec.results import catalogue, items, regression, tables
 from memdec.results.sheet import Sheet
 from memdec.settings import parse
 
@@ -85,6 +85,11 @@ def test_markdown_and_latex(records: list[dict[str, Any]]) -> None:
     assert ["GPT-2", "gpt2-S", "LoRA", "–"] in rows
     assert "chosen: 0.6, 0.8" in text
     assert r"\textbf{61.00}" in tables.latex(shown)
+
+
+def test_the_note_holds_for_the_farthest_end_of_a_lopsided_interval() -> None:
+    sheet = Sheet(TABLE3, [record("gpt2-S", "base", 100.0, low=99.0, high=109.0)])
+    assert "within ±9.0 % of each value" in tables.note(sheet)
 
 
 def test_an_adapter_that_is_smaller_than_the_memory_is_named() -> None:
@@ -254,6 +259,11 @@ def test_marked_words_are_a_table_of_what_was_measured_on_them(tmp_path: Path) -
     assert "(1,234 keys, k 8, temperature 0.5) and base model gpt2-M." in text
     found = json.loads((tmp_path / "table6.provenance.json").read_text())
     assert (found["table"], found["base"], found["memory"], found["index"]) == ("6", "b", "m", "i")
+    baseline, lines = tmp_path / "base.json", tmp_path / "table6.cells.csv"
+    regression.update([lines], baseline, "first")
+    lines.write_text(lines.read_text().replace(",12.5,", ",12.6,"))
+    found_words = [line.word for line in regression.compare([lines], baseline)[0]]
+    assert found_words == ["MOVED", "ok", "ok"]  # one word is no row that may turn
     with pytest.raises(ConfigError, match="expected one --cell with a folder of kind cases, found 2"):
         tables.run(table, [cell, cell], tmp_path / "table6.csv")
 
