@@ -9,7 +9,8 @@ import yaml
 from memdec import config as cfg
 from memdec.errors import ConfigError
 from memdec.results import catalogue, figure_catalogue
-from memdec.settings import TableName
+from memdec.settings import HubCorpus, TableName
+from memdec.tasks.perplexity import WIKITEXT
 
 MINI = Path(__file__).resolve().parents[2] / "config" / "mini.yaml"
 
@@ -192,6 +193,13 @@ def test_the_papers_tables_have_its_rows_and_columns() -> None:
     assert [each.temperatures for each in fixed.values()] == [[1], [1], [13], [13]]
     tuned = config.study("gpt2-tuned").for_model("GPT2-xl").evaluate
     assert (len(tuned.alphas), tuned.temperatures) == (11, [13])
+
+
+@pytest.mark.parametrize("name", ["paper.yaml", "gpu.yaml"])
+def test_the_text_that_a_memory_learns_and_that_of_its_task_are_of_one_commit(name: str) -> None:
+    corpus = cfg.load(MINI.with_name(name)).corpora["WikiText-103"]
+    assert isinstance(corpus, HubCorpus)
+    assert {(each.path, each.revision) for each in WIKITEXT.values()} == {(corpus.path, corpus.revision)}
 
 
 def test_one_gpu_has_nothing_that_needs_two() -> None:
