@@ -177,6 +177,7 @@ def test_one_config_says_the_papers_whole_grid() -> None:
     moved = config.study("llama").variant("llama")
     assert (moved.adapt, moved.memory_model, moved.tokenizer) == ("memdec", "Qwen2.5-0.5B", "llama")
     assert moved.train.epochs == pytest.approx(1.5)
+    assert config.study("llama").adapt.init == "random"  # the paper's; copied rows would be ours
 
 
 def test_the_papers_tables_have_its_rows_and_columns() -> None:
