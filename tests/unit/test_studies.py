@@ -171,9 +171,11 @@ def test_one_config_says_the_papers_whole_grid() -> None:
     studies = config.every_study()
     shared = {name: cfg.owner(studies, name, "memory") for name in config.studies}
     assert shared == {
-        "qwen": None, "parts": None, "latency": None, "tasks": None, "llama": None,
+        "qwen": None, "finance": None, "parts": None, "latency": None, "tasks": None, "llama": None,
         "gpt2": "gpt2", "gpt2-tuned": "gpt2", "nine": "gpt2", "nine-tuned": "gpt2", "questions": "questions",
     }  # fmt: skip
+    bars = figure_catalogue.figure(config, "figure2").config
+    assert (bars.domains, bars.bases) == (["Fin"], [name for name in config.models if name.startswith("Qwen2.5")])
     moved = config.study("llama").variant("llama")
     assert (moved.adapt, moved.memory_model, moved.tokenizer) == ("memdec", "Qwen2.5-0.5B", "llama")
     assert moved.train.epochs == pytest.approx(1.5)
