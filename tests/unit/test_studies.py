@@ -1,5 +1,6 @@
 """Studies: overlays of one config, the tables that they fill, and which artefacts they share."""
 
+import itertools
 from pathlib import Path
 from typing import Any, get_args
 
@@ -172,7 +173,8 @@ def test_one_config_says_the_papers_whole_grid() -> None:
     shared = {name: cfg.owner(studies, name, "memory") for name in config.studies}
     assert shared == {
         "qwen": None, "finance": None, "parts": None, "latency": None, "tasks": None, "llama": None,
-        "gpt2": "gpt2", "gpt2-tuned": "gpt2", "nine": "gpt2", "nine-tuned": "gpt2", "questions": "questions",
+        "gpt2": "gpt2", "gpt2-tuned": "gpt2", "nine": "gpt2", "nine-scores": "gpt2", "nine-tuned": "gpt2",
+        "questions": "questions",
     }  # fmt: skip
     bars = figure_catalogue.figure(config, "figure2").config
     assert (bars.domains, bars.bases) == (["Fin"], [name for name in config.models if name.startswith("Qwen2.5")])
@@ -191,6 +193,10 @@ def test_the_papers_tables_have_its_rows_and_columns() -> None:
     assert len({part.model for part in table.parts if part.memory == "memdec"}) == 11
     lora = {part.model for part in table.parts if part.system == "LoRA"}
     assert lora == {f"Qwen{name}" for name in ("2-0.5B", "2-1.5B", "2-7B", "2.5-0.5B", "2.5-1.5B", "2.5-3B", "2.5-7B")}
+    # Table 2 has one base, and claims about it are judged on every base that it has; Table 12 has two.
+    assert {part.model for part in catalogue.table(config, "table2").parts} == {"GPT2-small"}
+    scored = {(part.model, part.system) for part in catalogue.table(config, "table12").parts}
+    assert scored == {*itertools.product(["GPT2-small", "GPT2-xl"], ["base", "DAPT"])}
     fixed = {model: config.study("gpt2").for_model(model).evaluate for model in config.study("gpt2").bases}
     assert [each.alphas for each in fixed.values()] == [[0.8], [0.6], [0.55], [0.55]]
     assert [each.temperatures for each in fixed.values()] == [[1], [1], [13], [13]]
