@@ -205,6 +205,27 @@ def test_the_papers_tables_have_its_rows_and_columns() -> None:
 
 
 @pytest.mark.parametrize("name", ["paper.yaml", "gpu.yaml"])
+def test_the_memory_of_gpt2_is_trained_as_released(name: str) -> None:
+    config = cfg.load(MINI.with_name(name)).study("gpt2")
+    train = config.variant("memdec").train
+    assert (train.epochs, train.learning_rate, train.dropout) == (70, 1e-3, 0.1)
+    # Released: 16 windows of 1,024, of which 512 tokens are scored, by 4 forward passes and 2 processes.
+    windows = train.batch_size * train.accumulation * config.gpus("GPT2-small", launched=True)
+    assert windows * config.context == 16 * 4 * 2 * 512
+
+    def spent(model: str, epochs: float) -> float:
+        shape = config.models[model].shape
+        assert shape is not None
+        return epochs * (6 * shape.parameters + 12 * config.context * shape.width * shape.layers)
+
+    assert config.budget is not None
+    assert spent("GPT2-small", train.epochs) <= spent(config.budget.model, config.budget.epochs)
+    for larger in {"medium", "large"} & {*config.memory_names}:
+        memory = config.variant(larger)
+        assert spent(memory.memory_model, memory.train.epochs) <= spent(config.budget.model, 1), larger
+
+
+@pytest.mark.parametrize("name", ["paper.yaml", "gpu.yaml"])
 def test_the_text_that_a_memory_learns_and_that_of_its_task_are_of_one_commit(name: str) -> None:
     corpus = cfg.load(MINI.with_name(name)).corpora["WikiText-103"]
     assert isinstance(corpus, HubCorpus)
