@@ -13,6 +13,7 @@ from memdec.errors import ArtifactError, ConfigError, outside
 from memdec.results import cells as lines_of_tables
 from memdec.results import figures, gains, paper
 from memdec.results.figure_catalogue import Figure
+from memdec.results.task_tables import memory_of
 
 Cell = tuple[str, str, int, Path]  # domain, model, seed, folder
 _BARS = ("base", "LoRA", "MemDec")
@@ -58,13 +59,13 @@ def run(made: Figure, cells: Sequence[Cell], tables: Sequence[Path], out: Path) 
 def _of_table3(made: Figure, _cells: Sequence[Cell], tables: Sequence[Path]) -> pd.DataFrame:
     """A line per model and method: value, interval, tokens."""
     domain, config = made.config.domains[0], made.config
-    wanted = {base: memory.name for base in config.bases if (memory := config.memory_for(base)) is not None}
+    wanted = {base: memory_of(config, base) for base in config.bases}
     names = ["domain", "family", "model", "method", "value", "low", "high", "n", "seeds", "paper"]
     lines = [
         cell.model_dump(include=set(names))
         for cell in lines_of_tables.read(tables[0])
-        if cell.domain == domain and cell.method in _BARS and cell.value is not None
-        if cell.method != "MemDec" or cell.memory in (None, wanted.get(cell.model or ""))
+        if cell.domain == domain and cell.model in wanted and cell.method in _BARS and cell.value is not None
+        if cell.method != "MemDec" or cell.memory in (None, wanted[cell.model])
     ]
     if not lines:
         raise ArtifactError(

@@ -23,7 +23,7 @@ from memdec.maths import weighing
 from memdec.results import catalogue, cells, items
 from memdec.results.layout import Column, Measured, Table
 from memdec.results.sheet import Number, Record, Sheet, select, smaller
-from memdec.settings import portable
+from memdec.settings import DEFAULT_ALPHA, portable
 
 Given = tuple[str, str, int, Path]  # domain (or corpus), model, seed, folder
 CONSTANT = "\u2020"  # beside the number of a system that predicts one label for every row
@@ -407,7 +407,8 @@ def _of_suites(sheet: Sheet, records: Sequence[Record]) -> list[str]:
     values = sorted({float(record["alpha"]) for record in records if record.get("alpha") is not None})
     suites = {part.suite for part in sheet.table.parts if part.suite is not None}
     how = {sheet.table.config.suites[name].alpha for name in suites if name in sheet.table.config.suites}
-    said = {"paper": "as the paper has it for each task", "valid": "tuned on the valid text", "tune": "tuned on rows"}
+    printed = f"as the paper prints it for a task, else {DEFAULT_ALPHA:g}"
+    said = {"paper": printed, "valid": "tuned on the valid text", "tune": "tuned on rows"}
     if not values or not suites:
         return []
     ways = " or ".join(sorted(said.get(str(each), "given") for each in how))

@@ -24,7 +24,7 @@ WIKITEXT = {
         "Salesforce/wikitext",
         None,
         split,
-        "b08601e04326c79dfdd32d625aee71d233d685c3",
+        "b08601e04326c79dfdd32d625aee71d232d685c3",
         files=f"wikitext-103-raw-v1/{split}-*.parquet",  # not the training files
     )
     for split in ("test", "validation")

@@ -85,6 +85,9 @@ def test_figure_2_is_the_first_domain_of_table_3(tmp_path: Path, capsys: Any) ->
     assert (drawn["low"] == drawn["value"] - 2).all()
     assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (tmp_path / "figure2.svg").read_text()
+    made = figure_catalogue.figure(config(evaluated=["gpt2-S"], watch=None), "figure2")
+    drawing.run(made, [], [tmp_path / "table3.cells.csv"], tmp_path / "few.csv")
+    assert set(pd.read_csv(tmp_path / "few.csv")["model"]) == {"gpt2-S"}  # of a study with fewer models than Table 3
     said = json.loads((tmp_path / "figure2.provenance.json").read_text())
     assert said["inputs"] == {"table3.cells.csv": artefact.file_digest(tmp_path / "table3.cells.csv")}
     code, _, err = run_memdec(capsys, *words)

@@ -1,5 +1,6 @@
 """Studies: overlays of one config, the tables that they fill, and which artefacts they share."""
 
+import itertools
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,7 +10,8 @@ import yaml
 from memdec import config as cfg
 from memdec.errors import ConfigError
 from memdec.results import catalogue, figure_catalogue
-from memdec.settings import TableName
+from memdec.settings import HubCorpus, TableName
+from memdec.tasks.perplexity import WIKITEXT
 
 MINI = Path(__file__).resolve().parents[2] / "config" / "mini.yaml"
 
@@ -170,12 +172,16 @@ def test_one_config_says_the_papers_whole_grid() -> None:
     studies = config.every_study()
     shared = {name: cfg.owner(studies, name, "memory") for name in config.studies}
     assert shared == {
-        "qwen": None, "parts": None, "latency": None, "tasks": None, "llama": None,
-        "gpt2": "gpt2", "gpt2-tuned": "gpt2", "nine": "gpt2", "nine-tuned": "gpt2", "questions": "questions",
+        "qwen": None, "finance": None, "parts": None, "latency": None, "tasks": None, "llama": None,
+        "gpt2": "gpt2", "gpt2-tuned": "gpt2", "nine": "gpt2", "nine-scores": "gpt2", "nine-tuned": "gpt2",
+        "questions": "questions",
     }  # fmt: skip
+    bars = figure_catalogue.figure(config, "figure2").config
+    assert (bars.domains, bars.bases) == (["Fin"], [name for name in config.models if name.startswith("Qwen2.5")])
     moved = config.study("llama").variant("llama")
     assert (moved.adapt, moved.memory_model, moved.tokenizer) == ("memdec", "Qwen2.5-0.5B", "llama")
     assert moved.train.epochs == pytest.approx(1.5)
+    assert config.study("llama").adapt.init == "random"  # the paper's; copied rows would be ours
 
 
 def test_the_papers_tables_have_its_rows_and_columns() -> None:
@@ -187,11 +193,43 @@ def test_the_papers_tables_have_its_rows_and_columns() -> None:
     assert len({part.model for part in table.parts if part.memory == "memdec"}) == 11
     lora = {part.model for part in table.parts if part.system == "LoRA"}
     assert lora == {f"Qwen{name}" for name in ("2-0.5B", "2-1.5B", "2-7B", "2.5-0.5B", "2.5-1.5B", "2.5-3B", "2.5-7B")}
+    # Table 2 has one base, and claims about it are judged on every base that it has; Table 12 has two.
+    assert {part.model for part in catalogue.table(config, "table2").parts} == {"GPT2-small"}
+    scored = {(part.model, part.system) for part in catalogue.table(config, "table12").parts}
+    assert scored == {*itertools.product(["GPT2-small", "GPT2-xl"], ["base", "DAPT"])}
     fixed = {model: config.study("gpt2").for_model(model).evaluate for model in config.study("gpt2").bases}
     assert [each.alphas for each in fixed.values()] == [[0.8], [0.6], [0.55], [0.55]]
     assert [each.temperatures for each in fixed.values()] == [[1], [1], [13], [13]]
     tuned = config.study("gpt2-tuned").for_model("GPT2-xl").evaluate
     assert (len(tuned.alphas), tuned.temperatures) == (11, [13])
+
+
+@pytest.mark.parametrize("name", ["paper.yaml", "gpu.yaml"])
+def test_the_memory_of_gpt2_is_trained_as_released(name: str) -> None:
+    config = cfg.load(MINI.with_name(name)).study("gpt2")
+    train = config.variant("memdec").train
+    assert (train.epochs, train.learning_rate, train.dropout) == (70, 1e-3, 0.1)
+    # Released: 16 windows of 1,024, of which 512 tokens are scored, by 4 forward passes and 2 processes.
+    windows = train.batch_size * train.accumulation * config.gpus("GPT2-small", launched=True)
+    assert windows * config.context == 16 * 4 * 2 * 512
+
+    def spent(model: str, epochs: float) -> float:
+        shape = config.models[model].shape
+        assert shape is not None
+        return epochs * (6 * shape.parameters + 12 * config.context * shape.width * shape.layers)
+
+    assert config.budget is not None
+    assert spent("GPT2-small", train.epochs) <= spent(config.budget.model, config.budget.epochs)
+    for larger in {"medium", "large"} & {*config.memory_names}:
+        memory = config.variant(larger)
+        assert spent(memory.memory_model, memory.train.epochs) <= spent(config.budget.model, 1), larger
+
+
+@pytest.mark.parametrize("name", ["paper.yaml", "gpu.yaml"])
+def test_the_text_that_a_memory_learns_and_that_of_its_task_are_of_one_commit(name: str) -> None:
+    corpus = cfg.load(MINI.with_name(name)).corpora["WikiText-103"]
+    assert isinstance(corpus, HubCorpus)
+    assert {(each.path, each.revision) for each in WIKITEXT.values()} == {(corpus.path, corpus.revision)}
 
 
 def test_one_gpu_has_nothing_that_needs_two() -> None:
