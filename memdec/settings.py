@@ -622,7 +622,7 @@ class MixSettings(Settings):
         default=[0.25], min_length=1, description="candidates for the weight of p_kNN in the kNN-LM (paper: 0.25)"
     )
     resamples: PositiveInt = Field(
-        2000, description="number of bootstrap resamples for the 95 % interval over test windows (ours)"
+        2000, description="number of bootstrap resamples for the 95 % interval over stretches of the test text (ours)"
     )
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 
 from memdec.artefacts import artefact, markdown
 from memdec.errors import CorpusError, IncomparableError
-from memdec.maths import paired
+from memdec.maths import paired, statistics
 from memdec.maths.paired import Average, Paired
 
 COLUMNS = (
@@ -297,16 +297,19 @@ def _scored(sample: Sample) -> dict[str, str]:
 def _items(
     metric: str, a: Mapping[tuple[str, int], Sample], b: Mapping[tuple[str, int], Sample]
 ) -> tuple[list[Any], list[Any]]:
-    """The paired values of a metric: of each document, or of each window if both runs tell them."""
+    """The paired values of a metric: of each document, or of neighbouring windows if both runs tell them."""
     unit = _UNITS.get(_name(metric))
     told = [(_told(a[key]), _told(b[key])) for key in sorted(a)]
     if unit is None or any(each is None or unit not in each for pair in told for each in pair):
         return _values(metric, a, b)
     found: tuple[list[Any], list[Any]] = ([], [])
+    n_tokens = sum(each["stride"] * len(each["log_p"]) for each, _ in told if each is not None)
     for pair in told:
         for items, each in zip(found, pair, strict=True):
             assert each is not None
-            items.extend([log_p, n] for log_p, n in zip(each["log_p"], each[unit], strict=True))
+            size = statistics.item_tokens(n_tokens, each["stride"]) // each["stride"]
+            sums = (statistics.window_sums(np.asarray(each[name]), size)[0] for name in ("log_p", unit))
+            items.extend(map(list, zip(*sums, strict=True)))
     return found
 
 

@@ -61,7 +61,7 @@ def figure2(config: Config) -> Figure:
     """Make Figure 2 from the cells of Table 3."""
     caption = (
         f"Perplexity of every base model alone, with a LoRA adapter and with a memory, on {config.domains[0]} (the paper's "
-        "Figure 2; the numbers are those of Table 3). Lower is better; bars with 95 % intervals over test windows."
+        "Figure 2; the numbers are those of Table 3). Lower is better; bars with 95 % intervals over stretches of the text."
     )
     return Figure("figure2", config, caption, tables=("table3",))
 
@@ -169,7 +169,7 @@ def gains(config: Config) -> Figure:
             ]
     caption = (
         "How much lower the perplexity with the memory is than with its twin, which was trained in the same way on hard "
-        "labels alone, in percent, by what a study changes. 95 % intervals over test windows and seeds. Above zero the "
+        "labels alone, in percent, by what a study changes. 95 % intervals over stretches of the test text and seeds. Above zero the "
         "datastore paid."
     )
     axes: dict[str | None, str] = {

@@ -35,7 +35,7 @@ def numbers(made: Figure, cells: Sequence[Cell]) -> pd.DataFrame:
 
     Returns:
         Columns study, axis (what it changes), domain, model, memory and twin (test perplexities, means over seeds), value
-        (gain in percent) with low and high, n (test windows), seeds, key_perplexity (of the model that gives the keys, on
+        (gain in percent) with low and high, n (stretches of the test text), seeds, key_perplexity (of the model that gives the keys, on
         valid), tokens (of the training text), memory_parameters, key_parameters.
 
     Raises:
@@ -96,7 +96,7 @@ def _gain(memory: Sequence[Items], twin: Sequence[Items], where: str) -> dict[st
     counts = memory[0].counts
     if any(not np.array_equal(each.counts, counts) for each in [*memory, *twin]) or not len(counts):
         raise ArtifactError(
-            f"{where}: expected the same test windows of memory and twin, found others; evaluate both again"
+            f"{where}: expected the same test text of memory and twin, found others; evaluate both again"
         )
     own, other = (float(np.mean([each.value for each in side])) for side in (memory, twin))
     drawn = [

@@ -1,6 +1,6 @@
 """One measured number at one seed, with the items it is made of: what paired tests and intervals of differences need.
 
-The items of a perplexity are the windows of the test text, those of a task its rows. `of_evaluation` reads them from the
+The items of a perplexity are stretches of the test text, those of a task its rows. `of_evaluation` reads them from the
 scores that `memdec evaluate` stores, `of_samples` from the samples of a harness folder. `write` puts those of all cells of
 a table beside it, so that what is computed from a table later needs neither models nor evaluations.
 """
@@ -34,8 +34,8 @@ class Items:
     Attributes:
         seed: Seed of everything after the base models.
         value: The number: a perplexity, or a metric as lm-eval gives it (accuracies from 0 to 1).
-        sums: perplexity: the sum of -log p (nats) of each window; mean: the score of each row; other: empty, (N,).
-        counts: perplexity: the tokens of each window; mean: ones; other: empty, (N,).
+        sums: perplexity: the sum of -log p (nats) of each stretch; mean: the score of each row; other: empty, (N,).
+        counts: perplexity: the tokens of each stretch; mean: ones; other: empty, (N,).
         kind: How the number is made: perplexity is exp(sum / count), mean is sum / count, other is neither (F1).
         labels: other: what F1 is made from, one row per item: group (if there are groups), right label, prediction.
         averages: other: how F1 is averaged over labels; the number is their mean.
@@ -53,9 +53,9 @@ class Items:
         return len(self.sums) if self.labels is None else len(self.labels)
 
 
-def perplexity(seed: int, log_p: NDArray[np.floating], window: int) -> Items:
-    """The items of a perplexity, from the log-probability (nats) of every scored token and the tokens of a window."""
-    sums, counts = statistics.window_sums(log_p, window)
+def perplexity(seed: int, log_p: NDArray[np.floating], stride: int) -> Items:
+    """The items of a perplexity, from the log-probability (nats) of every scored token and the tokens scored per window."""
+    sums, counts = statistics.window_sums(log_p, statistics.item_tokens(len(log_p), stride))
     value = math.exp(-float(sums.sum()) / int(counts.sum()))
     return Items(seed, value, -sums, counts.astype(np.int64), "perplexity")
 
@@ -102,7 +102,7 @@ def of_evaluation(folder: Path, record: Mapping[str, Any], weight: float | None 
     return items
 
 
-@cache  # of sums of windows, which are few; they are read for the cell, its interval and every test
+@cache  # of sums of stretches, which are few; they are read for the cell, its interval and every test
 def _of_scores(folder: Path, on: str, weight: float, seed: int) -> Items | None:
     """The items of a text at a weight; None in an evaluation of an earlier version."""
     found = _scored(folder, on)

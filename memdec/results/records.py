@@ -34,7 +34,7 @@ class Records:
         base: The base, in warnings.
         corpus: Name of the corpus that is evaluated.
         settings: Candidates for the weights, and resamples of the intervals.
-        stride: Tokens scored per window: the items that the bootstrap resamples.
+        stride: Tokens scored per window.
         seed: Seed of the run and of the bootstrap.
         device: Name of the device that computed the scores.
         precision: Number type of the models' weights.
@@ -107,7 +107,8 @@ class Records:
 
     def _record(self, method: str, found: TokenScores, weight: float) -> dict[str, Any]:
         log_p = found.log_p(weight)
-        low, high = statistics.bootstrap_perplexity(log_p, self.stride, self.settings.resamples, self.seed)
+        item = statistics.item_tokens(len(log_p), self.stride)
+        low, high = statistics.bootstrap_perplexity(log_p, item, self.settings.resamples, self.seed)
         return {
             "method": method,
             "memory": None,

@@ -2,7 +2,7 @@
 
     scores, stride = token_scores(folder)           # of an evaluation's test text
     log_p = scores.log_p(record["alpha"])           # (N,), the tokens of the text in order
-    sums, counts = statistics.window_sums(log_p, stride)
+    sums, counts = statistics.window_sums(log_p, statistics.item_tokens(len(log_p), stride))
 
 `scores/<split>.safetensors` holds float64 arrays (N,) of log-probabilities (nats) of the true tokens in text order. For a
 general text it is `scores/<split>-<corpus>.safetensors`. An evaluation has the arrays `base`, the first distribution of
@@ -26,7 +26,7 @@ MEMORY = "memory"
 
 
 def token_scores(folder: Path, split: Split = "test", on: str | None = None) -> tuple[TokenScores, int]:
-    """Scores of a text, and the stride: tokens scored per window, which are the items of intervals and tests.
+    """Scores of a text, and the stride: tokens scored per window.
 
     Args:
         folder: Evaluation folder. Base and MemDec have the splits valid and test, as has the kNN-LM; others have test.

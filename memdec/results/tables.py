@@ -428,7 +428,7 @@ def _intervals(table: Measured, numbers: Sequence[Number], is_text: bool) -> lis
     if is_text:
         widest = max(far / number.value for number, far in known if number.value)
         return [
-            f"95 % bootstrap intervals over test windows are within ±{100 * widest:.1f} % of each value; they are in {where}."
+            f"95 % bootstrap intervals over stretches of the test text are within ±{100 * widest:.1f} % of each value; they are in {where}."
         ]
     widest = max(far for _, far in known)
     return [f"95 % bootstrap intervals over rows are within ±{widest:.3g} {_points(known[0][0])}; they are in {where}."]

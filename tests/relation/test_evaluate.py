@@ -134,16 +134,17 @@ def test_knn_lm_and_dapt_equal_plain_loops(
     assert (results["config"]["temperature"], results["config"]["lambda"]) == (tau, best)
 
 
-def test_intervals_resample_whole_windows(
+def test_intervals_resample_stretches_of_the_text(
     base_folder: Path, corpus_folder: Path, token_folder: Path, tmp_path: Path
 ) -> None:
     (base,) = records_of(tmp_path / "e", base_folder, corpus_folder)
     log_p = plain(base_folder, token_folder, "test")
-    windows, single = (
-        statistics.bootstrap_perplexity(log_p, size, SETTINGS.resamples, seed=0) for size in (CONTEXT // 2, 1)
+    stretches, single = (
+        statistics.bootstrap_perplexity(log_p, size, SETTINGS.resamples, seed=0)
+        for size in (statistics.item_tokens(len(log_p), CONTEXT // 2), 1)
     )
-    assert (base["low"], base["high"]) == pytest.approx(windows, rel=1e-4)
-    assert (base["low"], base["high"]) != pytest.approx(single, rel=1e-2)
+    assert (base["low"], base["high"]) == pytest.approx(stretches, rel=1e-4)
+    assert (base["low"], base["high"]) != pytest.approx(single, rel=1e-3)
 
 
 def test_in_context_rag_is_the_model_of_that_name(
@@ -271,7 +272,8 @@ def test_scores_of_base_and_memory_serve_each_other(
             assert expected.memory is not None
             assert np.array_equal(scores.memory, expected.memory)
         assert statistics.perplexity(scores.log_p(records[1]["alpha"])) == records[1]["value"]
-        assert statistics.bootstrap_perplexity(scores.base, stride, SETTINGS.resamples, 0) == (
+        item = statistics.item_tokens(len(scores.base), stride)
+        assert statistics.bootstrap_perplexity(scores.base, item, SETTINGS.resamples, 0) == (
             theirs[0]["low"],
             theirs[0]["high"],
         )

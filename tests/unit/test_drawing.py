@@ -240,7 +240,7 @@ def test_gains_compare_a_memory_with_its_twin_in_every_study(tmp_path: Path) -> 
     assert first["memory"] == pytest.approx(values["memdec"])
     assert first["value"] == pytest.approx(100 * (1 - values["memdec"] / values["ce"]))
     assert 0 < first["low"] < first["value"] < first["high"]
-    assert (first["n"], first["seeds"]) == (100, 2)
+    assert (first["n"], first["seeds"]) == (20, 2)
     with pytest.raises(ConfigError, match=r"gains: expected a --cell for each of 40 parts .* found 39; let Snakemake"):
         drawing.run(made, given[1:], [], tmp_path / "x.csv")
 

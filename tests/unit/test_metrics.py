@@ -33,6 +33,39 @@ def test_blocks_carry_the_dependence_of_neighbouring_tokens() -> None:
     assert blocks[1] - blocks[0] > 4 * (single[1] - single[0])
 
 
+@pytest.mark.parametrize(
+    ("n_tokens", "stride", "expected"),
+    [
+        (25_000, 64, 1024),
+        (25_000, 100, 1100),
+        (250_000, 512, 1024),
+        (9_000, 64, 448),
+        (30, 64, 64),
+        (60_000, 2048, 2048),
+    ],
+)
+def test_an_item_is_whole_windows_of_1024_tokens_or_a_20th_of_a_short_text(
+    n_tokens: int, stride: int, expected: int
+) -> None:
+    assert statistics.item_tokens(n_tokens, stride) == expected
+
+
+def test_an_interval_holds_the_truth_where_neighbouring_windows_are_alike() -> None:
+    """Windows of 64 tokens whose means follow each other with a correlation of 0.6, in 200 texts of 40,000 tokens."""
+    rng = np.random.default_rng(0)
+    stride, n_windows, held = 64, 625, {"items": 0, "windows": 0}
+    for _ in range(200):
+        level = [rng.normal()]
+        for step in rng.normal(size=n_windows - 1) * math.sqrt(1 - 0.6**2):
+            level.append(0.6 * level[-1] + step)
+        log_p = np.repeat(-3 + np.array(level), stride)
+        for name, size in (("items", statistics.item_tokens(len(log_p), stride)), ("windows", stride)):
+            low, high = statistics.bootstrap_perplexity(log_p, size, 200, seed=0)
+            held[name] += low <= math.exp(3) <= high
+    assert held["items"] >= 180  # of 200, where 190 are said
+    assert held["windows"] < 150
+
+
 def test_fault_24_narrow_scores_are_summed_in_float64() -> None:
     log_p = np.full(20_000, -8, np.float16)  # their sum, -160,000, is beyond float16
     assert statistics.perplexity(log_p) == pytest.approx(math.exp(8))
