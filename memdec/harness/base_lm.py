@@ -397,7 +397,11 @@ class WrappedLM(HFLM):
         return found
 
     def _item(self, context: list[int], continuation: list[int]) -> Item:
-        """Key, input and labels of a request; the input is cut on the left to fit into the context."""
+        """Key, input and labels of a request; the input is cut on the left to fit into the context.
+
+        lm-eval gives an empty context where its text is only spaces, which go to the continuation.
+        """
+        context = context or [self.prefix_token_id]
         if not 0 < len(continuation) <= self.max_length:
             raise ConfigError(
                 f"loglikelihood: expected a continuation of 1 to {self.max_length} tokens (positions of the models), found "

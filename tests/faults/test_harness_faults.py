@@ -316,6 +316,15 @@ def test_a_short_request_is_scored_as_alone_beside_and_after_a_long_one(
         assert model.loglikelihood(asked("loglikelihood", pair))[0][0] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_context_of_spaces_is_scored_from_the_prefix(base_folder: Path) -> None:
+    pairs = [(" ", "matrix returns"), ("\n", "The"), SHORT]
+    words = AutoTokenizer.from_pretrained(base_folder)
+    right = [_alone(base_folder, words.bos_token, text) for text in (" matrix returns", "\nThe")]
+    for order in (pairs[:1], pairs):
+        found = ours(base_folder, dtype="float32", batch_size=4).loglikelihood(asked("loglikelihood", *order))
+        assert [each for each, _ in found[:2]] == pytest.approx(right[: len(found)], abs=1e-4)
+
+
 def test_words_and_texts_are_scored_as_alone(rotary: Path) -> None:
     model = ours(rotary, dtype="float32", max_length=128, batch_size=4)
     contexts = [LONG[0], "The matrix", "The"]
