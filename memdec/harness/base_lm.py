@@ -702,6 +702,7 @@ class WrappedLM(HFLM):
         Prompts share a batch only if they are of one length class up to their last new token.
         """
         groups: dict[Any, list[int]] = {}
+        requests = [self._begun(request) for request in requests]
         for number, request in enumerate(requests):
             prompt, settings = request.args
             n_new = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
@@ -718,6 +719,13 @@ class WrappedLM(HFLM):
             found = super().generate_until([requests[number] for number in numbers], disable_tqdm)
             texts.update(zip(numbers, found, strict=True))
         return [texts[number] for number in range(len(requests))]
+
+    def _begun(self, request: Any) -> Any:
+        """The request; the prefix is its prompt if that has no token, as a row of padding alone depends on its batch."""
+        prompt, settings = request.args
+        if self.tok_encode(prompt):
+            return request
+        return replace(request, arguments=(self.tokenizer.decode(self.prefix_token_id), settings))
 
     def set_weight(self, weight: float) -> None:
         """Set the weight of the second distribution.

@@ -346,6 +346,17 @@ def test_a_text_is_generated_as_alone_in_a_batch(rotary: Path) -> None:
     assert ours(rotary, batch_size=4, **how).generate_until(requests[::-1]) == alone[::-1]
 
 
+def test_an_empty_prompt_is_continued_from_the_prefix(rotary: Path) -> None:
+    settings = {"until": ["@@"], "max_gen_toks": 8}
+    empty, prefix, longer = asked(
+        "generate_until", *((p, settings) for p in ("", "<|endoftext|>", "The matrix returns"))
+    )
+    model = ours(rotary, dtype="float32", batch_size=4)
+    right = model.generate_until([prefix])
+    assert model.generate_until([empty]) == right
+    assert model.generate_until([longer, empty])[1:] == right
+
+
 def test_passages_of_different_lengths_do_not_change_each_other(tokenizer_folder: Path) -> None:
     words = AutoTokenizer.from_pretrained(tokenizer_folder)
     text = torch.tensor([words.encode(LONG[0])[:14]])
