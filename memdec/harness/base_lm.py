@@ -169,9 +169,10 @@ class WrappedLM(HFLM):
         """Check what `hf` would only notice in the middle of the requests."""
         if isinstance(self.batch_size, int):
             arguments.whole("batch_size", self.batch_size)
-        if self._given.get("max_length") is not None and not rope.has_rotations(self.config):
-            limit = loading.n_positions(self.config)
-            loading.check_positions(limit, self._given["max_length"], "max_length", "lower it")
+        if (wanted := self._given.get("max_length")) is not None:
+            limit = None if rope.has_rotations(self.config) else loading.n_positions(self.config)
+            for most in (limit, self._n_positions):  # the second one has those of the memory
+                loading.check_positions(most, wanted, "max_length", "lower it")
         prefix, n = self._given.get("prefix_token_id"), len(self.tokenizer)
         if prefix is not None and not (isinstance(prefix, int) and 0 <= prefix < n):
             raise ConfigError(

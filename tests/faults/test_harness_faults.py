@@ -540,6 +540,11 @@ def test_bad_model_args_are_one_line(words: str, message: str, base_folder: Path
     assert "\n" not in str(error.value)
 
 
+def test_max_length_beyond_the_memory_is_an_error(rotary: Path, small_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_length: expected at most 32 tokens .*, found 64; lower it"):
+        ours(rotary, small_folder, max_length=64)
+
+
 def test_what_hf_takes_is_taken(base_folder: Path, small_folder: Path) -> None:
     given = {
         "pretrained": str(base_folder), "memory": str(small_folder), "attn_implementation": "eager", "use_cache": False,
