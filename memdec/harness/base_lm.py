@@ -173,7 +173,7 @@ class WrappedLM(HFLM):
             limit = None if rope.has_rotations(self.config) else loading.n_positions(self.config)
             for most in (limit, self._n_positions):  # the second one has those of the memory
                 loading.check_positions(most, wanted, "max_length", "lower it")
-        prefix, n = self._given.get("prefix_token_id"), len(self.tokenizer)
+        prefix, n = self._given.get("prefix_token_id"), tokens.n_ids(self.tokenizer)
         if prefix is not None and not (isinstance(prefix, int) and 0 <= prefix < n):
             raise ConfigError(
                 f"prefix_token_id: expected a token from 0 to {n - 1}, found {prefix!r}; correct --model_args"
