@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import simple_parse_args_string
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -700,7 +700,8 @@ class WrappedLM(HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As in `hf`: greedy or sampled text from the mixture; prompts are cut on the left to fit.
 
-        Prompts share a batch only if they are of one length class up to their last new token.
+        Prompts share a batch only if they are of one length class up to their last new token, and all or none begin with
+        BOS.
         """
         groups: dict[Any, list[int]] = {}
         requests = [self._begun(request) for request in requests]
@@ -714,7 +715,9 @@ class WrappedLM(HFLM):
                 )
             n, room = len(self.tok_encode(prompt)), self.max_length - n_new
             self.n_cut += n > room
-            groups.setdefault(rope.lengths_class(self._configs, min(n, room), n_new), []).append(number)
+            # `hf` asks the first prompt of a batch alone whether it begins with BOS, which is then added to none.
+            begins = has_bos_prefix(prompt, self.tokenizer.bos_token)
+            groups.setdefault((begins, rope.lengths_class(self._configs, min(n, room), n_new)), []).append(number)
         texts: dict[int, str] = {}
         for numbers in groups.values():
             found = super().generate_until([requests[number] for number in numbers], disable_tqdm)

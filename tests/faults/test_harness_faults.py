@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from making import CONTEXT, made_text
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -344,6 +346,19 @@ def test_a_text_is_generated_as_alone_in_a_batch(rotary: Path) -> None:
     alone = [ours(rotary, batch_size=1, **how).generate_until([request])[0] for request in requests]
     assert ours(rotary, batch_size=4, **how).generate_until(requests) == alone
     assert ours(rotary, batch_size=4, **how).generate_until(requests[::-1]) == alone[::-1]
+
+
+def test_a_prompt_that_begins_with_bos_takes_it_from_no_other(rotary: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(rotary, tmp_path / "bos")
+    words = AutoTokenizer.from_pretrained(folder)
+    bos = words.bos_token, words.bos_token_id
+    words.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    words.save_pretrained(folder)
+    prompts = [f"{bos[0]}The matrix returns", "The matrix"]
+    requests = asked("generate_until", *((p, {"until": ["@@"], "max_gen_toks": 8}) for p in prompts))
+    model = ours(folder, dtype="float32", batch_size=4)
+    assert model.tok_encode("The")[0] == bos[1]
+    assert model.generate_until(requests) == [model.generate_until([request])[0] for request in requests]
 
 
 def test_an_empty_prompt_is_continued_from_the_prefix(rotary: Path) -> None:
