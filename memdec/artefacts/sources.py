@@ -132,7 +132,8 @@ def _contents(folder: Path, weights: bool) -> list[tuple[str, str]]:
     files += [file for file in folder.rglob("*.py") if file.parent != folder]  # code of the repository, in packages
     found = sorted((file.relative_to(folder).as_posix(), artefact.hashed(file)) for file in files)
     for part in _parts(folder):
-        found.append(("part", identity(part.get("path", part["folder"]), part.get("revision"), weights=weights)))
+        place = part.get("path", part["folder"]), part.get("revision"), part.get("subfolder", "")
+        found.append(("part", identity(*place, weights=weights)))
     return found
 
 

@@ -183,7 +183,7 @@ class _Passes:
     ) -> None:
         self.model, self.stream, self.settings, self.compute = model, stream, settings, compute
         self.context, self.stride = context, stride
-        self.n_vocab = len(tokens.load_tokenizer(str(model)))
+        self.n_vocab = tokens.n_ids(tokens.load_tokenizer(str(model)))
         self._loaded: Any | None = None
 
     def of(self, split: Split, key_point: str) -> tuple[Forward, list[list[Window]]]:

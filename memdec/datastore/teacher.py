@@ -105,7 +105,7 @@ def _write(
 ) -> int:
     """Append the rows of the forward passes that are missing; return the number of entries of all rows."""
     begin, end = int(forward.edges[passes.start]), int(forward.edges[passes.stop])
-    n_vocab = len(tokens.load_tokenizer(str(forward.model_folder)))
+    n_vocab = tokens.n_ids(tokens.load_tokenizer(str(forward.model_folder)))
     prob = np.dtype(settings.dtype)
     with RowWriter(out, work, forward.data.dtype, prob) as rows:
         row = 8 + min(settings.top, n_vocab) * (forward.data.dtype.itemsize + prob.itemsize)

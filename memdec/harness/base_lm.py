@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import simple_parse_args_string
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -169,10 +169,11 @@ class WrappedLM(HFLM):
         """Check what `hf` would only notice in the middle of the requests."""
         if isinstance(self.batch_size, int):
             arguments.whole("batch_size", self.batch_size)
-        if self._given.get("max_length") is not None and not rope.has_rotations(self.config):
-            limit = loading.n_positions(self.config)
-            loading.check_positions(limit, self._given["max_length"], "max_length", "lower it")
-        prefix, n = self._given.get("prefix_token_id"), len(self.tokenizer)
+        if (wanted := self._given.get("max_length")) is not None:
+            limit = None if rope.has_rotations(self.config) else loading.n_positions(self.config)
+            for most in (limit, self._n_positions):  # the second one has those of the memory
+                loading.check_positions(most, wanted, "max_length", "lower it")
+        prefix, n = self._given.get("prefix_token_id"), tokens.n_ids(self.tokenizer)
         if prefix is not None and not (isinstance(prefix, int) and 0 <= prefix < n):
             raise ConfigError(
                 f"prefix_token_id: expected a token from 0 to {n - 1}, found {prefix!r}; correct --model_args"
@@ -397,7 +398,11 @@ class WrappedLM(HFLM):
         return found
 
     def _item(self, context: list[int], continuation: list[int]) -> Item:
-        """Key, input and labels of a request; the input is cut on the left to fit into the context."""
+        """Key, input and labels of a request; the input is cut on the left to fit into the context.
+
+        lm-eval gives an empty context where its text is only spaces, which go to the continuation.
+        """
+        context = context or [self.prefix_token_id]
         if not 0 < len(continuation) <= self.max_length:
             raise ConfigError(
                 f"loglikelihood: expected a continuation of 1 to {self.max_length} tokens (positions of the models), found "
@@ -695,9 +700,11 @@ class WrappedLM(HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As in `hf`: greedy or sampled text from the mixture; prompts are cut on the left to fit.
 
-        Prompts share a batch only if they are of one length class up to their last new token.
+        Prompts share a batch only if they are of one length class up to their last new token, and all or none begin with
+        BOS.
         """
         groups: dict[Any, list[int]] = {}
+        requests = [self._begun(request) for request in requests]
         for number, request in enumerate(requests):
             prompt, settings = request.args
             n_new = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
@@ -708,12 +715,21 @@ class WrappedLM(HFLM):
                 )
             n, room = len(self.tok_encode(prompt)), self.max_length - n_new
             self.n_cut += n > room
-            groups.setdefault(rope.lengths_class(self._configs, min(n, room), n_new), []).append(number)
+            # `hf` asks the first prompt of a batch alone whether it begins with BOS, which is then added to none.
+            begins = has_bos_prefix(prompt, self.tokenizer.bos_token)
+            groups.setdefault((begins, rope.lengths_class(self._configs, min(n, room), n_new)), []).append(number)
         texts: dict[int, str] = {}
         for numbers in groups.values():
             found = super().generate_until([requests[number] for number in numbers], disable_tqdm)
             texts.update(zip(numbers, found, strict=True))
         return [texts[number] for number in range(len(requests))]
+
+    def _begun(self, request: Any) -> Any:
+        """The request; the prefix is its prompt if that has no token, as a row of padding alone depends on its batch."""
+        prompt, settings = request.args
+        if self.tok_encode(prompt):
+            return request
+        return replace(request, arguments=(self.tokenizer.decode(self.prefix_token_id), settings))
 
     def set_weight(self, weight: float) -> None:
         """Set the weight of the second distribution.

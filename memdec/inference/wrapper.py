@@ -126,6 +126,7 @@ class Reader:
         self._takes_positions, self._takes_keep = "position_ids" in takes, "logits_to_keep" in takes
         mamba = "cache_params" in takes and "past_key_values" not in takes
         self.cache_name = "cache_params" if mamba else "past_key_values"
+        self._takes_cache = self.cache_name in takes
         self.n_layers = len(self.new_layers())
 
     def new_layers(self) -> list[Any]:
@@ -167,8 +168,8 @@ class Reader:
 
     @property
     def can_cache(self) -> bool:
-        """Whether the family takes a cache of transformers. RWKV and a few others have their own."""
-        return bool(type(self._family)._supports_default_dynamic_cache())
+        """Whether the family takes a cache of transformers. RWKV and a few others have their own, the first GPT none."""
+        return self._takes_cache and bool(type(self._family)._supports_default_dynamic_cache())
 
     def check_generation(self, chunks: bool) -> None:
         """Check that the family generates by the steps of transformers.

@@ -124,7 +124,7 @@ class Positions:
         final = DatastoreSettings(split="train", key_point="final", batch_size=batch_size)
         forwards = [Forward(model, self.stream, final, self.context, self.stride, compute) for model in models]
         batches = [self.windows[i : i + batch_size] for i in range(0, len(self.windows), batch_size)]
-        n_vocab = len(tokens.load_tokenizer(str(models[0])))
+        n_vocab = tokens.n_ids(tokens.load_tokenizer(str(models[0])))
         for forward in forwards:
             forward.batches = batches  # instead of all windows of the split
             loading.check_head(forward.point.model, bias=True)

@@ -83,7 +83,7 @@ def run(
         chosen = _chosen(positions, settings)
         table, examples, missing = _measured(positions, model, memory, chosen, settings, compute)
         artefact.write_json(out / "records.json", _records(table, sizes, name, settings))
-        n_vocab = len(tokens.load_tokenizer(str(model)))
+        n_vocab = tokens.n_ids(tokens.load_tokenizer(str(model)))
         artefact.write_text(out / "histogram.csv", _histograms(table, n_vocab, settings.bins).to_csv(index=False))
         artefact.write_json(out / "examples.json", examples)
         facts = {"rows_cut": float((missing > 0).mean()), "missing_at_most": float(missing.mean())}

@@ -123,6 +123,22 @@ def test_lm_eval_gets_what_hf_gets(
     assert len(set(expected)) > 1
 
 
+def test_contexts_of_a_family_without_a_cache_are_read_with_each_text(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("openai-gpt", vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    how = {"pretrained": str(tmp_path), "tokenizer": str(tokenizer_folder), "device": "cpu", "max_length": WINDOW}
+    pairs = [(PROMPTS[2], text) for text in (" matrix 3", " token 12", " size 4")]
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    monkeypatch.setattr(base_lm, "_SAVED", 1)
+    found, expected = (
+        [value for value, _ in kind(**how).loglikelihood(asked, disable_tqdm=True)] for kind in (MemDecInterp, HFLM)
+    )
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
 # --- generation ---------------------------------------------------------------------------------------------------
 
 CACHES: dict[str, dict[str, Any]] = {

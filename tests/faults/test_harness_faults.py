@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from making import CONTEXT, made_text
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -316,6 +318,15 @@ def test_a_short_request_is_scored_as_alone_beside_and_after_a_long_one(
         assert model.loglikelihood(asked("loglikelihood", pair))[0][0] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_context_of_spaces_is_scored_from_the_prefix(base_folder: Path) -> None:
+    pairs = [(" ", "matrix returns"), ("\n", "The"), SHORT]
+    words = AutoTokenizer.from_pretrained(base_folder)
+    right = [_alone(base_folder, words.bos_token, text) for text in (" matrix returns", "\nThe")]
+    for order in (pairs[:1], pairs):
+        found = ours(base_folder, dtype="float32", batch_size=4).loglikelihood(asked("loglikelihood", *order))
+        assert [each for each, _ in found[:2]] == pytest.approx(right[: len(found)], abs=1e-4)
+
+
 def test_words_and_texts_are_scored_as_alone(rotary: Path) -> None:
     model = ours(rotary, dtype="float32", max_length=128, batch_size=4)
     contexts = [LONG[0], "The matrix", "The"]
@@ -335,6 +346,30 @@ def test_a_text_is_generated_as_alone_in_a_batch(rotary: Path) -> None:
     alone = [ours(rotary, batch_size=1, **how).generate_until([request])[0] for request in requests]
     assert ours(rotary, batch_size=4, **how).generate_until(requests) == alone
     assert ours(rotary, batch_size=4, **how).generate_until(requests[::-1]) == alone[::-1]
+
+
+def test_a_prompt_that_begins_with_bos_takes_it_from_no_other(rotary: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(rotary, tmp_path / "bos")
+    words = AutoTokenizer.from_pretrained(folder)
+    bos = words.bos_token, words.bos_token_id
+    words.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    words.save_pretrained(folder)
+    prompts = [f"{bos[0]}The matrix returns", "The matrix"]
+    requests = asked("generate_until", *((p, {"until": ["@@"], "max_gen_toks": 8}) for p in prompts))
+    model = ours(folder, dtype="float32", batch_size=4)
+    assert model.tok_encode("The")[0] == bos[1]
+    assert model.generate_until(requests) == [model.generate_until([request])[0] for request in requests]
+
+
+def test_an_empty_prompt_is_continued_from_the_prefix(rotary: Path) -> None:
+    settings = {"until": ["@@"], "max_gen_toks": 8}
+    empty, prefix, longer = asked(
+        "generate_until", *((p, settings) for p in ("", "<|endoftext|>", "The matrix returns"))
+    )
+    model = ours(rotary, dtype="float32", batch_size=4)
+    right = model.generate_until([prefix])
+    assert model.generate_until([empty]) == right
+    assert model.generate_until([longer, empty])[1:] == right
 
 
 def test_passages_of_different_lengths_do_not_change_each_other(tokenizer_folder: Path) -> None:
@@ -518,6 +553,11 @@ def test_bad_model_args_are_one_line(words: str, message: str, base_folder: Path
         MemDecInterp.create_from_arg_string(text, PASSED)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_max_length_beyond_the_memory_is_an_error(rotary: Path, small_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_length: expected at most 32 tokens .*, found 64; lower it"):
+        ours(rotary, small_folder, max_length=64)
 
 
 def test_what_hf_takes_is_taken(base_folder: Path, small_folder: Path) -> None:

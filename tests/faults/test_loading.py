@@ -335,6 +335,17 @@ def test_every_file_that_decides_a_number_counts(tmp_path: Path) -> None:
     assert sources.identity(moved, weights=False) != sources.identity(moved)
 
 
+def test_a_mixture_by_reference_is_known_by_the_content_of_subfolders(
+    base_folder: Path, small_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base_folder, tmp_path / "repository" / "inner")
+    made = MemDecForCausalLM.from_parts(tmp_path / "repository", [small_folder], [0.5], subfolder="inner")
+    made.save_pretrained(tmp_path / "mixture", by_reference=True)
+    before = sources.identity(tmp_path / "mixture")
+    bent(tmp_path / "repository" / "inner", 1)
+    assert sources.identity(tmp_path / "mixture") != before
+
+
 def test_a_hub_id_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -1,5 +1,6 @@
 """The teacher's rows: an oracle by the whole model, independent of shards and kills, read by the memory's training."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,27 @@ def test_padded_heads_are_masked(base_folder: Path, short_tokens: Path, whole: P
     teacher.run(out, short_tokens, tmp_path / "t", TeacherSettings(batch_size=4), **WINDOW)
     assert arrays(tmp_path / "t")["tokens"].max() < N_VOCAB
     np.testing.assert_allclose(dense(tmp_path / "t"), dense(whole), atol=1e-6)
+
+
+def test_a_vocabulary_with_gaps_has_rows_up_to_its_largest_id(
+    base_folder: Path, short_tokens: Path, tmp_path: Path
+) -> None:
+    values, new, folder = np.load(short_tokens / "train.npy").astype(np.int64), N_VOCAB + 5, tmp_path / "model"
+    often = int(np.bincount(values).argmax())
+    model = loading.load(base_folder)
+    model.resize_token_embeddings(new + 1, mean_resizing=False)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        said = json.loads((base_folder / name).read_text())
+        for token, number in said.get("model", {}).get("vocab", {}).items():
+            said["model"]["vocab"][token] = new if number == often else number
+        (folder / name).write_text(json.dumps(said))
+    words = tokens.load_tokenizer(str(folder))
+    assert len(words) <= new < tokens.n_ids(words)
+    moved = np.where(values == often, new, values).astype(np.uint16)
+    stream = write_tokens(tmp_path / "tokens", moved, tokens.fingerprint(words))
+    teacher.run(folder, stream, tmp_path / "out", TeacherSettings(top=new + 1), **WINDOW)
+    assert (np.bincount(arrays(tmp_path / "out")["tokens"]) == len(values)).sum() == new + 1
 
 
 def test_what_cannot_work_is_refused_before_the_model_loads(
