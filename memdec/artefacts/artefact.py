@@ -80,6 +80,9 @@ VERSIONS = {
     "report": 1,
 }
 
+# Commands whose artefacts have another name.
+_COMMANDS = {"memory": "train", "calibration": "calibrate", "evaluation": "evaluate", "scores": "score"}
+
 
 class Facts(dict[str, Any]):
     """The facts of a manifest; a missing one is an error of the artefact, as in manifests of other versions."""
@@ -476,19 +479,17 @@ def read(path: Path, kind: str, whole: bool = False, *, freed: bool = False) -> 
         ArtifactError: The artefact is missing, unfinished, unreadable or of another kind, its manifest was changed, or
             a file is missing, cut or changed.
     """
+    command = f"`memdec {_COMMANDS.get(kind, kind)}`"
     if not path.is_dir():
-        raise ArtifactError(
-            f"{path}: expected a folder with a {kind} artefact, found nothing; run `memdec {kind}` first"
-        )
+        found = "a file" if path.is_file() else "nothing"
+        raise ArtifactError(f"{path}: expected a folder with a {kind} artefact, found {found}; run {command} first")
     if not (path / MANIFEST).is_file() and _is_of_others(path):
         raise ArtifactError(
-            f"{path}: expected a folder that `memdec {kind}` made, found one that memdec did not make; check the path"
+            f"{path}: expected a folder that {command} made, found one that memdec did not make; check the path"
         )
     if not (path / MANIFEST).is_file():
-        raise ArtifactError(
-            f"{path}: expected {MANIFEST}, found an unfinished {kind} artefact; run `memdec {kind}` again"
-        )
-    again = f"delete the folder and run `memdec {kind}` (or snakemake) again"
+        raise ArtifactError(f"{path}: expected {MANIFEST}, found an unfinished {kind} artefact; run {command} again")
+    again = f"delete the folder and run {command} (or snakemake) again"
     manifest = _parsed(path / MANIFEST, again)
     if manifest.kind != kind:
         raise ArtifactError(f"{path}: expected a {kind} artefact, found one of kind {manifest.kind}; check the path")
