@@ -143,6 +143,12 @@ def test_what_is_missing_is_made_by_a_command_that_exists(kind: str, tmp_path: P
         assert str(caught.value).split("`")[1].removeprefix("memdec ") in groups()
 
 
+def test_what_only_plans_a_run_is_no_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """`memdec model --parameters 5` asked for fields of `shape` that no option could give."""
+    for command, flag in (("corpus", "--expected-bytes"), ("model", "--parameters"), ("model", "--vocabulary")):
+        assert f"No such option: {flag}" in refused(capsys, command, "--out", "o", flag, "5")
+
+
 def test_help_version_and_completion(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_memdec(capsys, "--version")[:2] == (0, "memdec 0.1.0\n")
     for words in (["-h"], ["--help"]):
