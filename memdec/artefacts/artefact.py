@@ -97,7 +97,7 @@ class Listed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bytes: int
-    xxh3_128: str | None = None  # None in manifests of earlier versions, which list sizes only
+    xxh3_128: str
 
 
 class Manifest(BaseModel):
@@ -106,7 +106,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
-    version: int = 0  # of the stage (`VERSIONS`); 0 in manifests older than this field
+    version: int  # of the stage (`VERSIONS`)
     recipe: str  # hash of kind, version, settings and input recipes: equal recipes mean equal artefacts
     settings: dict[str, Any]
     inputs: dict[str, str]  # name -> recipe of the artefact, or content hash of a file
@@ -114,13 +114,6 @@ class Manifest(BaseModel):
     files: dict[str, Listed]  # by relative name
     versions: dict[str, str]
     checksum: str | None = None  # `_checksum` of the other fields; None in manifests older than this field
-
-    @field_validator("files", mode="before")
-    @classmethod
-    def _sizes_of_earlier_versions(cls, files: Any) -> Any:
-        if not isinstance(files, dict):
-            return files
-        return {name: {"bytes": entry} if isinstance(entry, int) else entry for name, entry in files.items()}
 
     @field_validator("facts")
     @classmethod
@@ -453,13 +446,13 @@ def _sync(path: Path, files: Sequence[Path]) -> None:
         sync(place)
 
 
-def examine(path: Path) -> tuple[Manifest | None, list[str]]:
-    """Check an artefact in full: its manifest (None if that is damaged), and what is wrong, a line for each file."""
+def examine(path: Path) -> list[str]:
+    """Check an artefact in full: what is wrong, a line for the manifest or for each file."""
     try:
         manifest = _parsed(path / MANIFEST, "make it again")
     except ArtifactError as error:
-        return None, [str(error).rpartition("; ")[0]]
-    return manifest, list(damage(path, manifest, again=True))
+        return [str(error).rpartition("; ")[0]]
+    return list(damage(path, manifest, again=True))
 
 
 def _is_current(path: Path, kind: str, recipe: str) -> bool:
@@ -570,7 +563,7 @@ def damage(path: Path, manifest: Manifest, up_to: int | None = None, *, again: b
             if there is None or there.st_size != listed.bytes:
                 what = "no such file" if there is None else f"{there.st_size} bytes"
                 yield f"{file}: expected {listed.bytes} bytes, found {what}"
-            elif listed.xxh3_128 is not None and (up_to is None or listed.bytes <= up_to):
+            elif up_to is None or listed.bytes <= up_to:
                 found = content_hash(file) if again else hashed(file)
                 if found != listed.xxh3_128:
                     yield f"{file}: expected the content that was written (xxh3_128 {listed.xxh3_128}), found {found}"
