@@ -787,7 +787,6 @@ def tune(
     alpha: Alphas = [],
     split: AnySplit = "valid",
     batch_size: BatchSize = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="changes nothing: the output is JSON")] = False,
     compute: Compute = AUTO,
 ) -> None:
     """Print the alpha with the lowest perplexity on a corpus, as JSON."""
