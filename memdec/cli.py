@@ -92,8 +92,8 @@ Alpha = Annotated[float, typer.Option(min=0, max=1, help="weight of the memory, 
 Stride = Annotated[int, typer.Option(min=1, help="tokens scored per window (paper: 512)")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object, for programs")]
 
-# Fields of an entry that the command takes as folders, or from the names of folders.
-LEFT_OUT = ("tokenizer", "corpus", "train_on", "disjoint_from")
+# Fields of an entry that are no options: the command takes them as folders or from their names, or they only plan a run.
+LEFT_OUT = ("tokenizer", "corpus", "train_on", "disjoint_from", "shape", "expected_bytes")
 
 # What comes after each command; {out} is what it wrote.
 NEXT = {
@@ -787,7 +787,6 @@ def tune(
     alpha: Alphas = [],
     split: AnySplit = "valid",
     batch_size: BatchSize = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="changes nothing: the output is JSON")] = False,
     compute: Compute = AUTO,
 ) -> None:
     """Print the alpha with the lowest perplexity on a corpus, as JSON."""
@@ -894,7 +893,9 @@ def _cells(texts: list[str]) -> list[tuple[str, str, int, Path]]:
 
 @app.command()
 def table(
-    name: Annotated[str, typer.Option(help="table1 to table19, memories, objectives or forgetting (docs/tables.md)")],
+    name: Annotated[
+        str, typer.Option(help="table1 to table19, memories, objectives, rivals or forgetting (docs/tables.md)")
+    ],
     config: RunConfig,
     cell: Cells,
     out: TableFile,

@@ -759,21 +759,16 @@ def _described(item: Any, names: list[str], parent: Any) -> str:
         guess = near(names[-1], known) or "; see `memdec schema` or config/README.md for the known ones"
         return f"{place}: unknown key{guess}, found {_short(item['input'])}"
     guess = near(item["input"], get_args(item_kind(parent, names))) if item["type"] == "literal_error" else ""
-    return f"{place}: {text}, found {_short(item['input'])}{guess or _as_yaml(item['input'])}"
+    number = _as_yaml(item["input"]) if item["type"] == "float_type" else ""
+    return f"{place}: {text}, found {_short(item['input'])}{guess or number}"
 
 
 def _as_yaml(given: object) -> str:
-    """How to write a number that YAML takes for text, such as 2e-5, to end a message with; empty for anything else."""
-    try:
-        number = repr(float(given)) if isinstance(given, str) else ""
-    except ValueError:
+    """How to write a number that YAML takes for text, such as 1e-3, to end a message with; empty for anything else."""
+    found = re.fullmatch(r"([+-]?\d+)(\.\d*)?[eE]([+-]?)(\d+)", given) if isinstance(given, str) else None
+    if found is None:
         return ""
-    mantissa, _, exponent = number.partition("e")
-    return (
-        f"; YAML takes that for text, write {mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}"
-        if exponent
-        else ""
-    )
+    return f"; YAML takes that for text, write {found[1]}{found[2] or '.0'}e{found[3] or '+'}{found[4]}"
 
 
 def item_kind(parent: Any, names: Sequence[str]) -> Any:

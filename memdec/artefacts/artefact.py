@@ -80,6 +80,9 @@ VERSIONS = {
     "report": 1,
 }
 
+# Commands whose artefacts have another name.
+_COMMANDS = {"memory": "train", "calibration": "calibrate", "evaluation": "evaluate", "scores": "score"}
+
 
 class Facts(dict[str, Any]):
     """The facts of a manifest; a missing one is an error of the artefact, as in manifests of other versions."""
@@ -94,7 +97,7 @@ class Listed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bytes: int
-    xxh3_128: str | None = None  # None in manifests of earlier versions, which list sizes only
+    xxh3_128: str
 
 
 class Manifest(BaseModel):
@@ -103,7 +106,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
-    version: int = 0  # of the stage (`VERSIONS`); 0 in manifests older than this field
+    version: int  # of the stage (`VERSIONS`)
     recipe: str  # hash of kind, version, settings and input recipes: equal recipes mean equal artefacts
     settings: dict[str, Any]
     inputs: dict[str, str]  # name -> recipe of the artefact, or content hash of a file
@@ -111,13 +114,6 @@ class Manifest(BaseModel):
     files: dict[str, Listed]  # by relative name
     versions: dict[str, str]
     checksum: str | None = None  # `_checksum` of the other fields; None in manifests older than this field
-
-    @field_validator("files", mode="before")
-    @classmethod
-    def _sizes_of_earlier_versions(cls, files: Any) -> Any:
-        if not isinstance(files, dict):
-            return files
-        return {name: {"bytes": entry} if isinstance(entry, int) else entry for name, entry in files.items()}
 
     @field_validator("facts")
     @classmethod
@@ -450,13 +446,13 @@ def _sync(path: Path, files: Sequence[Path]) -> None:
         sync(place)
 
 
-def examine(path: Path) -> tuple[Manifest | None, list[str]]:
-    """Check an artefact in full: its manifest (None if that is damaged), and what is wrong, a line for each file."""
+def examine(path: Path) -> list[str]:
+    """Check an artefact in full: what is wrong, a line for the manifest or for each file."""
     try:
         manifest = _parsed(path / MANIFEST, "make it again")
     except ArtifactError as error:
-        return None, [str(error).rpartition("; ")[0]]
-    return manifest, list(damage(path, manifest, again=True))
+        return [str(error).rpartition("; ")[0]]
+    return list(damage(path, manifest, again=True))
 
 
 def _is_current(path: Path, kind: str, recipe: str) -> bool:
@@ -476,19 +472,17 @@ def read(path: Path, kind: str, whole: bool = False, *, freed: bool = False) -> 
         ArtifactError: The artefact is missing, unfinished, unreadable or of another kind, its manifest was changed, or
             a file is missing, cut or changed.
     """
+    command = f"`memdec {_COMMANDS.get(kind, kind)}`"
     if not path.is_dir():
-        raise ArtifactError(
-            f"{path}: expected a folder with a {kind} artefact, found nothing; run `memdec {kind}` first"
-        )
+        found = "a file" if path.is_file() else "nothing"
+        raise ArtifactError(f"{path}: expected a folder with a {kind} artefact, found {found}; run {command} first")
     if not (path / MANIFEST).is_file() and _is_of_others(path):
         raise ArtifactError(
-            f"{path}: expected a folder that `memdec {kind}` made, found one that memdec did not make; check the path"
+            f"{path}: expected a folder that {command} made, found one that memdec did not make; check the path"
         )
     if not (path / MANIFEST).is_file():
-        raise ArtifactError(
-            f"{path}: expected {MANIFEST}, found an unfinished {kind} artefact; run `memdec {kind}` again"
-        )
-    again = f"delete the folder and run `memdec {kind}` (or snakemake) again"
+        raise ArtifactError(f"{path}: expected {MANIFEST}, found an unfinished {kind} artefact; run {command} again")
+    again = f"delete the folder and run {command} (or snakemake) again"
     manifest = _parsed(path / MANIFEST, again)
     if manifest.kind != kind:
         raise ArtifactError(f"{path}: expected a {kind} artefact, found one of kind {manifest.kind}; check the path")
@@ -569,7 +563,7 @@ def damage(path: Path, manifest: Manifest, up_to: int | None = None, *, again: b
             if there is None or there.st_size != listed.bytes:
                 what = "no such file" if there is None else f"{there.st_size} bytes"
                 yield f"{file}: expected {listed.bytes} bytes, found {what}"
-            elif listed.xxh3_128 is not None and (up_to is None or listed.bytes <= up_to):
+            elif up_to is None or listed.bytes <= up_to:
                 found = content_hash(file) if again else hashed(file)
                 if found != listed.xxh3_128:
                     yield f"{file}: expected the content that was written (xxh3_128 {listed.xxh3_128}), found {found}"

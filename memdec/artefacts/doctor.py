@@ -28,7 +28,6 @@ class Found:
         names: Its recipes, as they appear among the inputs of other artefacts.
         inputs: Recipes of its inputs.
         problems: What is wrong with it, a line for each damaged file.
-        n_by_size: Number of files of which only the size is known, because the manifest is of an earlier version.
         unknown: Replaces the list of artefacts made from it, if its recipe cannot be read.
         is_unfinished: Whether it has no manifest yet, or a process is building it.
     """
@@ -37,7 +36,6 @@ class Found:
     names: set[str] = field(default_factory=set)
     inputs: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    n_by_size: int = 0
     unknown: str = ""
     is_unfinished: bool = False
 
@@ -66,11 +64,6 @@ def run(folder: Path) -> tuple[list[str], int]:
         first, *others = found.problems
         lines.append(f"{found.path}: damaged; {first}; will be made again{' with ' * bool(again)}{again}")
         lines += [f"{found.path}: damaged too; {problem}" for problem in others]
-    lines += [
-        f"{found.path}: {found.n_by_size} files checked by size alone; an earlier version of memdec made it"
-        for found in everything
-        if found.n_by_size
-    ]
     unfinished = [found for found in everything if found.is_unfinished]
     lines += [f"{found.path}: unfinished; left for the command that makes it" for found in unfinished]
     lines.append(f"{folder}: {len(everything)} artefacts, {len(damaged)} damaged, {len(unfinished)} unfinished")
@@ -109,9 +102,7 @@ def _examine(found: Found) -> None:
         found.is_unfinished = True
         return
     found.names |= {artefact.owner(found.path) or ""} - {""}
-    manifest, found.problems = artefact.examine(found.path)
-    if manifest is not None:
-        found.n_by_size = sum(listed.xxh3_128 is None for listed in manifest.files.values())
+    found.problems = artefact.examine(found.path)
     said = artefact.said(found.path)  # a damaged manifest may still name what it was made from
     inputs, facts = ({} if not isinstance(said.get(key), dict) else said[key] for key in ("inputs", "facts"))
     if artefact.kind_of(found.path) is None:  # only the manifest has `keys_recipe`

@@ -39,7 +39,7 @@ def run(stream: Path, out: Path, settings: PassageSettings) -> None:
         settings: Length of a passage.
 
     Raises:
-        ArtifactError: The corpus of the tokens is missing or has changed.
+        ArtifactError: The token folder is missing or damaged.
         CorpusError: The token stream has no text, only ends of documents.
         ResourceError: The index does not fit into memory.
     """
@@ -48,8 +48,7 @@ def run(stream: Path, out: Path, settings: PassageSettings) -> None:
         if build is None:
             return
         ids = tokens.load_stream(stream, "train")
-        end = _end_of_document(stream, source, ids)
-        text, edges = cut(ids, end, settings.passage)
+        text, edges = cut(ids, source.facts["end"], settings.passage)
         if not len(text):
             raise CorpusError(f"{stream}: expected text in the train split, found only {len(ids)} ends of documents")
         resources.check_memory(_BYTES * len(text), "the BM25 index", "use a smaller corpus (max_bytes)")
@@ -65,20 +64,6 @@ def run(stream: Path, out: Path, settings: PassageSettings) -> None:
             tokenizer_sha256=source.facts["tokenizer_sha256"],
             corpus_sha256=source.facts["corpus_sha256"],
         )
-
-
-def _end_of_document(stream: Path, source: artefact.Manifest, ids: NDArray[np.integer]) -> int | None:
-    """The token that ends every document, or None if the token stream does not mark the ends."""
-    folder = (stream / str(source.facts["corpus"])).resolve()
-    corpus = artefact.read(folder, "corpus")
-    if corpus.facts["sha256"] != source.facts["corpus_sha256"]:
-        raise ArtifactError(
-            f"{folder}: expected the corpus that {stream} was made from, found another one; run `memdec tokens` again"
-        )
-    # Token streams of earlier versions do not name the token, but every document ends with it.
-    last = int(ids[-1]) if corpus.facts["separator"] == "eos" else None
-    end: int | None = source.facts.get("end", last)
-    return end
 
 
 def cut(

@@ -240,16 +240,6 @@ def test_a_folder_of_others_is_not_called_unfinished(tmp_path: Path) -> None:
         artefact.read(tmp_path, "tokenizer")
 
 
-def test_manifests_of_earlier_versions_are_read_by_size(copy: Path) -> None:
-    file = copy / "store" / "0" / artefact.MANIFEST
-    said = json.loads(file.read_text())
-    del said["checksum"]
-    said["files"] = {name: listed["bytes"] for name, listed in said["files"].items()}
-    file.write_text(json.dumps(said))
-    assert Datastore(copy / "store" / "0").n == N
-    assert f"{copy / 'store' / '0'}: 1 files checked by size alone" in doctor.run(copy)[0][0]
-
-
 @pytest.mark.parametrize(
     "what", ["empty", "cut header", "broken header", "pickle", "archive", "objects", "huge", "Fortran"]
 )

@@ -17,6 +17,7 @@ from making import made_text, run_memdec
 from docs import check as docs_check
 from memdec import cli, plain
 from memdec.artefacts import artefact
+from memdec.errors import ArtifactError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -131,6 +132,21 @@ def test_every_command_refuses_what_is_not_there_or_of_another_kind(
         assert "Traceback" not in err
         n_tried += 1
     assert n_tried >= 20
+
+
+@pytest.mark.parametrize("kind", ["memory", "evaluation", "scores", "calibration", "index"])
+def test_what_is_missing_is_made_by_a_command_that_exists(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name, found in (("nowhere", "nothing"), ("file", "a file")):
+        with pytest.raises(ArtifactError, match=f"found {found}; run `memdec .*` first$") as caught:
+            artefact.read(tmp_path / name, kind)
+        assert str(caught.value).split("`")[1].removeprefix("memdec ") in groups()
+
+
+def test_what_only_plans_a_run_is_no_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """`memdec model --parameters 5` asked for fields of `shape` that no option could give."""
+    for command, flag in (("corpus", "--expected-bytes"), ("model", "--parameters"), ("model", "--vocabulary")):
+        assert f"No such option: {flag}" in refused(capsys, command, "--out", "o", flag, "5")
 
 
 def test_help_version_and_completion(capsys: pytest.CaptureFixture[str]) -> None:

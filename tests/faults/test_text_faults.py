@@ -39,7 +39,7 @@ def texts(n: int, seed: int = 0) -> list[str]:
     return [rng.choice(DOCUMENTS) if rng.random() < 0.3 else text for text in plain]
 
 
-def bpe(n_merges: int = 60) -> Tokenizer:
+def bpe() -> Tokenizer:
     """A character BPE of a few merges that may cross spaces."""
     from tokenizers import trainers
 

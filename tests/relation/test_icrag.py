@@ -362,18 +362,10 @@ def test_a_cache_is_refused(base_folder: Path, model: IcRagForCausalLM) -> None:
         model(input_ids=torch.arange(2)[None], past_key_values=cache)
 
 
-def test_too_little_memory_and_a_lost_corpus(
-    token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_memory(token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("memdec.artefacts.resources.free_memory", lambda: 1000)
         with pytest.raises(ResourceError, match=r"the BM25 index: expected .* of free memory, found 1 kB"):
             passages.run(token_folder, tmp_path / "p", PassageSettings(passage=12))
     with pytest.raises(ArtifactError, match="unfinished passages artefact"):
         Passages(tmp_path / "p")
-    moved = tmp_path / "deeper" / "tokens"
-    moved.mkdir(parents=True)
-    for path in token_folder.iterdir():
-        (moved / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ArtifactError, match="expected a folder with a corpus artefact"):
-        passages.run(moved, tmp_path / "q", PassageSettings(passage=12))

@@ -44,7 +44,10 @@ def test_all_problems_in_one_line(tmp_path: Path) -> None:
         ({"key_model": "x"}, "key_model: expected one of"),
         ({"seeds": [True]}, r"seeds\.0: Input should be a valid integer, found True"),
         ({"evaluate": {"temperatures": ["1", 4]}}, r"temperatures\.0: Input should be a valid number, found '1'"),
-        ({"lora": {"learning_rate": "2e-5"}}, r"valid number, found '2e-5'; YAML takes that for text, write 2\.0e-05"),
+        ({"lora": {"learning_rate": "2e-5"}}, r"valid number, found '2e-5'; YAML takes that for text, write 2\.0e-5$"),
+        ({"lora": {"learning_rate": "1e-3"}}, r"valid number, found '1e-3'; YAML takes that for text, write 1\.0e-3$"),
+        ({"lora": {"learning_rate": "1.5e1"}}, r"found '1.5e1'; YAML takes that for text, write 1\.5e\+1$"),
+        ({"lora": {"epochs": "ten"}}, r"epochs: Input should be a valid number, found 'ten'$"),
         ({"stride": 500}, r"stride: expected at most context \(128\), found 500"),
         ({"corpora": {"a": {"source": "files"}}}, "either 'path' .* or 'paths'"),
         (

@@ -22,6 +22,12 @@ def test_fault_24_bf16_scores_are_mixed_in_float32(alpha: float) -> None:
     )
 
 
+def test_of_equally_good_weights_the_smallest_is_taken() -> None:
+    values = {0.6: 1.0, 0.2: 1.0, 0.4: 2.0, 0.8: 2.0}
+    assert weighing.best_weight(values) == 0.2
+    assert weighing.best_weight(values, higher=True) == 0.4
+
+
 @given(st.floats(0, 1), st.lists(st.tuples(st.floats(-60, 0), st.floats(-60, 0)), min_size=1, max_size=8))
 def test_stored_scores_mix_as_live_ones(alpha: float, pairs: list[tuple[float, float]]) -> None:
     base, memory = np.array(pairs, np.float32).T

@@ -82,7 +82,7 @@ def fill(results: Path, name: str = "gpt2-S") -> None:
     write_csv(results / "claims.csv", claims)
     scale, plain = results / "mini", re.sub(r"[/\x00]", "_", name)
     write_evaluation(scale / "torch" / "seed0" / "evaluation" / "memdec" / plain, "torch", name, 0.6, 80)
-    write_training(scale / "torch" / "seed0" / "memory" / plain, "memory", 100, 3.0)
+    write_training(scale / "torch" / "seed0" / "memory" / plain, 100)
     write_benchmark(scale, f"train/{plain}", 16.1, 12.5, 300.5)
     write_benchmark(scale, "table3", 0.5, 0.4, 100)
 
@@ -356,7 +356,7 @@ def test_an_svg_becomes_part_of_the_page() -> None:
 
 def test_more_lines_than_colours_go_to_a_second_chart(tmp_path: Path) -> None:
     for number in range(9):
-        write_training(tmp_path / "mini" / "torch" / "seed0" / "memory" / f"m{number}", "memory", 10, 3.0)
+        write_training(tmp_path / "mini" / "torch" / "seed0" / "memory" / f"m{number}", 10)
     charts = re.findall(r"Memories: torch</b></figcaption>.*?</ul>", made(tmp_path), re.S)
     assert [chart.count("<li>") for chart in charts] == [7, 2]
 

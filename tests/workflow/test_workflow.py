@@ -1,4 +1,4 @@
-"""The workflow and the shape of the code: schema, dry run, a real tiny run, direction of imports, safe loading."""
+"""The workflow: schema, dry run, a real tiny run."""
 
 import itertools
 import json
@@ -19,7 +19,6 @@ from memdec.tasks import needed
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "config" / "mini.yaml"
-MODULES = sorted((ROOT / "memdec").glob("*.py"))
 
 
 def snakemake(folder: Path, *words: str, snakefile: Path = ROOT / "Snakefile") -> str:

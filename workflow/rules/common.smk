@@ -517,12 +517,9 @@ def neighbours_instead(wildcards):
     found = memory(wildcards)
     if not found.neighbours:
         return {}
-    models = (
-        f"{at(wildcards, 'finetuned')}/finetuned" if found.tuned else f"{RUN}/models"
-    )
     return {
         **keys_and_index(wildcards, found.keys),
-        "key_model": manifest(f"{models}/{found.key_model}"),
+        "key_model": key_model(wildcards, found.keys),
     }
 
 

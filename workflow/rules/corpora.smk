@@ -90,7 +90,6 @@ use rule corpus as tokens with:
 
 use rule corpus as passages with:
     input:
-        unpack(lambda w: beside(f"{RUN}/corpora/{w.domain}")),
         tokens=manifest(f"{RUN}/tokens/{{tokenizer}}/{{domain}}"),
     output:
         manifest=built(f"{RUN}/passages/{{tokenizer}}/{{domain}}"),

@@ -78,9 +78,6 @@ use rule finetune as latency with:
         version=VERSIONS["latency"],
 
 
-ruleorder: claims > figure > table
-
-
 # memdec/results/figure_catalogue.py defines the figures and their parts.
 use rule table as figure with:
     input:

@@ -144,14 +144,12 @@ def own_targets(wildcards):
 
 
 def own_tokens(wildcards):
-    return tokens_of(memory(wildcards).key_model, domain_of(wildcards))
+    return key_tokens(wildcards, memory(wildcards).keys)
 
 
 def own_key_model(wildcards):
     """The model that gives a memory's keys."""
-    found = memory(wildcards)
-    tuned = f"{at(wildcards, 'finetuned')}/finetuned"
-    return manifest(f"{tuned if found.tuned else f'{RUN}/models'}/{found.key_model}")
+    return key_model(wildcards, memory(wildcards).keys)
 
 
 def compared(wildcards, name):
