@@ -68,7 +68,7 @@ VERSIONS = {
     "passages": 1,
     "scores": 2,
     "evaluation": 8,
-    "harness": 3,
+    "harness": 4,
     "cases": 2,
     "latency": 2,
     "sweep": 5,
