@@ -1171,11 +1171,16 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Check a config and report all problems at once, among them files and folders that are not there."""
+    from memdec.tasks import needed
+
     where, files = " + ".join(map(str, config)), shlex.join(map(str, config))
     try:
         paths = cfg.with_default(config)
         where = " + ".join(map(str, paths))
-        problems = cfg.check(cfg.read(*paths))
+        data = cfg.read(*paths)
+        problems, (_, parts) = cfg.check(data), cfg.faults(data)
+        if parts is not None:
+            problems += needed.unknown({name: suite.tasks for name, suite in parts.suites.items()})
         message = f"{where}: {'; '.join(problems)}"
     except ConfigError as error:  # a file that cannot be read as plain data
         problems = [message := str(error)]

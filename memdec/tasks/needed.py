@@ -6,7 +6,7 @@ starts what cannot be had at all.
 
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,23 @@ def leaves(names: Iterable[str]) -> list[str]:
 def _leaves(name: str) -> Iterator[str]:
     known = _definitions()
     if name not in known:
-        raise ConfigError(f"suites: expected tasks or groups of harness_tasks, found {name}{near(name, known)}")
+        raise ConfigError(f"tasks: expected tasks or groups of harness_tasks, found {name}{near(name, known)}")
     definition = known[name]
     if "group" not in definition:
         yield name
     for each in definition["task"] if "group" in definition else ():
         yield from _leaves(each)
+
+
+def unknown(suites: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for each task or group of a suite that there is not."""
+    found = []
+    for suite, name in ((suite, name) for suite, names in suites.items() for name in names):
+        try:
+            leaves([name])
+        except ConfigError as error:
+            found.append(f"suites.{suite}.{error}")
+    return found
 
 
 def files(names: Iterable[str], *, tune: bool = False) -> list[str]:

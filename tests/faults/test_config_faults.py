@@ -286,6 +286,12 @@ def test_overlays_are_laid_over_each_other_as_snakemake_does_it(
     assert code == 2
     assert "models.gpt2-S.width: expected a multiple of heads (5), found 64" in err
     assert "evaluatd: unknown key; did you mean evaluated?" in err
+    (tmp_path / "over.yaml").write_text("suites: {law: {tasks: [memdec_lw]}}\ndomains: [torch]\n")
+    code, err = validate(capsys, MINI, tmp_path / "over.yaml")
+    assert (code, "suites.law.tasks: expected tasks or groups of harness_tasks, found memdec_lw; did you" in err) == (
+        2,
+        True,
+    )
 
 
 def test_folders_and_files_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
