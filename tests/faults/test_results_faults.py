@@ -79,25 +79,27 @@ def test_windows_of_one_document_are_the_items_of_a_comparison(
     scores = model.token_scores(text, disable_tqdm=True)
     assert scores.memory is not None
     parts = windows(len(scores.base), CONTEXT, 16)
-    counts = np.array([part.n_scored for part in parts])
+    size = len(parts) // 20  # windows in an item of a short text
+    items = [(parts[i].first, parts[i : i + size][-1].end) for i in range(0, len(parts), size)]
+    counts = np.array([end - first for first, end in items])
     a, b = (
-        np.array([log_p[part.first : part.end].sum(dtype=np.float64) for part in parts])
+        np.array([log_p[first:end].sum(dtype=np.float64) for first, end in items])
         for log_p in (scores.base, scores.memory)
     )
     rows = compare.compare(runs["a"], runs["b"]).set_index(["task", "metric"])
     row = rows.loc["memdec_ppl", "token_perplexity"]
-    assert (row["n"], row["test"]) == (len(parts), "sign flips")
+    assert (row["n"], row["test"]) == (len(items), "sign flips")
     assert row["a"] == pytest.approx(np.exp(-a.sum() / counts.sum()))
     assert row["p"] == pytest.approx(statistics.sign_flips(a, b))
     # The paired interval, drawn by hand.
-    drawn = np.random.default_rng(1).integers(0, len(parts), (4000, len(parts)))
+    drawn = np.random.default_rng(1).integers(0, len(items), (4000, len(items)))
     value = [np.exp(-each[drawn].sum(1) / counts[drawn].sum(1)) for each in (a, b)]
     ends = np.quantile(value[1] - value[0], [0.025, 0.975])
     assert [row["low"], row["high"]] == pytest.approx(ends, rel=0.1)
     assert [row["a_low"], row["a_high"]] == pytest.approx(np.quantile(value[0], [0.025, 0.975]), rel=0.05)
     for metric in ("word_perplexity", "bits_per_byte"):
         other = rows.loc["memdec_ppl", metric]
-        assert (other["n"], other["test"], other["p"]) == (len(parts), "sign flips", row["p"])
+        assert (other["n"], other["test"], other["p"]) == (len(items), "sign flips", row["p"])
         assert other["low"] < other["difference"] < other["high"]
     (line,) = [json.loads(line) for line in next(runs["a"].rglob("samples_*.jsonl")).read_text().splitlines()]
     told = line["windows"]

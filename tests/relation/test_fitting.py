@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
-from making import CONTEXT, launch, spec
+from making import CONTEXT, launch, signed, spec
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -620,8 +620,6 @@ def test_nan_names_step_positions_and_file(
 def test_bad_input_is_seen_before_the_model_is_loaded(
     small_folder: Path, short_tokens: Path, rows: Path, tmp_path: Path, trained: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from memdec.artefacts.artefact import MANIFEST
-
     short = tmp_path / "short"
     short.mkdir()
     for file in small_folder.iterdir():
@@ -629,9 +627,7 @@ def test_bad_input_is_seen_before_the_model_is_loaded(
             (short / file.name).write_bytes(file.read_bytes())
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps({**config, "vocab_size": 290}))
-    manifest = json.loads((short / MANIFEST).read_text())
-    manifest["files"]["config.json"] = (short / "config.json").stat().st_size
-    (short / MANIFEST).write_text(json.dumps(manifest))
+    signed(short)
     empty = tmp_path / "empty"
     with artefact.building(empty, "targets", {}, {}) as build:
         assert build is not None
