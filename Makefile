@@ -51,7 +51,7 @@ TESTS ?= tests
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(TESTS)
 
-# All but the slow ones: three and a half minutes on two cores.
+# All but the slow ones: six of the thirteen minutes on two idle cores.
 core: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m 'not slow' tests
 
@@ -78,7 +78,7 @@ test-lowest:
 	$(LOWEST)/venv/bin/pip install -q -c $(LOWEST)/constraints.txt -e '.[cpu,dev]'
 	. $(LOWEST)/venv/bin/activate && python -m pytest -n 2 -m 'not slow' $(LOWEST_TESTS)
 
-# Plant known bugs one at a time; every one must make a test fail. Eight minutes of CPU time.
+# Plant known bugs one at a time; every one must make a test fail. Some ten minutes of CPU time.
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py
 
