@@ -42,9 +42,10 @@ def attention_flops(config: Any, context: int) -> int:
 
     Grouped-query attention costs as much as full attention, because every query head computes its own scores.
     """
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return int(4 * context * width * config.num_hidden_layers)
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    return int(4 * context * width * text.num_hidden_layers)
 
 
 def ceiling(model_folder: Path, epochs: float, n_tokens: int, context: int) -> float:

@@ -549,9 +549,10 @@ def snapshot(name: str, revision: str | None) -> Path:
 
 def n_positions(config: Any) -> int | None:
     """The most tokens that a model can take (its positions), or None if its configuration does not say."""
-    for field in ("max_position_embeddings", "n_positions"):
-        if isinstance(getattr(config, field, None), int):
-            return int(getattr(config, field))
+    text = config.get_text_config(decoder=True)
+    for field in ("max_position_embeddings", "n_positions", "max_seq_len"):  # the last one is MPT's
+        if isinstance(getattr(text, field, None), int):
+            return int(getattr(text, field))
     return None
 
 

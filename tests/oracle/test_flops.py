@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from memdec.errors import ModelError
-from memdec.models import flops
+from memdec.models import flops, loading
 
 CONTEXT, BATCH = 24, 2
 GROUPED: dict[str, Any] = {
@@ -95,3 +95,11 @@ def test_a_large_model_is_not_built_in_memory(tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="expected a model folder with config"):
         flops.ceiling(tmp_path, 1, 10, 8)
+
+
+def test_a_model_of_several_kinds_of_input_has_the_sizes_of_its_text_model() -> None:
+    whole = AutoConfig.for_model("gemma3", text_config={"max_position_embeddings": 77, "num_hidden_layers": 3})
+    text = whole.text_config
+    assert loading.n_positions(whole) == loading.n_positions(text) == 77
+    assert flops.attention_flops(whole, 10) == flops.attention_flops(text, 10) == 4 * 10 * 3 * 8 * text.head_dim
+    assert loading.n_positions(AutoConfig.for_model("mpt", max_seq_len=50)) == 50
