@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,9 +33,10 @@ sys.exit(status[0] if status else 1)
 def program(folder: Path) -> Iterator[Path]:
     """Put a program `memdec` into a new folder and yield that folder; its jobs have one thread each."""
     folder.mkdir()
-    address = folder / "socket"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, __file__, str(address)], env=environment) as server:
+    with tempfile.TemporaryDirectory() as short:  # the name of a socket has at most some 100 characters
+        address = Path(short) / "socket"
+        server = subprocess.Popen([sys.executable, __file__, str(address)], env=environment)
         try:
             while not address.exists():
                 assert server.poll() is None
@@ -44,6 +46,7 @@ def program(folder: Path) -> Iterator[Path]:
             yield folder
         finally:
             server.terminate()
+            server.wait()
 
 
 def serve(address: str) -> None:
