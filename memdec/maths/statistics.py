@@ -146,7 +146,7 @@ def item_tokens(n_tokens: int, stride: int) -> int:
     """Tokens in an item of a perplexity, which resampling keeps together: neighbouring windows of `stride` scored tokens.
 
     Windows of one document are alike. Drawn alone, those of 64 tokens of documentation make the interval of a perplexity
-    half as wide as it should be. An item has 1,024 tokens, or a 20th of a text that has fewer than 20 such items.
+    1.7 times too narrow. An item has 1,024 tokens, or a 20th of a text that has fewer than 20 such items.
     """
     return stride * max(1, min(math.ceil(_STRETCH / stride), n_tokens // (_LEAST * stride)))
 
