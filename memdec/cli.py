@@ -1177,8 +1177,7 @@ def validate(
     try:
         paths = cfg.with_default(config)
         where = " + ".join(map(str, paths))
-        data = cfg.read(*paths)
-        problems, (_, parts) = cfg.check(data), cfg.faults(data)
+        problems, parts = cfg.check(cfg.read(*paths))
         if parts is not None:
             problems += needed.unknown({name: suite.tasks for name, suite in parts.suites.items()})
         message = f"{where}: {'; '.join(problems)}"

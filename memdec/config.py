@@ -770,11 +770,11 @@ def faults(data: object) -> tuple[list[str], Config | None]:
     return [*references(data), *config.contradictions()], config
 
 
-def check(data: object) -> list[str]:
-    """Every fault of a config, and everything that it needs and this machine lacks, one line each."""
+def check(data: object) -> tuple[list[str], Config | None]:
+    """Every fault of a config and everything that it needs and this machine lacks, one line each, and its sound parts."""
     found, config = faults(data)
     lines = [*dict.fromkeys(found), *(missing(config) if config is not None else [])]
-    return [on_one_line(line) for line in lines]
+    return [on_one_line(line) for line in lines], config
 
 
 # What stands in for a field that a config must have and that has a fault.

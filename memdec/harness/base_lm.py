@@ -704,16 +704,20 @@ class WrappedLM(HFLM):
         BOS.
         """
         groups: dict[Any, list[int]] = {}
-        requests = [self._begun(request) for request in requests]
+        requests = list(requests)
         for number, request in enumerate(requests):
             prompt, settings = request.args
+            ids = self.tok_encode(prompt)
+            if not ids:  # a row of padding alone would depend on its batch
+                prompt, ids = self.tokenizer.decode(self.prefix_token_id), [self.prefix_token_id]
+                requests[number] = replace(request, arguments=(prompt, settings))
             n_new = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
             if n_new >= self.max_length:
                 raise ConfigError(
                     f"generate_until: expected fewer than {self.max_length} new tokens (positions of the models), found "
                     f"{n_new}; set max_gen_toks"
                 )
-            n, room = len(self.tok_encode(prompt)), self.max_length - n_new
+            n, room = len(ids), self.max_length - n_new
             self.n_cut += n > room
             # `hf` asks the first prompt of a batch alone whether it begins with BOS, which is then added to none.
             begins = has_bos_prefix(prompt, self.tokenizer.bos_token)
@@ -723,13 +727,6 @@ class WrappedLM(HFLM):
             found = super().generate_until([requests[number] for number in numbers], disable_tqdm)
             texts.update(zip(numbers, found, strict=True))
         return [texts[number] for number in range(len(requests))]
-
-    def _begun(self, request: Any) -> Any:
-        """The request; the prefix is its prompt if that has no token, as a row of padding alone depends on its batch."""
-        prompt, settings = request.args
-        if self.tok_encode(prompt):
-            return request
-        return replace(request, arguments=(self.tokenizer.decode(self.prefix_token_id), settings))
 
     def set_weight(self, weight: float) -> None:
         """Set the weight of the second distribution.

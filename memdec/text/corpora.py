@@ -489,10 +489,10 @@ def _drop_overlap(splits: dict[Split, list[Document]], seen: set[int]) -> dict[s
 
 def _refuse_copies(splits: Mapping[Split, Sequence[Document]], shown: str) -> None:
     """Raise an error if most of one split's text is in another: what is tuned and tested there would be known text."""
-    texts = {split: {document.text: len(document.text) for document in splits[split]} for split in SPLITS}
+    texts = {split: {document.text for document in splits[split]} for split in SPLITS}
     for seen, split in itertools.combinations(SPLITS, 2):
-        shared = texts[seen].keys() & texts[split].keys()
-        if sum(map(len, shared)) > MAX_COPIED * sum(texts[split].values()):
+        shared = texts[seen] & texts[split]
+        if sum(map(len, shared)) > MAX_COPIED * sum(map(len, texts[split])):
             raise CorpusError(
                 f"{shown}: expected text in the {split} split that is not in the {seen} split, found {len(shared)} of "
                 f"its {len(texts[split])} different documents in both; give other text to one of them"

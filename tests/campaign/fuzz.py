@@ -153,7 +153,7 @@ def configs(seed: int, n: int, home: Path) -> Iterator[Case]:
 def checked(path: Path) -> None:
     """As `memdec validate`, and what the rules ask of a config that is accepted."""
     data = cfg.read(path)
-    if problems := cfg.check(data):
+    if problems := cfg.check(data)[0]:
         raise ConfigError("; ".join(problems))
     config = cfg.checked(data, str(path))
     for name in config.memory_names:
