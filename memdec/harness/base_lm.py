@@ -721,7 +721,7 @@ class WrappedLM(HFLM):
             self.n_cut += n > room
             # `hf` asks the first prompt of a batch alone whether it begins with BOS, which is then added to none.
             begins = has_bos_prefix(prompt, self.tokenizer.bos_token)
-            groups.setdefault((begins, rope.lengths_class(self._configs, min(n, room), n_new)), []).append(number)
+            groups.setdefault((begins, rope.padded_class(self._configs, min(n, room), n_new)), []).append(number)
         texts: dict[int, str] = {}
         for numbers in groups.values():
             found = super().generate_until([requests[number] for number in numbers], disable_tqdm)

@@ -150,7 +150,7 @@ class IcRagForCausalLM(Wrapper):
         found = torch.full(shape, -math.log(self.n_vocab), dtype=dtype, device=self.device)
         rows = self._rows(input_ids, mask.bool(), kept.tolist())
         rows.sort(key=lambda row: len(row.ids))
-        for _, same in groupby(rows, key=lambda row: rope.length_class(self.base.config, len(row.ids))):
+        for _, same in groupby(rows, key=lambda row: rope.padded_class([self.base.config], len(row.ids))):
             group = list(same)
             for first in range(0, len(group), _ROWS):
                 self._fill(found, group[first : first + _ROWS], made)

@@ -1,4 +1,4 @@
-"""Models whose rotary frequencies depend on the length of the text: which texts may share a forward pass.
+"""Models whose answer depends on the length of the batch: which texts may share a forward pass.
 
 `longrope` has one set of frequencies up to the original context and another one beyond it. `dynamic` (NTK) has other
 frequencies for every length beyond the positions of the model. In a batch, transformers takes the frequencies of the
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 _HOOKED = "_memdec_independent"  # mark of a module that has the hook
+# Families whose recurrence reads padding on the left (transformers 5.23); Mamba and the hybrids with it leave it out.
+_READ_PADDING = ("recurrent_gemma", "rwkv", "xlstm")
 
 
 def length_class(config: Any, n: int) -> tuple[int, ...]:
@@ -44,6 +46,13 @@ def lengths_class(configs: Iterable[Any], n: int, n_new: int = 0) -> tuple[tuple
         now = length_class(config, n)
         key.append(now if now == length_class(config, n + n_new) else n)
     return tuple(key)
+
+
+def padded_class(configs: Iterable[Any], n: int, n_new: int = 0) -> tuple[tuple[int, ...] | int, ...]:
+    """`lengths_class` for texts that are padded on the left; of a family that reads padding, one length is one class."""
+    known = list(configs)
+    reads = any(config.get_text_config(decoder=True).model_type in _READ_PADDING for config in known)
+    return (*lengths_class(known, n, n_new), n if reads else 0)
 
 
 def has_rotations(config: Any) -> bool:

@@ -348,6 +348,22 @@ def test_a_text_is_generated_as_alone_in_a_batch(rotary: Path) -> None:
     assert ours(rotary, batch_size=4, **how).generate_until(requests[::-1]) == alone[::-1]
 
 
+def test_a_family_that_reads_padding_has_none(tokenizer_folder: Path, tmp_path: Path) -> None:
+    words = AutoTokenizer.from_pretrained(tokenizer_folder)
+    words.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16, "context_length": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", vocab_size=len(words), **sizes))
+    for weights in model.parameters():
+        weights.data.mul_(6)  # so that what it reads decides what it says
+    model.save_pretrained(tmp_path)
+    prompts = ["The", "The matrix returns", "A window of the matrix returns the"]
+    requests = asked("generate_until", *((p, {"until": ["@@"], "max_gen_toks": 12}) for p in prompts))
+    how: dict[str, Any] = {"dtype": "float32", "max_length": 64}
+    alone = [ours(tmp_path, batch_size=1, **how).generate_until([request])[0] for request in requests]
+    assert ours(tmp_path, batch_size=3, **how).generate_until(requests) == alone
+
+
 def test_a_prompt_that_begins_with_bos_takes_it_from_no_other(rotary: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(rotary, tmp_path / "bos")
     words = AutoTokenizer.from_pretrained(folder)
