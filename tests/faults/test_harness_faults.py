@@ -348,15 +348,20 @@ def test_a_text_is_generated_as_alone_in_a_batch(rotary: Path) -> None:
     assert ours(rotary, batch_size=4, **how).generate_until(requests[::-1]) == alone[::-1]
 
 
+def _rwkv(vocab: int) -> Any:
+    """A model whose recurrence reads padding as text."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16, "context_length": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", vocab_size=vocab, **sizes))
+    for weights in model.parameters():
+        weights.data.mul_(6)  # so that what it reads decides what it says
+    return model
+
+
 def test_a_family_that_reads_padding_has_none(tokenizer_folder: Path, tmp_path: Path) -> None:
     words = AutoTokenizer.from_pretrained(tokenizer_folder)
     words.save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16, "context_length": 64}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", vocab_size=len(words), **sizes))
-    for weights in model.parameters():
-        weights.data.mul_(6)  # so that what it reads decides what it says
-    model.save_pretrained(tmp_path)
+    _rwkv(len(words)).save_pretrained(tmp_path)
     prompts = ["The", "The matrix returns", "A window of the matrix returns the"]
     requests = asked("generate_until", *((p, {"until": ["@@"], "max_gen_toks": 12}) for p in prompts))
     how: dict[str, Any] = {"dtype": "float32", "max_length": 64}
@@ -388,7 +393,8 @@ def test_an_empty_prompt_is_continued_from_the_prefix(rotary: Path) -> None:
     assert model.generate_until([longer, empty])[1:] == right
 
 
-def test_passages_of_different_lengths_do_not_change_each_other(tokenizer_folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["longrope", "rwkv"])
+def test_passages_of_different_lengths_do_not_change_each_other(kind: str, tokenizer_folder: Path) -> None:
     words = AutoTokenizer.from_pretrained(tokenizer_folder)
     text = torch.tensor([words.encode(LONG[0])[:14]])
     passage = words.encode(TEXT)[:9]
@@ -399,7 +405,8 @@ def test_passages_of_different_lengths_do_not_change_each_other(tokenizer_folder
         def best(self, query: list[int]) -> list[int]:
             return passage[: 1 + len(query)]
 
-    model = IcRagForCausalLM(_rotary("longrope", len(words)).eval(), Retriever(), query=8, every=2)  # type: ignore[arg-type]
+    base = _rwkv(len(words)) if kind == "rwkv" else _rotary(kind, len(words))
+    model = IcRagForCausalLM(base.eval(), Retriever(), query=8, every=2)  # type: ignore[arg-type]
     with torch.no_grad():
         whole = model(text).logits[0]
         rows = [model(text[:, : n + 1], logits_to_keep=1).logits[0, 0] for n in range(text.shape[1])]
