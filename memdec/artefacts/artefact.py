@@ -43,7 +43,7 @@ LOCK = ".memdec.lock"  # locked while a process builds in the folder; the file i
 FREED = ".memdec.freed"  # names of files that were removed because nothing needs them any more (`free`)
 WORK = "work"  # checkpoints and other files needed only to resume; not part of the artefact
 TEMPORARY = re.compile(r"\..+\.(\d+)")  # name of a file that is being written (`write_bytes`), with its process
-_FRESH = 1.0  # seconds for which a changed file is hashed again, because two changes may have one time stamp
+FRESH = 1.0  # seconds for which a changed file is hashed again, because two changes may have one time stamp
 _ABANDONED = 60.0  # seconds after which a temporary file of a process that is gone is removed
 SMALL = 64 * 2**20  # bytes up to which every reader checks the content of a file: 0.02 s with xxh3
 
@@ -177,7 +177,7 @@ def hashed(path: Path) -> str:
     key = (str(path), now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
     if key not in _HASHES:
         found = content_hash(path)
-        if time.time() - max(now.st_mtime, now.st_ctime) < _FRESH:
+        if time.time() - max(now.st_mtime, now.st_ctime) < FRESH:
             return found
         _HASHES[key] = found
     return _HASHES[key]

@@ -1,6 +1,5 @@
 """Files that the tasks of a suite read, known without lm-eval."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -41,10 +40,8 @@ def test_what_alpha_is_tuned_on_and_demonstrations_are_noticed(tmp_path: Path, m
         needed.check(["dcpmi_mr_kl"], tune=True)
     local = {each.file for each in files.FILES if each.origin is None and each.file.split("/")[0] in needed.LOCAL_ONLY}
     assert local == {*needed.BY_HAND}
-    stamped = {
-        name: [each for each, _, _ in needed.stamps([name])] for name in ("memdec_casehold", "memdec_casehold_4shot")
-    }
-    assert stamped == {"memdec_casehold": [], "memdec_casehold_4shot": ["casehold/train.jsonl"]}
+    assert needed.found(["memdec_casehold"]) == []
+    assert needed.found(["memdec_casehold_4shot"]) == [tmp_path / "casehold/train.jsonl"]
 
 
 def test_what_is_not_on_the_hub_is_known() -> None:
@@ -65,8 +62,7 @@ def test_files_that_are_missing_are_said_at_once(tmp_path: Path, monkeypatch: py
     (tmp_path / "cb").mkdir()
     (tmp_path / "cb" / "test.jsonl").write_text("{}\n")
     needed.check(["dcpmi_cb_kl"])
-    os.utime(tmp_path / "cb" / "test.jsonl", ns=(5, 7))
-    assert needed.stamps(["dcpmi_cb_kl"]) == [("cb/test.jsonl", 3, 7)]
+    assert needed.found(["dcpmi_cb_kl"]) == [tmp_path / "cb" / "test.jsonl"]
     monkeypatch.delenv("MEMDEC_DATA")
     with pytest.raises(
         ConfigError, match=r"MEMDEC_DATA, which is not set, found none; run `memdec data fetch --out DATA "

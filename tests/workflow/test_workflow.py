@@ -486,6 +486,39 @@ def test_other_settings_of_latency_measure_it_again(tmp_path: Path, monkeypatch:
     assert planned(more) == {"latency": 1}
 
 
+def test_a_copy_of_the_sources_changes_nothing_and_other_content_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_stub(tmp_path, monkeypatch)
+    with_rows(tmp_path / "rows", monkeypatch)
+    text, weights = tmp_path / "text.txt", tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    rows = tmp_path / "rows" / "nq" / "validation.jsonl"
+    for file in (text, weights):
+        file.write_text("as it is")
+    config = yaml.safe_load(MINI.read_text())
+    config["corpora"]["torch"] = {"source": "files", "path": str(text)}
+    config["models"]["gpt2-S"] = {"family": "GPT2", "pretrained": str(weights.parent), "tokenizer": "bpe2k"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    goals = ["corpora/torch", "models/gpt2-S", "questions/scipy/seed0/harness/questions/memdec/gpt2-L"]
+    words = ["--configfile", str(tmp_path / "c.yaml"), "--"]
+    words += [f"results/mini/{goal}/manifest.json" for goal in goals]
+    snakemake(tmp_path, "--cores", "2", *words)
+    for file in (text, weights, rows):
+        os.utime(file, ns=(5, 7))
+    assert "Nothing to be done" in snakemake(tmp_path, "-n", *words)
+    shutil.copytree(tmp_path / "rows", tmp_path / "elsewhere")
+    monkeypatch.setenv("MEMDEC_DATA", str(tmp_path / "elsewhere"))
+    assert "Nothing to be done" in snakemake(tmp_path, "-n", *words)
+    monkeypatch.setenv("MEMDEC_DATA", str(tmp_path / "rows"))
+    for file, rule in ((text, "corpus"), (weights, "model"), (rows, "harness")):
+        before = file.read_text()
+        file.write_text("otherwise")
+        assert rule in "".join(planned(snakemake(tmp_path, "-n", *words)))
+        file.write_text(before)
+    assert "Nothing to be done" in snakemake(tmp_path, "-n", *words)
+
+
 def test_an_edited_claim_or_printed_number_remakes_what_is_made_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

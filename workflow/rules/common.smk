@@ -10,8 +10,9 @@ from itertools import product
 
 from snakemake.logging import logger
 
-from memdec.artefacts.artefact import VERSIONS, file_digest
+from memdec.artefacts.artefact import VERSIONS
 from memdec.artefacts.provenance import package_version
+from memdec.artefacts.stamps import Stamps
 from memdec.inference.systems import SYSTEMS
 from memdec.planning import plan, rates
 from memdec.planning.costs import Costs, Job
@@ -23,6 +24,7 @@ from memdec.tasks import needed
 RUN = f"results/{CONFIG.scale}"
 LOG = f"{RUN}/logs"
 CONFIG_FILE = f"{RUN}/config.json"
+STAMPS = Stamps(Path(".snakemake/memdec-hashes.json"))
 BENCHMARK = f"{RUN}/benchmarks"
 # What is made for a domain: `home` is the domain, or STUDY/DOMAIN for a study with settings of its own (`at`).
 HOME = f"{RUN}/{{home}}/seed{{seed}}"
@@ -138,22 +140,19 @@ def local_files(entry):
 
 
 def stamp(entry):
-    """What Snakemake notices about the source of an entry; the job compares the content.
+    """What Snakemake notices about the source of an entry.
 
-    Names, sizes and times of local files, and versions of packages whose docstrings are read.
+    Names and content of local files, and versions of packages whose docstrings are read.
     """
     if isinstance(entry, typed.DocstringCorpus):
         return [(name, package_version(name)) for name in entry.packages]
-    return [
-        (file, os.stat(file).st_size, os.stat(file).st_mtime_ns)
-        for file in sorted(local_files(entry))
-        if os.path.isfile(file)
-    ]
+    return content(*sorted(local_files(entry)))
 
 
-def content(path):
-    """What Snakemake notices about a file of the checkout that a command reads; a fresh checkout changes only its time."""
-    return file_digest(path) if path.is_file() else ""
+def content(*files):
+    """Names and hashes of the files that are there: a copy, a fresh checkout or another folder changes nothing."""
+    there = [Path(file) for file in files if os.path.isfile(file)]
+    return list(zip([file.name for file in there], STAMPS.of(there)))
 
 
 def training(wildcards, model, *settings):
