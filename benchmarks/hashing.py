@@ -38,7 +38,7 @@ def timed() -> None:
 
     count(artefact, "content_hash", "hash")
     count(arrays, "content_hash", "hash")
-    count(artefact, "_checksum", "hash")
+    count(artefact, "signature", "hash")
     count(artefact, "_sync", "sync")
     try:
         cli.main()

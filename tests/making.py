@@ -93,14 +93,20 @@ def write_tokens(folder: Path, values: NDArray[np.integer], tokenizer: str = "no
 
 
 def signed(folder: Path, **facts: object) -> Path:
-    """Make the manifest of a folder fit the files as they are now, and change facts: as an older version wrote it."""
+    """Make the manifest of a folder fit the files as they are now, and change facts, as code with a fault would write it."""
     file = folder / artefact.MANIFEST
     said = json.loads(file.read_text())
     for name in said["files"]:
         path = folder / name
         said["files"][name] = {"bytes": path.stat().st_size, "xxh3_128": artefact.content_hash(path)}
-    file.write_text(json.dumps({**said, "facts": {**said["facts"], **facts}, "checksum": None}))
+    said["facts"].update(facts)
+    sign(file, said)
     return folder
+
+
+def sign(file: Path, said: dict[str, Any]) -> None:
+    """Write a manifest with the checksum that fits it."""
+    file.write_text(json.dumps({**said, "checksum": artefact.signature(said)}))
 
 
 def write_store(

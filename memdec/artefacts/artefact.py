@@ -113,7 +113,7 @@ class Manifest(BaseModel):
     facts: dict[str, Any]
     files: dict[str, Listed]  # by relative name
     versions: dict[str, str]
-    checksum: str | None = None  # `_checksum` of the other fields; None in manifests older than this field
+    checksum: str  # `signature` of the other fields
 
     @field_validator("facts")
     @classmethod
@@ -183,8 +183,8 @@ def hashed(path: Path) -> str:
     return _HASHES[key]
 
 
-def _checksum(written: Mapping[str, Any]) -> str:
-    """Digest of a manifest's JSON without `checksum`; of `files` only the names, as the files speak for the rest."""
+def signature(written: Mapping[str, Any]) -> str:
+    """The checksum of a manifest: digest of the rest of its JSON, of `files` only the names, as they speak for themselves."""
     return digest({**written, "checksum": None, "files": sorted(written["files"])})
 
 
@@ -406,10 +406,11 @@ def _finish(build: Build, kind: str, version: int, plain: dict[str, Any], inputs
             for file in found
         },
         versions=provenance.versions(),
+        checksum="",
     )
     _sync(path, found)
     written = json.loads(json.dumps(manifest.model_dump(mode="json")))
-    write_json(path / MANIFEST, {**written, "checksum": _checksum(written)})
+    write_json(path / MANIFEST, {**written, "checksum": signature(written)})
     tidy(path)
 
 
@@ -539,7 +540,7 @@ def _parsed(file: Path, again: str) -> Manifest:
         raise ArtifactError(
             f"{file}: expected a whole manifest, found one that is cut or edited ({reason[:120]}); {again}"
         ) from None
-    if manifest.checksum is not None and _checksum(written) != manifest.checksum:
+    if signature(written) != manifest.checksum:
         raise ArtifactError(f"{file}: expected the manifest as it was written, found one that was changed; {again}")
     return manifest
 

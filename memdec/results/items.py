@@ -92,8 +92,6 @@ def of_evaluation(folder: Path, record: Mapping[str, Any], weight: float | None 
     own = next((float(record[name]) for name in ("alpha", "lambda") if record.get(name) is not None), 0.0)
     seed, value = int(record["seed"]), float(record["value"])
     items = _of_scores(folder, record["on"], own if weight is None else weight, seed)
-    if items is None:
-        return only(seed, value)
     if weight is None and not math.isclose(items.value, value, rel_tol=1e-6):
         raise ArtifactError(
             f"{folder}: expected scores with the perplexity {value:g} of {record['method']}, found {items.value:g}; run the "
@@ -103,17 +101,15 @@ def of_evaluation(folder: Path, record: Mapping[str, Any], weight: float | None 
 
 
 @cache  # of sums of stretches, which are few; they are read for the cell, its interval and every test
-def _of_scores(folder: Path, on: str, weight: float, seed: int) -> Items | None:
-    """The items of a text at a weight; None in an evaluation of an earlier version."""
-    found = _scored(folder, on)
-    return None if found is None else perplexity(seed, found[0].log_p(weight), found[1])
+def _of_scores(folder: Path, on: str, weight: float, seed: int) -> Items:
+    """The items of a text at a weight."""
+    found, stride = _scored(folder, on)
+    return perplexity(seed, found.log_p(weight), stride)
 
 
 @lru_cache(maxsize=1)  # 16 bytes a token; all weights of a text are asked for one after another
-def _scored(folder: Path, on: str) -> tuple[TokenScores, int] | None:
-    """Scores of a text and the stride; None in an evaluation of an earlier version, which has none."""
-    if not any((folder / "scores").glob("test*.safetensors")):
-        return None
+def _scored(folder: Path, on: str) -> tuple[TokenScores, int]:
+    """Scores of a text and the stride."""
     is_domain = all(record["on"] == on for record in json.loads((folder / "records.json").read_text(encoding="utf-8")))
     return scores.token_scores(folder, "test", None if is_domain else on)
 

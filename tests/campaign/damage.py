@@ -419,7 +419,7 @@ FACTS = ("width", "positions", "begin", "end", "vocab_size", "entries", "passage
 
 
 def cases_of_manifests(world: Path, rng: random.Random) -> Iterator[Case]:
-    """Edited facts, settings, inputs and lists of files; also without a checksum, as in manifests of older versions."""
+    """Edited facts, settings, inputs and lists of files; also with a checksum that fits, as code with a fault would write it."""
     for folder, readers in READERS.items():
         if not (world / folder / artefact.MARK).is_file():
             continue
@@ -438,9 +438,9 @@ def cases_of_manifests(world: Path, rng: random.Random) -> Iterator[Case]:
         for key in sorted(set(said["facts"]) & set(FACTS)) if folder != "cases" else []:
             for factor in (0.5, 2, 1000):
                 change = partial(scaled, key, factor)
-                name = f"{folder}: fact {key} x {factor:g}, no checksum"
+                name = f"{folder}: fact {key} x {factor:g}, signed"
                 yield Case(name, folder, partial(edit, change), readers[-1])
-            name = f"{folder}: no fact {key}, no checksum"
+            name = f"{folder}: no fact {key}, signed"
             yield Case(name, folder, partial(edit, partial(lost, key)), readers[-1])
 
 
@@ -452,12 +452,12 @@ def other_value(part: str, key: str, said: dict[str, Any]) -> None:
 def scaled(key: str, factor: float, said: dict[str, Any]) -> None:
     value = said["facts"][key]
     said["facts"][key] = int(value * factor) + 1 if isinstance(value, int) else "float64" if key == "dtype" else {}
-    said["checksum"] = None
+    said["checksum"] = artefact.signature(said)
 
 
 def lost(key: str, said: dict[str, Any]) -> None:
     del said["facts"][key]
-    said["checksum"] = None
+    said["checksum"] = artefact.signature(said)
 
 
 def cases_of_stages(world: Path, rng: random.Random) -> Iterator[Case]:
