@@ -56,7 +56,7 @@ def precision(compute: Compute = AUTO) -> Precision:
     if compute.precision != "auto":
         return compute.precision
     on_gpu = pick(compute, spread=True).type == "cuda"
-    return "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 
 def name(compute: Compute = AUTO) -> str:
@@ -70,7 +70,7 @@ def described(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of memory that a search can use: the device's free memory and what torch has reserved but does not use."""
+    """Bytes of memory that can be used: the device's free memory and what torch has reserved but does not use."""
     if device.type != "cuda":
         return resources.free_memory()
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -91,8 +91,8 @@ def check_room(n_bytes: float, device: str | torch.device, what: str, instead: s
     if not is_cuda(device):
         resources.check_memory(n_bytes, what, instead)
         return
-    gpus = range(torch.cuda.device_count()) if spread else [device]
-    free = sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if spread else [torch.device(device)]
+    free = sum(free_memory(gpu) for gpu in gpus)
     if n_bytes > free:
         where = f"{len(gpus)} GPUs" if spread else device
         raise ResourceError(f"{what}: expected {size(n_bytes)} free on {where}, found {size(free)}; {instead}")

@@ -107,6 +107,7 @@ def _check(store: Datastore, settings: IndexSettings, device: torch.device | Non
         )
     from memdec.datastore import ivf  # exact search needs no faiss
 
+    ivf.check_gpu(store, settings, device)
     code = ivf.code_bytes(store, settings)
     # A key takes its code and a 64-bit position in memory. Training needs the sample in float32.
     resources.check_memory(

@@ -27,6 +27,7 @@ from memdec.settings import IndexSettings
 
 PER_CALL = 65_536  # keys per FAISS call
 TRAINED, CODES = "trained.safetensors", "codes.npy"
+_GPU_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)  # bytes of its kernels
 _GPU_MOST = 2048  # neighbours, and cells, of a search by FAISS on a GPU
 Pair = tuple[NDArray[np.float32], NDArray[np.int64]]
 Trained = dict[str, NDArray[Any]]
@@ -168,6 +169,26 @@ def _scalar_type(store: Datastore) -> tuple[Any, int]:
     """Scalar quantiser for the number type of the stored keys (None: float32), and bytes per dimension."""
     kinds = faiss.ScalarQuantizer
     return {"float16": (kinds.QT_fp16, 2), "bfloat16": (kinds.QT_bf16, 2), "float32": (None, 4)}[store.settings.dtype]
+
+
+def check_gpu(store: Datastore, settings: IndexSettings, device: torch.device | None) -> None:
+    """Check beforehand what FAISS refuses on a GPU when it gets the finished index.
+
+    Raises:
+        ConfigError: Its search cannot have this number type of the keys, or codes of this size.
+    """
+    if not _n_gpus(device):
+        return
+    if settings.kind == "ivfflat" and store.settings.dtype == "bfloat16":
+        raise ConfigError(
+            "index: expected keys in float16 or float32 for FAISS on a GPU, found bfloat16; choose another `dtype` of the "
+            "datastore, kind cells, or `device: cpu`"
+        )
+    if settings.kind == "ivfpq" and settings.code_size not in _GPU_CODES:
+        raise ConfigError(
+            f"index: expected a code_size of {', '.join(map(str, _GPU_CODES))} for FAISS on a GPU, found "
+            f"{settings.code_size}; choose one that divides the key width {store.width}, kind cells, or `device: cpu`"
+        )
 
 
 def _n_gpus(device: torch.device | None) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Cache
 
 from memdec.artefacts import artefact
-from memdec.datastore import search
+from memdec.datastore import device_search, search
 from memdec.datastore.keys import Datastore
 from memdec.errors import ArtifactError, NumericsError
 from memdec.inference.wrapper import MemDecConfig, Which, Wrapper, kept_positions, last_positions, shared_vocabulary
@@ -31,7 +31,7 @@ from memdec.models.keypoints import KeyPoint
 from memdec.settings import KnnLMSettings, parse
 from memdec.text import tokens
 
-_QUERIES = 1024  # queries per search
+_QUERIES = 1024  # queries per search on a CPU
 
 
 class KnnLMForCausalLM(Wrapper):
@@ -193,6 +193,11 @@ class KnnLMForCausalLM(Wrapper):
         found = (self._log_p_knn(near, there, temperature, dtype) for temperature in temperatures)
         return logits, log_p_base, (log_p.where(there[..., None], log_p_base) for log_p in found)
 
+    @property
+    def _n_queries(self) -> int:
+        """Queries per search: on a GPU more of them share the cost of keys that do not fit there."""
+        return _QUERIES if self._searcher.on_device is None else device_search.QUERIES
+
     def _near(
         self, vectors: Float[Tensor, "N D"], inputs: Int[Tensor, " N"], there: Bool[Tensor, "B K"]
     ) -> list[tuple[Float[Tensor, "n K"], Int[Tensor, "n K"]]]:
@@ -200,8 +205,8 @@ class KnnLMForCausalLM(Wrapper):
         queries, read = self._queries(vectors, there), inputs.cpu().numpy()
         streamed = not self._searcher.store.parts
         near = []
-        for first in range(0, len(queries), _QUERIES):
-            part = slice(first, first + _QUERIES)
+        for first in range(0, len(queries), self._n_queries):
+            part = slice(first, first + self._n_queries)
             sq_dist, ids = self._searcher.search(queries[part], self.neighbours, inputs=read[part], released=streamed)
             near.append((torch.from_numpy(sq_dist), torch.from_numpy(ids)))
         return near
@@ -213,7 +218,7 @@ class KnnLMForCausalLM(Wrapper):
         log_p = torch.full((there.numel(), self.n_vocab), -math.inf, dtype=dtype, device=self.device)
         rows = there.flatten().nonzero()[:, 0]
         for number, (sq_dist, ids) in enumerate(near):
-            part = slice(number * _QUERIES, (number + 1) * _QUERIES)
+            part = slice(number * self._n_queries, (number + 1) * self._n_queries)
             counts, found, probs = self._searcher.rows(sq_dist, ids, temperature)
             at = rows[part].repeat_interleave(counts.to(self.device))
             log_p[at, found.to(self.device)] = probs.log().to(self.device, dtype)

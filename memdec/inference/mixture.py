@@ -342,18 +342,24 @@ class MemDecForCausalLM(Wrapper):
     def _run(
         self, read: Mapping[int, Mapping[str, Any]], made: Callable[[Tensor], Tensor], **how: Any
     ) -> dict[int, Tensor]:
-        """`made` of the logits of each model in `read`; on one GPU the memories run in parallel to the base."""
+        """`made` of the logits of each model in `read`; on one GPU the memories run in parallel to the base.
+
+        `made` may wait for the GPU, so it follows when all models run.
+        """
         side = self._side_stream(list(read))
+        # A cache drops old entries while the side stream still reads them; their memory must not be used again before.
+        held = [] if side is None else [_entries(read[i]) for i in read if i]
         found: dict[int, Tensor] = {}
         for i in sorted(read, reverse=True):  # memories first: their kernels queue on the side stream
             with torch.cuda.stream(side) if side is not None and i else nullcontext():
-                found[i] = made(self.readers[i].logits(read[i], **how)).to(self.device)
+                found[i] = self.readers[i].logits(read[i], **how)
         if side is not None:
             now = torch.cuda.current_stream(self.device)
             now.wait_stream(side)
             for logits in found.values():
                 logits.record_stream(now)
-        return found
+        del held
+        return {i: made(found.pop(i)).to(self.device) for i in list(found)}
 
     def _side_stream(self, running: Sequence[int]) -> Any | None:
         """A CUDA stream for the memories, synchronised with the current one; None if nothing can overlap."""
@@ -365,6 +371,12 @@ class MemDecForCausalLM(Wrapper):
             self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         return self._side
+
+
+def _entries(read: Mapping[str, Any]) -> list[Any]:
+    """The tensors in the caches among the inputs of a model."""
+    layers = [vars(layer) for value in read.values() for layer in getattr(value, "layers", ())]
+    return [list(each) if isinstance(each, list) else each for layer in layers for each in layer.values()]
 
 
 def _folder(index: int) -> str:

@@ -192,7 +192,7 @@ class _Reading:
 
     def read(self, ids: Int[Tensor, "1 T"], keep: int) -> Float[Tensor, "keep V"]:
         """Read the tokens of `ids` that are not in the cache; logits after each of the last `keep` tokens."""
-        places = torch.arange(self._n_read, ids.shape[1])[None]
+        places = torch.arange(self._n_read, ids.shape[1], device=self._reader.model.device)[None]
         read = self._reader.inputs(self._cache, places, input_ids=ids[:, self._n_read :])
         self._n_read = ids.shape[1]
         logits = self._reader.logits(read, use_cache=True, logits_to_keep=keep)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -53,9 +54,6 @@ def load(
         AutoModelForCausalLM, name, config=config, dtype=dtype, use_safetensors=True, **given, **kwargs
     )
     model.subfolder = subfolder or ""  # transformers writes down only `name_or_path`
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        head.__class__ = _Head
     return model
 
 
@@ -73,6 +71,15 @@ class _Head(nn.Linear):
         return logits.reshape(*input.shape[:-1], -1)
 
 
+def _widen(head: Any) -> None:
+    """Let an output head give float32 logits."""
+    if type(head) is not nn.Linear:
+        return
+    head.__class__ = _Head
+    if "_old_forward" in vars(head):  # a model over several GPUs calls what accelerate kept
+        vars(head)["_old_forward"] = MethodType(_Head.forward, head)
+
+
 def from_pretrained(
     kind: Any,
     name: str | Path,
@@ -84,7 +91,7 @@ def from_pretrained(
     """Call `kind.from_pretrained`, and check that the files have the model's weights and no others.
 
     transformers fills a weight that no file has with random numbers and only logs it. All models are loaded here, so
-    that none is used like that.
+    that none is used like that, and all give float32 logits on a GPU.
 
     Args:
         kind: Class with `from_pretrained`, such as `AutoModelForCausalLM`.
@@ -106,6 +113,7 @@ def from_pretrained(
     if kwargs.get("gguf_file") is None:
         checkpoints.check_types(Path(name, kwargs.get("subfolder") or ""), model)
     checkpoints.repair_generation(model, shown)
+    _widen(model.get_output_embeddings())
     return model
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from making import CONTEXT, made_text
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Model
+from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Model
 from transformers.utils import logging as transformers_logging
 
 from memdec.artefacts import artefact, sources
@@ -254,6 +255,30 @@ def test_an_adapter_is_whole_and_of_this_base(
     }
     with pytest.raises(ModelError, match=message):
         uses[through]()
+
+
+def test_the_head_of_every_model_gives_float32_logits_on_a_gpu(
+    base_folder: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the harness and over several GPUs, too: with rounded logits a base looks worse than it is."""
+    calls = []
+    monkeypatch.setattr(
+        loading._Head, "forward", lambda self, x: calls.append(1) or torch.nn.functional.linear(x, self.weight)
+    )
+    request = Instance("loglikelihood", {}, ("Returns", " the"), 0, ("task", 0, 1))
+    for words in ({}, {"peft": str(lora)}):
+        calls.clear()
+        MemDecInterp(pretrained=str(base_folder), device="cpu", **words).loglikelihood([request])
+        assert calls
+    model = loading.load(base_folder)
+    head = add_hook_to_module(torch.nn.Linear(4, 9), AlignDevicesHook("cpu"))  # as accelerate spreads a model
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", lambda *_, **__: (model, {}))
+    monkeypatch.setattr(checkpoints, "check_report", lambda *_: None)
+    loading.from_pretrained(GPT2LMHeadModel, base_folder)
+    calls.clear()
+    head(torch.zeros(1, 4))
+    assert calls
 
 
 def test_loading_changes_no_verbosity(base_folder: Path) -> None:

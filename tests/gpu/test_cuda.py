@@ -8,6 +8,7 @@ import pytest
 import torch
 from making import spec, write_store, write_tokens
 from scipy.sparse import csr_matrix
+from transformers import AutoModelForCausalLM
 
 from memdec.datastore import device_cells, device_search, index, search, target_rows, targets
 from memdec.datastore.cells import CellSearch
@@ -362,3 +363,23 @@ def test_a_mixture_on_two_streams(where: str) -> None:
         logits = mixture(input_ids=ids.cuda()).logits.cpu()
         torch.testing.assert_close(logits, found[0], atol=1e-4, rtol=1e-3)
         assert torch.equal(mixture.generate(ids.cuda(), max_new_tokens=20, do_sample=False).cpu(), found[1])
+
+
+def test_beams_on_two_streams() -> None:
+    """Beams reorder the caches on the base's stream, and the memory's stream drops what they were."""
+    base, memory = (loading.from_scratch(spec(width), 50, 256, 0).eval().cuda() for width in (32, 64))
+    ids = torch.randint(1, 50, (8, 100), generator=torch.Generator().manual_seed(0)).cuda()
+    mixture = MemDecForCausalLM.from_models(base, [memory], [0.4])
+    how = {"max_new_tokens": 40, "num_beams": 4, "do_sample": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemDecForCausalLM, "_side_stream", lambda *_: None)
+        expected = mixture.generate(ids, **how)
+    for _ in range(5):
+        assert torch.equal(mixture.generate(ids, **how), expected)
+
+
+def test_a_base_of_the_harness_gives_float32_logits(tmp_path: Path) -> None:
+    loading.from_scratch(spec(16), 50, 32, 0).save_pretrained(tmp_path)
+    model = loading.from_pretrained(AutoModelForCausalLM, tmp_path, dtype=torch.bfloat16, device_map={"": "cuda"})
+    with torch.no_grad():
+        assert model(input_ids=torch.zeros(1, 3, dtype=torch.long, device="cuda")).logits.dtype == torch.float32

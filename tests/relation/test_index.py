@@ -182,6 +182,21 @@ def test_what_is_fetched_is_what_is_needed_and_no_more_than_a_gpu_gives(
         searcher._ivf.set_nprobe(4096)
 
 
+def test_what_faiss_refuses_on_a_gpu_is_said_before_the_keys_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = np.random.default_rng(4).normal(size=(300, 12)).astype(np.float32)
+    stream = write_tokens(tmp_path / "t", (np.arange(300) % V).astype(np.uint16))
+    store = write_store(tmp_path / "s", keys, stream)
+    monkeypatch.setattr(ivf, "_n_gpus", lambda device: 1)
+    monkeypatch.setattr(ivf, "train", None)
+    with pytest.raises(ConfigError, match=r"expected a code_size of 1, 2, .* for FAISS on a GPU, found 6; choose one"):
+        index.run(store, tmp_path / "i", IndexSettings(kind="ivfpq", code_size=6, centroids=1, sample=300))
+    keys_of = namedtuple("keys_of", "settings")
+    with pytest.raises(ConfigError, match="expected keys in float16 or float32 for FAISS on a GPU, found bfloat16"):
+        ivf.check_gpu(keys_of(DatastoreSettings(dtype="bfloat16")), IndexSettings(kind="ivfflat"), None)
+
+
 def test_distances_of_exact_search_are_exact_with_released_too(tmp_path: Path) -> None:
     """In float32 |k|^2 - 2 q.k loses the digits of a small distance between long keys."""
     keys = (1000 + np.random.default_rng(4).normal(size=(300, 8))).astype(np.float32)

@@ -447,7 +447,7 @@ def test_forward_refuses_what_it_would_not_obey(mixture: MemDecForCausalLM) -> N
 
 
 def test_a_memory_that_does_not_fit_is_named(rotary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
+    monkeypatch.setattr("memdec.artefacts.devices.free_memory", lambda device: 1000)
     with pytest.raises(ResourceError, match=r"mem: expected .*B free on cuda:0, found 1 kB; use memory_dtype"):
         loading.placed(rotary, torch.device("cuda:0"), "mem")
     assert loading.placed(rotary, torch.device("cpu"), "mem") is rotary

@@ -19,7 +19,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs that are not really there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8e10))
 
@@ -92,7 +92,9 @@ def test_a_model_is_spread_over_all_gpus_only_where_a_stage_can(gpus: None, monk
     assert devices.precision(compute) == "bfloat16"
     with pytest.raises(ConfigError, match="device: expected auto, cpu or cuda, found all; only `memdec evaluate`"):
         devices.pick(compute)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70, 80))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 60)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 20)
     devices.check_room(140, "cuda", "weights", "use another dtype", spread=True)
     with pytest.raises(ResourceError, match="weights: expected 141 B free on 2 GPUs, found 140 B; use another dtype"):
         devices.check_room(141, "cuda", "weights", "use another dtype", spread=True)
