@@ -3,11 +3,13 @@
 import importlib.util
 import platform
 import subprocess
+import sysconfig
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+_SKIPPED = {"tests", "test", "_vendor", "_vendored_packages", "idlelib", "lib2to3", "site-packages", "testing"}
 PACKAGES = (
     "memdec",
     "torch",
@@ -48,13 +50,21 @@ def package_version(name: str) -> str:
 
 
 def package_folder(name: str) -> Path | None:
-    """Folder of an importable package; None if there is none of this name, or it is a single module."""
+    """Folder of an importable package or of `stdlib`; None if there is none of this name, or it is a single module."""
+    if name == "stdlib":
+        return Path(sysconfig.get_paths()["stdlib"])
     try:
         found = importlib.util.find_spec(name) if name.isidentifier() else None
     except (ImportError, ValueError):  # such as that of __main__
         return None
     places = (found.submodule_search_locations if found is not None else None) or []
     return next(map(Path, places), None)
+
+
+def python_files(folder: Path) -> list[Path]:
+    """The Python files of a package whose docstrings are read, sorted."""
+    found = (file for file in folder.rglob("*.py") if not _SKIPPED & set(file.relative_to(folder).parts[:-1]))
+    return sorted(found)
 
 
 @cache

@@ -117,8 +117,8 @@ def identity(name: str | Path, revision: str | None = None, subfolder: str = "",
         raise ModelError(f"{name}: expected files that can be read, found {error}; check the folder") from None
 
 
-def _contents(folder: Path, weights: bool) -> list[tuple[str, str]]:
-    """(name, hash) of each file of a model folder that may decide a number, and of the parts of a mixture."""
+def deciding(folder: Path, *, weights: bool = True) -> list[Path]:
+    """The files of a model folder that may decide a number; without `weights` those that decide the tokens."""
     ours = (artefact.MANIFEST, artefact.MARK, artefact.LOCK)
     files = [
         file
@@ -129,7 +129,18 @@ def _contents(folder: Path, weights: bool) -> list[tuple[str, str]]:
         and file.suffix not in _SAYS_NOTHING
         and (weights or file.suffix not in _WEIGHTS)
     ]
-    files += [file for file in folder.rglob("*.py") if file.parent != folder]  # code of the repository, in packages
+    return files + [file for file in folder.rglob("*.py") if file.parent != folder]  # code in packages
+
+
+def visible(folder: Path) -> list[Path]:
+    """The files of a data set's folder, sorted, without hidden ones: tools keep their own notes there."""
+    found = (file for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
+def _contents(folder: Path, weights: bool) -> list[tuple[str, str]]:
+    """(name, hash) of each file of a model folder that may decide a number, and of the parts of a mixture."""
+    files = deciding(folder, weights=weights)
     found = sorted((file.relative_to(folder).as_posix(), artefact.hashed(file)) for file in files)
     for part in _parts(folder):
         place = part.get("path", part["folder"]), part.get("revision"), part.get("subfolder", "")

@@ -105,6 +105,7 @@ def run(
     settings = {
         **suite.model_dump(mode="json", exclude={"batch_size"}),
         "versions": {task: each.VERSION for task, each in tasks.items()},
+        "definitions": {task: needed.definition(task) for task in tasks},
         "memory": name if system.name == "MemDec" else None,
         "weight": parts.knn_lm.weight if system.weight == "lambda" else alpha,
         "numbers": system.numbers(parts),

@@ -58,7 +58,8 @@ def run(config: Config, given: Sequence[Path], results: Path, out: Path) -> None
 def page(config: Config, given: Sequence[Path], results: Path) -> str:
     """The text of the page; arguments as for `run`."""
     scale = results / config.scale
-    cells = {name: lines_of_tables.read(results / f"{name}.cells.csv") for name in _named(results, ".cells.csv")}
+    there = [name for name in _named(results, ".cells.csv") if _is_of(config, name)]
+    cells = {name: lines_of_tables.read(results / f"{name}.cells.csv") for name in there}
     origins = {name: _origin(results / f"{name}.provenance.json", config.scale) for name in cells}
     grids = [grid(config, name, cells.get(name, []), _command(given, results, name)) for name in _tables(cells)]
     said = _claims(results / "claims.csv")
@@ -175,6 +176,12 @@ def _origin(file: Path, scale: str) -> dict[str, Any]:
             f"{file}: expected a table of scale {scale}, found scale {found.get('scale')}; give --config of that run"
         )
     return found
+
+
+def _is_of(config: Config, name: str) -> bool:
+    """Whether a table is one of the config's studies, if it has any; another one there is of an earlier config."""
+    listed = {each for study in config.studies.values() for each in study.tables}
+    return not listed or name in listed or name not in catalogue.TABLES
 
 
 def _tables(there: Iterable[str]) -> list[str]:

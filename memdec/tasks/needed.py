@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 import yaml
 
 from memdec import HARNESS_TASKS
+from memdec.artefacts import artefact
 from memdec.errors import ConfigError
 from memdec.settings import near
 
@@ -82,6 +83,11 @@ def _files(task: str, metadata: dict[str, Any], tune: bool) -> Iterator[str]:
         yield from (f"wikitext/wikitext-103-raw-v1/{split}.parquet" for split in splits)
     elif task in _FILES:
         yield _FILES[task]
+
+
+def definition(task: str) -> str:
+    """Digest of a task's definition with what it includes: prompt, words, metric, metadata."""
+    return artefact.digest(_definitions()[task])
 
 
 def found(names: Sequence[str], *, tune: bool = False) -> list[Path]:

@@ -17,7 +17,6 @@ import lzma
 import os
 import re
 import sys
-import sysconfig
 import warnings
 import zlib
 from collections import Counter, defaultdict
@@ -36,7 +35,6 @@ from memdec.errors import ArtifactError, CorpusError, ModelError, outside, reaso
 from memdec.settings import SPLITS, CorpusSpec, DocstringCorpus, FileCorpus, HubCorpus, Split
 from memdec.text import reading
 
-SKIPPED_FOLDERS = {"tests", "test", "_vendor", "_vendored_packages", "idlelib", "lib2to3", "site-packages", "testing"}
 SHINGLE = 12  # words of a shingle, the unit in which the overlap of two texts is measured
 MAX_OVERLAP = 0.3  # fraction of a valid/test document's shingles that may occur in train
 MAX_COPIED = 0.9  # fraction of a split's text that may be in documents of another split; published ones share some
@@ -188,7 +186,7 @@ def _version(spec: HubCorpus) -> str:
     """The content of a local data set, or the id and commit of one of the Hub."""
     folder = Path(spec.path)
     if folder.is_dir():
-        files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+        files = sources.visible(folder)
         return artefact.digest([(file.relative_to(folder).as_posix(), artefact.hashed(file)) for file in files])
     try:
         return f"{spec.path} {sources.commit(spec.path, spec.revision, 'dataset')}"
@@ -225,17 +223,13 @@ def _parsed(source: bytes) -> ast.Module:
 
 def _package_files(name: str) -> list[tuple[Path, Path]]:
     """(folder that contains the package, file) for every Python file of a package."""
-    if name == "stdlib":
-        root = top = Path(sysconfig.get_paths()["stdlib"])
-    else:
-        folder = provenance.package_folder(name)
-        if folder is None:
-            raise CorpusError(
-                f"corpus packages: expected an installed package, found no {name!r}; install the pinned requirements"
-            )
-        root, top = folder.parent, folder
-    files = [file for file in top.rglob("*.py") if not SKIPPED_FOLDERS & set(file.relative_to(top).parts[:-1])]
-    return [(root, file) for file in sorted(files)]
+    folder = provenance.package_folder(name)
+    if folder is None:
+        raise CorpusError(
+            f"corpus packages: expected an installed package, found no {name!r}; install the pinned requirements"
+        )
+    root = folder if name == "stdlib" else folder.parent
+    return [(root, file) for file in provenance.python_files(folder)]
 
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

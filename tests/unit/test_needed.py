@@ -1,9 +1,11 @@
 """Files that the tasks of a suite read, known without lm-eval."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from memdec import HARNESS_TASKS
 from memdec.errors import ConfigError
 from memdec.tasks import dcpmi_rows, files, needed
 
@@ -68,3 +70,23 @@ def test_files_that_are_missing_are_said_at_once(tmp_path: Path, monkeypatch: py
         ConfigError, match=r"MEMDEC_DATA, which is not set, found none; run `memdec data fetch --out DATA "
     ):
         needed.check(["dcpmi_cb_kl"])
+
+
+def test_a_definition_is_known_with_what_it_includes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(HARNESS_TASKS, tmp_path / "tasks")
+    monkeypatch.setattr(needed, "HARNESS_TASKS", tmp_path / "tasks")
+    names = ["dcpmi_cb_kl", "dcpmi_mr_kl", "pubmedqa"]
+
+    def definitions() -> list[str]:
+        needed._definitions.cache_clear()
+        return [needed.definition(name) for name in names]
+
+    before = definitions()
+    included = yaml_of("dcpmi_cb_kl", tmp_path / "tasks")
+    included.write_text(included.read_text() + "description: another prompt\n")
+    assert [a != b for a, b in zip(before, definitions(), strict=True)] == [True, False, False]
+    needed._definitions.cache_clear()
+
+
+def yaml_of(name: str, folder: Path) -> Path:
+    return next(folder.glob(f"**/{name}.yaml"))

@@ -92,6 +92,17 @@ def made(results: Path) -> str:
     return (results / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_table_that_no_study_lists_is_of_an_earlier_config(tmp_path: Path) -> None:
+    fill(tmp_path / "results")
+    page = report.page(cfg.load(cfg.DEFAULT).model_copy(update={"cases": []}), [], tmp_path / "results")
+    assert "83.63" in page
+    study = cfg.load(cfg.DEFAULT).studies["parts"]
+    other = MINI.model_copy(update={"studies": {"parts": study}})
+    page = report.page(other, [], tmp_path / "results")
+    assert "table3" not in study.tables
+    assert "83.63" not in page
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     results = tmp_path_factory.mktemp("run") / "results"

@@ -468,7 +468,8 @@ def with_stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `memdec` of the jobs make empty files in place of every artefact, table and figure."""
     stub = folder / "bin" / "memdec"
     stub.parent.mkdir()
-    lines = ['while [ "$1" != --out ]; do shift; done', 'case "$2" in *.csv) b="${2%.csv}"', 'mkdir -p "${2%/*}"']
+    lines = ['while [ "$1" != --out ]; do shift; done', 'case "$2" in *.html) touch "$2";; *.csv) b="${2%.csv}"']
+    lines += ['mkdir -p "${2%/*}"']
     endings = "csv cells.csv items.npz md tex provenance.json svg png html"
     lines += [f'for e in {endings}; do touch "$b.$e"; done;;', '*) mkdir -p "$2"; touch "$2/manifest.json";; esac']
     stub.write_text("\n".join(["#!/bin/sh", *lines, ""]))
@@ -516,7 +517,39 @@ def test_a_copy_of_the_sources_changes_nothing_and_other_content_is_noticed(
         file.write_text("otherwise")
         assert rule in "".join(planned(snakemake(tmp_path, "-n", *words)))
         file.write_text(before)
+    (weights.parent / "README.md").write_text("decides nothing")
     assert "Nothing to be done" in snakemake(tmp_path, "-n", *words)
+    text.rename(tmp_path / "away.txt")  # Snakemake would remove what was made from it
+    run = started(
+        "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(tmp_path), "--cores", "2", *words
+    )
+    assert run.returncode == 1
+    assert f"expected text in {text}, found no such file; put it there, or change the config" in run.stderr
+    assert (tmp_path / "results/mini/corpora/torch/manifest.json").exists()
+
+
+def test_models_that_change_their_parts_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snakemake compares inputs without their names, so two models in each other's place look the same."""
+    with_stub(tmp_path, monkeypatch)
+    (tmp_path / "text.txt").touch()
+    model = {"family": "GPT-2", "tokenizer": "bpe", "architecture": "gpt2", "layers": 1, "heads": 2}
+    model |= {"corpus": "law", "train": {"epochs": 1}}
+    corpus = {"source": "files", "path": str(tmp_path / "text.txt")}
+    common = {
+        "scale": "tiny", "context": 32, "stride": 16, "tokenizers": {"bpe": {"train_on": ["law"], "vocab_size": 258}},
+        "corpora": {"law": corpus}, "models": {"s": model | {"width": 16}, "l": model | {"width": 24}}, "domains": ["law"],
+        "memories": {"ce": {"train": {"objective": "ce"}}}, "memory": {"keep_best": True},
+    }  # fmt: skip
+    words = []
+    for key, memory in (("l", "s"), ("s", "l")):
+        config = common | {"key_model": key, "memory_model": memory, "evaluated": [key]}
+        config["budget"] = {"model": key}
+        (tmp_path / f"{key}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        goals = [f"results/tiny/law/seed0/{goal}/manifest.json" for goal in ("memory/ce", "lora/s")]
+        words.append(["--configfile", str(tmp_path / f"{key}.yaml"), "--", *goals])
+    snakemake(tmp_path, "--cores", "2", *words[0])
+    assert "Nothing to be done" in snakemake(tmp_path, "-n", *words[0])
+    assert planned(snakemake(tmp_path, "-n", *words[1])) == {"train": 1, "lora": 1}
 
 
 def test_an_edited_claim_or_printed_number_remakes_what_is_made_of_it(
@@ -530,13 +563,22 @@ def test_an_edited_claim_or_printed_number_remakes_what_is_made_of_it(
     with_stub(tmp_path, monkeypatch)
     config = yaml.safe_load(MINI.read_text()) | {"studies": {"sizes": {"tables": ["table13"]}}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    words = ["--cores", "2", "--configfile", str(tmp_path / "c.yaml"), "--", "results/claims.csv"]
+    words = [
+        "--cores",
+        "2",
+        "--configfile",
+        str(tmp_path / "c.yaml"),
+        "--",
+        "results/claims.csv",
+        "results/report.html",
+    ]
     snakefile = tmp_path / "repo" / "workflow" / "Snakefile"
     snakemake(tmp_path, *words, snakefile=snakefile)
     assert "Nothing to be done" in snakemake(tmp_path, "-n", *words, snakefile=snakefile)
     for name, remade in (
-        ("memdec/results/claims.yaml", {"claims": 1}),
-        ("results/reference/paper/table13.csv", {"table": 1, "claims": 1}),
+        ("memdec/results/claims.yaml", {"claims": 1, "report_page": 1}),
+        ("results/reference/paper/table13.csv", {"table": 1, "claims": 1, "report_page": 1}),
+        ("memdec/results/report.css", {"report_page": 1}),
     ):
         file = tmp_path / "repo" / name
         file.write_text(file.read_text() + "\n")

@@ -6,12 +6,14 @@ import math
 import os
 import re
 import shlex
+import sys
 from itertools import product
 
 from snakemake.logging import logger
 
-from memdec.artefacts.artefact import VERSIONS
-from memdec.artefacts.provenance import package_version
+from memdec.artefacts import sources
+from memdec.artefacts.artefact import VERSIONS, digest
+from memdec.artefacts.provenance import package_folder, package_version, python_files
 from memdec.artefacts.stamps import Stamps
 from memdec.inference.systems import SYSTEMS
 from memdec.planning import plan, rates
@@ -129,24 +131,48 @@ def local_files(entry):
         if not isinstance(name, str):  # a file in a wheel is known by its sha256
             continue
         if os.path.isdir(name) and isinstance(entry, typed.HubCorpus):
-            for folder, _, files in os.walk(name):
-                yield from (f"{folder}/{file}" for file in files if file[0] != ".")
+            yield from sources.visible(Path(name))
         elif os.path.isdir(name):
-            yield from (file.path for file in os.scandir(name))
-        else:
-            yield from (
-                [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
+            yield from sorted(
+                sources.deciding(
+                    Path(name), weights=not isinstance(entry, typed.TokenizerSpec)
+                )
             )
+        else:
+            files = [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
+            if isinstance(entry, typed.FileCorpus) and not files:
+                gone(name)
+            yield from sorted(map(Path, files))
+
+
+@functools.cache
+def gone(name):
+    """Stop, as Snakemake would remove a finished corpus before the job finds no text; a dry run only warns.
+
+    Raises:
+        WorkflowError: This is no dry run.
+    """
+    fault = f"corpora: expected text in {name}, found no such file; put it there, or change the config"
+    if workflow.is_main_process and not workflow.dryrun:  # a job on another machine may not see it
+        raise WorkflowError(fault)
+    logger.warning(fault)
 
 
 def stamp(entry):
-    """What Snakemake notices about the source of an entry.
-
-    Names and content of local files, and versions of packages whose docstrings are read.
-    """
+    """What Snakemake notices about the source of an entry: names and content of its files."""
     if isinstance(entry, typed.DocstringCorpus):
-        return [(name, package_version(name)) for name in entry.packages]
-    return content(*sorted(local_files(entry)))
+        return [of_package(name) for name in entry.packages]
+    return content(*local_files(entry))
+
+
+@functools.cache
+def of_package(name):
+    """Name, version and content of a package whose docstrings are read, and the Python that parses them."""
+    folder = package_folder(name)
+    files = [] if folder is None else python_files(folder)
+    found = [str(file.relative_to(folder)) for file in files]
+    hashes = digest(list(zip(found, STAMPS.of(files))))
+    return name, package_version(name), hashes, sys.version_info[:2]
 
 
 def content(*files):

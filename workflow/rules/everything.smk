@@ -51,9 +51,9 @@ use rule table as report_page with:
     params:
         command="report",
         options="",
-        reads="",
+        reads=lambda w: content(*sorted(judged.FILE.parent.glob("report.*"))),
         caption="",
-        version=1,
+        version=VERSIONS["report"],
 
 
 # The whole paper, as far as the studies of the config go.

@@ -111,6 +111,6 @@ use rule table as figure with:
                 named(w, {"table": input.table}),
             ]
         ),
-        reads="",
+        reads=lambda w: content(paper.FOLDER / f"{w.figure}.csv"),
         caption=lambda w: figure_of(w).caption,
         version=VERSIONS["figure"],

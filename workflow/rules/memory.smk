@@ -33,7 +33,7 @@ use rule finetune as index with:
         launch="memdec",
         command="index",
         options=lambda w: f"{options(section(study(w), 'index'))} {DEVICE}",
-        version=VERSIONS["index"],
+        version=[VERSIONS["index"], VERSIONS["cells"]],
 
 
 # What the key model's kNN-LM says on valid about the settings of the targets.
@@ -171,6 +171,7 @@ use rule finetune as train with:
             memory_options(w),
             budget(w, memory(w).share),
         ),
+        roles=lambda w: [memory_start(w), memory_bases(w), budget_model(w)],
         version=lambda w: VERSIONS[
             "bild" if memory(w).train.objective == "bild" else "memory"
         ],

@@ -73,6 +73,7 @@ use rule finetune as lora with:
         options=lambda w: training(
             w, w.model, options(section(for_model(w), "lora")), budget(w)
         ),
+        roles=lambda w: [study(w).memory_model, budget_model(w)],
         version=VERSIONS["lora"],
 
 

@@ -31,7 +31,7 @@ def tuned_system(wildcards):
 
 
 def suite_rows(wildcards):
-    """Content of the rows of a suite, so that Snakemake notices others. It is asked before any job starts.
+    """What Snakemake notices about a suite: definitions of its tasks and their rows. It is asked before any job starts.
 
     Raises:
         WorkflowError: There are none of a task; in a dry run that is a warning.
@@ -39,7 +39,10 @@ def suite_rows(wildcards):
     suite = CONFIG.suites[wildcards.suite]
     if (fault := rows_missing(wildcards.suite)) is not None and not workflow.dryrun:
         raise WorkflowError(fault)
-    return content(*needed.found(suite.tasks, tune=suite.alpha == "tune"))
+    return [
+        *map(needed.definition, needed.leaves(suite.tasks)),
+        *content(*needed.found(suite.tasks, tune=suite.alpha == "tune")),
+    ]
 
 
 @functools.cache
