@@ -641,6 +641,19 @@ class EvaluateSettings(MixSettings, ScoreSettings, RetrievalSettings):
     """Perplexity through lm-eval, with the weights tuned on the valid split."""
 
 
+SEARCHED = ("temperatures", *SearchSettings.model_fields)  # what p_kNN depends on
+
+
+def of_system(name: str) -> set[str]:
+    """Names of the settings of an evaluation that a system's numbers depend on."""
+    own = {
+        "MemDec": {"alphas"},
+        "kNN-LM": {"lambdas", *SEARCHED},
+        "In-Context RAG": set(RetrievalSettings.model_fields),
+    }
+    return {"resamples", *own.get(name, ())}
+
+
 class LatencySettings(SearchSettings):
     """Speed of prefill and decoding with one text at a time. All values are ours, because the paper gives none."""
 

@@ -29,7 +29,6 @@ from memdec.models import loading
 from memdec.results import scores
 from memdec.results.records import Records, Text, write
 from memdec.results.score import (
-    SEARCHED,
     Scorer,
     Texts,
     also_inputs,
@@ -39,7 +38,7 @@ from memdec.results.score import (
     reached_size,
     tuned_rate,
 )
-from memdec.settings import AUTO, DEFAULT_MEMORY, Compute, EvaluateSettings, RetrievalSettings, SystemName
+from memdec.settings import AUTO, DEFAULT_MEMORY, Compute, EvaluateSettings, RetrievalSettings, SystemName, of_system
 from memdec.text import tokens
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def run(
         limit = loading.n_positions(loading.config(memory))
         loading.check_positions(limit, context, "context", "lower it")
     plain = {
-        **settings.model_dump(mode="json", include=_own_settings(system)),
+        **settings.model_dump(mode="json", include=of_system(system.name)),
         "context": context,
         "stride": stride,
         "precision": devices.precision(compute),
@@ -160,16 +159,6 @@ def _system(parts: Parts) -> System:
             "evaluate each into a folder of its own"
         )
     return found[0] if found else SYSTEMS["base"]
-
-
-def _own_settings(system: System) -> set[str]:
-    """Names of the settings that a system's numbers depend on."""
-    own = {
-        "MemDec": {"alphas"},
-        "kNN-LM": {"lambdas", *SEARCHED},
-        "In-Context RAG": set(RetrievalSettings.model_fields),
-    }
-    return {"resamples", *own.get(system.name, ())}
 
 
 class _Session:

@@ -27,7 +27,7 @@ from memdec.maths.windows import Window, windows
 from memdec.models import loading
 from memdec.results import scores
 from memdec.results.records import VALID, Text
-from memdec.settings import AUTO, Compute, KnnLMSettings, ScoreSettings, SearchSettings
+from memdec.settings import AUTO, SEARCHED, Compute, KnnLMSettings, ScoreSettings
 from memdec.text import corpora, tokens
 
 
@@ -89,7 +89,7 @@ def run(
     made = replace(parts, memory=memory)
     inputs = {"corpus": text.recipe, **also_inputs(also), **made_of(made, system, corpus, text, control)}
     plain = {
-        **(settings.model_dump(mode="json", include=SEARCHED) if memory is None else {}),
+        **(settings.model_dump(mode="json", include=set(SEARCHED)) if memory is None else {}),
         **({"control": "other domain"} if control else {}),
         "context": context,
         "stride": stride,
@@ -112,9 +112,6 @@ def run(
             corpora_sha256=texts.sha256,
             device=devices.described(torch.device(parts.device)),
         )
-
-
-SEARCHED = {"temperatures", *SearchSettings.model_fields}
 
 
 def knn_lm_settings(settings: ScoreSettings, weight: float = 0.0, temperature: float | None = None) -> KnnLMSettings:

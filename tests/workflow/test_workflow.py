@@ -487,6 +487,25 @@ def test_other_settings_of_latency_measure_it_again(tmp_path: Path, monkeypatch:
     assert planned(more) == {"latency": 1}
 
 
+def test_other_weights_measure_again_only_the_systems_that_have_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_stub(tmp_path, monkeypatch)
+    systems = "results/mini/torch/seed0/evaluation/systems"
+    goals = [f"{systems}/{name}/gpt2-S/manifest.json" for name in ("base", "lora", "knn-lm")]
+    goals.append("results/mini/torch/seed0/evaluation/memdec/gpt2-S/manifest.json")
+    snakemake(tmp_path, "--cores", "2", "--configfile", str(MINI), "--", *goals)
+    for said, remade in (
+        ("lambdas: [0.3]", {"evaluate_systems": 1}),
+        ("alphas: [0.3]", {"evaluate": 1}),
+        ("temperatures: [3]", {"evaluate_systems": 1}),
+        ("resamples: 99", {"evaluate_systems": 3, "evaluate": 1}),
+    ):
+        (tmp_path / "more.yaml").write_text(f"evaluate: {{{said}}}")
+        files = ["--configfile", str(MINI), str(tmp_path / "more.yaml")]
+        assert planned(snakemake(tmp_path, "-n", *files, "--", *goals)) == remade, said
+
+
 def test_a_copy_of_the_sources_changes_nothing_and_other_content_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

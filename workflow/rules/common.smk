@@ -82,9 +82,9 @@ def options(settings, *leave):
 
 
 def section(config, name):
-    """What a config says in a section, as typed and checked values."""
+    """A section of the config as typed and checked values, with defaults: another default is noticed, too."""
     found = getattr(config, name)
-    return {} if found is None else found.model_dump(mode="json", exclude_unset=True)
+    return {} if found is None else found.model_dump(mode="json", exclude_none=True)
 
 
 def cells_searched(targets):
@@ -153,7 +153,9 @@ def gone(name):
         WorkflowError: This is no dry run.
     """
     fault = f"corpora: expected text in {name}, found no such file; put it there, or change the config"
-    if workflow.is_main_process and not workflow.dryrun:  # a job on another machine may not see it
+    if (
+        workflow.is_main_process and not workflow.dryrun
+    ):  # a job on another machine may not see it
         raise WorkflowError(fault)
     logger.warning(fault)
 
@@ -493,7 +495,7 @@ def memory_bases(wildcards):
 
 
 def memory_options(wildcards):
-    return options(memory(wildcards).train.model_dump(mode="json", exclude_unset=True))
+    return options(memory(wildcards).train.model_dump(mode="json", exclude_none=True))
 
 
 # --- evaluations ----------------------------------------------------------------------------------------------------
@@ -600,26 +602,29 @@ def base_evaluation(wildcards):
     return manifest(f"{folder}/{SYSTEMS['base'].slug}/{wildcards.model}")
 
 
-def some_of(config, settings):
-    """What a config says of an evaluation, as far as a stage with these settings takes it."""
+def some_of(config, names):
+    """What a config says of an evaluation, as far as it decides the numbers of a stage, or their speed."""
     said = section(config, "evaluate")
-    return options(
-        {name: value for name, value in said.items() if name in settings.model_fields}
-    )
+    return options({name: value for name, value in said.items() if name in names})
 
 
 def scoring(wildcards):
-    return some_of(study(wildcards), typed.ScoreSettings)
+    searched = typed.SEARCHED if memory(wildcards).neighbours else ()
+    return some_of(study(wildcards), {"batch_size", *searched})
 
 
 def mixing(wildcards):
-    return some_of(for_model(wildcards), typed.MixSettings)
+    grid = "lambdas" if memory(wildcards).neighbours else "alphas"
+    return some_of(for_model(wildcards), {"resamples", grid})
 
 
 def evaluation(wildcards):
     return " ".join(
         [
-            options(section(for_model(wildcards), "evaluate")),
+            some_of(
+                for_model(wildcards),
+                {"batch_size", *typed.of_system(BY_SLUG[wildcards.system].name)},
+            ),
             WINDOW,
             words("--seed", wildcards.seed),
             compute(wildcards.model),
