@@ -1,6 +1,7 @@
 """Versions of the software that made a result, read from package metadata without importing the packages."""
 
 import importlib.util
+import os
 import platform
 import subprocess
 import sysconfig
@@ -63,7 +64,10 @@ def package_folder(name: str) -> Path | None:
 
 def python_files(folder: Path) -> list[Path]:
     """The Python files of a package whose docstrings are read, sorted."""
-    found = (file for file in folder.rglob("*.py") if not _SKIPPED & set(file.relative_to(folder).parts[:-1]))
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        found += [Path(place, name) for name in files if name.endswith(".py")]
     return sorted(found)
 
 
@@ -89,8 +93,6 @@ def git_commit(folder: Path) -> str | None:
 
 def machine() -> str:
     """The processor's name and the number of CPUs."""
-    import os
-
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
