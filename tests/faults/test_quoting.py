@@ -168,6 +168,9 @@ def test_nothing_else_is_a_word(rendered: tuple[dict[str, Any], list[list[str]]]
 def test_a_run_starts_nothing_that_a_value_names(tmp_path: Path) -> None:
     """Two rules run for real; a stand-in for `memdec` writes down the words it gets."""
     config = nasty_config(tmp_path)
+    text = Path(config["corpora"]["a"]["path"])
+    text.parent.mkdir()
+    text.touch()
     stand_in = tmp_path / "memdec"
     stand_in.write_text(
         f"#!{sys.executable}\nimport json, pathlib, sys\nwords = sys.argv[1:]\n"

@@ -78,8 +78,6 @@ def test_items_of_a_perplexity_are_its_windows_at_the_weight_of_the_record(tmp_p
     assert items.of_evaluation(tmp_path / "e", record, weight=0.0).value == pytest.approx(math.exp(-base.mean()))
     with pytest.raises(ArtifactError, match="expected scores with the perplexity 1 of MemDec, found"):
         items.of_evaluation(tmp_path / "e", record | {"value": 1.0})
-    old = items.of_evaluation(tmp_path, record)
-    assert (len(old), old.kind, old.value) == (0, "other", record["value"])
 
 
 def test_scores_are_not_kept_of_every_evaluation(tmp_path: Path) -> None:

@@ -2,16 +2,19 @@
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from memdec import config as cfg
 from memdec.artefacts import artefact
 from memdec.errors import ArtifactError, ConfigError
-from memdec.results import catalogue, items, regression, tables
+from memdec.harness.scores import TokenScores
+from memdec.results import catalogue, items, regression, scores, tables
 from memdec.results.sheet import Sheet
 from memdec.settings import parse
 
@@ -269,10 +272,16 @@ def test_marked_words_are_a_table_of_what_was_measured_on_them(tmp_path: Path) -
 
 
 def write_evaluation(folder: Path, memory: str | None, records: list[dict[str, Any]], **inputs: str) -> Path:
-    settings = {"memory": memory, "system": "base" if memory is None else "MemDec"}
+    """An evaluation whose tokens all have the probability that gives the records' perplexities."""
+    settings = {"memory": memory, "system": "base" if memory is None else "MemDec", "stride": 4}
+    base, own = 1 / records[0]["value"], None
+    if memory is not None:
+        alpha = records[1]["alpha"]
+        own = np.full(8, math.log((1 / records[1]["value"] - (1 - alpha) * base) / alpha))
     with artefact.building(folder, "evaluation", settings, inputs) as build:
         assert build is not None
         artefact.write_json(folder / "records.json", records)
+        scores.write(folder, TokenScores(np.full(8, math.log(base)), own), "test")
         build.facts.update(corpora_sha256={"sklearn": "ab"})
     return folder
 

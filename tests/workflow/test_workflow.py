@@ -32,7 +32,7 @@ def repair(folder: Path, *words: str) -> str:
 def started(*command: str) -> subprocess.CompletedProcess[str]:
     """A command as a user's shell runs it."""
     # Any folder does for what is not read.
-    environment = {"MEMDEC_TEST_DATA": "/", "MEMDEC_SMOL": "/", **os.environ}
+    environment = {"MEMDEC_TEST_DATA": "/", "MEMDEC_SMOL": "/nowhere", **os.environ}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
 
 
