@@ -479,7 +479,8 @@ def read(path: Path, kind: str, whole: bool = False, *, freed: bool = False) -> 
         raise ArtifactError(f"{path}: expected a folder with a {kind} artefact, found {found}; run {command} first")
     if not (path / MANIFEST).is_file() and _is_of_others(path):
         raise ArtifactError(
-            f"{path}: expected a folder that {command} made, found one that memdec did not make; check the path"
+            f"{path}: expected a folder that {command} made, found one that memdec did not make; "
+            + (f"run `memdec tokenizer --pretrained {path}` first" if kind == "tokenizer" else "check the path")
         )
     if not (path / MANIFEST).is_file():
         raise ArtifactError(f"{path}: expected {MANIFEST}, found an unfinished {kind} artefact; run {command} again")

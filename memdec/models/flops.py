@@ -26,14 +26,18 @@ def flops_per_token(model: Any, context: int) -> float:
     therefore counts 2 too many per weight of the first layer's adapted projections.
 
     Args:
-        model: A decoder with dense layers, with or without a peft adapter; may be on the meta device. A parameter is
-            counted as trained if it requires a gradient.
+        model: A decoder with dense layers or experts, with or without a peft adapter; may be on the meta device. A
+            parameter is counted as trained if it requires a gradient.
         context: Tokens of a window.
     """
     from transformers.pytorch_utils import Conv1D
 
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
     dense = sum(weight.numel() * (6 if weight.requires_grad else 4) for weight in matrices)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 3 and "experts" in name:  # a token runs through some of the experts
+            used = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", len(weight))
+            dense += used / len(weight) * weight.numel() * (6 if weight.requires_grad else 4)
     return float(dense + 3 * attention_flops(model.config, context))
 
 
@@ -43,7 +47,9 @@ def attention_flops(config: Any, context: int) -> int:
     Grouped-query attention costs as much as full attention, because every query head computes its own scores.
     """
     text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:  # Mamba and RWKV, whose scans are no matrix products
+        return 0
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     return int(4 * context * width * text.num_hidden_layers)
 

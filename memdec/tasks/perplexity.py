@@ -177,8 +177,14 @@ def n_windows(items: list[dict[str, Any]]) -> int:
 
 
 def perplexity_of_sums(items: list[tuple[float, int]]) -> float:
-    """Perplexity per unit (token or word): exp(-sum of log-likelihoods / sum of units)."""
-    return math.exp(-sum(total for total, _ in items) / sum(count for _, count in items))
+    """Perplexity per unit (token or word): exp(-sum of log-likelihoods / sum of units).
+
+    A text without spaces is one word; where that is more than 709 nats, its perplexity per word is infinite.
+    """
+    try:
+        return math.exp(-sum(total for total, _ in items) / sum(count for _, count in items))
+    except OverflowError:
+        return math.inf
 
 
 def total(items: list[float]) -> float:

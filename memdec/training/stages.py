@@ -8,6 +8,7 @@ work. The same command resumes an interrupted run.
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -352,8 +353,12 @@ def matched_ranks(model: Any, modules: Sequence[str], wanted: int) -> dict[str, 
 
 
 def _projections(model: Any) -> list[str]:
-    """Names of a model's query, key, value and MLP projections (paper, section 4.1)."""
-    known = {"c_attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
+    """Names of a model's query, key, value and MLP projections (paper, section 4.1).
+
+    Raises:
+        ModelError: It has none that are known.
+    """
+    known = {"c_attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv"}
     part = keypoints.last_mlp(model)
     mlp = {name for name, _ in part.named_children()} or {"fc1", "fc2"}  # OPT has bare matrices without an MLP module
     found = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
@@ -366,17 +371,29 @@ def _projections(model: Any) -> list[str]:
         "gate_up_proj",
         "fc1",
         "fc2",
+        "fc_in",
+        "fc_out",
         "dense_h_to_4h",
         "dense_4h_to_h",
     }
-    return sorted(
+    of_attention = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in known & found}
+    of_mlp = {
         name
         for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in (known & found)
-        or (
-            name.rsplit(".", 1)[-1] in mlp
-            and ".attn." not in name
-            and ".self_attn." not in name
-            and hasattr(module, "weight")
+        if name.rsplit(".", 1)[-1] in mlp
+        and ".attn." not in name
+        and ".self_attn." not in name
+        and hasattr(module, "weight")
+    }
+    family = type(model).__name__
+    if not of_attention | of_mlp:
+        raise ModelError(
+            f"lora: expected query, key, value and MLP projections, found none that are known in {family}; leave LoRA out of "
+            "'systems', or use another model"
         )
-    )
+    for what, names in (("attention", of_attention), ("MLP", of_mlp)):
+        if not names:
+            warnings.warn(
+                f"lora: knows no projection of the {what} of {family}; only the others are adapted", stacklevel=3
+            )
+    return sorted(of_attention | of_mlp)

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 from memdec.errors import ModelError
 from memdec.models import flops, loading
@@ -61,6 +70,24 @@ def test_lora(name: str) -> None:
     found = flops.flops_per_token(model, CONTEXT)
     assert found == pytest.approx(counted(model), rel=0.05)
     assert found < 0.9 * full
+
+
+def test_a_token_runs_through_some_of_the_experts() -> None:
+    sizes = GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model = build(MixtralConfig(**sizes))
+    experts = 3 * 48 * 32 * 6  # the three matrices of one expert in all layers
+    dense = build(LlamaConfig(**GROUPED))
+    routers = 4 * 32 * 6
+    more = flops.flops_per_token(model, CONTEXT) - flops.flops_per_token(dense, CONTEXT)
+    assert more in (
+        6 * experts,
+        6 * (experts + routers),
+    )  # one expert more than the dense MLP; routers may be no matrices
+
+
+def test_without_attention_there_is_none_to_count() -> None:
+    model = build(MambaConfig(vocab_size=90, hidden_size=16, num_hidden_layers=2, state_size=4))
+    assert flops.flops_per_token(model, CONTEXT) == flops.flops_per_token(model, 2 * CONTEXT) > 0
 
 
 def test_context_costs_only_attention() -> None:

@@ -650,18 +650,37 @@ def test_bad_input_is_seen_before_the_model_is_loaded(
 
 def test_a_head_that_does_more_than_a_product_is_refused() -> None:
     """Their loss would be of another function than the one that is saved."""
-    from transformers import GraniteConfig, GraniteForCausalLM, PhiConfig, PhiForCausalLM
+    from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GraniteConfig,
+        GraniteForCausalLM,
+        PhiConfig,
+        PhiForCausalLM,
+    )
 
     sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
     granite = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=4.0))
     phi = PhiForCausalLM(PhiConfig(**sizes))
     torch.nn.init.normal_(phi.lm_head.bias)
-    for model in (granite, phi):
+    gemma2 = Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8))  # its logits are too small for the cap to show
+    for model in (granite, phi, gemma2):
         with pytest.raises(ModelError, match="expected logits that are the output matrix times the last hidden state"):
             loading.check_head(model)
     loading.check_head(phi, bias=True)
     loading.check_head(loading.from_scratch(spec(16), 50, 32, 0))
+
+
+def test_every_rate_of_dropout_is_set() -> None:
+    from transformers import BioGptConfig, GPTNeoXConfig, MptConfig
+
+    biogpt, neox, mpt = BioGptConfig(), GPTNeoXConfig(classifier_dropout=0.1), MptConfig()
+    for config in (biogpt, neox, mpt):
+        loading.set_dropout(config, 0.3)
+    assert (biogpt.hidden_dropout_prob, biogpt.attention_probs_dropout_prob) == (0.3, 0.3)
+    assert (neox.hidden_dropout, neox.attention_dropout, neox.classifier_dropout) == (0.3, 0.3, 0.1)
+    assert (mpt.resid_pdrop, mpt.attn_config.attn_pdrop) == (0.3, 0)
 
 
 def test_the_card_says_what_it_was_trained_on(trained: Train, tmp_path: Path) -> None:

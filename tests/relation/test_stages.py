@@ -15,7 +15,7 @@ from memdec.artefacts import artefact
 from memdec.datastore import index, targets
 from memdec.datastore import keys as datastore
 from memdec.datastore.target_rows import TargetReader
-from memdec.errors import ArtifactError, ConfigError, NumericsError
+from memdec.errors import ArtifactError, ConfigError, ModelError, NumericsError
 from memdec.models import keypoints, loading
 from memdec.settings import (
     DatastoreSettings,
@@ -293,6 +293,21 @@ def test_lora_and_finetune_keep_the_best_epoch(base_folder: Path, short_tokens: 
     ids = theirs.tokenizer.encode(text)
     log_p = theirs.model(torch.tensor([[0, *ids[:-1]]])).logits[0].log_softmax(-1)[range(len(ids)), ids]
     np.testing.assert_allclose(ours.token_scores(text).base, log_p.detach().numpy(), atol=1e-5)
+
+
+def test_lora_says_what_it_does_not_know() -> None:
+    from transformers import AutoModelForCausalLM, GPTJConfig, MixtralConfig, RwkvConfig
+
+    sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    gptj = AutoModelForCausalLM.from_config(GPTJConfig(vocab_size=60, n_embd=16, n_layer=1, n_head=2, rotary_dim=4))
+    names = {name.rsplit(".", 1)[-1] for name in stages._projections(gptj)}
+    assert names == {"q_proj", "k_proj", "v_proj", "fc_in", "fc_out"}
+    experts = MixtralConfig(**sizes, num_key_value_heads=2, intermediate_size=8, num_local_experts=2)
+    with pytest.warns(UserWarning, match="lora: knows no projection of the MLP of MixtralForCausalLM; only the others"):
+        stages._projections(AutoModelForCausalLM.from_config(experts))
+    rwkv = RwkvConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
+    with pytest.raises(ModelError, match=r"lora: expected query, key, value and MLP projections, found none .*RwkvFor"):
+        stages._projections(AutoModelForCausalLM.from_config(rwkv))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])

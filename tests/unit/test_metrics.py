@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from memdec.maths import statistics
+from memdec.tasks import perplexity
 
 
 def test_resampling_weighs_blocks_by_their_tokens() -> None:
@@ -74,3 +75,8 @@ def test_fault_24_narrow_scores_are_summed_in_float64() -> None:
 
 def test_a_token_ruled_out_makes_the_perplexity_infinite() -> None:
     assert statistics.perplexity(np.array([-1.0, -math.inf])) == math.inf
+
+
+def test_a_text_without_spaces_has_no_finite_perplexity_per_word() -> None:
+    assert perplexity.perplexity_of_sums([(-1500.0, 1)]) == math.inf
+    assert perplexity.perplexity_of_sums([(-3.0, 1), (-1.0, 1)]) == pytest.approx(math.e**2)
